@@ -1,0 +1,32 @@
+"""distill: a large language model's skill at one task, put into a small one.
+
+conf/<group>/<name>.yaml --> config.py   compose -> check every node against its signature -> build
+                                 |
+  ANNOTATE (once per task x teacher)                                TRAIN (many times, teacher not in memory)
+  tasks/<task>.py     Example     question, answer?, rationale?
+       |
+  prompts.py          Prompt      token ids + spans: prompt | answer, prompt | rationale (| answer)
+       |
+  teachers/<kind>.py  frozen; modules.TeacherModule.predict_step
+       |              Annotation  rationale, answer, SoftTargets(ids, logprobs, tail)
+       v
+  cache/store.py  ==  shards (arrays: safetensors; text: Parquet) + manifest (fingerprint, hashes)
+       |                                     \\
+       |  same ids, any order, any rank       `--> data.py   join by key, sample, collate -> Batch
+       |                                                |
+       |                                       student.py  hidden_NH -> head.py  logits_NV, a chunk at a time
+       |                                                |
+       |                                       losses/<loss>.py    value and slope per bucket
+       |                                                |
+       |                                       modules.StudentModule   sum_k  w_k * sum_k / count_k(whole step)
+       |                                                |
+       |                                       metrics.py  accuracy, agreement with the teacher, KL, calibration
+       |                                                |
+       `---- evaluate (teacher, student, baselines) -> tracking.py -> W&B       run folder: config, metrics
+                                                       report.py  -> report.html / report.md
+                                                       export     -> Hugging Face folder: weights, tokenizer
+
+The cache is the only meeting place of teacher and student. A loss sees probabilities in buckets and nothing else.
+"""
+
+__version__ = "0.1.0"

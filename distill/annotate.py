@@ -1,0 +1,242 @@
+"""Let the teacher answer, and reason about, what the cache lacks; each question once, then never again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from distill import config as configuration
+from distill import models
+from distill.cache import Codec
+from distill.cache.store import Store
+from distill.modules import TeacherModule
+from distill.prompts import Prompts, load_tokenizer
+from distill.records import Annotation, CheckedRationale, Example, Request, Span, Splits
+from distill.tasks import Task
+from distill.teachers import Teacher
+from distill.tracking import progress
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task, its splits, and a teacher with its cache; nothing of the teacher is in memory yet."""
+
+    task: Task
+    splits: Splits
+    prompts: Prompts
+    codec: Codec
+    teacher: Teacher
+    store: Store
+    batch_size: int
+    num_rationales: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Requests by example id and span, and how many of them the cache already held."""
+
+    requests: Mapping[tuple[str, Span], Request]
+    too_long: Mapping[str, str]
+    num_reused: int
+    num_annotated: int
+    seconds: float
+
+
+def open_source(config: DictConfig) -> Source:
+    """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
+    root = Path(config.root).resolve()
+    folder = models.resolve(config.teacher.model, root)
+    task: Task = configuration.build(config.task.examples)
+    splits = task.splits()
+    layout = configuration.build(config.task.layout)
+    shots = list(task.shots())[: config.prompt.num_shots]
+    prompts = Prompts(
+        load_tokenizer(folder),
+        layout,
+        shots,
+        max_length=config.prompt.max_length,
+        too_long=config.prompt.too_long,
+    )
+    codec: Codec = configuration.build(config.cache.codec)
+    teacher: Teacher = configuration.build(config.teacher.kind)(
+        folder=folder,
+        prompts=prompts,
+        task=task,
+        codec=codec,
+        calibration=[Example(example.question) for example in splits.train[: config.teacher.calibrate]],
+    )
+    fingerprint = {
+        "task": {"name": config.task.name, "version": task.version},
+        "teacher": teacher.fingerprint(),
+        "codec": codec.fingerprint(),
+    }
+    store = Store(_cache_dir(config, root, fingerprint), fingerprint)
+    return Source(
+        task, splits, prompts, codec, teacher, store, config.teacher.batch_size, config.teacher.num_rationales
+    )
+
+
+def fill(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> Filled:
+    """Have every wanted example annotated; the teacher is loaded only if some record is missing."""
+    requests, too_long = _requests(source.prompts, wanted)
+    start = time.monotonic()
+    missing = source.store.missing(list(requests.values()))
+    reused = len({request.key for request in requests.values()}) - len(missing)
+    if not missing:
+        _say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
+        return Filled(requests, too_long, reused, 0, 0.0)
+    _say(f"cache {source.store.folder}: {reused} records are there, {len(missing)} are to be annotated")
+    with source.store.writing() as writer:
+        missing = source.store.missing(missing)
+        if missing:
+            module = TeacherModule(source.teacher)
+            for span in wanted:
+                asked = sorted((r for r in missing if r.span == span), key=lambda r: len(r.example.question))
+                if asked:
+                    _predict(module, asked, source.batch_size, _Save(writer.add), f"{span}s")
+            writer.flush()
+            seconds = time.monotonic() - start
+            source.store.record_cost(
+                records=len(missing),
+                seconds=round(seconds, 3),
+                parameters=sum(p.numel() for p in module.model.parameters()),
+                ms_per_example=_milliseconds(source, wanted),
+            )
+            source.teacher.close()
+    return Filled(requests, too_long, reused, len(missing), time.monotonic() - start)
+
+
+def check_rationales(
+    examples: Sequence[Example], filled: Filled, store: Store, task: Task
+) -> list[CheckedRationale]:
+    """Compare the answer each rationale led to with the gold one, or else with the teacher's direct answer."""
+    found = []
+    for example in examples:
+        request = filled.requests.get((example.id, "rationale"))
+        if request is None:
+            continue
+        annotation = store.read(request.key)
+        direct = filled.requests.get((example.id, "answer"))
+        known = example.answer or (store.read(direct.key).answer if direct else None)
+        reason = _reason(annotation, known)
+        by = "gold" if example.answer is not None else "teacher"
+        found.append(CheckedRationale(example.id, annotation, "gold" if by == "gold" else "teacher", reason))
+    return found
+
+
+def _reason(annotation: Annotation, known: str | None) -> Any:
+    if not annotation.rationale:
+        return "empty"
+    if annotation.is_truncated:
+        return "truncated"
+    if annotation.answer is None:
+        return "unreadable"
+    return None if annotation.answer == known else "disagrees"
+
+
+def _requests(
+    prompts: Prompts, wanted: Mapping[Span, Sequence[Example]]
+) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
+    requests: dict[tuple[str, Span], Request] = {}
+    too_long: dict[str, str] = {}
+    for span, examples in wanted.items():
+        for example in examples:
+            try:
+                requests[example.id, span] = prompts.request(example, span)
+            except ValueError as error:
+                too_long[example.id] = str(error)
+    return requests, too_long
+
+
+def _predict(
+    module: TeacherModule, requests: Sequence[Request], batch_size: int, save: Callback, unit: str
+) -> None:
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[save, progress(unit)],
+    )
+    loader = DataLoader(batches, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+    trainer.predict(module, loader, return_predictions=False)
+
+
+def _as_is(requests: Sequence[Request]) -> Sequence[Request]:
+    return requests
+
+
+class _Save(Callback):
+    """Hands each batch of annotations on as soon as it is there."""
+
+    def __init__(self, add: Any) -> None:
+        self._add = add
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._add(outputs)
+
+
+def _milliseconds(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> float | None:
+    """Median time of the teacher for one question alone."""
+    times = []
+    for example in wanted.get("answer", ())[:10]:
+        start = time.perf_counter()
+        source.teacher.annotate([source.prompts.request(Example(example.question), "answer")])
+        times.append(time.perf_counter() - start)
+    return round(1000 * sorted(times)[len(times) // 2], 3) if times else None
+
+
+def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> Path:
+    if config.cache.dir:
+        return Path(config.cache.dir).resolve()
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    return root / "cache" / f"{config.task.name}-{digest}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(config: DictConfig) -> float:
+    """Fill the cache for all splits and say what it holds."""
+    configuration.check(config)
+    source = open_source(config)
+    splits = source.splits
+    wanted: dict[Span, Sequence[Example]] = {}
+    if "answer" in config.spans:
+        wanted["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
+    if "rationale" in config.spans:
+        wanted["rationale"] = splits.train[: source.num_rationales]
+    filled = fill(source, wanted)
+    checked = check_rationales(splits.train, filled, source.store, source.task)
+    kept = sum(rationale.reason is None for rationale in checked)
+    print(
+        f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "
+        f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales agree with the answer; "
+        f"{len(filled.too_long)} examples too long"
+    )
+    return float(filled.num_annotated)
+
+
+def without_answers(examples: Sequence[Example]) -> list[Example]:
+    """The same questions as the teacher sees them where no label may be known."""
+    return [Example(example.question) for example in examples]
+
+
+if __name__ == "__main__":
+    configuration.command("annotate", main)

@@ -1,0 +1,252 @@
+"""Compose, check, build, save: the one place that knows OmegaConf.
+
+A configuration is checked whole before anything loads: every `_target_` node is bound to the signature of
+what it names, and all problems are told together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import inspect
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distill.records import ConfigError, DistillError
+
+_BESIDE, _INSIDE = Path(__file__).parent.parent / "conf", Path(__file__).parent / "conf"
+CONF = _BESIDE if (_BESIDE / "train.yaml").is_file() else _INSIDE
+_ALLOWED = ("distill.", "torch.", "lightning.", "transformers.", "peft.")
+_SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+_IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+Work = Callable[[DictConfig], float | None]
+
+
+def command(name: str, work: Work) -> None:
+    """Run `work` on the composed configuration `name`; tell a user's errors in one message, and exit."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_SUPPRESS_SECONDARY_WARNINGS", "1")
+
+    def job(config: DictConfig) -> float | None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            return work(config)
+
+    try:
+        _check_command_line(name, sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_told(job))()
+    except DistillError as error:
+        sys.exit(_tell(error))
+
+
+def _told(job: Work) -> Work:
+    def told(config: DictConfig) -> float | None:
+        try:
+            return job(config)
+        except (DistillError, KeyboardInterrupt, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _IO_ERRORS:
+                raise
+            code = _tell(error)
+            if hydra.core.hydra_config.HydraConfig.get().mode == RunMode.MULTIRUN and code != 130:
+                # The other jobs of a sweep go on; Hydra lists this one as failed.
+                raise RuntimeError(f"job failed with exit code {code}") from None
+            sys.exit(code)
+
+    return told
+
+
+def _tell(error: BaseException) -> int:
+    if isinstance(error, DistillError):
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError):
+        print(f"\n{error.strerror}: {error.filename or 'a file'}. Nothing that was finished is lost: free space "
+              "or mend the permissions, then run the same command again.", file=sys.stderr)
+        return 4
+    print("\nInterrupted. What was annotated or trained until now is kept.", file=sys.stderr)
+    return 130
+
+
+def _check_command_line(name: str, arguments: list[str]) -> None:
+    """Name every override that cannot be applied, each with the nearest thing that can."""
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}. Overrides read group=option or key=value") from None
+    groups = [(o.key_or_group, v) for o in overrides for v in _choices(o) if _is_group(o.key_or_group)]
+    problems = [problem for group, option in groups for problem in _check_option(group, option)]
+    if not problems:
+        selected = [f"{group}={_written(option)}" for group, option in dict(groups).items()]
+        known = _keys(_compose(name, selected))
+        for override in overrides:
+            key = override.key_or_group
+            if _SECRET.search(key.rpartition(".")[2]) and "token" not in _known_words(known):
+                problems.append(f"{key}: secrets are not given on the command line, which is logged; use the environment")
+            elif not _is_group(key) and not key.startswith("hydra.") and not override.is_add() and key not in known:
+                problems.append(f"{key} is no key of this configuration{_suggest(key, known)}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def check(config: DictConfig) -> None:
+    """Raise ConfigError with all that is wrong in `_target_` nodes and in values that must be given."""
+    problems = [f"{key} must be given: {key}=…" for key in sorted(OmegaConf.missing_keys(config))]
+    plain = OmegaConf.to_container(config, resolve=not problems, throw_on_missing=False)
+    for path, node in _targets(plain):
+        problems += [f"{path}: {problem}" for problem in _check_target(node)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Call what a node's `_target_` names with the node's values and `arguments`."""
+    return hydra.utils.instantiate(node, _convert_="all", **arguments)
+
+
+def save(config: DictConfig, path: Path) -> dict[str, Any]:
+    """Write the resolved configuration, secrets hidden, and return it."""
+    plain = redacted(OmegaConf.to_container(config, resolve=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """The same value with every entry hidden whose name speaks of a secret."""
+    if isinstance(value, dict):
+        return {key: redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redacted(item, name) for item in value]
+    return "hidden" if _SECRET.search(name) and isinstance(value, str) and value else value
+
+
+def run_dir() -> Path:
+    """The folder of this run."""
+    return Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+
+
+def sweep_name() -> str | None:
+    """The name of the sweep that this job belongs to, None for a single run."""
+    settings = hydra.core.hydra_config.HydraConfig.get()
+    return Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return hydra.compose(name, overrides, return_hydra_config=False)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def _is_group(key: str) -> bool:
+    return (CONF / key).is_dir()
+
+
+def _choices(override: Any) -> Iterator[Any]:
+    """Values that an override takes, one after the other in a sweep."""
+    if override.is_choice_sweep():
+        yield from override.sweep_iterator()
+    else:
+        yield override.value()
+
+
+def _written(option: Any) -> str:
+    return f"[{','.join(map(str, option))}]" if isinstance(option, list) else str(option)
+
+
+def _check_option(group: str, option: Any) -> list[str]:
+    there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    asked = option if isinstance(option, list) else str(option).strip("[]").split(",")
+    names = [str(name).strip() for name in asked]
+    return [
+        f"{group}={name}: there is {', '.join(there)}{_suggest(name, there)}"
+        for name in names
+        if name and name not in there and name not in ("null", "None")
+    ]
+
+
+def _keys(config: DictConfig) -> set[str]:
+    def walk(value: Any, path: str) -> Iterator[str]:
+        if path:
+            yield path
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(item, f"{path}.{key}".lstrip("."))
+
+    return set(walk(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def _known_words(known: set[str]) -> set[str]:
+    return {key.rpartition(".")[2] for key in known}
+
+
+def _suggest(word: str, among: Any) -> str:
+    close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _targets(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield path, value
+        for key, item in value.items():
+            yield from _targets(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _targets(item, f"{path}[{index}]")
+
+
+def _check_target(node: Mapping[str, Any]) -> list[str]:
+    name = str(node["_target_"])
+    if not name.startswith(_ALLOWED):
+        return [f"_target_ {name} is not from {', '.join(p.rstrip('.') for p in _ALLOWED)}"]
+    try:
+        target = _locate(name)
+    except (ImportError, AttributeError) as error:
+        return [f"_target_ {name} does not exist: {error}"]
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return []
+    problems = [f"{name} takes no {key!r}{_suggest(key, parameters)}" for key in given if key not in parameters]
+    required = [key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if not node.get("_partial_"):
+        problems += [f"{name} needs {key!r}" for key in required if key not in given]
+    return problems + _check_types(target, name, given)
+
+
+def _check_types(target: Any, name: str, given: Mapping[str, Any]) -> list[str]:
+    if not name.startswith("distill."):
+        return []
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    problems = []
+    for key, value in given.items():
+        if key in hints and not (isinstance(value, dict) and "_target_" in value):
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"{key}={value!r}: {error.errors()[0]['msg']}")
+    return problems
+
+
+def _locate(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,320 @@
+"""Examples and annotations joined by key, sampled in an order that is a function of the seed, collated.
+
+A step's examples, and with them the number of positions that each loss will see in the whole step, are known
+before it begins; so a loss is divided by its true count whatever the number of microbatches and processes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from distill.cache.store import Store
+from distill.prompts import Prompts
+from distill.records import (
+    SPANS,
+    Annotation,
+    Batch,
+    CacheError,
+    CheckedRationale,
+    Example,
+    Prompt,
+    Request,
+    SoftRows,
+    SoftTargets,
+    Span,
+    Target,
+)
+
+AnswerMode = Literal["direct", "reasoned"]
+Needed = frozenset[tuple[Span, str]]
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One prompt with its targets: what of it is a gold label, and what the teacher expected."""
+
+    prompt: Prompt
+    labelled: frozenset[Span]
+    soft: Mapping[Span, SoftTargets]
+
+    def counts(self) -> Counter[tuple[Span, str]]:
+        """Supervised positions per (span, source)."""
+        found: Counter[tuple[Span, str]] = Counter()
+        for span, (start, stop) in self.prompt.spans.items():
+            found[span, "labels"] = (stop - start) * (span in self.labelled)
+            found[span, "soft"] = len(self.soft[span]) if span in self.soft else 0
+        return found
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What there is to learn from one example."""
+
+    example_id: str
+    sequences: tuple[TrainingSequence, ...]
+
+    def counts(self) -> Counter[tuple[Span, str]]:
+        """Supervised positions per (span, source)."""
+        return sum((sequence.counts() for sequence in self.sequences), Counter())
+
+
+@final
+class Join:
+    """Makes lessons of examples: gold targets where they were given, else what the teacher left."""
+
+    def __init__(
+        self,
+        *,
+        prompts: Prompts,
+        store: Store,
+        requests: Mapping[tuple[str, Span], Request],
+        rationales: Mapping[str, CheckedRationale],
+        answer: AnswerMode,
+        needed: Needed,
+    ) -> None:
+        """`rationales` are those to learn from; `needed` says which (span, source) the losses read."""
+        self._prompts, self._store, self._requests = prompts, store, requests
+        self._rationales, self._answer, self._needed = rationales, answer, needed
+        self.skipped: dict[str, str] = {}
+
+    def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
+        """Lessons of the examples that have something the losses read; `skipped` names the too long ones."""
+        found = []
+        for example in examples:
+            try:
+                sequences = [s for s in self._sequences(example) if self._is_needed(s)]
+            except ValueError as error:
+                self.skipped[example.id] = str(error)
+                continue
+            if sequences:
+                found.append(Lesson(example.id, tuple(sequences)))
+        return found
+
+    def _sequences(self, example: Example) -> Iterator[TrainingSequence]:
+        if self._answer == "direct":
+            yield from self._answer_alone(example)
+        yield from self._reasoning(example)
+
+    def _answer_alone(self, example: Example) -> Iterator[TrainingSequence]:
+        annotation = self._annotation(example, "answer")
+        answer = example.answer or (annotation.answer if annotation else None)
+        if answer is None:
+            return
+        target = annotation.targets.get("answer") if annotation else None
+        soft = self._matching("answer", target, self._prompts.answer_ids(answer))
+        labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
+        yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
+
+    def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
+        checked = self._rationales.get(example.id)
+        text = example.rationale or (checked.annotation.rationale if checked else None)
+        if text is None:
+            return
+        by_teacher = checked.annotation if checked and example.rationale is None else None
+        answer = example.answer or (by_teacher.answer if by_teacher else None)
+        soft = {}
+        if by_teacher:
+            soft = self._matching("rationale", by_teacher.targets.get("rationale"), self._prompts.rationale_ids(text))
+        labelled: set[Span] = {"rationale"}
+        if self._answer == "direct":
+            yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
+        elif answer is not None:
+            if by_teacher:
+                last = by_teacher.targets.get("answer")
+                soft |= self._matching("answer", last, self._prompts.answer_ids(answer))
+            labelled |= {"answer"} if example.answer is not None else set()
+            yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
+
+    def _annotation(self, example: Example, span: Span) -> Annotation | None:
+        request = self._requests.get((example.id, span))
+        return self._store.read(request.key) if request else None
+
+    def _matching(self, span: Span, target: Target | None, ids: tuple[int, ...]) -> dict[Span, SoftTargets]:
+        if target is None or target.soft is None:
+            return {}
+        if target.token_ids != ids:
+            raise CacheError(
+                f"the cache's {span} tokens are {target.token_ids[:8]}…, the student's are {ids[:8]}…: "
+                "teacher and student do not write this target alike, so its soft targets cannot be used"
+            )
+        return {span: target.soft}
+
+    def _is_needed(self, sequence: TrainingSequence) -> bool:
+        return any(number and place in self._needed for place, number in sequence.counts().items())
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Indices of the examples that pass through the model together, and the counts of their whole step."""
+
+    indices: tuple[int, ...]
+    counts: Mapping[tuple[Span, str], int]
+
+
+@final
+class StepSampler(Sampler[Microbatch]):
+    """Endless passes over the lessons, each in a new order that (seed, pass) alone decides, cut into steps.
+
+    A step is cut into `world_size * num_microbatches` parts of nearly equal size, dealt to the processes in
+    turn. The position in the stream is the number of steps done, so any step can be resumed from.
+    """
+
+    def __init__(
+        self,
+        lessons: Sequence[Lesson],
+        *,
+        batch_size: int,
+        num_microbatches: int,
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        """`batch_size` counts the examples of one optimizer step over all microbatches and processes."""
+        self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
+        self._num_steps, self._seed, self._start_step = num_steps, seed, start_step
+        self._rank, self._world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Number of this process's microbatches in the whole run."""
+        return self._num_steps * self._num_microbatches
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """Yield this process's microbatches from the first step that is to be done."""
+        for step in range(self._start_step, self._num_steps):
+            indices = self.step_indices(step)
+            counts = sum((self._lessons[index].counts() for index in indices), Counter[tuple[Span, str]]())
+            parts = np.array_split(np.array(indices), self._world_size * self._num_microbatches)
+            for part in parts[self._rank :: self._world_size]:
+                yield Microbatch(tuple(part.tolist()), counts)
+
+    def step_indices(self, step: int) -> list[int]:
+        """Lessons of one optimizer step."""
+        size = len(self._lessons)
+        first, last = step * self._batch_size, (step + 1) * self._batch_size
+        orders = {epoch: self._order(epoch) for epoch in range(first // size, (last - 1) // size + 1)}
+        return [orders[place // size][place % size] for place in range(first, last)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        return [int(index) for index in torch.randperm(len(self._lessons), generator=generator)]
+
+
+@final
+class _Lessons(Dataset[Batch]):
+    def __init__(self, lessons: Sequence[Lesson], padding_id: int) -> None:
+        self._lessons, self._padding_id = lessons, padding_id
+
+    def __getitems__(self, microbatch: Microbatch) -> Batch:
+        return collate([self._lessons[i] for i in microbatch.indices], microbatch.counts, self._padding_id)
+
+
+@final
+class DistillData(lightning.LightningDataModule):
+    """Feeds one student's training: steps of lessons, and the validation lessons in order."""
+
+    def __init__(
+        self,
+        *,
+        train: Sequence[Lesson],
+        validation: Sequence[Lesson],
+        batch_size: int,
+        microbatch_size: int,
+        num_steps: int,
+        seed: int,
+        padding_id: int,
+    ) -> None:
+        """`batch_size` counts examples per optimizer step, `microbatch_size` per forward pass."""
+        super().__init__()
+        self._train, self._validation = train, validation
+        self._batch_size, self._microbatch_size = batch_size, microbatch_size
+        self._num_steps, self._seed, self._padding_id = num_steps, seed, padding_id
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches per process and optimizer step."""
+        return max(1, -(-self._batch_size // (self._microbatch_size * world_size)))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = StepSampler(
+            self._train,
+            batch_size=self._batch_size,
+            num_microbatches=self.num_microbatches(trainer.world_size),
+            num_steps=self._num_steps,
+            seed=self._seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            start_step=trainer.global_step,
+        )
+        return self._loader(self._train, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        indices = np.array_split(np.arange(len(self._validation)), max(1, len(self._validation) // 32))
+        batches = [Microbatch(tuple(part.tolist()), {}) for part in indices]
+        return self._loader(self._validation, batches)
+
+    def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
+        dataset = _Lessons(lessons, self._padding_id)
+        # A batch is made whole by the dataset, so there is nothing left to collate.
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int) -> Batch:
+    """Pad on the right and list the supervised positions, in order of sequence and place."""
+    sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
+    longest = max(len(sequence.prompt.ids) for sequence in sequences)
+    ids = [[*s.prompt.ids, *[padding_id] * (longest - len(s.prompt.ids))] for s in sequences]
+    mask = [[1] * len(s.prompt.ids) + [0] * (longest - len(s.prompt.ids)) for s in sequences]
+    rows: list[tuple[int, int, int, bool, int]] = []
+    soft_rows: list[int] = []
+    softs: list[SoftTargets] = []
+    for index, sequence in enumerate(sequences):
+        for span, (start, stop) in sorted(sequence.prompt.spans.items(), key=lambda item: item[1]):
+            if span in sequence.soft:
+                softs.append(sequence.soft[span])
+                soft_rows += range(len(rows), len(rows) + len(sequence.soft[span]))
+            is_labelled = span in sequence.labelled
+            rows += [
+                (index, place - 1, sequence.prompt.ids[place], is_labelled, SPANS.index(span))
+                for place in range(start, stop)
+            ]
+    sequence_N, before_N, label_N, is_labelled_N, span_N = torch.tensor(rows).T
+    return Batch(
+        input_ids_BT=torch.tensor(ids),
+        mask_BT=torch.tensor(mask),
+        sequence_N=sequence_N,
+        before_N=before_N,
+        label_N=label_N,
+        is_labelled_N=is_labelled_N.bool(),
+        span_N=span_N,
+        soft=_soft_rows(soft_rows, SoftTargets.join(softs)) if softs else None,
+        counts=counts,
+        example_ids=tuple(lesson.example_id for lesson in lessons),
+    )
+
+
+def _soft_rows(rows: Sequence[int], soft: SoftTargets) -> SoftRows:
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(dtype)
+
+    return SoftRows(
+        torch.tensor(rows),
+        tensor(soft.ids_NK, torch.int64),
+        tensor(soft.logprobs_NK, torch.float32),
+        tensor(soft.tail_N, torch.float32),
+    )

@@ -1,0 +1,53 @@
+"""Losses: one formula each, on probabilities in buckets.
+
+At a supervised position the vocabulary falls into K kept ids and one bucket for all the rest. A divergence
+sees the student's and the teacher's log-probabilities of these K + 1 buckets (the rest comes last) and
+returns its value and its slope; the head makes logit gradients of that. It knows neither its weight nor
+where a target came from. A new loss is one file here and one in conf/loss/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.records import ConfigError, Span
+
+
+class Divergence(Protocol):
+    """A function of two distributions over the same buckets, least where they are equal."""
+
+    def __call__(
+        self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]
+    ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M B"]]:
+        """Value D per position, and its slope dD/d(log q) per bucket, where each q moves by itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One term of the training loss: a divergence, where it applies and how much it counts.
+
+    `source` names what it learns from: `labels` (tokens that are given) or `soft` (the teacher's
+    distributions). `temperature` divides the logits of student and teacher, and the term is multiplied by
+    its square (Hinton et al. 2015, section 2). It has nothing to do with sampling.
+    """
+
+    divergence: Divergence
+    span: Span
+    source: Literal["labels", "soft"]
+    weight: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.weight < 0 or self.temperature <= 0:
+            raise ConfigError(
+                f"a loss has weight={self.weight} and temperature={self.temperature}; "
+                "the weight must not be negative and the temperature must be positive"
+            )
+        if self.source == "labels" and self.temperature != 1:
+            raise ConfigError("a loss on labels has temperature 1; temperature belongs to soft targets")

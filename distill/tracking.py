@@ -1,0 +1,217 @@
+"""Runs in Weights & Biases, and progress on the screen. The one importer of wandb."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, final
+
+import lightning
+import wandb
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from distill.records import ConfigError, Request
+
+
+class Tracking(Protocol):
+    """Where a run is followed from elsewhere. The run folder holds everything without it."""
+
+    def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
+        """Begin a run of its own."""
+        ...
+
+    def loggers(self) -> list[Logger]:
+        """What Lightning logs to."""
+        ...
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Note final values."""
+        ...
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Note a table; all rows have the keys of the first."""
+        ...
+
+    def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Note a folder that the run made or used, by reference: nothing is copied."""
+        ...
+
+    def finish(self, exit_code: int) -> dict[str, str]:
+        """End the run; return its mode, where it is and, for an offline run, the command that uploads it."""
+        ...
+
+
+@final
+class NoTracking:
+    """No tracking."""
+
+    def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
+        """Nothing to begin."""
+
+    def loggers(self) -> list[Logger]:
+        """None."""
+        return []
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Not noted."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Not noted."""
+
+    def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Not noted."""
+
+    def finish(self, exit_code: int) -> dict[str, str]:
+        """Nothing to end."""
+        return {"mode": "off", "where": "", "upload": ""}
+
+
+@final
+class WandbTracking:
+    """A W&B run per training run; offline where no key is set, unless WANDB_MODE says otherwise."""
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        mode: Literal["auto", "online", "offline"],
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+    ) -> None:
+        """`group` overrides the name of the sweep."""
+        self._project, self._entity, self._group, self._tags = project, entity, group, tags
+        self._mode = mode
+        self._run: Any = None
+
+    def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
+        """Begin a W&B run that writes below `folder` alone."""
+        home = folder / "wandb"
+        home.mkdir(parents=True, exist_ok=True)
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(variable, str(home))
+        try:
+            self._run = wandb.init(
+                project=self._project,
+                entity=self._entity,
+                dir=folder,
+                name=name,
+                group=self._group or group,
+                job_type=job_type,
+                tags=self._tags,
+                config=dict(config),
+                mode=self._chosen_mode(),
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"W&B could not start: {error}. Set tracking.mode=offline or tracking=off") from None
+
+    def loggers(self) -> list[Logger]:
+        """The run, as Lightning's logger."""
+        return [WandbLogger(experiment=self._run)]
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final values, under the names of the config."""
+        self._run.summary.update(dict(values))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table of plain values."""
+        if rows:
+            columns = list(rows[0])
+            data = [[row[column] for column in columns] for row in rows]
+            self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+    def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """A reference to the folder's files; a cache is what the run used, a model what it made."""
+        artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
+        artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
+        if kind == "cache" and not self._run.offline:
+            # Offline, W&B cannot say that a run used something; then the cache is logged beside the model.
+            self._run.use_artifact(artifact)
+        else:
+            self._run.log_artifact(artifact)
+
+    def finish(self, exit_code: int) -> dict[str, str]:
+        """End the run, whatever became of it."""
+        if self._run is None:
+            return {"mode": "off", "where": "", "upload": ""}
+        run, self._run = self._run, None
+        folder = str(Path(run.dir).parent)
+        run.finish(exit_code=exit_code)
+        if run.offline:
+            return {"mode": "offline", "where": folder, "upload": f"wandb sync {folder}"}
+        return {"mode": "online", "where": run.url, "upload": ""}
+
+    def _chosen_mode(self) -> Literal["online", "offline", "disabled", "shared"]:
+        asked = os.environ.get("WANDB_MODE")
+        if asked in ("online", "offline", "disabled", "shared"):
+            return asked  # type: ignore[return-value]
+        if self._mode == "auto":
+            return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        return self._mode
+
+
+def progress(unit: str) -> Callback:
+    """A bar in a terminal, plain lines in a log."""
+    return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit)
+
+
+@final
+class ProgressLines(Callback):
+    """A line every few seconds: how much is done, how fast, how long it will take."""
+
+    def __init__(self, unit: str, every_seconds: float = 15) -> None:
+        """`unit` is what is counted, in the plural."""
+        self._unit, self._every = unit, every_seconds
+        self._start = self._last = 0.0
+        self._done = 0
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._begin()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._begin()
+
+    def on_predict_batch_end(  # noqa: PLR0913
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Sequence[Request],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._done += len(batch)
+        total = sum(len(requests) for requests in trainer.predict_dataloaders.dataset)
+        self._line(total, "")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._done = trainer.global_step
+        losses = [f"{k.removeprefix('train/')} {v:.3f}" for k, v in trainer.logged_metrics.items() if "train/" in k]
+        self._line(trainer.max_steps, ", ".join(loss for loss in losses if "rate" not in loss))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"  step {trainer.global_step}: {told}", file=sys.stderr, flush=True)
+
+    def _begin(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._done = 0
+
+    def _line(self, total: int, more: str) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every and self._done < total:
+            return
+        self._last = now
+        rate = self._done / max(1e-9, now - self._start)
+        left = (total - self._done) / max(1e-9, rate)
+        told = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
+        print(f"{told}{', ' + more if more else ''}", file=sys.stderr, flush=True)
