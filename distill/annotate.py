@@ -169,6 +169,7 @@ def _predict(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
         callbacks=[save, progress(unit)],
     )
     loader = DataLoader(batches, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]

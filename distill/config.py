@@ -10,6 +10,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -40,7 +41,7 @@ Work = Callable[[DictConfig], float | None]
 def command(name: str, work: Work) -> None:
     """Run `work` on the composed configuration `name`; tell a user's errors in one message, and exit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_SUPPRESS_SECONDARY_WARNINGS", "1")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     def job(config: DictConfig) -> float | None:
         with warnings.catch_warnings():

@@ -217,9 +217,8 @@ class Reading:
         """Forget the last `num_tokens` columns."""
         if num_tokens == 0:
             return
-        length = self._mask_BT.shape[1] - num_tokens
-        self._cache.crop(length)
-        self._mask_BT = self._mask_BT[:, :length]
+        self._cache.crop(-num_tokens)
+        self._mask_BT = self._mask_BT[:, :-num_tokens]
 
     def choice_logprobs(self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]) -> Float[Tensor, "B C"]:
         """Log-probability of each choice's tokens as what follows; `first_BV` are those of its first token."""

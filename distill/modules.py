@@ -109,6 +109,13 @@ class StudentModule(lightning.LightningModule):
         # are those of the whole step.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning refuses to clip for fused optimizers under autocast; without a gradient scaler it is plain.
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         values = {f"train/{name}": value for name, value in self._step_sums.items()}
         self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)

@@ -19,12 +19,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from distill.records import ConfigError
 
@@ -79,10 +79,10 @@ class Run:
     def settings(self) -> Mapping[str, str]:
         """Everything that two runs must share to be seeds of one arm, flat."""
         facts = {key: self.facts.get(key) for key in ("task", "teacher", "start", "steps", "batch_size")}
-        counts, cache = mapping(self.facts.get("counts")), mapping(self.facts.get("cache"))
+        counts = mapping(self.facts.get("counts"))
         facts |= {"labelled": counts.get("labelled"), "test": counts.get("test")}
-        facts |= {"cache": cache.get("fingerprint")}
-        parts = flatten({key: self.config[key] for key in SECTIONS if key in self.config})
+        facts |= {"cache": mapping(self.facts.get("cache")).get("fingerprint")}
+        parts = flatten({key: value for key, value in self.config.items() if key in SECTIONS})
         return flatten(facts) | {k: v for k, v in parts.items() if not re.search(r"(seed|_dir|_path)$", k)}
 
 
@@ -142,7 +142,7 @@ class Arm:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the accuracy: one seed's own; over seeds, test sampling and seeds together.
 
-        Half-width: root of h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
+        Half-width² = h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
         """
         mean, deviation = self.stat("accuracy")
         if deviation is None:
@@ -191,10 +191,9 @@ class Summary:
 def t_975(freedom: int) -> float:
     """The 0.975 quantile of Student's t (Cornish-Fisher beyond the table, good to 1e-3)."""
     z, v = 1.959964, freedom
-    if v <= len(T_975):
-        return T_975[v - 1]
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) + third
+    return T_975[v - 1] if v <= len(T_975) else z + (z**3 + z) / (4 * v) + second + third
 
 
 def number(value: object) -> float | None:
@@ -215,10 +214,8 @@ def flatten(tree: Json, prefix: str = "") -> dict[str, str]:
     """Nested mappings as one flat one with dotted keys and text for values."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+        text = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": text}
     return flat
 
 
@@ -269,10 +266,8 @@ def summarise(runs: Sequence[Run]) -> Summary:
     distilled = [arm for arm in trained if arm.kind == "distilled"]
     before = _references("before", "student before training", ("task", "start", "test"), done)
     teachers = _references("teacher", "teacher", ("task", "teacher", "test"), done)
-    if not baselines:
-        notes.insert(0, f"No baseline was run. To run it: {BASELINE_COMMAND}")
-    absent = Arm("baseline", "student on labels alone", {}, (), ())
-    arms = (*teachers, *before, *(baselines or [absent]), *distilled)
+    absent = [] if baselines else [Arm("baseline", "student on labels alone", {}, (), ())]
+    arms = (*teachers, *before, *baselines, *absent, *distilled)
     verdicts = tuple(_judge(arm, baselines, before) for arm in distilled)
     return Summary(tuple(runs), arms, verdicts, tuple(notes))
 
@@ -315,8 +310,7 @@ def _told_apart(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
             for key, value in arm.settings.items()
             if any(other.settings.get(key) != value for other in (arms if key in always else twins))
         ]
-        more = f" ({', '.join(differing[:5])})" if differing else ""
-        labelled.append(replace(arm, label=arm.label + more))
+        labelled.append(replace(arm, label=f"{arm.label} ({', '.join(differing[:5])})") if differing else arm)
     return labelled
 
 
@@ -333,7 +327,7 @@ def _judge(arm: Arm, baselines: Sequence[Arm], before: Sequence[Arm]) -> Verdict
         return _compare(arm, max(equal, key=lambda other: other.accuracy), len(equal), caveats)
     if not rivals:
         lead = f"{arm.label}: no baseline was run, so nothing can be said about whether distillation helped."
-        return Verdict("no baseline", None, lead, tuple(caveats))
+        return Verdict("no baseline", None, lead, (f"To run it: {BASELINE_COMMAND}", *caveats))
     keys, rival = min(zip(unlike, rivals, strict=True), key=lambda pair: len(pair[0]))
     terms = ", ".join(f"{key} {arm.settings[key][:16]} against {rival.settings[key][:16]}" for key in keys)
     lead = f"{arm.label}: not compared with labels alone, because the budgets differ ({terms})."
@@ -365,7 +359,7 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
         return "not run" if is_accuracy else "-"
     factor, unit = next((unit for unit in column.units if stat.mean >= unit[0]), column.units[-1])
     text = f"{stat.mean / factor:.{column.digits}f}"
-    if stat.deviation is not None and (is_accuracy or not is_narrow):
+    if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
     return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]" if is_accuracy else text
@@ -379,8 +373,8 @@ def samples(summary: Summary) -> tuple[Run | None, list[Json]]:
     for item in sorted(run.predictions if run else (), key=lambda item: str(item.get("id"))):
         agrees = item.get("student_answer") == item.get("teacher_answer")
         groups.setdefault((item.get("is_correct") is True, agrees), []).append(item)
-    turns = chain.from_iterable(zip_longest(*(group for _, group in sorted(groups.items()))))
-    return run, [item for item in turns if item is not None][:NUM_SAMPLES]
+    turns = zip_longest(*(group for _, group in sorted(groups.items())))
+    return run, [item for turn in turns for item in turn if item is not None][:NUM_SAMPLES]
 
 
 def to_text(summary: Summary) -> str:
@@ -390,8 +384,8 @@ def to_text(summary: Summary) -> str:
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     room = max(12, TEXT_WIDTH - sum(widths) - 2 * len(widths))
     table = []
-    for label, cells in zip([" ", *(visible(arm.label) for arm in summary.arms)], lines, strict=True):
-        first, *rest = textwrap.wrap(label, room, drop_whitespace=bool(label.strip()))
+    for label, cells in zip(["model", *(visible(arm.label) for arm in summary.arms)], lines, strict=True):
+        first, *rest = textwrap.wrap(label, room)
         numbers = "  ".join(text.rjust(width) for text, width in zip(cells, widths, strict=True))
         table += [f"{first:{room}}  {numbers}", *rest]
     said = [textwrap.fill(visible(text), TEXT_WIDTH) for text in _remarks(summary)]
@@ -422,17 +416,14 @@ def _remarks(summary: Summary) -> list[str]:
 
 def to_html(summary: Summary) -> str:
     """One page that needs no network; all text in it is escaped, made visible and cut to 500 characters."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.trim_blocks = pages.lstrip_blocks = True
+    pages.finalize = lambda value: visible(value) if type(value) is str else value
     run, items = samples(summary)
     names = {"cell": cell, "columns": COLUMNS, "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}
     plain = {"flatten": flatten, "mapping": mapping, "number": number, "math": math}
+    page = pages.get_template("report.html.j2")
     return page.render(summary=summary, sampled=run, samples=items, **names, **plain)
 
 
@@ -449,12 +440,11 @@ def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Summary
         raise ConfigError(*problems)
     summary = summarise(runs)
     for name, text in (("report.html", to_html(summary)), ("report.md", to_markdown(summary))):
-        path = Path(out_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{name}.{os.getpid()}")
+        part = Path(out_dir) / f".{name}.{os.getpid()}"
+        part.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+            os.replace(part, part.with_name(name))
         finally:
             part.unlink(missing_ok=True)
     return summary

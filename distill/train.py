@@ -212,6 +212,7 @@ def fit(
         accumulate_grad_batches=per_step,
         val_check_interval=config.validate_every * per_step,
         check_val_every_n_epoch=None,
+        enable_progress_bar=sys.stderr.isatty(),
         callbacks=[checkpoint, progress("steps")],
         logger=[CSVLogger(run_dir, name="", version=""), *tracking.loggers()],
     )
