@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
-from distill.cache.store import Store
+from distill.cache.store import Store, fingerprint_digest
 from distill.modules import TeacherModule
 from distill.prompts import Prompts, load_tokenizer
-from distill.records import Annotation, CheckedRationale, Example, Request, Span, Splits
+from distill.records import Annotation, CheckedRationale, Example, Reason, Request, Span, Splits
 from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress
@@ -32,6 +30,7 @@ from distill.tracking import progress
 class Source:
     """A task, its splits, and a teacher with its cache; nothing of the teacher is in memory yet."""
 
+    folder: Path
     task: Task
     splits: Splits
     prompts: Prompts
@@ -83,7 +82,7 @@ def open_source(config: DictConfig) -> Source:
     }
     store = Store(_cache_dir(config, root, fingerprint), fingerprint)
     return Source(
-        task, splits, prompts, codec, teacher, store, config.teacher.batch_size, config.teacher.num_rationales
+        folder, task, splits, prompts, codec, teacher, store, config.teacher.batch_size, config.teacher.num_rationales
     )
 
 
@@ -118,24 +117,24 @@ def fill(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> Filled:
 
 
 def check_rationales(
-    examples: Sequence[Example], filled: Filled, store: Store, task: Task
+    examples: Sequence[Example], requests: Mapping[tuple[str, Span], Request], store: Store
 ) -> list[CheckedRationale]:
     """Compare the answer each rationale led to with the gold one, or else with the teacher's direct answer."""
     found = []
     for example in examples:
-        request = filled.requests.get((example.id, "rationale"))
-        if request is None:
+        if (example.id, "rationale") not in requests:
             continue
-        annotation = store.read(request.key)
-        direct = filled.requests.get((example.id, "answer"))
-        known = example.answer or (store.read(direct.key).answer if direct else None)
-        reason = _reason(annotation, known)
-        by = "gold" if example.answer is not None else "teacher"
-        found.append(CheckedRationale(example.id, annotation, "gold" if by == "gold" else "teacher", reason))
+        annotation = store.read(requests[example.id, "rationale"].key)
+        if example.answer is not None:
+            reason = _reason(annotation, example.answer)
+            found.append(CheckedRationale(example.id, annotation, "gold", reason))
+        else:
+            direct = store.read(requests[example.id, "answer"].key)
+            found.append(CheckedRationale(example.id, annotation, "teacher", _reason(annotation, direct.answer)))
     return found
 
 
-def _reason(annotation: Annotation, known: str | None) -> Any:
+def _reason(annotation: Annotation, known: str | None) -> Reason | None:
     if not annotation.rationale:
         return "empty"
     if annotation.is_truncated:
@@ -159,9 +158,7 @@ def _requests(
     return requests, too_long
 
 
-def _predict(
-    module: TeacherModule, requests: Sequence[Request], batch_size: int, save: Callback, unit: str
-) -> None:
+def _predict(module: TeacherModule, requests: Sequence[Request], batch_size: int, save: Callback, unit: str) -> None:
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     trainer = lightning.Trainer(
         accelerator="auto",
@@ -170,10 +167,22 @@ def _predict(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
-        callbacks=[save, progress(unit)],
+        callbacks=[save, progress(unit, len(requests))],
     )
-    loader = DataLoader(batches, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+    loader: DataLoader[Sequence[Request]] = DataLoader(_Batches(batches), batch_size=None, collate_fn=_as_is)
     trainer.predict(module, loader, return_predictions=False)
+
+
+@final
+class _Batches(Dataset[Sequence[Request]]):
+    def __init__(self, batches: Sequence[Sequence[Request]]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Sequence[Request]:
+        return self._batches[index]
 
 
 def _as_is(requests: Sequence[Request]) -> Sequence[Request]:
@@ -205,8 +214,7 @@ def _milliseconds(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> f
 def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> Path:
     if config.cache.dir:
         return Path(config.cache.dir).resolve()
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-    return root / "cache" / f"{config.task.name}-{digest}"
+    return root / "cache" / f"{config.task.name}-{fingerprint_digest(fingerprint)}"
 
 
 def _say(text: str) -> None:
@@ -224,7 +232,7 @@ def main(config: DictConfig) -> float:
     if "rationale" in config.spans:
         wanted["rationale"] = splits.train[: source.num_rationales]
     filled = fill(source, wanted)
-    checked = check_rationales(splits.train, filled, source.store, source.task)
+    checked = check_rationales(splits.train, filled.requests, source.store)
     kept = sum(rationale.reason is None for rationale in checked)
     print(
         f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "

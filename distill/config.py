@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -33,7 +34,7 @@ from distill.records import ConfigError, DistillError
 _BESIDE, _INSIDE = Path(__file__).parent.parent / "conf", Path(__file__).parent / "conf"
 CONF = _BESIDE if (_BESIDE / "train.yaml").is_file() else _INSIDE
 _ALLOWED = ("distill.", "torch.", "lightning.", "transformers.", "peft.")
-_SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+_SECRET = re.compile(r"(^|[._])(key|token|secret|password|credential)s?$", re.IGNORECASE)
 _IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 Work = Callable[[DictConfig], float | None]
 
@@ -63,7 +64,7 @@ def _told(job: Work) -> Work:
             if isinstance(error, OSError) and error.errno not in _IO_ERRORS:
                 raise
             code = _tell(error)
-            if hydra.core.hydra_config.HydraConfig.get().mode == RunMode.MULTIRUN and code != 130:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and code != 130:
                 # The other jobs of a sweep go on; Hydra lists this one as failed.
                 raise RuntimeError(f"job failed with exit code {code}") from None
             sys.exit(code)
@@ -76,8 +77,11 @@ def _tell(error: BaseException) -> int:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, OSError):
-        print(f"\n{error.strerror}: {error.filename or 'a file'}. Nothing that was finished is lost: free space "
-              "or mend the permissions, then run the same command again.", file=sys.stderr)
+        print(
+            f"\n{error.strerror}: {error.filename or 'a file'}. Nothing that was finished is lost: free space "
+            "or mend the permissions, then run the same command again.",
+            file=sys.stderr,
+        )
         return 4
     print("\nInterrupted. What was annotated or trained until now is kept.", file=sys.stderr)
     return 130
@@ -95,12 +99,7 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
     if not problems:
         selected = [f"{group}={_written(option)}" for group, option in dict(groups).items()]
         known = _keys(_compose(name, selected))
-        for override in overrides:
-            key = override.key_or_group
-            if _SECRET.search(key.rpartition(".")[2]) and "token" not in _known_words(known):
-                problems.append(f"{key}: secrets are not given on the command line, which is logged; use the environment")
-            elif not _is_group(key) and not key.startswith("hydra.") and not override.is_add() and key not in known:
-                problems.append(f"{key} is no key of this configuration{_suggest(key, known)}")
+        problems += [problem for override in overrides for problem in _check_key(override, known)]
     if problems:
         raise ConfigError(*problems)
 
@@ -140,12 +139,12 @@ def redacted(value: Any, name: str = "") -> Any:
 
 def run_dir() -> Path:
     """The folder of this run."""
-    return Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def sweep_name() -> str | None:
     """The name of the sweep that this job belongs to, None for a single run."""
-    settings = hydra.core.hydra_config.HydraConfig.get()
+    settings = HydraConfig.get()
     return Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
 
 
@@ -195,8 +194,13 @@ def _keys(config: DictConfig) -> set[str]:
     return set(walk(OmegaConf.to_container(config, resolve=False), ""))
 
 
-def _known_words(known: set[str]) -> set[str]:
-    return {key.rpartition(".")[2] for key in known}
+def _check_key(override: Any, known: set[str]) -> list[str]:
+    key = override.key_or_group
+    if key in known or _is_group(key) or key.startswith("hydra."):
+        return []
+    if _SECRET.search(key):
+        return [f"{key}: a command line is logged, so it may hold no secret; use the environment"]
+    return [] if override.is_add() else [f"{key} is no key of this configuration{_suggest(key, known)}"]
 
 
 def _suggest(word: str, among: Any) -> str:

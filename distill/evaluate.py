@@ -6,21 +6,21 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from distill import config as configuration
-from distill import metrics, models
+from distill import models
+from distill.cache.store import Store
 from distill.data import AnswerMode
 from distill.losses.forward_kl import ForwardKL
-from distill.metrics import Prediction
+from distill.metrics import Prediction, score
 from distill.prompts import Prompts, load_tokenizer
-from distill.records import Annotation, AnswerError, Example
+from distill.records import Annotation, AnswerError, Example, Span, Target
 from distill.student import size_bytes
 from distill.tasks import Task
 
@@ -28,22 +28,19 @@ _BATCH = 32
 _LATENCY_EXAMPLES = 20
 
 
+@final
 class Evaluation:
     """One model on one task, in the way that it answers."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Prompts, task: Task, answer: AnswerMode) -> None:
+    def __init__(self, model: nn.Module, prompts: Prompts, task: Task, answer: AnswerMode, max_new_tokens: int) -> None:
         """The model answers directly, or after its reasoning."""
-        self._prompts, self._task, self._answer = prompts, task, answer
-        self._model = model
-        span = "answer" if answer == "direct" else "rationale"
-        self._span = span
-        self._reader = models.PrefixedReader(model, prompts.prefix(span), prompts.vocabulary_size)
+        self._model, self._prompts, self._task, self._answer = model, prompts, task, answer
+        self._span: Span = "answer" if answer == "direct" else "rationale"
         self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
+        self._max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
-    def predict(
-        self, examples: Sequence[Example], teacher: Mapping[str, Annotation], max_new_tokens: int
-    ) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
         """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one."""
         self._model.eval()
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].question))
@@ -51,137 +48,171 @@ class Evaluation:
         for start in range(0, len(order), _BATCH):
             indices = order[start : start + _BATCH]
             part = [examples[index] for index in indices]
-            found |= dict(zip(indices, self._predict(part, teacher, max_new_tokens), strict=True))
+            found |= dict(zip(indices, self._predict(part, [teacher.get(e.id) for e in part]), strict=True))
         return [found[index] for index in range(len(examples))]
 
     @torch.inference_mode()
-    def rationales(self, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+    def rationales(self, examples: Sequence[Example]) -> list[str]:
         """What the model writes when asked to reason."""
-        prefix = self._prompts.prefix("rationale")
-        reader = models.PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
-        reading = reader.read([self._prompts.question(example, "rationale") for example in examples])
-        written = reading.greedy(
-            reader.logprobs(reading.last_BH), max_new_tokens=max_new_tokens, stop=self._prompts.end
-        )
-        return [self._prompts.take_apart(ids).rationale or "" for ids in written]
+        if not examples:
+            return []
+        written = self._write(self._read(examples, "rationale"))
+        return [self._prompts.take_apart(ids).rationale for ids in written]
 
-    def milliseconds(self, examples: Sequence[Example], max_new_tokens: int) -> float:
+    def milliseconds(self, examples: Sequence[Example]) -> float:
         """Median time to answer one question alone."""
         times = []
         for example in examples[:_LATENCY_EXAMPLES]:
             start = time.perf_counter()
-            self.predict([example], {}, max_new_tokens)
+            self.predict([example], {})
             times.append(time.perf_counter() - start)
         return 1000 * sorted(times)[len(times) // 2]
 
-    def _predict(
-        self, examples: Sequence[Example], teacher: Mapping[str, Annotation], max_new_tokens: int
-    ) -> list[Prediction]:
-        reading = self._reader.read([self._prompts.question(e, self._span) for e in examples])
-        first_BV = self._reader.logprobs(reading.last_BH)
-        written = reading.greedy(first_BV, max_new_tokens=max_new_tokens, stop=self._prompts.end)
-        rationales: list[str | None] = [None] * len(examples)
+    def _predict(self, examples: Sequence[Example], teacher: Sequence[Annotation | None]) -> list[Prediction]:
+        reading = self._read(examples, self._span)
+        written = self._write(reading)
         texts = [self._prompts.text(ids) for ids in written]
+        rationales: list[str | None] = [None] * len(examples)
         if self._answer == "reasoned":
             replies = [self._prompts.take_apart(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
-            thought = [
-                (*self._prompts.question(e, "rationale"), *self._prompts.rationale_ids(r or ""), *self._prompts.bridge())
-                for e, r in zip(examples, rationales, strict=True)
-            ]
-            reading = self._reader.read(thought)
-            first_BV = self._reader.logprobs(reading.last_BH)
-        answers = [self._read(text) for text in texts]
-        probabilities: list[tuple[float, ...]] = [()] * len(examples)
-        best = list(answers)
-        if self._choices:
-            scores_BC = reading.choice_logprobs(first_BV, self._choices).softmax(-1)
-            probabilities = [tuple(row) for row in scores_BC.tolist()]
-            best = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
-        annotations = [teacher.get(example.id) for example in examples]
-        kls = self._divergences(reading, first_BV, annotations)
+            reading = self._read_reasoning(examples, [reply.rationale for reply in replies])
+        answers = [self._canonical(text) for text in texts]
+        best, probabilities = self._choose(reading, answers)
+        kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
         return [
             Prediction(
-                e.id, e.question, e.answer or "", best[k], answers[k], True, probabilities[k],
-                a.answer if a else None, kls[k], rationales[k],
+                example_id=example.id,
+                question=example.question,
+                gold=example.answer or "",
+                answer=best[k],
+                written_answer=answers[k],
+                is_written=True,
+                choice_probabilities=probabilities[k],
+                teacher_answer=annotation.answer if annotation else None,
+                kl=kls[k],
+                rationale=rationales[k],
             )
-            for k, (e, a) in enumerate(zip(examples, annotations, strict=True))
+            for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
 
-    def _divergences(
-        self, reading: models.Reading, first_BV: Float[Tensor, "B V"], annotations: Sequence[Annotation | None]
-    ) -> list[float | None]:
-        """KL to the teacher at its direct answer; a reasoned answer has another context, so none there."""
-        targets = [a.targets.get("answer") if a and self._answer == "direct" else None for a in annotations]
-        longest = max((len(t.token_ids) - 1 for t in targets if t), default=0)
-        if longest == 0:
+    def _read(self, examples: Sequence[Example], span: Span) -> models.Reading:
+        reader = models.PrefixedReader(self._model, self._prompts.prefix(span), self._prompts.vocabulary_size)
+        return reader.read([self._prompts.question(example, span) for example in examples])
+
+    def _read_reasoning(self, examples: Sequence[Example], rationales: Sequence[str]) -> models.Reading:
+        reader = models.PrefixedReader(self._model, self._prompts.prefix("rationale"), self._prompts.vocabulary_size)
+        return reader.read(
+            [
+                (*self._prompts.question(e, "rationale"), *self._prompts.rationale_ids(r), *self._prompts.bridge())
+                for e, r in zip(examples, rationales, strict=True)
+            ]
+        )
+
+    def _write(self, reading: models.Reading) -> list[list[int]]:
+        first_BV = reading.reader.logprobs(reading.last_BH)
+        return reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+
+    def _choose(
+        self, reading: models.Reading, answers: Sequence[str | None]
+    ) -> tuple[list[str | None], list[tuple[float, ...]]]:
+        """The most likely choices, where there are choices, else the answers as written."""
+        if not self._choices:
+            return list(answers), [()] * len(answers)
+        first_BV = reading.reader.logprobs(reading.last_BH)
+        scores_BC = reading.choice_logprobs(first_BV, self._choices).softmax(-1)
+        best: list[str | None] = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
+        return best, [tuple(row) for row in scores_BC.tolist()]
+
+    def _divergences(self, reading: models.Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
+        """KL to the teacher along its direct answer, the teacher's and the student's tokens being the same."""
+        targets = [annotation.targets.get("answer") if annotation else None for annotation in teacher]
+        ids = [target.token_ids[:-1] if target else () for target in targets]
+        longest = max(map(len, ids))
+        if longest == 0 or not any(target and target.soft for target in targets):
             return [None] * len(targets)
-        padded = [[*t.token_ids[:-1], *[0] * (longest - len(t.token_ids) + 1)] if t else [0] * longest for t in targets]
+        first_BV = reading.reader.logprobs(reading.last_BH)
+        padded = [[*row, *[0] * (longest - len(row))] for row in ids]
         hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
         found: list[float | None] = []
         for row, target in enumerate(targets):
-            if target is None or target.soft is None:
-                found.append(None)
-                continue
-            later_NV = self._reader.logprobs(hidden_BTH[row, : len(target.token_ids) - 1])
-            logprobs_NV = torch.cat([first_BV[row : row + 1], later_NV]).cpu()
-            kept_NK = logprobs_NV.gather(-1, torch.from_numpy(target.soft.ids_NK.astype("int64")))
-            rest_N1 = (1 - kept_NK.exp().sum(-1, keepdim=True)).clamp(min=1e-9).log()
-            t_NK = torch.from_numpy(target.soft.logprobs_NK)
-            tail_N1 = torch.from_numpy(target.soft.tail_N).unsqueeze(-1).log()
-            value_N, _ = ForwardKL()(torch.cat([kept_NK, rest_N1], -1), torch.cat([t_NK, tail_N1], -1))
-            found.append(float(value_N.mean()))
+            later_NV = reading.reader.logprobs(hidden_BTH[row, : len(ids[row])])
+            found.append(_divergence(torch.cat([first_BV[row : row + 1], later_NV]), target))
         return found
 
-    def _read(self, text: str) -> str | None:
+    def _canonical(self, text: str) -> str | None:
         try:
             return self._task.read_answer(text)
         except AnswerError:
             return None
 
 
-def teacher_predictions(
-    examples: Sequence[Example], annotations: Mapping[str, Annotation]
-) -> list[Prediction]:
-    """The teacher's answers as they stand in the cache."""
-    return [
+def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
+    """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
+    if target is None or target.soft is None:
+        return None
+    kept_NK = logprobs_NV.cpu().gather(-1, torch.from_numpy(target.soft.ids_NK.astype("int64")))
+    rest_N1 = (1 - kept_NK.exp().sum(-1, keepdim=True)).clamp(min=1e-9).log()
+    t_NK = torch.from_numpy(target.soft.logprobs_NK)
+    tail_N1 = torch.from_numpy(target.soft.tail_N).unsqueeze(-1).log()
+    value_N, _ = ForwardKL()(torch.cat([kept_NK, rest_N1], -1), torch.cat([t_NK, tail_N1], -1))
+    return float(value_N.mean())
+
+
+def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
+    """A table's row for a model, as far as its predictions and its parameters tell it."""
+    row = score(predictions, task.choices)
+    return row | {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": None}
+
+
+def teacher_row(
+    examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path
+) -> dict[str, Any]:
+    """The teacher's row, from its answers in the cache and from what annotating cost."""
+    predictions = [
         Prediction(
-            e.id, e.question, e.answer or "", a.answer, None, False,
-            tuple(torch.tensor(a.choice_logprobs).softmax(-1).tolist()) if a.choice_logprobs else (), None, None,
+            example_id=example.id,
+            question=example.question,
+            gold=example.answer or "",
+            answer=annotations[example.id].answer,
+            written_answer=None,
+            is_written=False,
+            choice_probabilities=_probabilities(annotations[example.id]),
+            teacher_answer=None,
+            kl=None,
         )
-        for e, a in ((e, annotations[e.id]) for e in examples if e.id in annotations)
+        for example in examples
+        if example.id in annotations
     ]
+    cost: dict[str, Any] = next((cost for cost in reversed(store.costs()) if cost["ms_per_example"]), {})
+    measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
+    return score(predictions, task.choices) | measured | {"size_bytes": size_bytes(folder), "training_seconds": None}
+
+
+def _probabilities(annotation: Annotation) -> tuple[float, ...]:
+    return tuple(torch.tensor(annotation.choice_logprobs).softmax(-1).tolist()) if annotation.choice_logprobs else ()
 
 
 def main(config: DictConfig) -> float:
-    """Evaluate one model folder, print and write its row."""
+    """Evaluate one model folder; print and write its row."""
     configuration.check(config)
-    root = Path(config.root).resolve()
-    folder = models.resolve(config.model, root)
+    folder = models.resolve(config.model, Path(config.root).resolve())
     task: Task = configuration.build(config.task.examples)
-    prompts = Prompts(
-        load_tokenizer(folder),
-        configuration.build(config.task.layout),
-        (),
-        max_length=config.prompt.max_length,
-        too_long=config.prompt.too_long,
-    )
+    layout, limits = configuration.build(config.task.layout), dict(config.prompt)
+    shots = list(task.shots())[: limits.pop("num_shots")]
+    prompts = Prompts(load_tokenizer(folder), layout, shots, **limits)
     model = models.load(folder, torch.float32).eval()
-    evaluation = Evaluation(model, prompts, task, config.task.answer)
+    evaluation = Evaluation(model, prompts, task, config.task.answer, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)
-    predictions = evaluation.predict(examples, {}, max_new_tokens=40)
-    row: dict[str, Any] = metrics.score(predictions, task.choices)
-    row |= {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "size_bytes": size_bytes(folder),
-        "ms_per_example": evaluation.milliseconds(examples, 40),
-    }
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(row, indent=1))
+    row = row_of(evaluation.predict(examples, {}), task, model)
+    row |= {"size_bytes": size_bytes(folder), "ms_per_example": evaluation.milliseconds(examples)}
+    out = configuration.run_dir() / "evaluation.json"
+    out.write_text(json.dumps(row, indent=1))
     low, high = row["interval"]
-    print(f"{folder}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} {config.split} examples")
-    print(f"row and reliability: {out / 'evaluation.json'}")
+    print(
+        f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"
+    )
+    print(f"as written {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nall figures  {out}")
     return float(row["accuracy"])
 
 

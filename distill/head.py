@@ -50,8 +50,12 @@ def head_loss(
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
         precise = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-        inputs = (hidden_NH.to(precise), weight_VH.to(precise), None if bias_V is None else bias_V.to(precise))
-        total, sums_L = _HeadLoss.apply(*inputs, tuple(terms))
+        inputs = (
+            hidden_NH.to(precise),
+            weight_VH.to(precise),
+            None if bias_V is None else bias_V.to(precise),
+        )
+        total, sums_L = _HeadLoss.apply(*inputs, tuple(terms))  # type: ignore[no-untyped-call]
     return total, sums_L
 
 
@@ -100,7 +104,11 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    logits_CV: Float[Tensor, "C V"], start: int, terms: Sequence[Term], sums_L: Float[Tensor, "L"], wanted: bool
+    logits_CV: Float[Tensor, "C V"],
+    start: int,
+    terms: Sequence[Term],
+    sums_L: Float[Tensor, "L"],
+    wanted: bool,
 ) -> Float[Tensor, "C V"] | None:
     """Add each term's sum for this chunk to `sums_L`; return d total / d logits if wanted."""
     slope_CV = None

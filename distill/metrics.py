@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,21 @@ class Prediction:
         """Probability of the answer among the choices."""
         return max(self.choice_probabilities) if self.choice_probabilities else None
 
+    def as_row(self) -> dict[str, Any]:
+        """The prediction as plain values, as a run folder keeps it."""
+        return {
+            "id": self.example_id,
+            "question": self.question,
+            "gold": self.gold,
+            "teacher_answer": self.teacher_answer,
+            "teacher_rationale": None,
+            "student_answer": self.answer,
+            "student_written_answer": self.written_answer,
+            "student_confidence": self.confidence,
+            "student_rationale": self.rationale,
+            "is_correct": self.is_correct,
+        }
+
 
 def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str, Any]:
     """Accuracy with its interval, agreement, KL, calibration; None where a thing was not measured."""
@@ -69,13 +84,6 @@ def wilson_interval(right: int, number: int, z: float = 1.959964) -> tuple[float
     middle = (share + z2 / (2 * number)) / (1 + z2 / number)
     half = z / (1 + z2 / number) * math.sqrt(share * (1 - share) / number + z2 / (4 * number * number))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def as_row(prediction: Prediction) -> dict[str, Any]:
-    """The prediction as plain values."""
-    fields = asdict(prediction) | {"is_correct": prediction.is_correct, "confidence": prediction.confidence}
-    fields["choice_probabilities"] = [round(p, 6) for p in prediction.choice_probabilities]
-    return fields
 
 
 def _ratio(total: float, number: int) -> float | None:

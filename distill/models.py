@@ -158,8 +158,8 @@ def _check_seam(model: Any) -> None:
 class PrefixedReader:
     """Reads many prompts behind one prefix; the prefix passes through the model once."""
 
-    def __init__(self, model: PreTrainedModel, prefix_ids: Sequence[int], vocabulary_size: int) -> None:
-        """Read the prefix. The first `vocabulary_size` rows of the head are the vocabulary, the rest padding."""
+    def __init__(self, model: Any, prefix_ids: Sequence[int], vocabulary_size: int) -> None:
+        """Read the prefix. `model` is one that `load` opened; head rows from `vocabulary_size` on are padding."""
         self.model = model
         self.vocabulary_size = vocabulary_size
         self.prefix_ids = tuple(prefix_ids)
@@ -169,6 +169,7 @@ class PrefixedReader:
             with torch.inference_mode():
                 self._prefix_cache = model(ids_BT, use_cache=True, logits_to_keep=1).past_key_values
 
+    @torch.inference_mode()
     def logprobs(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         """Log of the full softmax over the vocabulary, in float32."""
         head: nn.Module = self.model.get_output_embeddings()
@@ -191,9 +192,7 @@ class PrefixedReader:
         # On the left, so that every prompt ends in the same column and what follows needs no padding inside.
         longest = max(len(prompt) for prompt in prompts)
         ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [
-            [1] * len(self.prefix_ids) + [0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts
-        ]
+        mask = [[1] * len(self.prefix_ids) + [0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 

@@ -110,7 +110,10 @@ class StudentModule(lightning.LightningModule):
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip for fused optimizers under autocast; without a gradient scaler it is plain.
         if gradient_clip_val:

@@ -39,7 +39,7 @@ class Layout:
 class Reply:
     """A generated text taken apart: reasoning and answer as they stand, unread and unchecked."""
 
-    rationale: str | None
+    rationale: str
     answer: str
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
+Reason = Literal["disagrees", "unreadable", "truncated", "empty"]
 
 
 class DistillError(Exception):
@@ -90,9 +91,7 @@ class Splits:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def disjoint(
-        cls, train: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]
-    ) -> Splits:
+    def disjoint(cls, train: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]) -> Splits:
         """Drop from train, then from validation, what a later split holds; count what was dropped."""
         dropped: dict[str, int] = {}
         seen: set[str] = set()
@@ -215,7 +214,7 @@ class CheckedRationale:
     example_id: str
     annotation: Annotation
     compared_with: Literal["gold", "teacher"]
-    reason: Literal["disagrees", "unreadable", "truncated", "empty"] | None
+    reason: Reason | None
 
 
 @dataclass(frozen=True)

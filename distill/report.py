@@ -25,7 +25,9 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 import yaml
+from omegaconf import DictConfig
 
+from distill import config as configuration
 from distill.records import ConfigError
 
 BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
@@ -444,7 +446,30 @@ def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Summary
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, part.with_name(name))
+            part.replace(part.with_name(name))
         finally:
             part.unlink(missing_ok=True)
     return summary
+
+
+def find_runs(folders: Sequence[str]) -> list[Path]:
+    """Folders of runs among and directly below `folders`, in order of name."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        below = sorted(
+            (path.parent for path in folder.glob("*/run.json")), key=lambda path: (len(path.name), path.name)
+        )
+        found += [folder] if (folder / "run.json").is_file() or not below else below
+    return found
+
+
+def main(config: DictConfig) -> None:
+    """Report on run folders, print the table and say where the page is."""
+    configuration.check(config)
+    named = [config.runs] if isinstance(config.runs, str) else list(config.runs)
+    out = Path(config.out or named[0]).resolve()
+    print(f"{to_text(write_report(find_runs(named), out))}\n\nreport  {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    configuration.command("report", main)

@@ -50,7 +50,7 @@ def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
     for position, layer in enumerate(kept):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position
+                module.layer_idx = position  # type: ignore[assignment]
     setattr(body, owner, kept)
     model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):

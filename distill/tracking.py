@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
 import lightning
+import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from distill import __version__
 from distill.records import ConfigError, Request
+
+_HERE = Path(__file__).parent.parent
 
 
 class Tracking(Protocol):
@@ -122,8 +130,8 @@ class WandbTracking:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of plain values."""
         if rows:
-            columns = list(rows[0])
-            data = [[row[column] for column in columns] for row in rows]
+            columns: list[str | int] = [*rows[0]]
+            data = [[row[str(column)] for column in columns] for row in rows]
             self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -156,18 +164,18 @@ class WandbTracking:
         return self._mode
 
 
-def progress(unit: str) -> Callback:
+def progress(unit: str, total: int) -> Callback:
     """A bar in a terminal, plain lines in a log."""
-    return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit)
+    return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit, total)
 
 
 @final
 class ProgressLines(Callback):
     """A line every few seconds: how much is done, how fast, how long it will take."""
 
-    def __init__(self, unit: str, every_seconds: float = 15) -> None:
+    def __init__(self, unit: str, total: int, every_seconds: float = 15) -> None:
         """`unit` is what is counted, in the plural."""
-        self._unit, self._every = unit, every_seconds
+        self._unit, self._total, self._every = unit, total, every_seconds
         self._start = self._last = 0.0
         self._done = 0
 
@@ -177,7 +185,7 @@ class ProgressLines(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._begin()
 
-    def on_predict_batch_end(  # noqa: PLR0913
+    def on_predict_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
@@ -187,15 +195,19 @@ class ProgressLines(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._done += len(batch)
-        total = sum(len(requests) for requests in trainer.predict_dataloaders.dataset)
-        self._line(total, "")
+        self._line(self._total, "")
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._done = trainer.global_step
         losses = [f"{k.removeprefix('train/')} {v:.3f}" for k, v in trainer.logged_metrics.items() if "train/" in k]
-        self._line(trainer.max_steps, ", ".join(loss for loss in losses if "rate" not in loss))
+        self._line(self._total, ", ".join(loss for loss in losses if "rate" not in loss))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -215,3 +227,24 @@ class ProgressLines(Callback):
         left = (total - self._done) / max(1e-9, rate)
         told = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
         print(f"{told}{', ' + more if more else ''}", file=sys.stderr, flush=True)
+
+
+def provenance() -> dict[str, Any]:
+    """What produces a run: command, time, versions, commit, machine."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "is_dirty": bool(_git("status", "--porcelain")),
+        "packages": {name: version(name) for name in ("torch", "lightning", "transformers", "wandb")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    if not (_HERE / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -3,189 +3,179 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
+from torch import nn
 
-from distill import __version__, metrics, models
 from distill import config as configuration
+from distill import models
 from distill.annotate import Filled, Source, check_rationales, fill, open_source, without_answers
 from distill.data import DistillData, Join, Lesson
-from distill.evaluate import Evaluation, teacher_predictions
+from distill.evaluate import Evaluation, row_of, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
 from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
-from distill.records import SPANS, CheckedRationale, ConfigError, Example, Span
+from distill.records import Annotation, CheckedRationale, ConfigError, Example, Span
 from distill.report import to_text, write_report
 from distill.student import open_student, save_student, size_bytes, weights_hash
-from distill.tracking import Tracking, progress
+from distill.tracking import Tracking, progress, provenance
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration names, built and found to work together; nothing heavy is in memory."""
+
+    config: DictConfig
+    run_dir: Path
+    source: Source
+    objectives: Mapping[str, Objective]
+    student_folder: Path
+    prompts: Prompts
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """What a student is taught, and what was left out of it."""
 
-    prompts: Prompts
+    filled: Filled
     train: Sequence[Lesson]
     validation: Sequence[Lesson]
     rationales: Sequence[CheckedRationale]
-    skipped: Mapping[str, str]
+    too_long: Mapping[str, str]
 
 
 def main(config: DictConfig) -> float:
-    """Run the main job; return the student's accuracy on validation's successor, the test split."""
+    """Run the main job; return the student's accuracy on the test split."""
     configuration.check(config)
     run_dir = configuration.run_dir()
     plain = configuration.save(config, run_dir / "config.yaml")
-    objectives: dict[str, Objective] = {n: configuration.build(node) for n, node in config.loss.items()}
-    source = open_source(config)
-    check_parts(config, source, objectives)
+    job = prepare(config, run_dir)
+    name = f"{'+'.join(job.objectives)}-seed{config.seed}"
+    run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **_settings(config), **provenance()}
     tracking: Tracking = configuration.build(config.tracking)
-    name = f"{'+'.join(objectives)}-seed{config.seed}"
     exit_code = 1
-    tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
-    run: dict[str, Any] = {"name": name, "losses": list(objectives), "seed": config.seed} | provenance(config)
     try:
-        filled, curriculum = teach(config, source, objectives)
-        results = learn(config, source, filled, curriculum, objectives, tracking, run, run_dir)
+        tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
+        results = distill(job, tracking.loggers(), run)
+        _track(tracking, results, run, job)
         exit_code = 0
     finally:
         run["tracking"] = tracking.finish(exit_code)
         (run_dir / "run.json").write_text(json.dumps(run, indent=1))
-    summary = write_report([run_dir], run_dir)
-    print(f"\n{to_text(summary)}\n\nrun folder  {run_dir}\nreport      {run_dir / 'report.html'}")
-    print(f"student     {run_dir / 'student'}\ntracking    {run['tracking']['upload'] or run['tracking']['where']}")
-    return float(results["student"]["accuracy"])
+    print(f"\n{to_text(write_report([run_dir], run_dir))}\n")
+    print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
+    print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
+    return float(results["rows"]["student"]["accuracy"])
 
 
-def check_parts(config: DictConfig, source: Source, objectives: Mapping[str, Objective]) -> None:
-    """Refuse parts that cannot work together, before anything heavy is loaded."""
+def prepare(config: DictConfig, run_dir: Path) -> Job:
+    """Build the parts and refuse those that cannot work together, before anything heavy is loaded."""
+    objectives: dict[str, Objective] = {name: configuration.build(node) for name, node in config.loss.items()}
+    source = open_source(config)
+    check_parts(objectives, source, config.task.answer)
+    folder = models.resolve(config.student.model, Path(config.root).resolve())
+    tokenizer = load_tokenizer(folder)
+    if any(objective.source == "soft" for objective in objectives.values()):
+        check_shared_vocabulary(source.prompts.tokenizer, tokenizer)
+    layout, limits = source.prompts.layout, {"max_length": config.prompt.max_length, "too_long": config.prompt.too_long}
+    return Job(config, run_dir, source, objectives, folder, Prompts(tokenizer, layout, (), **limits))
+
+
+def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
+    """Raise ConfigError with every reason why these losses cannot be had from this teacher and cache."""
     problems = []
     for name, objective in objectives.items():
-        if objective.source == "soft" and not source.teacher.gives_soft_targets:
-            problems.append(f"loss.{name} needs soft targets, and this teacher gives none")
         if objective.source == "soft":
+            if not source.teacher.gives_soft_targets:
+                problems.append(f"loss.{name} needs soft targets, and this teacher gives none")
             try:
                 source.codec.check_temperature(objective.temperature)
             except ConfigError as error:
                 problems.append(f"loss.{name}: {error}")
     if not objectives:
         problems.append("loss is empty: name at least one, for example loss=[answer,kl]")
-    if config.task.answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
+    if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
         problems.append("task.answer=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
     if problems:
         raise ConfigError(*problems)
 
 
-def teach(config: DictConfig, source: Source, objectives: Mapping[str, Objective]) -> tuple[Filled, Curriculum]:
-    """Fill the cache for what the losses read, and join it with the examples."""
-    splits = source.splits
-    spans = {o.span for o in objectives.values()} | {"answer"}
+def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
+    """Annotate, train, evaluate; write the student and all figures to the run folder, and return these."""
+    curriculum = teach(job)
+    lightning.seed_everything(job.config.seed, workers=True, verbose=False)
+    settings = job.config.student
+    student = open_student(
+        job.student_folder,
+        keep_layers=settings.keep_layers,
+        freeze=list(settings.freeze),
+        from_scratch=settings.from_scratch,
+    )
+    run |= {"start": weights_hash(student), "cache": _cache_card(job, curriculum), "counts": _counts(job, curriculum)}
+    _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
+    test = job.source.splits.test
+    teacher = _annotations(job, curriculum, test, "answer")
+    evaluation = Evaluation(student, job.prompts, job.source.task, job.config.task.answer, job.config.max_new_tokens)
+    rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
+    if job.config.evaluate_before:
+        _say(f"evaluating the student before training on {len(test)} test examples ...")
+        rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
+    seconds = fit(job, curriculum, student, loggers)
+    save_student(student, job.prompts.tokenizer, job.run_dir / "student")
+    _say(f"evaluating the student on {len(test)} test examples ...")
+    start = time.monotonic()
+    predictions = evaluation.predict(test, teacher)
+    rows["student"] = row_of(predictions, job.source.task, student) | {"training_seconds": seconds}
+    shape = {"size_bytes": size_bytes(job.run_dir / "student"), "ms_per_example": evaluation.milliseconds(test)}
+    rows |= {name: rows[name] | shape for name in ("before", "student") if name in rows}
+    told = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
+    run["seconds"] = {"annotate": curriculum.filled.seconds, "train": seconds, "evaluate": time.monotonic() - start}
+    _write_lines(job.run_dir / "predictions.jsonl", told)
+    (job.run_dir / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
+    return {"rows": rows, "predictions": told}
+
+
+def teach(job: Job) -> Curriculum:
+    """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
+    source, splits = job.source, job.source.splits
     wanted: dict[Span, Sequence[Example]] = {
         "answer": [*splits.train, *splits.validation, *without_answers(splits.test)]
     }
-    if "rationale" in spans:
+    if any(objective.span == "rationale" for objective in job.objectives.values()):
         unexplained = [e for e in splits.train[: source.num_rationales] if e.rationale is None]
-        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: config.num_samples])]
+        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
     filled = fill(source, wanted)
-    checked = check_rationales(splits.train, filled, source.store, source.task)
-    folder = models.resolve(config.student.model, Path(config.root).resolve())
-    tokenizer = load_tokenizer(folder)
-    if any(o.source == "soft" for o in objectives.values()):
-        check_shared_vocabulary(source.prompts.tokenizer, tokenizer)
-    prompts = Prompts(
-        tokenizer, source.prompts.layout, (), max_length=config.prompt.max_length, too_long=config.prompt.too_long
-    )
+    checked = check_rationales(splits.train, filled.requests, source.store)
     join = Join(
-        prompts=prompts,
+        prompts=job.prompts,
         store=source.store,
         requests=filled.requests,
-        rationales={c.example_id: c for c in checked if c.reason is None},
-        answer=config.task.answer,
-        needed=frozenset((o.span, o.source) for o in objectives.values()),
+        rationales={rationale.example_id: rationale for rationale in checked if rationale.reason is None},
+        answer=job.config.task.answer,
+        needed=frozenset((objective.span, objective.source) for objective in job.objectives.values()),
     )
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
-        raise ConfigError(f"no train example has anything that the losses {sorted(objectives)} read")
-    return filled, Curriculum(prompts, train, validation, checked, {**filled.too_long, **join.skipped})
+        raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
+    return Curriculum(filled, train, validation, checked, {**filled.too_long, **join.skipped})
 
 
-def learn(
-    config: DictConfig,
-    source: Source,
-    filled: Filled,
-    curriculum: Curriculum,
-    objectives: Mapping[str, Objective],
-    tracking: Tracking,
-    run: dict[str, Any],
-    run_dir: Path,
-) -> dict[str, Any]:
-    """Train, save and evaluate the student; fill in `run`, write results and predictions."""
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
-    folder = models.resolve(config.student.model, Path(config.root).resolve())
-    student = open_student(
-        folder,
-        keep_layers=config.student.keep_layers,
-        freeze=list(config.student.freeze),
-        from_scratch=config.student.from_scratch,
-    )
-    run["start"] = weights_hash(student)
-    run["cache"] = _cache_card(source, filled)
-    run["counts"] = _counts(source, curriculum)
-    _write_lines(run_dir / "rejected.jsonl", _rejected(curriculum))
-    test, teacher = source.splits.test, _test_annotations(source, filled)
-    evaluation = Evaluation(student, curriculum.prompts, source.task, config.task.answer)
-    limit = config.teacher.kind.max_new_tokens
-    started = time.monotonic()
-    rows = {"teacher": _teacher_row(source, test, teacher, folder)}
-    if config.evaluate_before:
-        _say(f"evaluating the student before training on {len(test)} test examples ...")
-        rows["before"] = _row(evaluation.predict(test, teacher, limit), source, student, None)
-    evaluating = time.monotonic() - started
-    training = fit(config, curriculum, objectives, source, student, tracking, run_dir)
-    save_student(student, curriculum.prompts.tokenizer, run_dir / "student")
-    _say(f"evaluating the student on {len(test)} test examples ...")
-    started = time.monotonic()
-    predictions = evaluation.predict(test, teacher, limit)
-    rows["student"] = _row(predictions, source, student, training)
-    rows["student"]["ms_per_example"] = evaluation.milliseconds(test, limit)
-    size = size_bytes(run_dir / "student")
-    for name in ("before", "student"):
-        if name in rows:
-            rows[name] |= {"size_bytes": size, "ms_per_example": rows["student"]["ms_per_example"]}
-    samples = _samples(config, source, filled, evaluation, limit)
-    run["seconds"] = {"annotate": filled.seconds, "train": training, "evaluate": evaluating + time.monotonic() - started}
-    told = [_prediction_row(prediction, samples) for prediction in predictions]
-    _write_lines(run_dir / "predictions.jsonl", told)
-    (run_dir / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
-    _track(tracking, rows, told, run, run_dir, source)
-    return rows
-
-
-def fit(
-    config: DictConfig,
-    curriculum: Curriculum,
-    objectives: Mapping[str, Objective],
-    source: Source,
-    student: Any,
-    tracking: Tracking,
-    run_dir: Path,
-) -> float:
+def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> float:
     """Train the student in place; return the seconds it took."""
+    config = job.config
     data = DistillData(
         train=curriculum.train,
         validation=curriculum.validation,
@@ -193,19 +183,18 @@ def fit(
         microbatch_size=config.microbatch_size,
         num_steps=config.trainer.max_steps,
         seed=config.seed,
-        padding_id=curriculum.prompts.end,
+        padding_id=job.prompts.end,
     )
     module = StudentModule(
         student,
-        objectives=objectives,
-        vocabulary_size=curriculum.prompts.vocabulary_size,
-        retemper=source.codec.at_temperature,
+        objectives=job.objectives,
+        vocabulary_size=job.prompts.vocabulary_size,
+        retemper=job.source.codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
     )
-    devices = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
-    per_step = data.num_microbatches(devices)
-    checkpoint = ModelCheckpoint(run_dir / "checkpoints", save_last=True, save_top_k=0, save_on_exception=True)
+    per_step = data.num_microbatches(config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
+    checkpoint = ModelCheckpoint(job.run_dir / "checkpoints", save_last=True, save_top_k=0, save_on_exception=True)
     trainer: lightning.Trainer = configuration.build(
         config.trainer,
         precision=_precision(config.trainer.precision),
@@ -213,8 +202,8 @@ def fit(
         val_check_interval=config.validate_every * per_step,
         check_val_every_n_epoch=None,
         enable_progress_bar=sys.stderr.isatty(),
-        callbacks=[checkpoint, progress("steps")],
-        logger=[CSVLogger(run_dir, name="", version=""), *tracking.loggers()],
+        callbacks=[checkpoint, progress("steps", config.trainer.max_steps)],
+        logger=[CSVLogger(job.run_dir, name="", version=""), *loggers],
     )
     _say(f"training on {len(curriculum.train)} examples, {config.trainer.max_steps} steps of {config.batch_size}")
     student.train()
@@ -223,140 +212,83 @@ def fit(
     return time.monotonic() - start
 
 
-def provenance(config: DictConfig) -> dict[str, Any]:
-    """What produced a run: command, versions, commit, machine."""
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": config.trainer.max_steps,
-        "batch_size": config.batch_size,
-        "version": __version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "is_dirty": bool(_git("status", "--porcelain")),
-        "packages": {name: version(name) for name in ("torch", "lightning", "transformers", "wandb")},
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
-        "task": config.task.name,
-        "teacher": config.teacher.model,
-        "student": config.student.model,
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def _precision(asked: str) -> Any:
     if asked != "auto":
         return asked
     return "bf16-mixed" if models.native_dtype() == torch.bfloat16 else "32-true"
 
 
-def _cache_card(source: Source, filled: Filled) -> dict[str, Any]:
+def _settings(config: DictConfig) -> Json:
     return {
-        "dir": str(source.store.folder),
-        "fingerprint": source.store.folder.name.rpartition("-")[2],
-        "num_records": len(source.store),
-        "num_reused": filled.num_reused,
-        "num_annotated": filled.num_annotated,
-        "annotation_seconds": sum(cost["seconds"] for cost in source.store.costs()),
+        "steps": config.trainer.max_steps,
+        "batch_size": config.batch_size,
+        "task": config.task.name,
+        "teacher": config.teacher.model,
+        "student": config.student.model,
     }
 
 
-def _counts(source: Source, curriculum: Curriculum) -> dict[str, Any]:
-    reasons = Counter(c.reason for c in curriculum.rationales if c.reason)
+def _cache_card(job: Job, curriculum: Curriculum) -> Json:
+    store = job.source.store
     return {
-        "train": len(source.splits.train),
-        "labelled": sum(example.answer is not None for example in source.splits.train),
+        "dir": str(store.folder),
+        "fingerprint": store.digest,
+        "num_records": len(store),
+        "num_reused": curriculum.filled.num_reused,
+        "num_annotated": curriculum.filled.num_annotated,
+        "annotation_seconds": sum(cost["seconds"] for cost in store.costs()),
+    }
+
+
+def _counts(job: Job, curriculum: Curriculum) -> Json:
+    splits = job.source.splits
+    return {
+        "train": len(splits.train),
+        "labelled": sum(example.answer is not None for example in splits.train),
         "lessons": len(curriculum.train),
-        "validation": len(source.splits.validation),
-        "test": len(source.splits.test),
-        "dropped": dict(source.splits.dropped),
-        "too_long": len(curriculum.skipped),
+        "validation": len(splits.validation),
+        "test": len(splits.test),
+        "dropped": dict(splits.dropped),
+        "too_long": len(curriculum.too_long),
         "rationales_kept": sum(c.reason is None for c in curriculum.rationales),
-        "rationales_rejected": dict(reasons),
+        "rationales_rejected": dict(Counter(c.reason for c in curriculum.rationales if c.reason)),
     }
 
 
-def _rejected(curriculum: Curriculum) -> list[dict[str, Any]]:
-    rows = [
-        {"id": c.example_id, "reason": c.reason, "text": c.annotation.rationale}
-        for c in curriculum.rationales
-        if c.reason
-    ]
-    return rows + [{"id": i, "reason": "too long", "text": why} for i, why in curriculum.skipped.items()]
+def _rejected(curriculum: Curriculum) -> list[Json]:
+    bad = [c for c in curriculum.rationales if c.reason]
+    rows = [{"id": c.example_id, "reason": c.reason, "text": c.annotation.rationale} for c in bad]
+    return rows + [{"id": i, "reason": "too long", "text": why} for i, why in curriculum.too_long.items()]
 
 
-def _test_annotations(source: Source, filled: Filled) -> dict[str, Any]:
-    keys = {e.id: filled.requests.get((e.id, "answer")) for e in source.splits.test}
-    return {example_id: source.store.read(request.key) for example_id, request in keys.items() if request}
+def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
+    requests = {example.id: curriculum.filled.requests.get((example.id, span)) for example in examples}
+    return {example_id: job.source.store.read(request.key) for example_id, request in requests.items() if request}
 
 
-def _teacher_row(source: Source, test: Sequence[Example], teacher: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    cost = next((c for c in reversed(source.store.costs()) if c.get("ms_per_example")), {})
-    return metrics.score(teacher_predictions(test, teacher), source.task.choices) | {
-        "parameters": cost.get("parameters"),
-        "size_bytes": size_bytes(folder),
-        "ms_per_example": cost.get("ms_per_example"),
-        "training_seconds": None,
+def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: Evaluation) -> list[Json]:
+    """Add the teacher's and the student's reasoning to the first rows."""
+    chosen = job.source.splits.test[: job.config.num_samples]
+    theirs = _annotations(job, curriculum, chosen, "rationale")
+    for row, example, text in zip(rows, chosen, evaluation.rationales(chosen), strict=False):
+        row["student_rationale"] = row["student_rationale"] or text
+        row["teacher_rationale"] = theirs[example.id].rationale if example.id in theirs else None
+    return rows
+
+
+def _track(tracking: Tracking, results: Json, run: Json, job: Job) -> None:
+    rows = {
+        name: {key: value for key, value in row.items() if not isinstance(value, list)}
+        for name, row in results["rows"].items()
     }
-
-
-def _row(predictions: Sequence[metrics.Prediction], source: Source, student: Any, seconds: float | None) -> dict[str, Any]:
-    return metrics.score(predictions, source.task.choices) | {
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "training_seconds": seconds,
-    }
-
-
-def _samples(
-    config: DictConfig, source: Source, filled: Filled, evaluation: Evaluation, limit: int
-) -> dict[str, tuple[str, str | None]]:
-    """Student's and teacher's rationale for some test examples, by id."""
-    chosen = source.splits.test[: config.num_samples]
-    if not chosen:
-        return {}
-    requests = {e.id: filled.requests.get((e.id, "rationale")) for e in chosen}
-    theirs = {i: source.store.read(request.key).rationale for i, request in requests.items() if request}
-    mine = evaluation.rationales(chosen, limit)
-    return {e.id: (text, theirs.get(e.id)) for e, text in zip(chosen, mine, strict=True)}
-
-
-def _prediction_row(prediction: metrics.Prediction, samples: Mapping[str, tuple[str, str | None]]) -> dict[str, Any]:
-    student, teacher = samples.get(prediction.example_id, (prediction.rationale, None))
-    return {
-        "id": prediction.example_id,
-        "question": prediction.question,
-        "gold": prediction.gold,
-        "teacher_answer": prediction.teacher_answer,
-        "teacher_rationale": teacher,
-        "student_answer": prediction.answer,
-        "student_written_answer": prediction.written_answer,
-        "student_confidence": prediction.confidence,
-        "student_rationale": student,
-        "is_correct": prediction.is_correct,
-    }
-
-
-def _track(
-    tracking: Tracking,
-    rows: Mapping[str, Mapping[str, Any]],
-    predictions: Sequence[Mapping[str, Any]],
-    run: Mapping[str, Any],
-    run_dir: Path,
-    source: Source,
-) -> None:
-    plain = {n: {k: v for k, v in row.items() if k not in ("reliability", "interval")} for n, row in rows.items()}
-    tracking.summary({f"test/{k}": v for k, v in plain["student"].items() if v is not None})
-    tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in plain.items() if name != "student"})
-    tracking.table("comparison", [{"model": name, **row} for name, row in plain.items()])
-    tracking.table("predictions", predictions[:20])
-    cache = {"fingerprint": run["cache"]["fingerprint"], "num_records": run["cache"]["num_records"]}
-    tracking.artifact(f"cache-{source.store.folder.name}", "cache", source.store.folder, cache)
-    tracking.artifact(f"student-{run_dir.name}", "model", run_dir / "student", {"cache": cache, "start": run["start"]})
+    tracking.summary({f"test/{key}": value for key, value in rows["student"].items() if value is not None})
+    tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in rows.items() if name != "student"})
+    tracking.table("comparison", [{"model": name, **row} for name, row in rows.items()])
+    tracking.table("predictions", results["predictions"][: job.config.num_samples])
+    cache = job.source.store.folder
+    tracking.artifact(f"cache-{cache.name}", "cache", cache, run["cache"])
+    lineage = {"cache": run["cache"]["fingerprint"], "start": run["start"]}
+    tracking.artifact(f"student-{run['name']}", "model", job.run_dir / "student", lineage)
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -16,6 +16,7 @@ holds the lock; another waits, and then finds the work done.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,11 @@ class Store:
         self._arrays: dict[str, Any] = {}
         self._shards: list[str] = []
         self._reload()
+
+    @property
+    def digest(self) -> str:
+        """The fingerprint in twelve hexadecimal digits."""
+        return fingerprint_digest(self.fingerprint)
 
     def __len__(self) -> int:
         """Number of records."""
@@ -144,7 +150,8 @@ class Store:
         differences = difference(lines[0]["fingerprint"], self.fingerprint)
         if differences:
             raise CacheError(
-                f"{self.folder} was made in another way than is asked for now:\n" + "\n".join(differences)
+                f"{self.folder} was made in another way than is asked for now:\n"
+                + "\n".join(differences)
                 + "\nName another folder (cache_dir=…), leave cache_dir out, or restore the old settings."
             )
         for line in lines[1 + len(self._shards) :]:
@@ -206,6 +213,11 @@ class Writer:
     def _write(self, number: int) -> None:
         self._store.write_shard(self._waiting[:number])
         del self._waiting[:number]
+
+
+def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name a fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def difference(theirs: Any, ours: Any, path: str = "") -> list[str]:

@@ -14,9 +14,7 @@ from typing import final
 from distill.fetch import from_pypi
 from distill.records import AnswerError, ConfigError, Example, Splits
 
-_MEMBER = (
-    "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-)
+_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 @final

@@ -69,8 +69,9 @@ class CausalLMTeacher:
 
     def load(self) -> nn.Module:
         """Open the weights, frozen and in eval mode."""
-        self._model = models.load(self._folder, self._dtype).eval().requires_grad_(False)
-        return self._model
+        model: nn.Module = models.load(self._folder, self._dtype).eval().requires_grad_(False)
+        self._model: Any = model
+        return model
 
     def close(self) -> None:
         """Let go of the weights and of everything computed with them."""

@@ -1,0 +1,249 @@
+"""Tiny real models, tokenizers, tasks and configurations. Nothing is downloaded and nothing is mocked."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# OmegaConf's DictConfig is a typing.MutableMapping, which beartype calls outdated wherever it stands.
+_OUTDATED_HINT = "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
+
+from distill.annotate import Source, open_source  # noqa: E402
+from distill import config as configuration  # noqa: E402
+from distill.cache.dense import Dense  # noqa: E402
+from distill.cache.topk import TopK  # noqa: E402
+from distill.config import CONF  # noqa: E402
+from distill.data import Lesson, TrainingSequence  # noqa: E402
+from distill.losses import Objective  # noqa: E402
+from distill.modules import StudentModule  # noqa: E402
+from distill.prompts import Layout, Prompts, load_tokenizer  # noqa: E402
+from distill.records import Annotation, Example, Request, SoftTargets  # noqa: E402
+from distill.tasks.arithmetic import Arithmetic  # noqa: E402
+
+LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
+PADDED_ROWS = 32
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", _OUTDATED_HINT)
+
+
+def compose(*overrides: str, name: str = "train") -> DictConfig:
+    """The configuration that a command line with these overrides gives."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def conf_names(group: str) -> list[str]:
+    """Every option of a configuration group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def divergences(*sources: str) -> dict[str, Any]:
+    """Every divergence that a file in conf/loss/ names for one of these sources, built."""
+    found = {}
+    for name in conf_names("loss"):
+        objective = yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text())[name]
+        module, _, attribute = objective["divergence"]["_target_"].rpartition(".")
+        if objective["source"] in sources:
+            arguments = {key: value for key, value in objective["divergence"].items() if key[0] != "_"}
+            found[attribute] = getattr(importlib.import_module(module), attribute)(**arguments)
+    return found
+
+
+def arithmetic(**sizes: int) -> Arithmetic:
+    """A small task of word problems."""
+    settings = {"num_labelled": 6, "num_unlabelled": 6, "num_validation": 4, "num_test": 4, "num_shots": 2}
+    return Arithmetic(**settings | {"max_number": 20, "max_steps": 2, "split_seed": 0} | sizes)
+
+
+def make_tokenizer(folder: Path, *, has_start: bool = False, texts: Sequence[str] = ()) -> None:
+    """Train a byte-level BPE tokenizer and save it; `has_start` makes it begin every text with <s>."""
+    task = arithmetic(num_unlabelled=200)
+    lines = [*texts, *(f"Q: {e.question}\nReason: Answer:" for e in task.splits().train)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    if has_start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def make_model(folder: Path, *, seed: int, num_layers: int = 2, **settings: Any) -> Path:
+    """Save a random Llama, with more rows in its head than the tokenizer has tokens, and its tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=320 + PADDED_ROWS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.25,
+        bos_token_id=0,
+        eos_token_id=1,
+        **{"tie_word_embeddings": False} | settings,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher; its dropout would show if it were ever in training mode."""
+    return make_model(tmp_path_factory.mktemp("teacher"), seed=1, num_layers=3, attention_dropout=0.5)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokenizer."""
+    return make_model(tmp_path_factory.mktemp("student"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def prompts(student_folder: Path) -> Prompts:
+    """Zero-shot prompts."""
+    return Prompts(load_tokenizer(student_folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+@pytest.fixture
+def configured(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable[..., DictConfig]:
+    """Compose the train command for the tiny models on a small task, below the test's own folder."""
+
+    def configured(*overrides: str) -> DictConfig:
+        return compose(*tiny_overrides(tmp_path, teacher_folder, student_folder), *overrides)
+
+    return configured
+
+
+def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
+    """What makes the train command a matter of seconds."""
+    return [
+        "task=arithmetic",
+        "task.examples.num_labelled=6",
+        "task.examples.num_unlabelled=6",
+        "task.examples.num_validation=4",
+        "task.examples.num_test=4",
+        "teacher=causal_lm",
+        f"teacher.model={teacher}",
+        "teacher.kind.dtype=float32",
+        "teacher.kind.max_new_tokens=6",
+        "teacher.batch_size=5",
+        "student=causal_lm",
+        f"student.model={student}",
+        "prompt.num_shots=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "tracking=off",
+        "cache.codec.k=8",
+        f"root={root}",
+    ]
+
+
+class CountingTeacher:
+    """A real teacher that remembers how often it was loaded and what it was asked."""
+
+    def __init__(self, teacher: Any) -> None:
+        self._teacher = teacher
+        self.gives_soft_targets = teacher.gives_soft_targets
+        self.num_loads = 0
+        self.asked: list[Request] = []
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._teacher.fingerprint()
+
+    def load(self) -> nn.Module:
+        self.num_loads += 1
+        return self._teacher.load()
+
+    def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
+        self.asked += requests
+        return self._teacher.annotate(requests)
+
+    def close(self) -> None:
+        self._teacher.close()
+
+
+def counted(config: DictConfig) -> tuple[Source, CountingTeacher]:
+    """The source that a configuration names, its teacher counted."""
+    source = open_source(config)
+    teacher = CountingTeacher(source.teacher)
+    return replace(source, teacher=teacher), teacher
+
+
+def examples(number: int) -> list[Example]:
+    """Questions of very different lengths, with answers."""
+    words = "two and two are how many, and why would anyone wish to know"
+    return [Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)]
+
+
+def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
+    """Lessons of uneven lengths: all have soft targets, two of three a gold answer, one of three a rationale."""
+    generator = torch.Generator().manual_seed(0)
+
+    def soft(span: Sequence[int]) -> SoftTargets:
+        logits_NV = 3 * torch.randn(len(span), prompts.vocabulary_size, generator=generator)
+        return (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1))
+
+    found = []
+    for index, example in enumerate(examples(number)):
+        labelled = frozenset({"answer"} if index % 3 else ())
+        answer = TrainingSequence(
+            prompts.answer_prompt(example, example.answer), labelled, {"answer": soft(prompts.answer_ids(example.answer))}
+        )
+        sequences = [answer]
+        if index % 3 == 2:
+            ids = prompts.rationale_ids(example.rationale)
+            prompt = prompts.rationale_prompt(example, example.rationale, None)
+            sequences.append(TrainingSequence(prompt, frozenset({"rationale"}), {"rationale": soft(ids)}))
+        found.append(Lesson(example.id, tuple(sequences)))
+    return found
+
+
+@functools.cache
+def objectives(*names: str) -> dict[str, Objective]:
+    """The losses of conf/loss/, all of them where none is named."""
+    nodes = compose(f"loss=[{','.join(names or conf_names('loss'))}]").loss
+    return {name: configuration.build(node) for name, node in nodes.items()}
+
+
+def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -> StudentModule:
+    """A student that learns by plain gradient descent."""
+    return StudentModule(
+        model,
+        objectives=objectives(*names),
+        vocabulary_size=prompts.vocabulary_size,
+        retemper=Dense().at_temperature,
+        make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
+        make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,229 @@
+"""Laws 2, 3, 5, 8: which position learns what, whatever stands beside it, and how many of them there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import counted, examples, lessons
+from omegaconf import DictConfig
+
+from distill.cache.store import Store
+from distill.data import Join, StepSampler, collate
+from distill.prompts import Prompts
+from distill.records import (
+    SPANS,
+    Annotation,
+    CacheError,
+    CheckedRationale,
+    Example,
+    Prompt,
+    SoftTargets,
+    Target,
+)
+from distill.train import check_parts, teach
+
+
+def soft(number: int, k: int = 3) -> SoftTargets:
+    ids_NK = np.tile(np.arange(k, dtype=np.int32), (number, 1))
+    return SoftTargets(ids_NK, np.full((number, k), -2, np.float32), np.full(number, 0.5, np.float32))
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_target_without_exactly_one_distribution_per_token_is_refused(number: int) -> None:
+    assert Target((5, 6, 7), soft(3))
+    assert Target((5, 6, 7), None)
+    with pytest.raises(CacheError, match=f"3 target tokens came with {number} distributions"):
+        Target((5, 6, 7), soft(number))
+
+
+def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, padding_id=9)
+    sequences = [sequence for lesson in given for sequence in lesson.sequences]
+    wanted = [
+        (row, place - 1, sequence.prompt.ids[place], SPANS.index(span), span in sequence.labelled)
+        for row, sequence in enumerate(sequences)
+        for span, (start, stop) in sequence.prompt.spans.items()
+        for place in range(start, stop)
+    ]
+    found = zip(
+        *(x.tolist() for x in (batch.sequence_N, batch.before_N, batch.label_N, batch.span_N, batch.is_labelled_N)),
+        strict=True,
+    )
+    assert list(found) == wanted
+    assert torch.equal(batch.input_ids_BT[batch.sequence_N, batch.before_N + 1], batch.label_N)
+
+
+def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, padding_id=9)
+    softs = [(s.prompt, span, targets) for lesson in given for s in lesson.sequences for span, targets in s.soft.items()]
+    assert batch.soft is not None
+    assert torch.equal(batch.soft.tail_M, torch.cat([torch.tensor(targets.tail_N) for _, _, targets in softs]))
+    assert torch.equal(batch.soft.ids_MK, torch.cat([torch.tensor(targets.ids_NK).long() for _, _, targets in softs]))
+    tokens = [i for prompt, span, targets in softs for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
+    assert batch.label_N[batch.soft.rows_M].tolist() == tokens
+
+
+def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, padding_id=prompts.end)
+    number = sum(len(lesson.sequences) for lesson in given)
+    assert (batch.label_N == prompts.end).sum() == number
+    lengths = [len(sequence.prompt.ids) for lesson in given for sequence in lesson.sequences]
+    assert batch.mask_BT.sum(1).tolist() == lengths
+    assert batch.mask_BT[batch.sequence_N, batch.before_N + 1].all()
+    is_end_N = batch.label_N == prompts.end
+    assert (batch.before_N[is_end_N] + 2).tolist() == lengths
+
+
+@pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
+def test_a_step_is_the_same_examples_however_it_is_cut(prompts: Prompts, num_microbatches: int, world_size: int) -> None:
+    given = lessons(prompts, 11)
+
+    def dealt(number: int, size: int, **start: int) -> list[list[Any]]:
+        ranks = [
+            list(StepSampler(given, batch_size=8, num_microbatches=number, num_steps=4, seed=3, rank=r, world_size=size, **start))
+            for r in range(size)
+        ]
+        return [[m for rank in ranks for m in rank[s * number : (s + 1) * number]] for s in range(len(ranks[0]) // number)]
+
+    whole, cut = dealt(1, 1), dealt(num_microbatches, world_size)
+    assert len(cut) == 4
+    for (one,), parts in zip(whole, cut, strict=True):
+        assert sorted(one.indices) == sorted(index for part in parts for index in part.indices)
+        assert all(part.counts == one.counts for part in parts)
+        assert one.counts == sum((given[index].counts() for index in one.indices), Counter())
+    assert dealt(num_microbatches, world_size, start_step=2) == cut[2:]
+    seen = Counter(index for (one,) in whole for index in one.indices)
+    assert set(seen) == set(range(11))
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_another_seed_is_another_order(prompts: Prompts) -> None:
+    given = lessons(prompts, 11)
+    orders = [StepSampler(given, batch_size=11, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_step_with_fewer_examples_than_parts_can_be_collated(prompts: Prompts) -> None:
+    given = lessons(prompts, 5)
+    for rank in range(2):
+        sampler = StepSampler(given, batch_size=3, num_microbatches=2, num_steps=1, seed=0, rank=rank, world_size=2)
+        for part in sampler:
+            assert collate([given[index] for index in part.indices], part.counts, 0).input_ids_BT.ndim == 2
+
+
+def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
+    lesson = lessons(prompts, 3)[2]
+    answer, rationale = (sequence.prompt.spans for sequence in lesson.sequences)
+    num_answer, num_rationale = (stop - start for start, stop in (answer["answer"], rationale["rationale"]))
+    assert lesson.counts() == {
+        ("answer", "labels"): num_answer,
+        ("answer", "soft"): num_answer,
+        ("rationale", "labels"): num_rationale,
+        ("rationale", "soft"): num_rationale - 1,  # no distribution was asked for the end that follows it
+    }
+    assert lessons(prompts, 1)[0].counts()["answer", "labels"] == 0
+
+
+EVERY_PLACE = frozenset((span, source) for span in SPANS for source in ("labels", "soft"))
+
+
+def joined(prompts: Prompts, folder: Path, given: list[Example], annotations: dict[str, Annotation], **more: Any) -> Join:
+    """Join examples with annotations by example id, through a real cache."""
+    store = Store(folder, {"for": "test"})
+    requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given if e.id in annotations}
+    with store.writing() as writer:
+        writer.add([replace(annotations[i], key=request.key) for (i, _), request in requests.items()])
+    settings = {"rationales": {}, "answer": "direct", "needed": EVERY_PLACE} | more
+    return Join(prompts=prompts, store=store, requests=requests, **settings)
+
+
+def annotation(prompts: Prompts, answer: str) -> Annotation:
+    ids = prompts.answer_ids(answer)
+    return Annotation("", {"answer": Target(ids, soft(len(ids)))}, answer)
+
+
+def test_gold_answers_are_labels_and_a_teachers_are_not(prompts: Prompts, tmp_path: Path) -> None:
+    gold, asked = examples(2)
+    asked = Example(asked.question)
+    join = joined(prompts, tmp_path, [gold, asked], {e.id: annotation(prompts, e.answer or "8") for e in (gold, asked)})
+    by_gold, by_teacher = (lesson.sequences[0] for lesson in join.lessons([replace(gold, rationale=None), asked]))
+    assert (by_gold.labelled, by_teacher.labelled) == ({"answer"}, set())
+    assert by_teacher.prompt == prompts.answer_prompt(asked, "8")
+    assert len(by_gold.soft["answer"]) == len(prompts.answer_ids(gold.answer))
+
+
+def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Path) -> None:
+    example = examples(1)[0]
+    wrong = replace(annotation(prompts, "999"), answer=example.answer)
+    with pytest.raises(CacheError, match="do not write this target alike"):
+        joined(prompts, tmp_path, [example], {example.id: wrong}).lessons([example])
+
+
+def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:
+    kept, rejected, explained = (Example(e.question, e.answer) for e in examples(3))
+    explained = replace(explained, rationale="Gold.")
+    every = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
+    ids = prompts.rationale_ids("By the teacher.")
+    reasoned = Annotation("", {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
+    checked = {kept.id: CheckedRationale(kept.id, reasoned, "gold", None)}
+    join = joined(prompts, tmp_path, [kept, rejected, explained], every, rationales=checked)
+    found = {lesson.example_id: lesson.sequences for lesson in join.lessons([kept, rejected, explained])}
+    spans = {name: [set(s.prompt.spans) for s in sequences] for name, sequences in found.items()}
+    assert spans[kept.id] == spans[explained.id] == [{"answer"}, {"rationale"}]
+    assert spans[rejected.id] == [{"answer"}]
+    assert found[kept.id][1].prompt == prompts.rationale_prompt(kept, "By the teacher.", None)
+    assert found[kept.id][1].soft["rationale"].ids_NK.shape == (len(ids), 3)
+    assert found[explained.id][1].soft == {}
+
+
+def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Path) -> None:
+    example = examples(2)[1]
+    join = joined(prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, answer="reasoned")
+    (lesson,) = join.lessons([example, Example("And this, which nobody explained?", "3")])
+    (sequence,) = lesson.sequences
+    assert sequence.prompt == prompts.rationale_prompt(example, example.rationale, example.answer)
+    assert sequence.labelled == {"answer", "rationale"}
+
+
+def test_what_no_loss_reads_makes_no_lesson_and_what_is_too_long_is_listed(prompts: Prompts, tmp_path: Path) -> None:
+    short, long = Example("Why?"), Example("why " * 300, "3")
+    every = {short.id: annotation(prompts, "8")}
+    join = joined(prompts, tmp_path, [short], every, needed=frozenset({("answer", "labels")}))
+    assert join.lessons([short, long]) == []
+    assert set(join.skipped) == {long.id}
+    assert "over max_length=256" in join.skipped[long.id]
+
+
+def test_test_questions_reach_the_teacher_without_their_answers(configured: Callable[..., DictConfig]) -> None:
+    config = configured("loss=[answer,kl,rationale]")
+    source, teacher = counted(config)
+    objectives: dict[str, Any] = {}
+    check_parts(config, source, objectives | {"any": _objective()})
+    teach(config, source, {"any": _objective()})
+    labels = {request.example.id: request.example.answer for request in teacher.asked}
+    rationales = {request.example.rationale for request in teacher.asked if request.example.id in {e.id for e in source.splits.test}}
+    for example in source.splits.test:
+        assert labels[example.id] is None
+    assert rationales == {None}
+    assert any(labels[example.id] is not None for example in source.splits.train)
+
+
+def _objective() -> Any:
+    from conftest import objectives
+
+    return objectives("rationale")["rationale"]
+
+
+def test_a_prompt_keeps_its_spans_in_order() -> None:
+    prompt = Prompt((1, 2, 3, 4), {"rationale": (1, 2), "answer": (3, 4)})
+    assert list(prompt.spans) == ["rationale", "answer"]

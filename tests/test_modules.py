@@ -1,0 +1,352 @@
+"""Laws 2, 3, 5, 6: the student's loss through the real trainer, however a step is cut, padded or shared out.
+
+Run as a script, this file is one process of a training run: `test_modules.py <folder> <overrides>`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYOUT, compose, examples, lessons, objectives, student_module, tiny_overrides
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from distill import models
+from distill.data import Lesson, TrainingSequence, collate
+from distill.head import head_loss
+from distill.modules import NonFiniteLossError, StudentModule
+from distill.prompts import Prompts
+from distill.records import Batch, Request
+from distill.student import open_student
+from distill.train import fit, prepare, teach
+
+Values = dict[str, Tensor]
+BATCH, STEPS, RATE = 8, 3, 0.05
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    return open_student(folder, keep_layers=None, freeze=[], from_scratch=False).to(dtype)
+
+
+def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any, int] | None = None) -> Values:
+    """The training loss of one microbatch and what it asks of each weight."""
+    module.zero_grad()
+    terms = module.terms(batch, batch.counts if counts is None else counts)
+    total, _ = head_loss(module.hidden(batch), *module.head(), list(terms.values()))
+    total.backward()
+    return {"loss": total.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Values, wanted: Values, tolerance: float = 1e-10) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        gap = (found[name] - value).abs().max()
+        assert gap <= tolerance * max(1.0, value.abs().max()), f"{name} differs by {gap:.3g}"
+
+
+def counts_of(given: Sequence[Lesson]) -> Counter[Any]:
+    return sum((lesson.counts() for lesson in given), Counter())
+
+
+def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Tensor:
+    """A second, slow implementation: each sequence by itself, each position by itself, then means per loss."""
+    sums: dict[str, Tensor] = {}
+    numbers: Counter[str] = Counter()
+    for sequence in (s for lesson in given for s in lesson.sequences):
+        logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
+        for name, objective in objectives().items():
+            start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
+            soft = sequence.soft.get(objective.span)
+            for row, place in enumerate(range(start, stop)):
+                log_q_V = logits_TV[place - 1].log_softmax(-1)
+                if objective.source == "labels" and objective.span in sequence.labelled:
+                    value = cross_entropy(logits_TV[place - 1], torch.tensor(sequence.prompt.ids[place]))
+                elif objective.source == "soft" and soft is not None and row < len(soft):
+                    kept_K = log_q_V[torch.tensor(soft.ids_NK[row]).long()]
+                    log_q_B = torch.cat([kept_K, (1 - kept_K.exp().sum(0, keepdim=True)).log()])
+                    tail = torch.tensor([soft.tail_N[row]]).log()
+                    log_t_B = torch.cat([torch.tensor(soft.logprobs_NK[row]), tail]).double()
+                    forward = (log_t_B.exp() * (log_t_B - log_q_B)).sum()
+                    backward = (log_q_B.exp() * (log_q_B - log_t_B)).sum()
+                    value = backward if name == "reverse_kl" else forward
+                else:
+                    continue
+                sums[name] = sums.get(name, torch.zeros(())) + value
+                numbers[name] += 1
+    assert set(sums) == set(objectives())
+    return torch.stack([objectives()[name].weight * total / numbers[name] for name, total in sums.items()]).sum()
+
+
+def test_the_loss_is_a_weighted_sum_of_means_each_over_its_own_positions(
+    prompts: Prompts, student_folder: Path
+) -> None:
+    model, given = opened(student_folder), lessons(prompts, BATCH)
+    expected = plain_loss(model, given, prompts.vocabulary_size)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    wanted = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
+    found = loss_and_gradients(student_module(model, prompts), collate(given, counts_of(given), 0))
+    assert_same(found, {"loss": expected.detach()} | wanted, 1e-7)  # targets are stored in float32
+
+
+@pytest.mark.parametrize("padding_id", [1, 319])
+def test_the_padding_id_changes_nothing(padding_id: int, prompts: Prompts, student_folder: Path) -> None:
+    given = lessons(prompts, BATCH)
+    module = student_module(opened(student_folder), prompts)
+    found = loss_and_gradients(module, collate(given, counts_of(given), padding_id))
+    assert_same(found, loss_and_gradients(module, collate(given, counts_of(given), 0)))
+
+
+def test_the_padding_side_changes_nothing(prompts: Prompts, student_folder: Path) -> None:
+    given = lessons(prompts, BATCH)
+    right = collate(given, counts_of(given), 0)
+    shift_B = right.mask_BT.shape[1] - right.mask_BT.sum(1)
+    ids_BT, mask_BT = (
+        torch.stack([row.roll(int(by)) for row, by in zip(x, shift_B, strict=True)])
+        for x in (right.input_ids_BT, right.mask_BT)
+    )
+    left = replace(right, input_ids_BT=ids_BT, mask_BT=mask_BT, before_N=right.before_N + shift_B[right.sequence_N])
+    module = student_module(opened(student_folder), prompts)
+    # Rotary positions are relative, but their angles are computed in float32.
+    assert_same(loss_and_gradients(module, left), loss_and_gradients(module, right), 1e-5)
+
+
+def test_an_example_teaches_the_same_in_whatever_company(prompts: Prompts, student_folder: Path) -> None:
+    given = lessons(prompts, BATCH)
+    counts, module = counts_of(given), student_module(opened(student_folder), prompts)
+    whole = loss_and_gradients(module, collate(given, counts, 0))
+    for size in (1, 3):
+        summed: Values = {}
+        for start in range(0, BATCH, size):
+            part = loss_and_gradients(module, collate(given[start : start + size], counts, 0))
+            summed = {name: summed.get(name, 0) + value for name, value in part.items()}
+        assert_same(summed, whole)
+
+
+@pytest.mark.parametrize("change", ["prompt", "unsupervised"])
+def test_only_what_stands_before_a_token_is_used_to_predict_it(
+    change: str, prompts: Prompts, student_folder: Path
+) -> None:
+    batch = collate(lessons(prompts, 3), {}, 0)
+    module = student_module(opened(student_folder), prompts)
+    row, place = int(batch.sequence_N[-1]), int(batch.before_N[-1]) - (3 if change == "prompt" else 0)
+    changed_BT = batch.input_ids_BT.clone()
+    changed_BT[row, place] = 300
+    before_NH, after_NH = (module.hidden(b) for b in (batch, replace(batch, input_ids_BT=changed_BT)))
+    has_moved_N = (before_NH - after_NH).abs().amax(1) > 1e-9
+    assert torch.equal(has_moved_N, (batch.sequence_N == row) & (batch.before_N >= place))
+    assert has_moved_N.any()
+
+
+def test_padded_rows_of_the_students_head_do_not_matter(prompts: Prompts, student_folder: Path) -> None:
+    given, model = lessons(prompts, BATCH), opened(student_folder)
+    module, batch = student_module(model, prompts), collate(given, counts_of(given), 0)
+    before = loss_and_gradients(module, batch)
+    model.lm_head.weight.data[prompts.vocabulary_size :] += 50
+    after = loss_and_gradients(module, batch)
+    assert_same(after, before, 0.0)
+    assert (after["model.lm_head.weight"][prompts.vocabulary_size :] == 0).all()
+
+
+def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, list[float]]:
+    """Each loss's value at each position that it applies to."""
+    with torch.no_grad():
+        hidden_NH, head = module.hidden(batch), module.head()
+        found = {}
+        for name, term in module.terms(batch, {}).items():
+            single = [
+                replace(term, rows_M=term.rows_M[m : m + 1], ids_MK=term.ids_MK[m : m + 1], log_t_MB=term.log_t_MB[m : m + 1])
+                for m in range(len(term.rows_M))
+            ]
+            found[name] = [float(head_loss(hidden_NH, *head, [t])[1]) for t in single]
+    return found
+
+
+@pytest.mark.parametrize("cache", ["dense", "topk"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
+    cache: str, teacher_folder: Path, tmp_path: Path
+) -> None:
+    same = tiny_overrides(tmp_path, teacher_folder, teacher_folder)
+    same = [o for o in same if "cache" not in o and "num_shots" not in o]
+    config = compose(*same, f"cache={cache}", "prompt.num_shots=0", "teacher.calibrate=0", "loss=[kl,reverse_kl]")
+    job = prepare(config, tmp_path / "run")
+    curriculum = teach(job)
+    given = [*curriculum.train, *curriculum.validation]
+    batch = collate(given, {}, 0)
+    module = student_module(opened(teacher_folder, torch.float32).eval(), job.prompts, "kl", "reverse_kl")
+    found = divergence_by_position(module, batch)
+    assert batch.soft is not None
+    is_end_N = batch.label_N == job.prompts.end
+    assert is_end_N[batch.soft.rows_M].sum() == len(given)
+    for name in ("kl", "reverse_kl"):
+        assert len(found[name]) == len(batch.soft.rows_M) == sum(c for lesson in given for (_, s), c in lesson.counts().items() if s == "soft")
+        assert max(map(abs, found[name])) < 1e-5
+
+
+class Sevens:
+    """A task in which every text holds the answer 7."""
+
+    version = "1"
+    choices = ()
+
+    def read_answer(self, text: str) -> str:
+        return "7"
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
+    shots: int, prompts: Prompts, teacher_folder: Path
+) -> None:
+    from distill.cache.dense import Dense
+    from distill.teachers.causal_lm import CausalLMTeacher
+
+    shown = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
+    settings: dict[str, Any] = {"task": Sevens(), "calibration": (), "dtype": "float32", "max_new_tokens": 9}
+    teacher = CausalLMTeacher(folder=teacher_folder, prompts=shown, codec=Dense(), **settings)
+    teacher.load()
+    asked = examples(7)
+    made = teacher.annotate([Request(str(k), "rationale", example) for k, example in enumerate(asked)])
+    given = []
+    for example, annotation in zip(asked, made, strict=True):
+        assert annotation.rationale
+        prompt = shown.rationale_prompt(example, annotation.rationale, "7")
+        soft = {span: target.soft for span, target in annotation.targets.items() if target.soft is not None}
+        given.append(Lesson(example.id, (TrainingSequence(prompt, frozenset(), soft),)))
+        assert set(soft) == {"answer", "rationale"}
+    module = student_module(opened(teacher_folder, torch.float32).eval(), prompts, "kl", "rationale_kl")
+    found = divergence_by_position(module, collate(given, {}, 0))
+    assert len(found["kl"]) == sum(len(prompts.answer_ids("7")) for _ in asked)
+    assert max(map(abs, found["kl"] + found["rationale_kl"])) < 1e-5
+
+
+def trained(config: DictConfig, folder: Path) -> Values:
+    """Fit the student that `config` names on uneven lessons, in float64; return its weights."""
+    OmegaConf.update(config, "optim.optimizer", {"_target_": "torch.optim.SGD", "_partial_": True, "lr": RATE}, merge=False)
+    job = prepare(config, folder)
+    curriculum = replace(teach(job), train=lessons(job.prompts, 11), validation=lessons(job.prompts, 4))
+    student = opened(job.student_folder)
+    fit(job, curriculum, student, [])
+    return {name: value.detach().clone() for name, value in student.state_dict().items()}
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What was logged in each step, in order."""
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [{k: float(v) for k, v in row.items() if v and k.startswith(("train/", "val/"))} for row in rows]
+
+
+ALL_LOSSES = "loss=[answer,kl,rationale,rationale_kl,reverse_kl]"
+CUT = [ALL_LOSSES, f"batch_size={BATCH}", f"trainer.max_steps={STEPS}", "trainer.gradient_clip_val=null"]
+CUT += ["trainer.log_every_n_steps=1", f"validate_every={STEPS}", "teacher.num_rationales=0", "num_samples=0"]
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> tuple[Path, Values]:
+    """A folder with a filled cache, and the weights after training with one microbatch per step."""
+    root = tmp_path_factory.mktemp("root")
+    config = compose(*tiny_overrides(root, teacher_folder, student_folder), *CUT, f"microbatch_size={BATCH}")
+    return root, trained(config, root / "uncut")
+
+
+@pytest.mark.parametrize("microbatch_size", [4, 3, 1])
+def test_microbatches_make_the_same_student(
+    microbatch_size: int, uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
+) -> None:
+    root, weights = uncut
+    config = compose(*tiny_overrides(root, teacher_folder, student_folder), *CUT, f"microbatch_size={microbatch_size}")
+    folder = root / f"cut-{microbatch_size}"
+    assert_same(trained(config, folder), weights)
+    assert any((weights[n] - v).abs().max() > 1e-3 for n, v in opened(student_folder).state_dict().items())
+    for found, wanted in zip(logged(folder), logged(root / "uncut"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_one_step_is_plain_gradient_descent_on_the_plain_loss(
+    uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path, prompts: Prompts
+) -> None:
+    root, _ = uncut
+    overrides = [*tiny_overrides(root, teacher_folder, student_folder), *CUT, "trainer.max_steps=1", "microbatch_size=2"]
+    after = trained(compose(*overrides), root / "one-step")
+    from distill.data import StepSampler
+
+    given = lessons(prompts, 11)
+    (chosen,) = StepSampler(given, batch_size=BATCH, num_microbatches=1, num_steps=1, seed=0)
+    model = opened(student_folder)
+    loss = plain_loss(model, [given[index] for index in chosen.indices], prompts.vocabulary_size)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    wanted = {n: (p - RATE * g).detach() for (n, p), g in zip(model.named_parameters(), gradients, strict=True)}
+    assert_same(after, wanted, 1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatch_size", [4, 1])
+def test_two_processes_make_the_same_student_as_one(
+    microbatch_size: int, uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
+) -> None:
+    root, weights = uncut
+    folder = root / f"processes-{microbatch_size}"
+    overrides = [*tiny_overrides(root, teacher_folder, student_folder), *CUT, f"microbatch_size={microbatch_size}"]
+    overrides += ["trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(load_file(folder / "weights.safetensors"), weights)
+    for found, wanted in zip(logged(folder), logged(root / "uncut"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
+    uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
+) -> None:
+    root, _ = uncut
+    config = compose(*tiny_overrides(root, teacher_folder, student_folder), *CUT)
+    job = prepare(config, root / "broken")
+    student = opened(student_folder)
+    student.lm_head.weight.data[5, 0] = torch.nan
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH))
+    with pytest.raises(NonFiniteLossError) as raised:
+        fit(job, curriculum, student, [])
+    assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
+    assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_company_and_padding_inside_a_reader_change_no_probability(
+    shots: int, prompts: Prompts, student_folder: Path
+) -> None:
+    model = models.load(student_folder, torch.float32).eval()
+    prefix = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop").prefix("answer")
+    reader = models.PrefixedReader(model, prefix, prompts.vocabulary_size)
+    questions = [prompts.question(example, "answer") for example in examples(7)]
+    fed_BT = torch.arange(20, 27 + 7).reshape(7, 2)
+    reading = reader.read(questions)
+    together_BTV = reader.logprobs(torch.cat([reading.last_BH.unsqueeze(1), reading.feed(fed_BT)], 1))
+    for row, question in enumerate(questions):
+        ids = [*prefix, *question, *fed_BT[row].tolist()]
+        with torch.no_grad():
+            alone_TV = model(torch.tensor([ids])).logits[0, -3:, : prompts.vocabulary_size].log_softmax(-1)
+        assert torch.allclose(together_BTV[row], alone_TV, atol=1e-4)
+
+
+if __name__ == "__main__":
+    weights = trained(compose(*sys.argv[2:]), Path(sys.argv[1]))
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        save_file(weights, Path(sys.argv[1]) / "weights.safetensors")
