@@ -55,9 +55,9 @@ class Filled:
 def open_source(config: DictConfig) -> Source:
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
     root = Path(config.root).resolve()
-    folder = models.resolve(config.teacher.model, root)
     task: Task = configuration.build(config.task.examples)
     splits = task.splits()
+    folder = models.resolve(config.teacher.model, root)
     layout = configuration.build(config.task.layout)
     shots = list(task.shots())[: config.prompt.num_shots]
     prompts = Prompts(

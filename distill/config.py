@@ -11,6 +11,7 @@ import errno
 import importlib
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -36,6 +37,7 @@ CONF = _BESIDE if (_BESIDE / "train.yaml").is_file() else _INSIDE
 _ALLOWED = ("distill.", "torch.", "lightning.", "transformers.", "peft.")
 _SECRET = re.compile(r"(^|[._])(key|token|secret|password|credential)s?$", re.IGNORECASE)
 _IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_LOOK_ONLY = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc", "--version"}
 Work = Callable[[DictConfig], float | None]
 
 
@@ -49,25 +51,31 @@ def command(name: str, work: Work) -> None:
             warnings.filterwarnings("ignore", module="lightning")
             return work(config)
 
+    failed: list[int] = []
     try:
         _check_command_line(name, sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_told(job))()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_told(job, failed))()
     except DistillError as error:
-        sys.exit(_tell(error))
+        failed.append(_tell(error))
+    sys.exit(max(failed, default=0))
 
 
-def _told(job: Work) -> Work:
+def _told(job: Work, failed: list[int]) -> Work:
+    process = os.getpid()
+
     def told(config: DictConfig) -> float | None:
         try:
             return job(config)
         except (DistillError, KeyboardInterrupt, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _IO_ERRORS:
                 raise
-            code = _tell(error)
-            if HydraConfig.get().mode == RunMode.MULTIRUN and code != 130:
-                # The other jobs of a sweep go on; Hydra lists this one as failed.
-                raise RuntimeError(f"job failed with exit code {code}") from None
-            sys.exit(code)
+            failed.append(_tell(error))
+            if HydraConfig.get().mode == RunMode.RUN or isinstance(error, KeyboardInterrupt):
+                sys.exit(failed[-1])
+            if os.getpid() != process:
+                raise RuntimeError(f"job failed with exit code {failed[-1]}") from None
+            # The other jobs of a sweep go on; the command fails at the end.
+            return math.nan
 
     return told
 
@@ -89,6 +97,8 @@ def _tell(error: BaseException) -> int:
 
 def _check_command_line(name: str, arguments: list[str]) -> None:
     """Name every override that cannot be applied, each with the nearest thing that can."""
+    if _LOOK_ONLY & set(arguments):
+        return
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     try:
         overrides = OverridesParser.create().parse_overrides(words)

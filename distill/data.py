@@ -139,7 +139,7 @@ class Join:
         return self._store.read(request.key) if request else None
 
     def _matching(self, span: Span, target: Target | None, ids: tuple[int, ...]) -> dict[Span, SoftTargets]:
-        if target is None or target.soft is None:
+        if (span, "soft") not in self._needed or target is None or target.soft is None:
             return {}
         if target.token_ids != ids:
             raise CacheError(

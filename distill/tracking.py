@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import lightning
 import torch
@@ -25,6 +26,7 @@ from distill.records import ConfigError, Request
 _HERE = Path(__file__).parent.parent
 
 
+@runtime_checkable
 class Tracking(Protocol):
     """Where a run is followed from elsewhere. The run folder holds everything without it."""
 
@@ -236,7 +238,7 @@ def provenance() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("DISTILL_COMMIT") or _git("rev-parse", "HEAD"),
         "is_dirty": bool(_git("status", "--porcelain")),
         "packages": {name: version(name) for name in ("torch", "lightning", "transformers", "wandb")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
@@ -244,7 +246,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_HERE / ".git").exists():
+    if not (_HERE / ".git").exists() or shutil.which("git") is None:
         return None
     done = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Job:
     objectives: Mapping[str, Objective]
     student_folder: Path
     prompts: Prompts
+    is_vocabulary_shared: bool
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,15 @@ def prepare(config: DictConfig, run_dir: Path) -> Job:
     check_parts(objectives, source, config.task.answer)
     folder = models.resolve(config.student.model, Path(config.root).resolve())
     tokenizer = load_tokenizer(folder)
-    if any(objective.source == "soft" for objective in objectives.values()):
+    is_shared = True
+    try:
         check_shared_vocabulary(source.prompts.tokenizer, tokenizer)
+    except ConfigError:
+        is_shared = False
+        if any(objective.source == "soft" for objective in objectives.values()):
+            raise
     layout, limits = source.prompts.layout, {"max_length": config.prompt.max_length, "too_long": config.prompt.too_long}
-    return Job(config, run_dir, source, objectives, folder, Prompts(tokenizer, layout, (), **limits))
+    return Job(config, run_dir, source, objectives, folder, Prompts(tokenizer, layout, (), **limits), is_shared)
 
 
 def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
@@ -128,6 +134,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
     test = job.source.splits.test
     teacher = _annotations(job, curriculum, test, "answer")
+    if not job.is_vocabulary_shared:
+        teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
     evaluation = Evaluation(student, job.prompts, job.source.task, job.config.task.answer, job.config.max_new_tokens)
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
     if job.config.evaluate_before:
@@ -151,13 +159,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 def teach(job: Job) -> Curriculum:
     """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
     source, splits = job.source, job.source.splits
-    wanted: dict[Span, Sequence[Example]] = {
-        "answer": [*splits.train, *splits.validation, *without_answers(splits.test)]
-    }
-    if any(objective.span == "rationale" for objective in job.objectives.values()):
-        unexplained = [e for e in splits.train[: source.num_rationales] if e.rationale is None]
-        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
-    filled = fill(source, wanted)
+    filled = fill(source, _wanted(job))
     checked = check_rationales(splits.train, filled.requests, source.store)
     join = Join(
         prompts=job.prompts,
@@ -171,6 +173,19 @@ def teach(job: Job) -> Curriculum:
     if not train:
         raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
     return Curriculum(filled, train, validation, checked, {**filled.too_long, **join.skipped})
+
+
+def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
+    splits, objectives = job.source.splits, job.objectives.values()
+    explained = splits.train[: job.source.num_rationales]
+    wanted: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
+    if any(objective.span == "rationale" for objective in objectives):
+        unexplained = [example for example in explained if example.rationale is None]
+        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
+        wanted["answer"] = [*wanted["answer"], *unexplained]
+    if any(objective.source == "soft" for objective in objectives):
+        wanted["answer"] = [*wanted["answer"], *splits.train, *splits.validation]
+    return wanted
 
 
 def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> float:

@@ -21,7 +21,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # OmegaConf's DictConfig is a typing.MutableMapping, which beartype calls outdated wherever it stands.
-_OUTDATED_HINT = "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+_IGNORED = (
+    "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # Lightning, with torch 2.13
+    "ignore:You have overridden .transfer_batch_to_device. in .LightningModule.:UserWarning",
+)
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
 from distill.annotate import Source, open_source  # noqa: E402
@@ -41,7 +45,8 @@ PADDED_ROWS = 32
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", _OUTDATED_HINT)
+    for line in _IGNORED:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:

@@ -242,7 +242,7 @@ def trained(config: DictConfig, folder: Path) -> Values:
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """What was logged in each step, in order."""
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
     return [{k: float(v) for k, v in row.items() if v and k.startswith(("train/", "val/"))} for row in rows]
 
 

@@ -5,7 +5,7 @@ A new codec is one file here and one in conf/cache/.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.records import SoftTargets
 
 
+@runtime_checkable
 class Codec(Protocol):
     """How much of a teacher's distribution is kept, and at which loss temperatures it can be read."""
 

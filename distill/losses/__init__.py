@@ -9,7 +9,7 @@ where a target came from. A new loss is one file here and one in conf/loss/.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.records import ConfigError, Span
 
 
+@runtime_checkable
 class Divergence(Protocol):
     """A function of two distributions over the same buckets, least where they are equal."""
 

@@ -6,11 +6,12 @@ A new task is one file here and one in conf/task/. Nothing here knows of tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from distill.records import Example, Splits
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the pipeline asks of a task. `version` changes whenever its examples or reading rules do."""
 

@@ -86,7 +86,7 @@ class MovieReviews:
                 to=self._to,
             )
         if not self._file.is_file():
-            raise ConfigError(f"task.file={self._file} does not exist; leave it out to fetch the public one")
+            raise ConfigError(f"task.examples.file={self._file} does not exist; leave it out to fetch the public one")
         return self._file
 
 

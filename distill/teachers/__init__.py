@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from distill.records import Annotation, Request
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A frozen source of annotations. Nothing heavy is loaded before `load`."""
 
