@@ -170,7 +170,10 @@ def _predict(module: TeacherModule, requests: Sequence[Request], batch_size: int
         callbacks=[save, progress(unit, len(requests))],
     )
     loader: DataLoader[Sequence[Request]] = DataLoader(_Batches(batches), batch_size=None, collate_fn=_as_is)
-    trainer.predict(module, loader, return_predictions=False)
+    try:
+        trainer.predict(module, loader, return_predictions=False)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ class WandbTracking:
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
         """A reference to the folder's files; a cache is what the run used, a model what it made."""
-        artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), kind, metadata=dict(metadata))
         artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
         if kind == "cache" and not self._run.offline:
             # Offline, W&B cannot say that a run used something; then the cache is logged beside the model.

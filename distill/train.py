@@ -223,7 +223,11 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
     _say(f"training on {len(curriculum.train)} examples, {config.trainer.max_steps} steps of {config.batch_size}")
     student.train()
     start = time.monotonic()
-    trainer.fit(module, data, ckpt_path=config.resume, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=config.resume, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C, once it has saved a checkpoint
+        _say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
+        raise KeyboardInterrupt from None
     return time.monotonic() - start
 
 

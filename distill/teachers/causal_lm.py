@@ -3,7 +3,9 @@
 Answers to fixed choices are the most likely choice. A small model prefers some words whatever the question
 says, so choices can be calibrated: their first tokens get an offset that makes the median question of a
 given sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real questions in the place of
-content-free ones). The offset belongs to the teacher: its soft targets carry it.
+content-free ones). And since the answer is one of the choices, the teacher can be held to them: every other
+first token gets minus infinity, as in constrained decoding. Both belong to the teacher, whose full softmax is
+taken after them: its soft targets carry them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill import models
@@ -38,13 +40,14 @@ class CausalLMTeacher:
         task: Task,
         calibration: Sequence[Example],
         codec: Codec,
+        constrain: bool,
         dtype: Literal["auto", "float32", "bfloat16", "float16"],
         max_new_tokens: int,
     ) -> None:
         """`calibration` is what choices are calibrated on (empty: not at all), `codec` cuts distributions down."""
         self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
         self._dtype = models.native_dtype() if dtype == "auto" else getattr(torch, dtype)
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._calibration = tuple(calibration) if task.choices else ()
         self._choices = tuple(prompts.encode(f" {choice}") for choice in task.choices)
         self._readers: dict[Span, models.PrefixedReader] = {}
@@ -64,6 +67,7 @@ class CausalLMTeacher:
             "prompts": self._prompts.fingerprint(),
             "choices": list(self._task.choices),
             "calibration": [example.id for example in self._calibration],
+            "is_constrained": self._constrain,
             "generation": {"sampling": "greedy", "max_new_tokens": self._max_new_tokens},
         }
 
@@ -88,7 +92,7 @@ class CausalLMTeacher:
 
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        first_BV = self._calibrated(reading.reader.logprobs(reading.last_BH))
+        first_BV = self._among_choices(reading.reader.logprobs(reading.last_BH))
         if self._choices:
             scores_BC = reading.choice_logprobs(first_BV, self._choices).log_softmax(-1)
             answers = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
@@ -144,24 +148,30 @@ class CausalLMTeacher:
         except AnswerError:
             return None
 
-    def _calibrated(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        if not self._calibration:
+    def _among_choices(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        if not self._calibration and not self._constrain:
             return logprobs_BV
         if self._offset_V is None:
-            self._offset_V = self._measure_offset()
+            self._offset_V = self._measure_offset(logprobs_BV.device)
         return (logprobs_BV + self._offset_V).log_softmax(-1)
 
-    def _measure_offset(self) -> Float[Tensor, "V"]:
-        firsts = torch.tensor([ids[0] for ids in self._choices], device=self._model.device)
+    def _measure_offset(self, device: torch.device) -> Float[Tensor, "V"]:
+        firsts = torch.tensor([ids[0] for ids in self._choices], device=device)
+        offset_V = torch.full((self._prompts.vocabulary_size,), -torch.inf if self._constrain else 0.0, device=device)
+        offset_V[firsts] = 0.0
+        if self._calibration:
+            typical_C = self._typical(firsts)
+            offset_V[firsts] = typical_C.mean() - typical_C
+        return offset_V
+
+    def _typical(self, firsts: Int[Tensor, "C"]) -> Float[Tensor, "C"]:
+        """Median log-probability of each choice's first token over the calibration questions."""
         reader, seen = self._reader("answer"), []
         for start in range(0, len(self._calibration), 32):
             part = self._calibration[start : start + 32]
             reading = reader.read([self._prompts.question(example, "answer") for example in part])
             seen.append(reader.logprobs(reading.last_BH)[:, firsts])
-        typical_C = torch.cat(seen).median(0).values
-        offset_V = torch.zeros(self._prompts.vocabulary_size, device=self._model.device)
-        offset_V[firsts] = typical_C.mean() - typical_C
-        return offset_V
+        return torch.cat(seen).median(0).values
 
     def _soft_targets(
         self, reading: models.Reading, first_BV: Float[Tensor, "B V"], targets: Sequence[tuple[int, ...]]
