@@ -54,6 +54,7 @@ class Filled:
 
 def open_source(config: DictConfig) -> Source:
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
+    models.flush_denormals()
     root = Path(config.root).resolve()
     task: Task = configuration.build(config.task.examples)
     splits = task.splits()

@@ -196,6 +196,7 @@ def _probabilities(annotation: Annotation) -> tuple[float, ...]:
 def main(config: DictConfig) -> float:
     """Evaluate one model folder; print and write its row."""
     configuration.check(config)
+    models.flush_denormals()
     folder = models.resolve(config.model, Path(config.root).resolve())
     task: Task = configuration.build(config.task.examples)
     layout, limits = configuration.build(config.task.layout), dict(config.prompt)
