@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ _IGNORED = (
 )
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
-from distill.annotate import Source, open_source  # noqa: E402
 from distill import config as configuration  # noqa: E402
+from distill.annotate import Source, open_source  # noqa: E402
 from distill.cache.dense import Dense  # noqa: E402
 from distill.cache.topk import TopK  # noqa: E402
 from distill.config import CONF  # noqa: E402
@@ -45,6 +45,7 @@ PADDED_ROWS = 32
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the models are far too small to share out
     for line in _IGNORED:
         config.addinivalue_line("filterwarnings", line)
 
@@ -203,7 +204,9 @@ def counted(config: DictConfig) -> tuple[Source, CountingTeacher]:
 def examples(number: int) -> list[Example]:
     """Questions of very different lengths, with answers."""
     words = "two and two are how many, and why would anyone wish to know"
-    return [Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)]
+    return [
+        Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)
+    ]
 
 
 def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
@@ -218,7 +221,9 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
     for index, example in enumerate(examples(number)):
         labelled = frozenset({"answer"} if index % 3 else ())
         answer = TrainingSequence(
-            prompts.answer_prompt(example, example.answer), labelled, {"answer": soft(prompts.answer_ids(example.answer))}
+            prompts.answer_prompt(example, example.answer),
+            labelled,
+            {"answer": soft(prompts.answer_ids(example.answer))},
         )
         sequences = [answer]
         if index % 3 == 2:
@@ -249,6 +254,5 @@ def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -
 
 
 @pytest.fixture(autouse=True)
-def _same_draws() -> Iterator[None]:
+def _same_draws() -> None:
     torch.manual_seed(0)
-    yield

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import counted, examples, lessons
+from conftest import CountingTeacher, examples, lessons
 from omegaconf import DictConfig
 
 from distill.cache.store import Store
@@ -23,11 +23,10 @@ from distill.records import (
     CacheError,
     CheckedRationale,
     Example,
-    Prompt,
     SoftTargets,
     Target,
 )
-from distill.train import check_parts, teach
+from distill.train import prepare, teach
 
 
 def soft(number: int, k: int = 3) -> SoftTargets:
@@ -64,7 +63,9 @@ def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> N
 def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
     batch = collate(given, {}, padding_id=9)
-    softs = [(s.prompt, span, targets) for lesson in given for s in lesson.sequences for span, targets in s.soft.items()]
+    softs = [
+        (s.prompt, span, targets) for lesson in given for s in lesson.sequences for span, targets in s.soft.items()
+    ]
     assert batch.soft is not None
     assert torch.equal(batch.soft.tail_M, torch.cat([torch.tensor(targets.tail_N) for _, _, targets in softs]))
     assert torch.equal(batch.soft.ids_MK, torch.cat([torch.tensor(targets.ids_NK).long() for _, _, targets in softs]))
@@ -85,15 +86,23 @@ def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prom
 
 
 @pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
-def test_a_step_is_the_same_examples_however_it_is_cut(prompts: Prompts, num_microbatches: int, world_size: int) -> None:
+def test_a_step_is_the_same_examples_however_it_is_cut(
+    prompts: Prompts, num_microbatches: int, world_size: int
+) -> None:
     given = lessons(prompts, 11)
 
     def dealt(number: int, size: int, **start: int) -> list[list[Any]]:
         ranks = [
-            list(StepSampler(given, batch_size=8, num_microbatches=number, num_steps=4, seed=3, rank=r, world_size=size, **start))
+            list(
+                StepSampler(
+                    given, batch_size=8, num_microbatches=number, num_steps=4, seed=3, rank=r, world_size=size, **start
+                )
+            )
             for r in range(size)
         ]
-        return [[m for rank in ranks for m in rank[s * number : (s + 1) * number]] for s in range(len(ranks[0]) // number)]
+        return [
+            [m for rank in ranks for m in rank[s * number : (s + 1) * number]] for s in range(len(ranks[0]) // number)
+        ]
 
     whole, cut = dealt(1, 1), dealt(num_microbatches, world_size)
     assert len(cut) == 4
@@ -109,7 +118,9 @@ def test_a_step_is_the_same_examples_however_it_is_cut(prompts: Prompts, num_mic
 
 def test_another_seed_is_another_order(prompts: Prompts) -> None:
     given = lessons(prompts, 11)
-    orders = [StepSampler(given, batch_size=11, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)]
+    orders = [
+        StepSampler(given, batch_size=11, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)
+    ]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -137,7 +148,9 @@ def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
 EVERY_PLACE = frozenset((span, source) for span in SPANS for source in ("labels", "soft"))
 
 
-def joined(prompts: Prompts, folder: Path, given: list[Example], annotations: dict[str, Annotation], **more: Any) -> Join:
+def joined(
+    prompts: Prompts, folder: Path, given: list[Example], annotations: dict[str, Annotation], **more: Any
+) -> Join:
     """Join examples with annotations by example id, through a real cache."""
     store = Store(folder, {"for": "test"})
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given if e.id in annotations}
@@ -205,25 +218,12 @@ def test_what_no_loss_reads_makes_no_lesson_and_what_is_too_long_is_listed(promp
 
 
 def test_test_questions_reach_the_teacher_without_their_answers(configured: Callable[..., DictConfig]) -> None:
-    config = configured("loss=[answer,kl,rationale]")
-    source, teacher = counted(config)
-    objectives: dict[str, Any] = {}
-    check_parts(config, source, objectives | {"any": _objective()})
-    teach(config, source, {"any": _objective()})
-    labels = {request.example.id: request.example.answer for request in teacher.asked}
-    rationales = {request.example.rationale for request in teacher.asked if request.example.id in {e.id for e in source.splits.test}}
-    for example in source.splits.test:
-        assert labels[example.id] is None
-    assert rationales == {None}
-    assert any(labels[example.id] is not None for example in source.splits.train)
-
-
-def _objective() -> Any:
-    from conftest import objectives
-
-    return objectives("rationale")["rationale"]
-
-
-def test_a_prompt_keeps_its_spans_in_order() -> None:
-    prompt = Prompt((1, 2, 3, 4), {"rationale": (1, 2), "answer": (3, 4)})
-    assert list(prompt.spans) == ["rationale", "answer"]
+    job = prepare(configured("loss=[answer,kl,rationale,rationale_kl]"), Path("unused"))
+    teacher = CountingTeacher(job.source.teacher)
+    teach(replace(job, source=replace(job.source, teacher=teacher)))
+    splits = job.source.splits
+    is_test = {example.id for example in splits.test}
+    asked = [request for request in teacher.asked if request.example.id in is_test]
+    assert {request.example.id for request in asked} == is_test
+    assert {(request.example.answer, request.example.rationale) for request in asked} == {(None, None)}
+    assert {e.answer for e in splits.train if e.answer} <= {request.example.answer for request in teacher.asked}

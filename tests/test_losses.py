@@ -146,13 +146,17 @@ def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
         TopK(k=5, temperature=2.0).check_temperature(4.0)
 
 
-@pytest.mark.parametrize(("weight", "temperature", "source"), [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels")])
+@pytest.mark.parametrize(
+    ("weight", "temperature", "source"), [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels")]
+)
 def test_an_objective_without_meaning_is_refused(weight: float, temperature: float, source: Any) -> None:
     with pytest.raises(ConfigError):
         Objective(CrossEntropy(), "answer", source, weight, temperature)
 
 
-@pytest.mark.parametrize("names", [c for n in (1, 2, 5) for c in itertools.combinations(conf_names("loss"), n)], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [c for n in (1, 2, 5) for c in itertools.combinations(conf_names("loss"), n)], ids="+".join
+)
 def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...]) -> None:
     config = compose(f"loss=[{','.join(names)}]", "task=arithmetic", "teacher.model=x", "student.model=x")
     configuration.check(config)

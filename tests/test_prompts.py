@@ -55,8 +55,12 @@ def test_target_ids_are_the_same_behind_a_teachers_and_a_students_prompt(prompts
         for made in ("answer_prompt", "rationale_prompt"):
             arguments = (example.answer,) if made == "answer_prompt" else (example.rationale or "so", example.answer)
             seen, read = (getattr(p, made)(example, *arguments) for p in (teacher, prompts))
-            assert [seen.ids[slice(*s)] for s in seen.spans.values()] == [read.ids[slice(*s)] for s in read.spans.values()]
-            assert seen.ids[-len(read.ids) + len(prompts.prefix("answer")) :] == read.ids[len(prompts.prefix("answer")) :]
+            assert [seen.ids[slice(*s)] for s in seen.spans.values()] == [
+                read.ids[slice(*s)] for s in read.spans.values()
+            ]
+            assert (
+                seen.ids[-len(read.ids) + len(prompts.prefix("answer")) :] == read.ids[len(prompts.prefix("answer")) :]
+            )
 
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "a </s> b", "<s></s>", "</s", " </s>\n</s>"])
@@ -119,7 +123,9 @@ def test_a_key_is_that_of_what_the_teacher_reads(prompts: Prompts) -> None:
     assert key not in others
 
 
-@pytest.mark.parametrize("change", [{"shots": ()}, {"layout": replace(LAYOUT, question_cue="?")}, {"max_length": 9}, {"too_long": "cut"}])
+@pytest.mark.parametrize(
+    "change", [{"shots": ()}, {"layout": replace(LAYOUT, question_cue="?")}, {"max_length": 9}, {"too_long": "cut"}]
+)
 def test_every_setting_of_the_prompts_is_in_their_fingerprint(prompts: Prompts, change: dict[str, Any]) -> None:
     assert few_shot(prompts).fingerprint() == few_shot(prompts).fingerprint()
     assert few_shot(prompts, **change).fingerprint() != few_shot(prompts).fingerprint()
@@ -153,7 +159,10 @@ def test_tokenizers_that_differ_are_refused_with_what_to_do(
         student.eos_token = "<s>"
     else:
         state = student.backend_tokenizer.to_str()
-        swapped = {"permuted": (('"A":', '"AB?":'), ('"B":', '"A":'), ('"AB?":', '"B":')), "fewer": (('"~":', '"~~":'),)}
+        swapped = {
+            "permuted": (('"A":', '"AB?":'), ('"B":', '"A":'), ('"AB?":', '"B":')),
+            "fewer": (('"~":', '"~~":'),),
+        }
         for old, new in swapped[change]:
             assert old in state
             state = state.replace(old, new)

@@ -1,0 +1,105 @@
+"""The train command end to end, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_overrides
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """Start a command in a process of its own; it writes below `root` alone."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    line = [sys.executable, "-m", f"distill.{command}", *arguments]
+    return subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
+def only_run(root: Path, number: int = 1) -> Path:
+    """The latest run folder."""
+    folders = sorted((root / "runs").iterdir())
+    assert len(folders) == number
+    return folders[-1]
+
+
+def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [o for o in tiny_overrides(tmp_path, teacher_folder, student_folder) if "root=" not in o]
+    tiny += ["student.model=" + str(teacher_folder), "student.keep_layers=[0,2]", "trainer.max_steps=4", "batch_size=4"]
+    tiny += ["loss=[answer,kl,rationale]", "validate_every=2", "max_new_tokens=6"]
+    first = run(tmp_path, *tiny)
+    assert first.returncode == 0, first.stderr
+    assert "are to be annotated" in first.stderr
+    assert "Traceback" not in first.stderr
+    folder = only_run(tmp_path)
+    second = run(tmp_path, *tiny, "seed=1")
+    assert second.returncode == 0, second.stderr
+    assert "the teacher is not loaded (0 calls)" in second.stderr
+
+    results: Any = json.loads((folder / "results.json").read_text())
+    assert set(results["rows"]) == {"teacher", "before", "student"}
+    assert results["rows"]["student"]["num_examples"] == 4
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["losses"] == ["answer", "kl", "rationale"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 4
+    assert (folder / "report.html").stat().st_size > 1000
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 4
+
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    opened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    assert opened.config.num_hidden_layers == 2
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"model.{name}"])
+    started = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    assert not torch.equal(opened.lm_head.weight, started.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    ids = tokenizer("Question: How many?", return_tensors="pt").input_ids
+    started.model.layers = torch.nn.ModuleList([started.model.layers[0], started.model.layers[2]])
+    started.config.num_hidden_layers = 2
+    started.model.layers[1].self_attn.layer_idx = 1
+    started.load_state_dict({name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
+    with torch.no_grad():
+        assert torch.equal(opened(ids).logits, started.eval()(ids).logits)
+
+
+def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
+    done = run(tmp_path, *tiny, "task.answer=reasoned", "loss=[answer,rationale]", "max_new_tokens=6", "num_samples=2")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["student_rationale"], str) for row in rows)
+
+
+def test_the_annotate_command_fills_the_cache_that_training_reads(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1"]
+    tiny = [option for option in tiny if not option.startswith("tracking")]
+    foreign = ("student", "trainer", "loss")
+    done = run(tmp_path, *(o for o in tiny if not o.startswith(foreign)), command="annotate")
+    assert done.returncode == 0, done.stderr
+    assert "records" in done.stdout
+
+
+def test_a_users_error_is_one_message_and_exit_code_2(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "loss=[kl]", "loss.kl.temperature=2.0")
+    assert done.returncode == 2
+    assert "cache=dense" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Error") == 1

@@ -1,0 +1,263 @@
+"""Laws 6, 7, 9: a frozen teacher that leaves memory, its calibration, and what becomes of its reasoning."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYOUT, CountingTeacher, compose, examples
+from omegaconf import DictConfig
+
+from distill import config as configuration
+from distill.annotate import check_rationales, fill, open_source
+from distill.cache.dense import Dense
+from distill.cache.store import Store
+from distill.modules import TeacherModule
+from distill.prompts import Prompts
+from distill.records import Annotation, AnswerError, ConfigError, Example, Request, Splits, Target
+from distill.student import open_student
+from distill.train import fit, prepare, teach
+
+
+class Verbs:
+    """A task of fixed choices, the second of them of two or more tokens."""
+
+    version = "1"
+    choices = ("has", "gets back")
+
+    def splits(self) -> Splits:
+        return Splits.disjoint((), (), ())
+
+    def shots(self) -> Sequence[Example]:
+        return ()
+
+    def read_answer(self, text: str) -> str:
+        found = [choice for choice in self.choices if text.strip().startswith(choice)]
+        if not found:
+            raise AnswerError(text)
+        return found[0]
+
+
+def opened(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
+    """A teacher of verbs with whole distributions."""
+    kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
+    settings = {"task": Verbs(), "codec": Dense(), "calibration": calibration, "max_new_tokens": 6} | settings
+    return kind(folder=folder, prompts=prompts, **settings)
+
+
+def asked(prompts: Prompts, given: Sequence[Example]) -> list[Request]:
+    return [prompts.request(Example(example.question), "answer") for example in given]
+
+
+def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
+    """Whether two annotations are equal up to rounding."""
+    if replace(left, targets={}, choice_logprobs=()) != replace(right, targets={}, choice_logprobs=()):
+        return False
+    pairs = [(left.targets[span], right.targets[span]) for span in left.targets]
+    return np.allclose(left.choice_logprobs, right.choice_logprobs, atol=tolerance) and all(
+        a.token_ids == b.token_ids
+        and a.soft
+        and b.soft
+        and np.allclose(a.soft.logprobs_NK, b.soft.logprobs_NK, atol=tolerance)
+        for a, b in pairs
+    )
+
+
+def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts)
+    module = TeacherModule(teacher)
+    requests = asked(prompts, examples(5))
+    before = module.predict_step(requests)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    module.train()
+    assert not module.model.training
+    assert all(same(a, b) for a, b in zip(before, module.predict_step(requests), strict=True))
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    job = prepare(configured("trainer.max_steps=2", "trainer.log_every_n_steps=1", "loss=[kl]"), tmp_path / "run")
+    teacher = CountingTeacher(job.source.teacher)
+    job = replace(job, source=replace(job.source, teacher=teacher))
+    curriculum = teach(job)
+    num_asked, student = (
+        len(teacher.asked),
+        open_student(job.student_folder, keep_layers=None, freeze=[], from_scratch=False),
+    )
+    fit(job, curriculum, student, [])
+    assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
+    (file,) = (tmp_path / "run" / "checkpoints").glob("last.ckpt")
+    saved = torch.load(file, weights_only=True)
+    assert set(saved["state_dict"]) == {f"model.{name}" for name in student.state_dict()}
+    assert all(torch.equal(saved["state_dict"][f"model.{name}"], value) for name, value in student.state_dict().items())
+    bytes_of_student = sum(value.nbytes for value in student.state_dict().values())
+    assert file.stat().st_size < 3.3 * bytes_of_student  # weights and AdamW's two moments
+
+
+def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Callable[..., DictConfig]) -> None:
+    source = open_source(configured())
+    kept: list[weakref.ref[Any]] = []
+
+    class Watched(CountingTeacher):
+        def load(self) -> Any:
+            model = super().load()
+            kept.append(weakref.ref(model))
+            return model
+
+    watched = Watched(source.teacher)
+    wanted: Any = {"answer": source.splits.train, "rationale": source.splits.train[:3]}
+    first = fill(replace(source, teacher=watched), wanted)
+    gc.collect()
+    assert len(kept) == watched.num_loads == 1
+    assert kept[0]() is None
+    again = open_source(configured())
+    unused = CountingTeacher(again.teacher)
+    second = fill(replace(again, teacher=unused), wanted)
+    assert (unused.num_loads, unused.asked) == (0, [])
+    assert (second.num_reused, second.num_annotated) == (first.num_annotated, 0)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_answers_do_not_depend_on_company(shots: int, prompts: Prompts, teacher_folder: Path) -> None:
+    shown = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
+    teacher = opened(teacher_folder, shown)
+    teacher.load()
+    for span in ("answer", "rationale"):
+        requests = [shown.request(example, span) for example in examples(7)]
+        together = teacher.annotate(requests)
+        alone = [teacher.annotate([request])[0] for request in requests]
+        assert all(same(a, b, 1e-4) for a, b in zip(together, alone, strict=True))
+
+
+def test_padded_rows_of_the_teachers_head_do_not_matter(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts)
+    model = teacher.load()
+    requests = asked(prompts, examples(5))
+    before = teacher.annotate(requests)
+    model.lm_head.weight.data[prompts.vocabulary_size :] += 50
+    assert all(same(a, b, 0) for a, b in zip(before, teacher.annotate(requests), strict=True))
+    for annotation in before:
+        soft = annotation.targets["answer"].soft
+        assert soft is not None
+        assert soft.logprobs_NK.shape[1] == prompts.vocabulary_size
+        assert np.allclose(np.exp(soft.logprobs_NK).sum(-1), 1, atol=1e-5)
+
+
+def test_another_token_in_a_target_moves_only_the_distributions_after_it(
+    prompts: Prompts, teacher_folder: Path
+) -> None:
+    teacher = opened(teacher_folder, prompts)
+    teacher.load()
+    question = examples(1)[0]
+    pair = [prompts.request(replace(question, answer=answer), "answer") for answer in ("x y z", "x q z")]
+    one, other = (annotation.targets["answer"] for annotation in teacher.annotate(pair))
+    (place,) = np.flatnonzero(np.array(one.token_ids) != np.array(other.token_ids))
+    assert one.soft is not None
+    assert other.soft is not None
+    gaps = np.abs(np.exp(one.soft.logprobs_NK) - np.exp(other.soft.logprobs_NK)).max(-1)
+    assert (gaps[: place + 1] < 1e-5).all()
+    assert (gaps[place + 1 :] > 1e-3).all()
+    assert 0 < place < len(gaps) - 1
+
+
+def test_choices_are_scored_by_all_their_tokens(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts, constrain=False)
+    model = teacher.load()
+    for request, annotation in zip(
+        asked(prompts, examples(4)), teacher.annotate(asked(prompts, examples(4))), strict=True
+    ):
+        scores = []
+        for choice in Verbs.choices:
+            ids = prompts.encode(f" {choice}")
+            before = [*prompts.prefix("answer"), *prompts.question(request.example, "answer")]
+            with torch.no_grad():
+                logits_TV = model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1, :320]
+            scores.append(logits_TV.log_softmax(-1).gather(-1, torch.tensor(ids).unsqueeze(-1)).sum())
+        assert np.allclose(annotation.choice_logprobs, torch.stack(scores).log_softmax(0), atol=1e-4)
+        assert annotation.answer == Verbs.choices[int(torch.stack(scores).argmax())]
+
+
+def test_calibration_leaves_the_median_question_undecided(prompts: Prompts, teacher_folder: Path) -> None:
+    given = [Example(example.question) for example in examples(9)]
+    firsts = [prompts.encode(f" {choice}")[0] for choice in Verbs.choices]
+    assert len(set(firsts)) == 2
+    teacher = opened(teacher_folder, prompts, *given)
+    teacher.load()
+    softs = [a.targets["answer"].soft for a in teacher.annotate(asked(prompts, given))]
+    gold_NC = np.array([soft.logprobs_NK[0, firsts] for soft in softs])
+    plain = opened(teacher_folder, prompts)
+    plain.load()
+    raw_NC = np.array([a.targets["answer"].soft.logprobs_NK[0, firsts] for a in plain.annotate(asked(prompts, given))])
+    moved = (gold_NC - raw_NC) @ [1, -1]
+    assert np.allclose(moved, moved[0], atol=1e-4)
+    assert abs(moved[0]) > 1e-3
+    with pytest.raises(ConfigError, match="begin with the same token"):
+        opened(teacher_folder, prompts, *given, task=type("Alike", (Verbs,), {"choices": ("gets", "gets back")})())
+
+
+def test_a_teacher_that_loads_nothing_has_a_fingerprint(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts, examples(1)[0])
+    assert teacher.fingerprint() == opened(teacher_folder, prompts, examples(1)[0]).fingerprint()
+    assert teacher.fingerprint() != opened(teacher_folder, prompts).fingerprint()
+    assert not hasattr(teacher, "_model")
+
+
+REASONED = {  # what the teacher left: rationale, answer after it, cut off at the limit
+    "good": ("Since so.", "7", False),
+    "disagrees": ("Since so.", "8", False),
+    "unreadable": ("Since so.", None, False),
+    "truncated": ("Since so and", "7", True),
+    "empty": ("", "7", False),
+}
+
+
+@pytest.mark.parametrize("known", ["gold", "teacher"])
+@pytest.mark.parametrize("case", REASONED)
+def test_a_rationale_is_checked_and_says_against_what(case: str, known: str, prompts: Prompts, tmp_path: Path) -> None:
+    rationale, answer, is_truncated = REASONED[case]
+    # The direct answer is the right one only where it is what counts.
+    example, direct = (Example("Why?", "7"), "5") if known == "gold" else (Example("Why?"), "7")
+    requests = {(example.id, span): prompts.request(example, span) for span in ("answer", "rationale")}
+    ids = prompts.answer_ids(direct)
+    store = Store(tmp_path, {})
+    with store.writing() as writer:
+        writer.add([Annotation(requests[example.id, "answer"].key, {"answer": Target(ids, None)}, direct)])
+        reasoned = Annotation(requests[example.id, "rationale"].key, {}, answer, rationale, is_truncated=is_truncated)
+        writer.add([reasoned])
+    (checked,) = check_rationales([example, Example("Not asked.")], requests, store)
+    assert (checked.example_id, checked.compared_with) == (example.id, known)
+    assert checked.reason == (None if case == "good" else case)
+    assert checked.annotation == reasoned
+
+
+def test_only_rationales_without_a_reason_against_them_reach_the_student(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    job = prepare(configured("loss=[answer,kl,rationale]", "num_samples=0"), tmp_path)
+    unlabelled = [e for e in job.source.splits.train if e.answer is None]
+    prompts, cases = job.source.prompts, dict(zip((e.id for e in unlabelled), REASONED, strict=False))
+    with job.source.store.writing() as writer:
+        for example in unlabelled:
+            rationale, answer, is_truncated = REASONED[cases.get(example.id, "empty")]
+            ids = prompts.answer_ids("7")
+            keys = [prompts.request(example, span).key for span in ("answer", "rationale")]
+            writer.add([Annotation(keys[0], {"answer": Target(ids, None)}, "7")])
+            target = {"rationale": Target(prompts.rationale_ids(rationale), None)} if rationale else {}
+            writer.add([Annotation(keys[1], target, answer, rationale, is_truncated=is_truncated)])
+    curriculum = teach(job)
+    assert {c.reason for c in curriculum.rationales} == {None, "disagrees", "unreadable", "truncated", "empty"}
+    taught = {
+        lesson.example_id for lesson in curriculum.train for s in lesson.sequences if "rationale" in s.prompt.spans
+    }
+    by_teacher = taught & {e.id for e in unlabelled}
+    assert by_teacher == {i for i, case in cases.items() if case == "good"}
+    assert taught - by_teacher == {e.id for e in job.source.splits.train if e.rationale is not None}
