@@ -22,7 +22,8 @@ COPY --from=build /app/venv /app/venv
 COPY LICENSE /app/
 COPY conf /app/conf
 COPY distill /app/distill
-ENV PATH=/app/venv/bin:$PATH \
+ENV DISTILL_COMMIT=${COMMIT} \
+    PATH=/app/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     DISTILL_ROOT=/data \

@@ -37,7 +37,10 @@ class Evaluation:
         self._model, self._prompts, self._task, self._answer = model, prompts, task, answer
         self._span: Span = "answer" if answer == "direct" else "rationale"
         self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        if self._choices and answer == "direct":
+            # A model that has not learned to stop would write to the limit, and be no less unreadable for it.
+            self._max_answer_tokens = 1 + max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
@@ -56,7 +59,7 @@ class Evaluation:
         """What the model writes when asked to reason."""
         if not examples:
             return []
-        written = self._write(self._read(examples, "rationale"))
+        written = self._write(self._read(examples, "rationale"), self._max_new_tokens)
         return [self._prompts.take_apart(ids).rationale for ids in written]
 
     def milliseconds(self, examples: Sequence[Example]) -> float:
@@ -70,7 +73,7 @@ class Evaluation:
 
     def _predict(self, examples: Sequence[Example], teacher: Sequence[Annotation | None]) -> list[Prediction]:
         reading = self._read(examples, self._span)
-        written = self._write(reading)
+        written = self._write(reading, self._max_answer_tokens)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._answer == "reasoned":
@@ -109,9 +112,9 @@ class Evaluation:
             ]
         )
 
-    def _write(self, reading: models.Reading) -> list[list[int]]:
+    def _write(self, reading: models.Reading, max_new_tokens: int) -> list[list[int]]:
         first_BV = reading.reader.logprobs(reading.last_BH)
-        return reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        return reading.greedy(first_BV, max_new_tokens=max_new_tokens, stop=self._prompts.end)
 
     def _choose(
         self, reading: models.Reading, answers: Sequence[str | None]
