@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import shlex
 import statistics
@@ -28,6 +27,7 @@ import yaml
 from omegaconf import DictConfig
 
 from distill import config as configuration
+from distill.fetch import whole_file
 from distill.records import ConfigError
 
 BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
@@ -372,7 +372,9 @@ def samples(summary: Summary) -> tuple[Run | None, list[Json]]:
     arms = sorted(summary.trained, key=lambda arm: (arm.kind != "distilled", -len(arm.runs[0].losses)))
     run = next((run for arm in arms for run in arm.runs if run.predictions), None)
     groups: dict[tuple[bool, bool], list[Json]] = {}
-    for item in sorted(run.predictions if run else (), key=lambda item: str(item.get("id"))):
+    told = run.predictions if run else ()
+    reasoned = [item for item in told if item.get("student_rationale")]
+    for item in sorted(reasoned or told, key=lambda item: str(item.get("id"))):
         agrees = item.get("student_answer") == item.get("teacher_answer")
         groups.setdefault((item.get("is_correct") is True, agrees), []).append(item)
     turns = zip_longest(*(group for _, group in sorted(groups.items())))
@@ -442,13 +444,8 @@ def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Summary
         raise ConfigError(*problems)
     summary = summarise(runs)
     for name, text in (("report.html", to_html(summary)), ("report.md", to_markdown(summary))):
-        part = Path(out_dir) / f".{name}.{os.getpid()}"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(Path(out_dir) / name) as part:
             part.write_text(text, encoding="utf-8")
-            part.replace(part.with_name(name))
-        finally:
-            part.unlink(missing_ok=True)
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -143,6 +144,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
     seconds = fit(job, curriculum, student, loggers)
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
+    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
     _say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
@@ -242,8 +244,8 @@ def _settings(config: DictConfig) -> Json:
         "steps": config.trainer.max_steps,
         "batch_size": config.batch_size,
         "task": config.task.name,
-        "teacher": config.teacher.model,
-        "student": config.student.model,
+        "teacher": config.teacher.model.partition("#")[0],
+        "student": config.student.model.partition("#")[0],
     }
 
 
