@@ -38,6 +38,8 @@ _ALLOWED = ("distill.", "torch.", "lightning.", "transformers.", "peft.")
 _SECRET = re.compile(r"(^|[._])(key|token|secret|password|credential)s?$", re.IGNORECASE)
 _IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _LOOK_ONLY = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc", "--version"}
+_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp"}
+_WITH_VALUE |= {"--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun"}
 Work = Callable[[DictConfig], float | None]
 
 
@@ -99,7 +101,9 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
     """Name every override that cannot be applied, each with the nearest thing that can."""
     if _LOOK_ONLY & set(arguments):
         return
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    flags = {index for index, word in enumerate(arguments) if word.startswith("-")}
+    values = {index + 1 for index in flags if arguments[index] in _WITH_VALUE}
+    words = [word for index, word in enumerate(arguments) if index not in flags | values]
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
@@ -193,24 +197,36 @@ def _check_option(group: str, option: Any) -> list[str]:
     ]
 
 
-def _keys(config: DictConfig) -> set[str]:
-    def walk(value: Any, path: str) -> Iterator[str]:
+def _keys(config: DictConfig) -> dict[str, Any]:
+    """Every key of the configuration, dotted, and its value."""
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if path:
-            yield path
+            yield path, value
         if isinstance(value, dict):
             for key, item in value.items():
                 yield from walk(item, f"{path}.{key}".lstrip("."))
 
-    return set(walk(OmegaConf.to_container(config, resolve=False), ""))
+    return dict(walk(OmegaConf.to_container(config, resolve=False), ""))
 
 
-def _check_key(override: Any, known: set[str]) -> list[str]:
+def _check_key(override: Any, known: Mapping[str, Any]) -> list[str]:
     key = override.key_or_group
-    if key in known or _is_group(key) or key.startswith("hydra."):
+    if _is_group(key) or key.startswith("hydra.") or override.is_delete():
         return []
+    if key in known:
+        return [] if override.is_sweep_override() else _check_kind(key, override.value(), known[key])
     if _SECRET.search(key):
         return [f"{key}: a command line is logged, so it may hold no secret; use the environment"]
     return [] if override.is_add() else [f"{key} is no key of this configuration{_suggest(key, known)}"]
+
+
+def _check_kind(key: str, value: Any, default: Any) -> list[str]:
+    """A number stays a number, a switch a switch; other kinds are checked against signatures."""
+    kinds = {bool: (bool, "true or false"), int: (int, "a whole number"), float: ((int, float), "a number")}
+    kind, wanted = kinds.get(type(default), (object, ""))
+    is_reference = isinstance(value, str) and "${" in str(value)
+    return [] if is_reference or isinstance(value, kind) else [f"{key}={value}: wanted {wanted}"]
 
 
 def _suggest(word: str, among: Any) -> str:

@@ -25,6 +25,7 @@ from distill.records import (
     Batch,
     CacheError,
     CheckedRationale,
+    ConfigError,
     Example,
     Prompt,
     Request,
@@ -181,6 +182,11 @@ class StepSampler(Sampler[Microbatch]):
         start_step: int = 0,
     ) -> None:
         """`batch_size` counts the examples of one optimizer step over all microbatches and processes."""
+        if batch_size < world_size * num_microbatches:
+            raise ConfigError(
+                f"batch_size={batch_size} leaves some of {world_size} processes x {num_microbatches} microbatches "
+                f"without an example; make it at least {world_size * num_microbatches}, or microbatch_size larger"
+            )
         self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
         self._num_steps, self._seed, self._start_step = num_steps, seed, start_step
         self._rank, self._world_size = rank, world_size

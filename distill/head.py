@@ -126,6 +126,7 @@ def _chunk(
                 value_m, slope_mB = term.formula(log_q_mB, term.log_t_MB[inside].to(log_q_mB))
                 sums_L[index] += value_m.sum()
                 slope_mB = slope_mB * (term.scale * temperature)  # T^2 for the loss, 1/T for the logits
+                slope_mB[:, -1] *= rest_m > _SMALLEST_REST  # at the floor the value does not move
                 per_rest_m = slope_mB[:, -1] / rest_m
                 factor_C.index_add_(0, rows_m, per_rest_m - slope_mB.sum(-1))
                 kept_mK = slope_mB[:, :-1] - log_q_mK.exp() * per_rest_m.unsqueeze(-1)

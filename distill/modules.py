@@ -36,6 +36,10 @@ class TeacherModule(lightning.LightningModule):
         self._teacher = teacher
         self.model = teacher.load()
 
+    def train(self, mode: bool = True) -> TeacherModule:
+        # A teacher never trains, whatever a trainer asks of its module.
+        return super().train(False)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch
 
@@ -120,7 +124,9 @@ class StudentModule(lightning.LightningModule):
             nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        values = {f"train/{name}": value for name, value in self._step_sums.items()}
+        # Every process names every loss, also one that had no position in its microbatches.
+        nothing = torch.zeros((), device=self.device)
+        values = {f"train/{name}": self._step_sums.get(name, nothing).float() for name in self._objectives}
         self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._step_sums = {}

@@ -77,7 +77,9 @@ def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTraine
         )
     if teacher.eos_token_id != student.eos_token_id:
         raise ConfigError(
-            f"the teacher ends a sequence with id {teacher.eos_token_id}, the student with {student.eos_token_id}"
+            f"teacher and student cannot share soft targets: the teacher ends a sequence with id "
+            f"{teacher.eos_token_id}, the student with {student.eos_token_id}. Give both the same end token, or "
+            "train without the losses that need soft targets: loss=[answer,rationale]"
         )
 
 

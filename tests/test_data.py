@@ -21,6 +21,7 @@ from distill.records import (
     SPANS,
     Annotation,
     CacheError,
+    ConfigError,
     CheckedRationale,
     Example,
     SoftTargets,
@@ -124,12 +125,9 @@ def test_another_seed_is_another_order(prompts: Prompts) -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_a_step_with_fewer_examples_than_parts_can_be_collated(prompts: Prompts) -> None:
-    given = lessons(prompts, 5)
-    for rank in range(2):
-        sampler = StepSampler(given, batch_size=3, num_microbatches=2, num_steps=1, seed=0, rank=rank, world_size=2)
-        for part in sampler:
-            assert collate([given[index] for index in part.indices], part.counts, 0).input_ids_BT.ndim == 2
+def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> None:
+    with pytest.raises(ConfigError, match="batch_size=3 leaves some of 2 processes x 2 microbatches without"):
+        StepSampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, num_steps=1, seed=0, world_size=2)
 
 
 def test_counts_are_per_span_and_source(prompts: Prompts) -> None:

@@ -277,9 +277,7 @@ def test_verdict_refuses_unequal_budgets_and_says_which(make_run: Make, change: 
 
 
 def test_verdict_takes_the_baseline_of_the_same_budget_and_the_best_of_several(make_run: Make) -> None:
-    folders = [
-        make_run(("answer",), p, config={"optim": {"lr": lr}}) for p, lr in ((0.60, 1e-4), (0.72, 1e-3))
-    ]
+    folders = [make_run(("answer",), p, config={"optim": {"lr": lr}}) for p, lr in ((0.60, 1e-4), (0.72, 1e-3))]
     folders.append(make_run(("answer",), 0.2, steps=7))
     (verdict,) = summary_of(*folders, make_run(accuracy=0.74)).verdicts
     assert verdict.points == pytest.approx(2.0)
@@ -310,9 +308,7 @@ def test_a_missing_file_is_reported_and_never_fatal(make_run: Make, name: str) -
     assert ("is incomplete" in page) == (name in ("run.json", "results.json"))
 
 
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "run.json", "results.json", "predictions.jsonl", "rejected.jsonl"]
-)
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "results.json", "predictions.jsonl", "rejected.jsonl"])
 def test_a_file_cut_off_in_the_middle_is_reported_and_never_fatal(make_run: Make, name: str) -> None:
     folder = make_run()
     text = "a: [1, 2" if name == "config.yaml" else (folder / name).read_text()[:-9]
@@ -323,9 +319,7 @@ def test_a_file_cut_off_in_the_middle_is_reported_and_never_fatal(make_run: Make
 
 
 def test_a_report_on_nothing_but_interrupted_runs_can_be_made(make_run: Make) -> None:
-    summary = summary_of(
-        make_run(without=("results.json", "metrics.csv", "predictions.jsonl", "rejected.jsonl"))
-    )
+    summary = summary_of(make_run(without=("results.json", "metrics.csv", "predictions.jsonl", "rejected.jsonl")))
     assert "nothing to judge" in report.to_html(summary)
     assert "nothing to judge" in report.to_text(summary)
 
@@ -338,9 +332,7 @@ def test_folders_that_are_no_runs_are_all_named(make_run: Make, tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         report.write_report([make_run(), empty, other, tmp_path / "absent"], tmp_path / "out")
     assert len(caught.value.problems) == 3
-    for problem, found in zip(
-        caught.value.problems, ("an empty folder", "notes.txt", "no such folder"), strict=True
-    ):
+    for problem, found in zip(caught.value.problems, ("an empty folder", "notes.txt", "no such folder"), strict=True):
         assert found in problem
         assert "wanted config.yaml or run.json" in problem
         assert "runs=[dir,dir,...]" in problem
@@ -364,9 +356,7 @@ def test_write_report_leaves_two_whole_files_and_nothing_else(make_run: Make, tm
 
 
 def test_page_is_self_contained_and_its_charts_are_well_formed(make_run: Make) -> None:
-    html = report.to_html(
-        summary_of(make_run(("answer",)), make_run(accuracy=0.9), make_run(accuracy=0.88, seed=1))
-    )
+    html = report.to_html(summary_of(make_run(("answer",)), make_run(accuracy=0.9), make_run(accuracy=0.88, seed=1)))
     page = Page(html)
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert page.links == []
@@ -393,24 +383,16 @@ def test_hostile_text_stays_text_everywhere(make_run: Make) -> None:
     folder = make_run(
         ("kl", HOSTILE), predictions=[hostile], name=HOSTILE, task=HOSTILE, teacher=HOSTILE, device=HOSTILE
     )
-    (folder / "rejected.jsonl").write_text(
-        json.dumps({"id": HOSTILE, "reason": HOSTILE, "text": HOSTILE}) + "\n{oops"
-    )
+    (folder / "rejected.jsonl").write_text(json.dumps({"id": HOSTILE, "reason": HOSTILE, "text": HOSTILE}) + "\n{oops")
     summary = summary_of(folder, make_run(("answer",), task=HOSTILE))
     html, text, markdown = report.to_html(summary), report.to_text(summary), report.to_markdown(summary)
     assert "script" not in Page(html).tags
-    assert (
-        "<script>alert(1)</script> ⟨U+001B⟩[31mred⟨U+001B⟩[0m ⟨U+202E⟩right-to-left ⟨U+D800⟩"
-        in Page(html).text
-    )
+    assert "<script>alert(1)</script> ⟨U+001B⟩[31mred⟨U+001B⟩[0m ⟨U+202E⟩right-to-left ⟨U+D800⟩" in Page(html).text
     for output in (html, text, markdown):
         output.encode("utf-8")
         assert not set("\x1b\u202e\x07") & set(output)
     assert not re.search(r"(?<!\\)<script", markdown)
-    assert (
-        len({line.count("|") - line.count("\\|") for line in markdown.splitlines() if line.startswith("| ")})
-        == 2
-    )
+    assert len({line.count("|") - line.count("\\|") for line in markdown.splitlines() if line.startswith("| ")}) == 2
 
 
 def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> None:

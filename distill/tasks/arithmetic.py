@@ -36,18 +36,18 @@ class Arithmetic:
         """`max_steps` is 1 or 2: how many operations a problem may need."""
         if max_steps not in (1, 2):
             raise ConfigError(f"task.max_steps={max_steps}: problems have 1 or 2 steps")
-        self._sizes = (num_test, num_validation, num_labelled, num_unlabelled, num_shots)
+        self._sizes = (num_test, num_validation, num_shots, num_labelled, num_unlabelled)
         self._max_number, self._max_steps, self._split_seed = max_number, max_steps, split_seed
 
     def splits(self) -> Splits:
         """Distinct problems, so no split holds another's."""
         problems = self._problems()
-        test, validation, labelled, unlabelled = (problems[k] for k in range(4))
+        test, validation, _, labelled, unlabelled = problems
         return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
 
     def shots(self) -> Sequence[Example]:
         """Problems of the same kind that are in no split."""
-        return self._problems()[4]
+        return self._problems()[2]
 
     def read_answer(self, text: str) -> str:
         """The first whole number in the text."""
