@@ -223,7 +223,11 @@ def _check_key(override: Any, known: Mapping[str, Any]) -> list[str]:
 
 def _check_kind(key: str, value: Any, default: Any) -> list[str]:
     """A number stays a number, a switch a switch; other kinds are checked against signatures."""
-    kinds = {bool: (bool, "true or false"), int: (int, "a whole number"), float: ((int, float), "a number")}
+    kinds: dict[type, tuple[Any, str]] = {
+        bool: (bool, "true or false"),
+        int: (int, "a whole number"),
+        float: ((int, float), "a number"),
+    }
     kind, wanted = kinds.get(type(default), (object, ""))
     is_reference = isinstance(value, str) and "${" in str(value)
     return [] if is_reference or isinstance(value, kind) else [f"{key}={value}: wanted {wanted}"]
