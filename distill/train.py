@@ -85,7 +85,9 @@ def main(config: DictConfig) -> float:
 
 def prepare(config: DictConfig, run_dir: Path) -> Job:
     """Build the parts and refuse those that cannot work together, before anything heavy is loaded."""
-    objectives: dict[str, Objective] = {name: configuration.build(node) for name, node in config.loss.items()}
+    objectives: dict[str, Objective] = {
+        name: configuration.build(node) for name, node in config.get("loss", {}).items()
+    }
     source = open_source(config)
     check_parts(objectives, source, config.task.answer)
     folder = models.resolve(config.student.model, Path(config.root).resolve())

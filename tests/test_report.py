@@ -403,8 +403,9 @@ def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> N
 
 
 def test_samples_mix_right_and_wrong_agreeing_and_not(make_run: Make) -> None:
-    items = [prediction(k, k > 1, k % 10 > 0) for k in range(100)]
-    folder = make_run(predictions=items[::-1])
+    items = [prediction(k, k > 1, k % 10 > 0) | {"student_rationale": "Because."} for k in range(100)]
+    silent = [prediction(k, k % 2 > 0, True) | {"student_rationale": None} for k in range(100, 200)]
+    folder = make_run(predictions=[*silent, *items[::-1]])
     run, chosen = report.samples(summary_of(folder))
     kinds = [(item["is_correct"], item["student_answer"] == item["teacher_answer"]) for item in chosen]
     assert run == report.read_run(folder)
