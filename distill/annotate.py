@@ -7,23 +7,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
-from distill.cache.store import Store, fingerprint_digest
+from distill.cache.store import Store, Writer, fingerprint_digest
+from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule
 from distill.prompts import Prompts, load_tokenizer
-from distill.records import Annotation, CheckedRationale, Example, Reason, Request, Span, Splits
+from distill.records import SPANS, Annotation, CheckedRationale, Example, Reason, Request, Span, Splits
 from distill.tasks import Task
 from distill.teachers import Teacher
-from distill.tracking import progress
+from distill.tracking import progress, say
+
+_LATENCY_REQUESTS = 10
 
 
 @dataclass(frozen=True)
@@ -94,27 +97,37 @@ def fill(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> Filled:
     missing = source.store.missing(list(requests.values()))
     reused = len({request.key for request in requests.values()}) - len(missing)
     if not missing:
-        _say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
+        say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
         return Filled(requests, too_long, reused, 0, 0.0)
-    _say(f"cache {source.store.folder}: {reused} records are there, {len(missing)} are to be annotated")
+    say(f"cache {source.store.folder}: {reused} records are there, {len(missing)} are to be annotated")
     with source.store.writing() as writer:
+        # Another writer may have made them while this one waited.
         missing = source.store.missing(missing)
         if missing:
-            module = TeacherModule(source.teacher)
-            for span in wanted:
-                asked = sorted((r for r in missing if r.span == span), key=lambda r: len(r.example.question))
-                if asked:
-                    _predict(module, asked, source.batch_size, _Save(writer.add), f"{span}s")
-            writer.flush()
-            seconds = time.monotonic() - start
-            source.store.record_cost(
-                records=len(missing),
-                seconds=round(seconds, 3),
-                parameters=sum(p.numel() for p in module.model.parameters()),
-                ms_per_example=_milliseconds(source, wanted),
-            )
-            source.teacher.close()
+            _annotate(source, missing, writer)
     return Filled(requests, too_long, reused, len(missing), time.monotonic() - start)
+
+
+def _annotate(source: Source, missing: Sequence[Request], writer: Writer) -> None:
+    start = time.monotonic()
+    module = TeacherModule(source.teacher)
+    try:
+        for span in SPANS:
+            # Batches of like lengths have little padding.
+            asked = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
+            if asked:
+                _predict(module, asked, source.batch_size, _Save(writer), f"{span}s")
+        writer.flush()
+        seconds = time.monotonic() - start
+        answers = [request for request in missing if request.span == "answer"][:_LATENCY_REQUESTS]
+        source.store.record_cost(
+            records=len(missing),
+            seconds=round(seconds, 3),
+            parameters=sum(p.numel() for p in module.model.parameters()),
+            ms_per_example=median_milliseconds(lambda request: source.teacher.annotate([request]), answers),
+        )
+    finally:
+        source.teacher.close()
 
 
 def check_rationales(
@@ -129,7 +142,7 @@ def check_rationales(
         if example.answer is not None:
             reason = _reason(annotation, example.answer)
             found.append(CheckedRationale(example.id, annotation, "gold", reason))
-        else:
+        elif (example.id, "answer") in requests:
             direct = store.read(requests[example.id, "answer"].key)
             found.append(CheckedRationale(example.id, annotation, "teacher", _reason(annotation, direct.answer)))
     return found
@@ -170,59 +183,29 @@ def _predict(module: TeacherModule, requests: Sequence[Request], batch_size: int
         enable_progress_bar=sys.stderr.isatty(),
         callbacks=[save, progress(unit, len(requests))],
     )
-    loader: DataLoader[Sequence[Request]] = DataLoader(_Batches(batches), batch_size=None, collate_fn=_as_is)
+    loader: DataLoader[Sequence[Request]] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     try:
         trainer.predict(module, loader, return_predictions=False)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
 
 
-@final
-class _Batches(Dataset[Sequence[Request]]):
-    def __init__(self, batches: Sequence[Sequence[Request]]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> Sequence[Request]:
-        return self._batches[index]
-
-
-def _as_is(requests: Sequence[Request]) -> Sequence[Request]:
-    return requests
-
-
 class _Save(Callback):
     """Hands each batch of annotations on as soon as it is there."""
 
-    def __init__(self, add: Any) -> None:
-        self._add = add
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._add(outputs)
-
-
-def _milliseconds(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> float | None:
-    """Median time of the teacher for one question alone."""
-    times = []
-    for example in wanted.get("answer", ())[:10]:
-        start = time.perf_counter()
-        source.teacher.annotate([source.prompts.request(Example(example.question), "answer")])
-        times.append(time.perf_counter() - start)
-    return round(1000 * sorted(times)[len(times) // 2], 3) if times else None
+        self._writer.add(outputs)
 
 
 def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> Path:
     if config.cache.dir:
         return Path(config.cache.dir).resolve()
     return root / "cache" / f"{config.task.name}-{fingerprint_digest(fingerprint)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(config: DictConfig) -> float:

@@ -221,7 +221,7 @@ class _Lessons(Dataset[Batch]):
     def __init__(self, lessons: Sequence[Lesson], padding_id: int) -> None:
         self._lessons, self._padding_id = lessons, padding_id
 
-    def __getitems__(self, microbatch: Microbatch) -> Batch:
+    def __getitem__(self, microbatch: Microbatch) -> Batch:
         return collate([self._lessons[i] for i in microbatch.indices], microbatch.counts, self._padding_id)
 
 
@@ -271,13 +271,8 @@ class DistillData(lightning.LightningDataModule):
         return self._loader(self._validation, batches)
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
-        dataset = _Lessons(lessons, self._padding_id)
         # A batch is made whole by the dataset, so there is nothing left to collate.
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=_as_is)  # type: ignore[arg-type]
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
+        return DataLoader(_Lessons(lessons, self._padding_id), sampler=batches, batch_size=None)
 
 
 def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int) -> Batch:

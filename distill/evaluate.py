@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -18,8 +17,9 @@ from distill import models
 from distill.cache.store import Store
 from distill.data import AnswerMode
 from distill.losses.forward_kl import ForwardKL
-from distill.metrics import Prediction, score
-from distill.prompts import Prompts, load_tokenizer
+from distill.metrics import Prediction, median_milliseconds, score
+from distill.prompts import Prompts, Reply, load_tokenizer
+from distill.reading import PrefixedReader, Reading
 from distill.records import Annotation, AnswerError, Example, Span, Target
 from distill.student import size_bytes
 from distill.tasks import Task
@@ -45,13 +45,17 @@ class Evaluation:
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
         """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one."""
-        self._model.eval()
-        order = sorted(range(len(examples)), key=lambda index: len(examples[index].question))
+        reader = self._reader(self._span)
+        questions = [self._prompts.question(example, self._span) for example in examples]
+        # Batches of like lengths have little padding.
+        order = sorted(range(len(examples)), key=lambda index: len(questions[index]))
         found: dict[int, Prediction] = {}
         for start in range(0, len(order), _BATCH):
             indices = order[start : start + _BATCH]
             part = [examples[index] for index in indices]
-            found |= dict(zip(indices, self._predict(part, [teacher.get(e.id) for e in part]), strict=True))
+            known = [teacher.get(example.id) for example in part]
+            predictions = self._predict(reader, part, [questions[index] for index in indices], known)
+            found |= dict(zip(indices, predictions, strict=True))
         return [found[index] for index in range(len(examples))]
 
     @torch.inference_mode()
@@ -59,27 +63,33 @@ class Evaluation:
         """What the model writes when asked to reason."""
         if not examples:
             return []
-        written = self._write(self._read(examples, "rationale"), self._max_new_tokens)
+        reading = self._reader("rationale").read([self._prompts.question(e, "rationale") for e in examples])
+        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
         return [self._prompts.take_apart(ids).rationale for ids in written]
 
-    def milliseconds(self, examples: Sequence[Example]) -> float:
+    def milliseconds(self, examples: Sequence[Example]) -> float | None:
         """Median time to answer one question alone."""
-        times = []
-        for example in examples[:_LATENCY_EXAMPLES]:
-            start = time.perf_counter()
-            self.predict([example], {})
-            times.append(time.perf_counter() - start)
-        return 1000 * sorted(times)[len(times) // 2]
+        return median_milliseconds(lambda example: self.predict([example], {}), examples[:_LATENCY_EXAMPLES])
 
-    def _predict(self, examples: Sequence[Example], teacher: Sequence[Annotation | None]) -> list[Prediction]:
-        reading = self._read(examples, self._span)
-        written = self._write(reading, self._max_answer_tokens)
+    def _reader(self, span: Span) -> PrefixedReader:
+        # A new one each time: the model may have learned since.
+        return PrefixedReader(self._model.eval(), self._prompts.prefix(span), self._prompts.vocabulary_size)
+
+    def _predict(
+        self,
+        reader: PrefixedReader,
+        examples: Sequence[Example],
+        questions: Sequence[tuple[int, ...]],
+        teacher: Sequence[Annotation | None],
+    ) -> list[Prediction]:
+        reading = reader.read(questions)
+        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._answer == "reasoned":
             replies = [self._prompts.take_apart(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
-            reading = self._read_reasoning(examples, [reply.rationale for reply in replies])
+            reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
         answers = [self._canonical(text) for text in texts]
         best, probabilities = self._choose(reading, answers)
         kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
@@ -99,49 +109,35 @@ class Evaluation:
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
 
-    def _read(self, examples: Sequence[Example], span: Span) -> models.Reading:
-        reader = models.PrefixedReader(self._model, self._prompts.prefix(span), self._prompts.vocabulary_size)
-        return reader.read([self._prompts.question(example, span) for example in examples])
-
-    def _read_reasoning(self, examples: Sequence[Example], rationales: Sequence[str]) -> models.Reading:
-        reader = models.PrefixedReader(self._model, self._prompts.prefix("rationale"), self._prompts.vocabulary_size)
-        return reader.read(
-            [
-                (*self._prompts.question(e, "rationale"), *self._prompts.rationale_ids(r), *self._prompts.bridge())
-                for e, r in zip(examples, rationales, strict=True)
-            ]
-        )
-
-    def _write(self, reading: models.Reading, max_new_tokens: int) -> list[list[int]]:
-        first_BV = reading.reader.logprobs(reading.last_BH)
-        return reading.greedy(first_BV, max_new_tokens=max_new_tokens, stop=self._prompts.end)
+    def _reasoning(self, reply: Reply) -> tuple[int, ...]:
+        """The model's own reasoning, behind which its answer's likelihood is read."""
+        return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.bridge())
 
     def _choose(
-        self, reading: models.Reading, answers: Sequence[str | None]
+        self, reading: Reading, answers: Sequence[str | None]
     ) -> tuple[list[str | None], list[tuple[float, ...]]]:
         """The most likely choices, where there are choices, else the answers as written."""
         if not self._choices:
             return list(answers), [()] * len(answers)
-        first_BV = reading.reader.logprobs(reading.last_BH)
-        scores_BC = reading.choice_logprobs(first_BV, self._choices).softmax(-1)
+        scores_BC = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1)
         best: list[str | None] = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
         return best, [tuple(row) for row in scores_BC.tolist()]
 
-    def _divergences(self, reading: models.Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
+    def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
         """KL to the teacher along its direct answer, the teacher's and the student's tokens being the same."""
         targets = [annotation.targets.get("answer") if annotation else None for annotation in teacher]
-        ids = [target.token_ids[:-1] if target else () for target in targets]
-        longest = max(map(len, ids))
-        if longest == 0 or not any(target and target.soft for target in targets):
-            return [None] * len(targets)
-        first_BV = reading.reader.logprobs(reading.last_BH)
-        padded = [[*row, *[0] * (longest - len(row))] for row in ids]
-        hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
-        found: list[float | None] = []
-        for row, target in enumerate(targets):
-            later_NV = reading.reader.logprobs(hidden_BTH[row, : len(ids[row])])
-            found.append(_divergence(torch.cat([first_BV[row : row + 1], later_NV]), target))
-        return found
+        read = [target.token_ids[:-1] if target and target.soft else () for target in targets]
+        longest = max(map(len, read))
+        later: Sequence[Tensor] = [reading.first_BV[:0]] * len(targets)
+        if longest:
+            padded = [[*ids, *[0] * (longest - len(ids))] for ids in read]
+            hidden_BTH = reading.feed(torch.tensor(padded, device=reading.last_BH.device))
+            hidden_NH = torch.cat([hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, read, strict=True)])
+            later = reading.reader.logprobs(hidden_NH).split([len(ids) for ids in read])
+        return [
+            _divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
+            for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
+        ]
 
     def _canonical(self, text: str) -> str | None:
         try:

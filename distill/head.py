@@ -115,28 +115,38 @@ def _chunk(
     for temperature in sorted({term.temperature for term in terms}):
         log_p_CV = (logits_CV / temperature).log_softmax(-1)
         factor_C = log_p_CV.new_zeros(len(log_p_CV))
-        scattered: list[tuple[Tensor, Tensor, Tensor]] = []
+        corrections: list[tuple[Tensor, Tensor, Tensor]] = []
         for index, term in enumerate(terms):
             if term.temperature == temperature:
-                inside = (term.rows_M >= start) & (term.rows_M < start + len(logits_CV))
-                rows_m, ids_mK = term.rows_M[inside] - start, term.ids_MK[inside]
-                log_q_mK = log_p_CV[rows_m.unsqueeze(-1), ids_mK]
-                rest_m = (1 - log_q_mK.exp().sum(-1)).clamp(min=_SMALLEST_REST)
-                log_q_mB = torch.cat([log_q_mK, rest_m.log().unsqueeze(-1)], -1)
-                value_m, slope_mB = term.formula(log_q_mB, term.log_t_MB[inside].to(log_q_mB))
-                sums_L[index] += value_m.sum()
-                slope_mB = slope_mB * (term.scale * temperature)  # T^2 for the loss, 1/T for the logits
-                slope_mB[:, -1] *= rest_m > _SMALLEST_REST  # at the floor the value does not move
-                per_rest_m = slope_mB[:, -1] / rest_m
-                factor_C.index_add_(0, rows_m, per_rest_m - slope_mB.sum(-1))
-                kept_mK = slope_mB[:, :-1] - log_q_mK.exp() * per_rest_m.unsqueeze(-1)
-                scattered.append((rows_m, ids_mK, kept_mK))
+                sums_L[index] += _add_term(term, log_p_CV, start, factor_C, corrections)
         if wanted:
             part_CV = log_p_CV.exp_().mul_(factor_C.unsqueeze(-1))
-            for rows_m, ids_mK, kept_mK in scattered:
+            for rows_m, ids_mK, kept_mK in corrections:
                 part_CV.index_put_((rows_m.unsqueeze(-1).expand_as(ids_mK), ids_mK), kept_mK, accumulate=True)
             slope_CV = part_CV if slope_CV is None else slope_CV.add_(part_CV)
     return slope_CV
+
+
+def _add_term(
+    term: Term,
+    log_p_CV: Float[Tensor, "C V"],
+    start: int,
+    factor_C: Float[Tensor, "C"],
+    corrections: list[tuple[Tensor, Tensor, Tensor]],
+) -> Float[Tensor, ""]:
+    """Return one term's sum for this chunk; add to each row's factor of q, and to the corrections at kept ids."""
+    inside = (term.rows_M >= start) & (term.rows_M < start + len(log_p_CV))
+    rows_m, ids_mK = term.rows_M[inside] - start, term.ids_MK[inside]
+    log_q_mK = log_p_CV[rows_m.unsqueeze(-1), ids_mK]
+    rest_m = (1 - log_q_mK.exp().sum(-1)).clamp(min=_SMALLEST_REST)
+    log_q_mB = torch.cat([log_q_mK, rest_m.log().unsqueeze(-1)], -1)
+    value_m, slope_mB = term.formula(log_q_mB, term.log_t_MB[inside].to(log_q_mB))
+    slope_mB = slope_mB * (term.scale * term.temperature)  # T^2 for the loss, 1/T for the logits
+    slope_mB[:, -1] *= rest_m > _SMALLEST_REST  # at the floor the value does not move
+    per_rest_m = slope_mB[:, -1] / rest_m
+    factor_C.index_add_(0, rows_m, per_rest_m - slope_mB.sum(-1))
+    corrections.append((rows_m, ids_mK, slope_mB[:, :-1] - log_q_mK.exp() * per_rest_m.unsqueeze(-1)))
+    return value_m.sum()
 
 
 def _collect(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 _BINS = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,16 @@ def wilson_interval(right: int, number: int, z: float = 1.959964) -> tuple[float
     middle = (share + z2 / (2 * number)) / (1 + z2 / number)
     half = z / (1 + z2 / number) * math.sqrt(share * (1 - share) / number + z2 / (4 * number * number))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def median_milliseconds(answer: Callable[[T], object], questions: Sequence[T]) -> float | None:
+    """Median time to answer one question alone; None where there is none."""
+    times = []
+    for question in questions:
+        start = time.perf_counter()
+        answer(question)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 3) if times else None
 
 
 def _ratio(total: float, number: int) -> float | None:

@@ -1,27 +1,22 @@
 """Naming and opening language models: a local folder, a hub id, or a file inside a PyPI package.
 
-A causal language model is opened at the seam between its body and its head, and prompts are read behind a
-shared prefix whose keys and values are computed once.
+A causal language model is opened at the seam between its body and its head.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import GgufConfig
 
@@ -160,107 +155,3 @@ def _check_seam(model: Any) -> None:
             f"{type(model).__name__} does more to its logits than one linear head (difference {gap:.3g}); "
             "such models are not supported"
         )
-
-
-@final
-class PrefixedReader:
-    """Reads many prompts behind one prefix; the prefix passes through the model once."""
-
-    def __init__(self, model: Any, prefix_ids: Sequence[int], vocabulary_size: int) -> None:
-        """Read the prefix. `model` is one that `load` opened; head rows from `vocabulary_size` on are padding."""
-        self.model = model
-        self.vocabulary_size = vocabulary_size
-        self.prefix_ids = tuple(prefix_ids)
-        self._prefix_cache: DynamicCache | None = None
-        if self.prefix_ids:
-            ids_BT = torch.tensor([self.prefix_ids], device=model.device)
-            with torch.inference_mode():
-                self._prefix_cache = model(ids_BT, use_cache=True, logits_to_keep=1).past_key_values
-
-    @torch.inference_mode()
-    def logprobs(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
-        """Log of the full softmax over the vocabulary, in float32."""
-        head: nn.Module = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden)[..., : self.vocabulary_size]
-        return logits.float().log_softmax(-1)
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> Reading:
-        """Read a batch of prompts; what follows them can be fed to the result."""
-        return Reading(self, *self._padded(prompts))
-
-    def fresh_cache(self, num_rows: int) -> DynamicCache:
-        """The prefix's keys and values, once for each row."""
-        if self._prefix_cache is None:
-            return DynamicCache(config=self.model.config)
-        cache = copy.deepcopy(self._prefix_cache)
-        cache.batch_repeat_interleave(num_rows)
-        return cache
-
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B P"]]:
-        # On the left, so that every prompt ends in the same column and what follows needs no padding inside.
-        longest = max(len(prompt) for prompt in prompts)
-        ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[1] * len(self.prefix_ids) + [0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-@final
-class Reading:
-    """A batch of prompts that were read, their keys and values kept."""
-
-    def __init__(self, reader: PrefixedReader, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B P"]) -> None:
-        """Read the prompts behind the reader's prefix."""
-        self.reader = reader
-        self._cache = reader.fresh_cache(len(ids_BT))
-        self._mask_BT = mask_BT[:, : len(reader.prefix_ids)]
-        self.last_BH = self._advance(ids_BT, mask_BT[:, len(reader.prefix_ids) :])[:, -1]
-
-    def feed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
-        """Read further tokens (padding on the right is harmless); return the hidden state at each of them."""
-        return self._advance(ids_BT, torch.ones_like(ids_BT))
-
-    def rewind(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` columns."""
-        if num_tokens == 0:
-            return
-        self._cache.crop(-num_tokens)
-        self._mask_BT = self._mask_BT[:, :-num_tokens]
-
-    def choice_logprobs(self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]) -> Float[Tensor, "B C"]:
-        """Log-probability of each choice's tokens as what follows; `first_BV` are those of its first token."""
-        scores = []
-        for ids in choices:
-            score_B = first_BV[:, ids[0]]
-            if len(ids) > 1:
-                rest_BT = torch.tensor([ids[1:]] * len(first_BV), device=first_BV.device)
-                fed_BT = torch.tensor([ids[:-1]] * len(first_BV), device=first_BV.device)
-                logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
-                score_B = score_B + logprobs_BTV.gather(-1, rest_BT.unsqueeze(-1)).sum((1, 2))
-                self.rewind(len(ids) - 1)
-            scores.append(score_B)
-        return torch.stack(scores, -1)
-
-    def greedy(self, first_BV: Float[Tensor, "B V"], *, max_new_tokens: int, stop: int) -> list[list[int]]:
-        """Continue each prompt with the most likely tokens, up to and including `stop` or to the limit."""
-        written_BT = first_BV.argmax(-1, keepdim=True)
-        while written_BT.shape[1] < max_new_tokens and not (written_BT == stop).any(1).all():
-            last_BH = self.feed(written_BT[:, -1:])[:, -1]
-            written_BT = torch.cat([written_BT, self.reader.logprobs(last_BH).argmax(-1, keepdim=True)], 1)
-        self.rewind(written_BT.shape[1] - 1)
-        rows: list[list[int]] = written_BT.tolist()
-        return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
-
-    @torch.inference_mode()
-    def _advance(self, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
-        self._mask_BT = torch.cat([self._mask_BT, mask_BT], 1)
-        positions_BT = (self._mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-        out = self.reader.model.base_model(
-            ids_BT,
-            attention_mask=self._mask_BT,
-            position_ids=positions_BT,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        hidden_BTH: Tensor = out.last_hidden_state
-        return hidden_BTH

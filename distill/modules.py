@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.head import Term, head_loss, predicted_ids
 from distill.losses import Objective
-from distill.records import SPANS, Annotation, Batch, DistillError, Request
+from distill.records import SPANS, Annotation, Batch, DistillError, Request, SoftRows, Span
 from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -84,21 +84,26 @@ class StudentModule(lightning.LightningModule):
         size = self._vocabulary_size
         return head.weight[:size], None if bias_V is None else bias_V[:size]
 
-    def terms(self, batch: Batch, counts: Mapping[Any, int]) -> dict[str, Term]:
+    def terms(self, batch: Batch) -> dict[str, Term]:
         """The losses that have positions in this batch, each scaled by weight / count."""
         found = {}
         for name, objective in self._objectives.items():
-            place = (objective.span, objective.source)
-            term = self._term(batch, objective, objective.weight / max(1, counts.get(place, 1)))
-            if len(term.rows_M):
-                found[name] = term
+            if objective.source == "labels":
+                rows_M, ids_MK, log_t_MB = _gold(batch, objective.span)
+            elif batch.soft is not None:
+                rows_M, ids_MK, log_t_MB = self._soft(batch, batch.soft, objective)
+            else:
+                continue
+            if len(rows_M):
+                scale = objective.weight / _count(batch, objective)
+                found[name] = Term(objective.divergence, rows_M, ids_MK, log_t_MB, objective.temperature, scale)
         return found
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
     def training_step(self, batch: Batch) -> Tensor:
-        terms = self.terms(batch, batch.counts)
+        terms = self.terms(batch)
         total, sums_L = head_loss(self.hidden(batch), *self.head(), list(terms.values()))
         if not math.isfinite(total.item()):
             raise NonFiniteLossError(
@@ -106,9 +111,8 @@ class StudentModule(lightning.LightningModule):
                 f"{', '.join(batch.example_ids)}; the last checkpoint is from before. Lower optim.optimizer.lr "
                 "or look at these examples"
             )
-        for index, (name, objective) in enumerate((n, self._objectives[n]) for n in terms):
-            mean = sums_L[index] / max(1, batch.counts.get((objective.span, objective.source), 1))
-            self._step_sums[name] = self._step_sums.get(name, 0) + mean
+        for name, sum_ in zip(terms, sums_L, strict=True):
+            self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
         # Lightning divides by the number of microbatches and averages over processes; the counts already
         # are those of the whole step.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -133,15 +137,16 @@ class StudentModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch) -> None:
         hidden_NH, head = self.hidden(batch), self.head()
-        terms = self.terms(batch, {})
+        terms = self.terms(batch)
         _, sums_L = head_loss(hidden_NH, *head, list(terms.values()))
-        for index, (name, term) in enumerate(terms.items()):
-            self._tally(f"val/{name}", sums_L[index], len(term.rows_M))
+        for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
+            self._tally(f"val/{name}", sum_, len(term.rows_M))
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-        is_right_N = predicted_ids(hidden_NH, *head) == batch.label_N
-        for sequence in batch.sequence_N[is_answer_N].unique():
-            right = is_right_N[is_answer_N & (batch.sequence_N == sequence)].all()
-            self._tally("val/accuracy", right.float(), 1)
+        is_wrong_M = predicted_ids(hidden_NH[is_answer_N], *head) != batch.label_N[is_answer_N]
+        answers_M = batch.sequence_N[is_answer_N]
+        num_answers, wrong = len(answers_M.unique()), answers_M[is_wrong_M].unique()
+        if num_answers:
+            self._tally("val/accuracy", torch.tensor(num_answers - len(wrong)), num_answers)
 
     def on_validation_epoch_end(self) -> None:
         means = {name: total / count for name, (total, count) in self._tallies.items()}
@@ -158,17 +163,22 @@ class StudentModule(lightning.LightningModule):
         total, number = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
         self._tallies[name] = [total + value.detach().cpu(), number + count]
 
-    def _term(self, batch: Batch, objective: Objective, scale: float) -> Term:
-        in_span_N = batch.span_N == SPANS.index(objective.span)
-        if objective.source == "labels" or batch.soft is None:
-            is_used_N = in_span_N & batch.is_labelled_N
-            rows_M = is_used_N.nonzero().squeeze(-1) if objective.source == "labels" else is_used_N.nonzero()[:0, 0]
-            certain_MB = torch.tensor([[0.0, -torch.inf]], device=rows_M.device).expand(len(rows_M), 2)
-            ids_MK = batch.label_N[rows_M].unsqueeze(-1)
-            return Term(objective.divergence, rows_M, ids_MK, certain_MB, 1.0, scale)
-        soft = batch.soft
-        is_used_M = in_span_N[soft.rows_M]
+    def _soft(self, batch: Batch, soft: SoftRows, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, kept ids and bucket log-probabilities of the teacher's targets for a loss."""
+        is_used_M = batch.span_N[soft.rows_M] == SPANS.index(objective.span)
         kept_MK = self._retemper(soft.logprobs_MK[is_used_M], objective.temperature)
         log_t_MB = torch.cat([kept_MK, soft.tail_M[is_used_M].log().unsqueeze(-1)], -1)
-        rows_M, ids_MK = soft.rows_M[is_used_M], soft.ids_MK[is_used_M]
-        return Term(objective.divergence, rows_M, ids_MK, log_t_MB, objective.temperature, scale)
+        return soft.rows_M[is_used_M], soft.ids_MK[is_used_M], log_t_MB
+
+
+def _gold(batch: Batch, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions and ids of gold labels; all the probability is theirs."""
+    is_used_N = (batch.span_N == SPANS.index(span)) & batch.is_labelled_N
+    rows_M = is_used_N.nonzero().squeeze(-1)
+    certain_MB = torch.tensor([[0.0, -torch.inf]], device=rows_M.device).expand(len(rows_M), 2)
+    return rows_M, batch.label_N[rows_M].unsqueeze(-1), certain_MB
+
+
+def _count(batch: Batch, objective: Objective) -> int:
+    """Positions of a loss in the whole optimizer step."""
+    return max(1, batch.counts.get((objective.span, objective.source), 1))

@@ -11,6 +11,7 @@ Every piece is tokenized by itself, so a target has the same token ids behind wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -104,7 +105,12 @@ class Prompts:
         self.too_long = too_long
         assert tokenizer.eos_token_id is not None
         self.end: int = int(tokenizer.eos_token_id)
-        self._prefixes: dict[Span, tuple[int, ...]] = {}
+        self._cue = functools.cache(self.encode)  # for texts of the layout, which come again and again
+        self._prefix = functools.cache(self._render_prefix)
+
+    def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        """The same words and limits for another model, which sees no shots."""
+        return Prompts(tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long)
 
     @property
     def vocabulary_size(self) -> int:
@@ -128,11 +134,9 @@ class Prompts:
 
     def prefix(self, span: Span) -> tuple[int, ...]:
         """What stands before every question: start token if the model has one, instruction, shots."""
-        if span not in self._prefixes:
-            self._prefixes[span] = self._prefix(span)
-        return self._prefixes[span]
+        return self._prefix(span)
 
-    def _prefix(self, span: Span) -> tuple[int, ...]:
+    def _render_prefix(self, span: Span) -> tuple[int, ...]:
         ids = self._start()
         if self.layout.instruction:
             ids += self.encode(self.layout.instruction + "\n\n")
@@ -152,7 +156,7 @@ class Prompts:
         Raises ConfigError where `too_long` is `refuse`, ValueError where it is `drop`.
         """
         cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
-        head, tail = self.encode(self.layout.question_cue), self.encode("\n") + self.encode(cue)
+        head, tail = self._cue(self.layout.question_cue), self._cue("\n") + self._cue(cue)
         body = self.encode(f" {example.question}")
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
         if surplus > 0:
@@ -198,13 +202,14 @@ class Prompts:
 
     def bridge(self) -> tuple[int, ...]:
         """What stands between a rationale and the answer after it."""
-        return self.encode("\n") + self.encode(self.layout.answer_cue)
+        return self._cue("\n") + self._cue(self.layout.answer_cue)
 
     def request(self, example: Example, span: Span) -> Request:
         """A request whose key is the hash of the token ids that the teacher will be asked to read."""
         given = self.answer_ids(example.answer) if span == "answer" and example.answer is not None else ()
-        content = json.dumps([span, self.prefix(span), self.question(example, span), given])
-        return Request(hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), span, example)
+        question = self.question(example, span)
+        content = json.dumps([span, self.prefix(span), question, given])
+        return Request(hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), span, example, question)
 
     def take_apart(self, token_ids: Sequence[int]) -> Reply:
         """Decode what was generated behind a rationale cue into its two pieces."""

@@ -178,12 +178,14 @@ class Target:
 class Request:
     """A question to the teacher: `answer` asks for the answer, `rationale` for reasoning and then the answer.
 
-    `key` is the hash of everything in the request that the teacher's targets depend on.
+    `question_ids` stand between the shared prefix and what the teacher says; `key` is the hash of everything
+    in the request that the teacher's targets depend on.
     """
 
     key: str
     span: Span
     example: Example
+    question_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

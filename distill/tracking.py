@@ -172,6 +172,11 @@ def progress(unit: str, total: int) -> Callback:
     return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit, total)
 
 
+def say(text: str) -> None:
+    """A line for whoever watches; what a command gives goes to standard output, this does not."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @final
 class ProgressLines(Callback):
     """A line every few seconds: how much is done, how fast, how long it will take."""
@@ -215,7 +220,7 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"  step {trainer.global_step}: {told}", file=sys.stderr, flush=True)
+        say(f"  step {trainer.global_step}: {told}")
 
     def _begin(self) -> None:
         self._start = self._last = time.monotonic()
@@ -229,7 +234,7 @@ class ProgressLines(Callback):
         rate = self._done / max(1e-9, now - self._start)
         left = (total - self._done) / max(1e-9, rate)
         told = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
-        print(f"{told}{', ' + more if more else ''}", file=sys.stderr, flush=True)
+        say(f"{told}{', ' + more if more else ''}")
 
 
 def provenance() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
 from distill.records import Annotation, CheckedRationale, ConfigError, Example, Span
 from distill.report import to_text, write_report
 from distill.student import open_student, save_student, size_bytes, weights_hash
-from distill.tracking import Tracking, progress, provenance
+from distill.tracking import Tracking, progress, provenance, say
 
 Json = dict[str, Any]
 
@@ -99,8 +99,7 @@ def prepare(config: DictConfig, run_dir: Path) -> Job:
         is_shared = False
         if any(objective.source == "soft" for objective in objectives.values()):
             raise
-    layout, limits = source.prompts.layout, {"max_length": config.prompt.max_length, "too_long": config.prompt.too_long}
-    return Job(config, run_dir, source, objectives, folder, Prompts(tokenizer, layout, (), **limits), is_shared)
+    return Job(config, run_dir, source, objectives, folder, source.prompts.zero_shot(tokenizer), is_shared)
 
 
 def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
@@ -142,12 +141,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     evaluation = Evaluation(student, job.prompts, job.source.task, job.config.task.answer, job.config.max_new_tokens)
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
     if job.config.evaluate_before:
-        _say(f"evaluating the student before training on {len(test)} test examples ...")
+        say(f"evaluating the student before training on {len(test)} test examples ...")
         rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
     seconds = fit(job, curriculum, student, loggers)
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
-    _say(f"evaluating the student on {len(test)} test examples ...")
+    say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
     rows["student"] = row_of(predictions, job.source.task, student) | {"training_seconds": seconds}
@@ -224,13 +223,15 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
         callbacks=[checkpoint, progress("steps", config.trainer.max_steps)],
         logger=[CSVLogger(job.run_dir, name="", version=""), *loggers],
     )
-    _say(f"training on {len(curriculum.train)} examples, {config.trainer.max_steps} steps of {config.batch_size}")
+    # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    say(f"training on {len(curriculum.train)} examples, {config.trainer.max_steps} steps of {config.batch_size}")
     student.train()
     start = time.monotonic()
     try:
         trainer.fit(module, data, ckpt_path=config.resume, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, once it has saved a checkpoint
-        _say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
+        say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
         raise KeyboardInterrupt from None
     return time.monotonic() - start
 
@@ -316,10 +317,6 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job) -> None:
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

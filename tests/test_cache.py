@@ -67,7 +67,7 @@ def filled(folder: Path, *numbers: int, fingerprint: Any = FINGERPRINT) -> Store
 
 
 def request(number: int) -> Request:
-    return Request(f"key-{number}", "answer", Example(str(number)))
+    return Request(f"key-{number}", "answer", Example(str(number)), ())
 
 
 def test_records_come_back_as_they_were_written_in_any_order(tmp_path: Path) -> None:

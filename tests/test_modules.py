@@ -27,13 +27,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distill import config as configuration
-from distill import models
 from distill.cache.dense import Dense
 from distill.data import Lesson, StepSampler, TrainingSequence, collate
 from distill.head import head_loss
 from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
-from distill.records import Batch, Example, Request, Splits
+from distill.records import Batch, Example, Splits
 from distill.student import open_student
 from distill.train import fit, prepare, teach
 
@@ -48,7 +47,7 @@ def opened(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
 def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any, int] | None = None) -> Values:
     """The training loss of one microbatch and what it asks of each weight."""
     module.zero_grad()
-    terms = module.terms(batch, batch.counts if counts is None else counts)
+    terms = module.terms(batch if counts is None else replace(batch, counts=counts))
     total, _ = head_loss(module.hidden(batch), *module.head(), list(terms.values()))
     total.backward()
     return {"loss": total.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
@@ -169,7 +168,7 @@ def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, lis
     with torch.no_grad():
         hidden_NH, head = module.hidden(batch), module.head()
         found = {}
-        for name, term in module.terms(batch, {}).items():
+        for name, term in module.terms(replace(batch, counts={})).items():
             single = [
                 replace(
                     term,
@@ -233,7 +232,7 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
     teacher = kind(folder=teacher_folder, prompts=shown, codec=Dense(), task=Sevens(), calibration=(), max_new_tokens=9)
     teacher.load()
     asked = examples(7)
-    made = teacher.annotate([Request(str(k), "rationale", example) for k, example in enumerate(asked)])
+    made = teacher.annotate([shown.request(example, "rationale") for example in asked])
     given = []
     for example, annotation in zip(asked, made, strict=True):
         if not annotation.rationale:
@@ -363,24 +362,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
         fit(job, curriculum, student, [])
     assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
     assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
-
-
-@pytest.mark.parametrize("shots", [0, 2])
-def test_company_and_padding_inside_a_reader_change_no_probability(
-    shots: int, prompts: Prompts, student_folder: Path
-) -> None:
-    model = models.load(student_folder, torch.float32).eval()
-    prefix = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop").prefix("answer")
-    reader = models.PrefixedReader(model, prefix, prompts.vocabulary_size)
-    questions = [prompts.question(example, "answer") for example in examples(7)]
-    fed_BT = torch.arange(20, 27 + 7).reshape(7, 2)
-    reading = reader.read(questions)
-    together_BTV = reader.logprobs(torch.cat([reading.last_BH.unsqueeze(1), reading.feed(fed_BT)], 1))
-    for row, question in enumerate(questions):
-        ids = [*prefix, *question, *fed_BT[row].tolist()]
-        with torch.no_grad():
-            alone_TV = model(torch.tensor([ids])).logits[0, -3:, : prompts.vocabulary_size].log_softmax(-1)
-        assert torch.allclose(together_BTV[row], alone_TV, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distill import models
 from distill.cache import Codec
 from distill.prompts import Prompts
+from distill.reading import PrefixedReader, Reading
 from distill.records import Annotation, AnswerError, ConfigError, Example, Request, SoftTargets, Span, Target
 from distill.tasks import Task
 
@@ -50,7 +51,7 @@ class CausalLMTeacher:
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._calibration = tuple(calibration) if task.choices else ()
         self._choices = tuple(prompts.encode(f" {choice}") for choice in task.choices)
-        self._readers: dict[Span, models.PrefixedReader] = {}
+        self._readers: dict[Span, PrefixedReader] = {}
         self._offset_V: Tensor | None = None
         if self._calibration and len({ids[0] for ids in self._choices}) < len(self._choices):
             raise ConfigError(
@@ -92,13 +93,13 @@ class CausalLMTeacher:
 
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        first_BV = self._among_choices(reading.reader.logprobs(reading.last_BH))
+        first_BV = self._among_choices(reading.first_BV)
         if self._choices:
             scores_BC = reading.choice_logprobs(first_BV, self._choices).log_softmax(-1)
             answers = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
             scores = [tuple(row) for row in scores_BC.tolist()]
         else:
-            written = reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+            written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
             answers = [self._canonical(self._prompts.text(ids)) for ids in written]
             scores = [()] * len(requests)
         given = [request.example.answer or answer for request, answer in zip(requests, answers, strict=True)]
@@ -111,8 +112,7 @@ class CausalLMTeacher:
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        first_BV = reading.reader.logprobs(reading.last_BH)
-        written = reading.greedy(first_BV, max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
         replies = [self._prompts.take_apart(ids) for ids in written]
         answers = [self._canonical(reply.answer) for reply in replies]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
@@ -120,7 +120,7 @@ class CausalLMTeacher:
         lasts = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
         bridge = self._prompts.bridge()
         whole = [(*r, *bridge, *last) if last else r for r, last in zip(rationales, lasts, strict=True)]
-        softs = self._soft_targets(reading, first_BV, whole)
+        softs = self._soft_targets(reading, reading.first_BV, whole)
         return [
             Annotation(
                 request.key,
@@ -132,15 +132,14 @@ class CausalLMTeacher:
             for k, request in enumerate(requests)
         ]
 
-    def _reader(self, span: Span) -> models.PrefixedReader:
+    def _reader(self, span: Span) -> PrefixedReader:
         if span not in self._readers:
             prefix = self._prompts.prefix(span)
-            self._readers[span] = models.PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
+            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
         return self._readers[span]
 
-    def _read(self, requests: Sequence[Request]) -> models.Reading:
-        span = requests[0].span
-        return self._reader(span).read([self._prompts.question(r.example, span) for r in requests])
+    def _read(self, requests: Sequence[Request]) -> Reading:
+        return self._reader(requests[0].span).read([request.question_ids for request in requests])
 
     def _canonical(self, text: str) -> str | None:
         try:
@@ -170,11 +169,11 @@ class CausalLMTeacher:
         for start in range(0, len(self._calibration), 32):
             part = self._calibration[start : start + 32]
             reading = reader.read([self._prompts.question(example, "answer") for example in part])
-            seen.append(reader.logprobs(reading.last_BH)[:, firsts])
+            seen.append(reading.first_BV[:, firsts])
         return torch.cat(seen).median(0).values
 
     def _soft_targets(
-        self, reading: models.Reading, first_BV: Float[Tensor, "B V"], targets: Sequence[tuple[int, ...]]
+        self, reading: Reading, first_BV: Float[Tensor, "B V"], targets: Sequence[tuple[int, ...]]
     ) -> list[SoftTargets]:
         """Distributions for each token of each target; the first follows the prompt, which was read."""
         # The last token of a target predicts nothing that is kept, so it need not be read.
