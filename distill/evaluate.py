@@ -183,7 +183,7 @@ def teacher_row(
         for example in examples
         if example.id in annotations
     ]
-    cost: dict[str, Any] = next((cost for cost in reversed(store.costs()) if cost["ms_per_example"]), {})
+    cost: dict[str, Any] = next((cost for cost in reversed(store.costs) if cost["ms_per_example"]), {})
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
     return score(predictions, task.choices) | measured | {"size_bytes": size_bytes(folder), "training_seconds": None}
 

@@ -189,6 +189,18 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Requests of one span that are computed and written together; a function of the examples alone.
+
+    Not of what the cache holds already, nor of how many processes work: so a record has the same neighbours, and
+    the same bytes, however often the work was broken off.
+    """
+
+    name: str
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
 class Annotation:
     """What the teacher left for one request, unchecked.
 

@@ -260,7 +260,7 @@ def _cache_card(job: Job, curriculum: Curriculum) -> Json:
         "num_records": len(store),
         "num_reused": curriculum.filled.num_reused,
         "num_annotated": curriculum.filled.num_annotated,
-        "annotation_seconds": sum(cost["seconds"] for cost in store.costs()),
+        "annotation_seconds": sum(cost["seconds"] for cost in store.costs),
     }
 
 

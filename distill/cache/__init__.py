@@ -5,8 +5,10 @@ A new codec is one file here and one in conf/cache/.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +21,14 @@ class Codec(Protocol):
 
     def cut(self, logprobs_NV: Float[Tensor, "N V"]) -> SoftTargets:
         """Keep what is to be kept of each distribution."""
+        ...
+
+    def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
+        """Arrays to be stored, named axis.what: a row per position, or per something that positions have several of."""
+        ...
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+        """What was packed; raises CacheError for arrays that cannot be."""
         ...
 
     def check_temperature(self, temperature: float) -> None:

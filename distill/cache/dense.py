@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
@@ -20,6 +21,16 @@ class Dense:
         num_positions, size = logprobs_NV.shape
         ids_NK = np.broadcast_to(np.arange(size, dtype=np.int32), (num_positions, size))
         return SoftTargets(ids_NK, logprobs_NV.float().cpu().numpy(), np.zeros(num_positions, np.float32))
+
+    def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
+        """The ids are the places."""
+        return {"position.logprobs": soft.logprobs_NK}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+        """As it was."""
+        logprobs_NK = arrays["position.logprobs"]
+        ids_NK = np.broadcast_to(np.arange(logprobs_NK.shape[1], dtype=np.int32), logprobs_NK.shape)
+        return SoftTargets(ids_NK, logprobs_NK, np.zeros(len(logprobs_NK), np.float32))
 
     def check_temperature(self, temperature: float) -> None:
         """Any will do."""

@@ -6,6 +6,7 @@ Stored exactly as computed, in float32: the error is that of the teacher's own s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
@@ -36,6 +37,14 @@ class TopK:
             top_NK.float().cpu().numpy(),
             tail_N.float().cpu().numpy(),
         )
+
+    def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
+        """As it is."""
+        return {"position.ids": soft.ids_NK, "position.logprobs": soft.logprobs_NK, "position.tail": soft.tail_N}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+        """As it was."""
+        return SoftTargets(arrays["position.ids"], arrays["position.logprobs"], arrays["position.tail"])
 
     def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
         """As stored."""
