@@ -37,6 +37,7 @@ from distill.records import (
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
+_WINDOW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,18 @@ class StepSampler(Sampler[Microbatch]):
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return [int(index) for index in torch.randperm(len(self._lessons), generator=generator)]
+        order = torch.randperm(len(self._lessons), generator=generator).tolist()
+        # Lessons of like length share a step, so there is little padding: windows of many steps are sorted.
+        window = self._batch_size * _WINDOW_STEPS
+        for start in range(0, len(order), window):
+            order[start : start + window] = sorted(order[start : start + window], key=self._length)
+        steps = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+        last = steps.pop() if len(steps[-1]) < self._batch_size else []
+        shuffled = [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]
+        return [index for step in (*shuffled, last) for index in step]
+
+    def _length(self, index: int) -> int:
+        return max(len(sequence.prompt.ids) for sequence in self._lessons[index].sequences)
 
 
 @final

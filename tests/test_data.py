@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,9 +121,20 @@ def test_a_step_is_the_same_examples_however_it_is_cut(
 def test_another_seed_is_another_order(prompts: Prompts) -> None:
     given = lessons(prompts, 11)
     orders = [
-        StepSampler(given, batch_size=11, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)
+        StepSampler(given, batch_size=3, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
+    given = lessons(prompts, 48)
+    lengths = [max(len(sequence.prompt.ids) for sequence in lesson.sequences) for lesson in given]
+    sampler = StepSampler(given, batch_size=4, num_microbatches=1, num_steps=12, seed=0)
+    steps = [[lengths[index] for index in sampler.step_indices(step)] for step in range(12)]
+    assert sorted(length for step in steps for length in step) == sorted(lengths)
+    by_length = sorted(sorted(step) for step in steps)
+    assert all(former[-1] <= latter[0] for former, latter in itertools.pairwise(by_length))
+    assert [max(step) for step in steps] != sorted(max(step) for step in steps)
 
 
 def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> None:
