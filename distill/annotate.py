@@ -19,16 +19,30 @@ from distill import config as configuration
 from distill import models
 from distill.cache import Codec
 from distill.cache.claims import Claims
-from distill.cache.store import Store, Writer, fingerprint_digest, nearest_difference
+from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
+from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule
 from distill.prompts import Prompts, load_tokenizer
-from distill.records import SPANS, Annotation, CheckedRationale, Example, Group, Reason, Request, Span, Splits
+from distill.records import (
+    SPANS,
+    Annotation,
+    CacheError,
+    CheckedRationale,
+    ConfigError,
+    Example,
+    Group,
+    Reason,
+    Request,
+    Span,
+    Splits,
+)
 from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress, say
 
 _LATENCY_REQUESTS = 10
+_RESCORED = 32
 _POLL_SECONDS = 1.0
 
 
@@ -98,6 +112,8 @@ def open_source(config: DictConfig) -> Source:
         "codec": codec.fingerprint(),
     }
     folder_of_cache = _cache_dir(config, root, fingerprint)
+    if config.get("rebuild"):
+        drop_shard(folder_of_cache, str(config.rebuild))
     store = Store(folder_of_cache, fingerprint, codec)
     sizes = config.teacher.batch_size, config.teacher.group_size
     return Source(folder, task, splits, prompts, codec, teacher, store, *sizes, config.teacher.num_rationales)
@@ -283,17 +299,44 @@ def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -
 
 
 def main(config: DictConfig) -> float:
-    """Fill the cache for all splits and say what it holds."""
+    """Fill the cache for all splits and say what it holds; or only look into it."""
     configuration.check(config)
     source = open_source(config)
-    splits = source.splits
-    wanted: dict[Span, Sequence[Example]] = {}
+    wanted = _wanted(config, source)
+    requests, _ = _requests(source.prompts, wanted)
+    if config.show:
+        print(_shown(source, requests, str(config.show)))
+    elif config.export:
+        number = export_table(source.store, requests, source.prompts, Path(config.export))
+        print(f"{config.export}\n{number} targets with their tokens, ids and log-probabilities")
+    elif config.dry_run:
+        print(_estimated(source, list(requests.values())))
+    elif config.verify:
+        print(_verified(source, list(requests.values()), config.seed))
+    else:
+        return _filled(source, wanted, _share(config))
+    return 0.0
+
+
+def _wanted(config: DictConfig, source: Source) -> dict[Span, Sequence[Example]]:
+    splits, wanted = source.splits, dict[Span, Sequence[Example]]()
     if "answer" in config.spans:
         wanted["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
     if "rationale" in config.spans:
         wanted["rationale"] = splits.train[: source.num_rationales]
-    filled = fill(source, wanted)
-    checked = check_rationales(splits.train, filled.requests, source.store)
+    return wanted
+
+
+def _share(config: DictConfig) -> Share:
+    part, _, parts = str(config.part).partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ConfigError(f"part={config.part}: wanted part/parts, for example part=3/16 for the third of sixteen")
+    return Share(int(part), int(parts), config.devices)
+
+
+def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Share) -> float:
+    filled = fill(source, wanted, share=share)
+    checked = check_rationales(source.splits.train, filled.requests, source.store)
     kept = sum(rationale.reason is None for rationale in checked)
     print(
         f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "
@@ -301,6 +344,56 @@ def main(config: DictConfig) -> float:
         f"{len(filled.too_long)} examples too long"
     )
     return float(filled.num_annotated)
+
+
+def _estimated(source: Source, requests: Sequence[Request]) -> str:
+    missing = source.store.missing(requests)
+    num_there = len({request.key for request in requests}) - len(missing)
+    told = f"{source.store.folder}\n{num_there} records are there, {len(missing)} are missing"
+    if not missing:
+        return told
+    source.teacher.load()
+    found = estimate(source.teacher, source.codec, missing, source.batch_size)
+    source.teacher.close()
+    return (
+        f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
+        f"(measured on {found.num_sampled} of them; nothing was stored)"
+    )
+
+
+def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
+    problems = source.store.check()
+    if problems:
+        raise CacheError("\n".join(problems))
+    told = [f"{source.store.folder}\n{len(source.store)} records: all checksums are right"]
+    source.teacher.load()
+    for span in SPANS:
+        asked = [request for request in requests if request.span == span]
+        found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
+        said = (
+            f"{found.num_records} {span}s asked again: at most {found.from_live:.4f} away from the live teacher, "
+            f"which is {found.noise_floor:.4f} away from itself in other company"
+        )
+        if not found.is_close:
+            raise CacheError(f"{source.store.folder}: {said}. Another teacher, or another machine, made these records")
+        told.append(said)
+    source.teacher.close()
+    return "\n".join(told)
+
+
+def _shown(source: Source, requests: Mapping[tuple[str, Span], Request], which: str) -> str:
+    found = [
+        request
+        for request in {request.key: request for request in requests.values()}.values()
+        if which in (request.key, request.example.id) or request.example.question.startswith(which)
+    ]
+    there = [request for request in found if request.key in source.store]
+    if not there:
+        raise ConfigError(
+            f"show={which}: {len(found)} examples begin so and none of them is in {source.store.folder}; "
+            "give an example's id, a record's key or the beginning of a question"
+        )
+    return "\n\n".join(show(request, source.store.read(request.key), source.prompts) for request in there)
 
 
 def without_answers(examples: Sequence[Example]) -> list[Example]:

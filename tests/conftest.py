@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -168,6 +171,15 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
         "cache.codec.k=8",
         f"root={root}",
     ]
+
+
+def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """Start a command in a process of its own; it writes below `root` alone."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    line = [sys.executable, "-m", f"distill.{command}", *arguments]
+    return subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
 
 class CountingTeacher:
