@@ -12,6 +12,7 @@ from typing import Any, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -164,6 +165,8 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
             if source.store.missing([request for group in of_span for request in group.requests]):
                 _predict(module, _Open(source.store, of_span), _Save(writer, source.store.claims), num_devices)
         _wait(source.store, groups, module, writer)
+        if not writer.num_written:
+            return
         asked = [request for group in groups for request in group.requests if request.span == "answer"]
         writer.record_cost(
             records=writer.num_written,
@@ -336,8 +339,11 @@ def _share(config: DictConfig) -> Share:
 
 def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Share) -> float:
     filled = fill(source, wanted, share=share)
-    checked = check_rationales(source.splits.train, filled.requests, source.store)
+    there = {place: request for place, request in filled.requests.items() if request.key in source.store}
+    checked = check_rationales(source.splits.train, there, source.store)
     kept = sum(rationale.reason is None for rationale in checked)
+    if rank_zero_only.rank:
+        return float(filled.num_annotated)
     print(
         f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "
         f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales agree with the answer; "
