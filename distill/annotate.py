@@ -26,7 +26,7 @@ from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress, say
 
-_LATENCY_REQUESTS = 10
+_LATENCY_REQUESTS = 5
 
 
 @dataclass(frozen=True)
