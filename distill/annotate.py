@@ -42,7 +42,7 @@ from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress, say
 
-_LATENCY_REQUESTS = 10
+_LATENCY_REQUESTS = 5
 _RESCORED = 32
 _POLL_SECONDS = 1.0
 

@@ -25,7 +25,7 @@ from distill.student import size_bytes
 from distill.tasks import Task
 
 _BATCH = 32
-_LATENCY_EXAMPLES = 10
+_LATENCY_EXAMPLES = 5
 
 
 @final

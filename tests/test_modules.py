@@ -29,10 +29,11 @@ from torch.nn.functional import cross_entropy
 from distill import config as configuration
 from distill.cache.dense import Dense
 from distill.data import Lesson, StepSampler, TrainingSequence, collate
-from distill.head import head_loss
+from distill.evaluate import Evaluation
+from distill.head import head_loss, predicted_ids
 from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
-from distill.records import Batch, Example, Splits
+from distill.records import SPANS, Batch, Example, Splits
 from distill.student import open_student
 from distill.train import fit, prepare, teach
 
@@ -246,6 +247,40 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
     found = divergence_by_position(module, collate(given, {}, 0))
     assert len(found["kl"]) == sum(len(prompts.answer_ids("7")) for _ in given)
     assert max(map(abs, found["kl"] + found["rationale_kl"])) < 1e-5
+
+
+def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
+    model = opened(student_folder, torch.float32).eval()
+    module = student_module(model, prompts, "answer")
+    batch = collate(lessons(prompts, 12), {}, 0)
+    is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+    weight_VH, bias_V = module.head()
+    with torch.no_grad():
+        likeliest_N = predicted_ids(module.hidden(batch), weight_VH, bias_V)
+    answered = batch.sequence_N[is_answer_N].unique().tolist()
+    # All tokens of the first answer are made right, of the second but the last, of the others none.
+    label_N = torch.where(batch.sequence_N == answered[0], likeliest_N, likeliest_N + 1)
+    second = ((batch.sequence_N == answered[1]) & is_answer_N).nonzero().squeeze(-1)
+    label_N[second[:-1]] = likeliest_N[second[:-1]]
+    with torch.no_grad():
+        module.validation_step(replace(batch, label_N=label_N.clamp(max=prompts.vocabulary_size - 1)))
+    right, number = module._tallies["val/accuracy"]
+    assert (float(right), float(number)) == (1, len(answered))
+    assert len(second) > 1
+
+
+def test_evaluation_sees_what_a_model_has_learned_meanwhile(prompts: Prompts, student_folder: Path) -> None:
+    shown = Prompts(prompts.tokenizer, LAYOUT, examples(2), max_length=256, too_long="drop")
+    model, asked, task = opened(student_folder, torch.float32), examples(5), Sevens()
+    task.choices = ("7", "2")
+    evaluation = Evaluation(model, shown, task, "direct", 6)
+    before = evaluation.predict(asked, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    after = evaluation.predict(asked, {})
+    assert after == Evaluation(model, shown, task, "direct", 6).predict(asked, {})
+    assert [p.choice_probabilities for p in after] != [p.choice_probabilities for p in before]
 
 
 def trained(config: DictConfig, folder: Path) -> Values:
