@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -342,7 +342,7 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
     there = {place: request for place, request in filled.requests.items() if request.key in source.store}
     checked = check_rationales(source.splits.train, there, source.store)
     kept = sum(rationale.reason is None for rationale in checked)
-    if rank_zero_only.rank:
+    if int(os.environ.get("LOCAL_RANK", "0")):  # the first of several processes speaks for all
         return float(filled.num_annotated)
     print(
         f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,4 +166,4 @@ def _variation(left: SoftTargets, right: SoftTargets, place: int) -> float:
         dict(zip(soft.ids_NK[place].tolist(), np.exp(soft.logprobs_NK[place]).tolist(), strict=True))
         for soft in (left, right)
     )
-    return 0.5 * sum(abs(mine[token_id] - theirs[token_id]) for token_id in {*mine} & {*theirs})
+    return 0.5 * math.fsum(abs(mine[token_id] - theirs[token_id]) for token_id in {*mine} & {*theirs})

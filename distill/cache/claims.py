@@ -48,7 +48,12 @@ class Claims:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While this lasts the claims of this process are kept alive; at its end they are given up."""
+        """While this lasts the claims of this process are kept alive; at its end they are given up.
+
+        Dead claims of others are taken away first: of work that was done, but not of its claim.
+        """
+        for path in self._folder.glob("[!.]*"):
+            self._bury(path)
         done = threading.Event()
         keeper = threading.Thread(target=self._keep_alive, args=(done,), daemon=True)
         keeper.start()
