@@ -128,6 +128,15 @@ def test_a_records_bytes_do_not_depend_on_its_batch(name: str) -> None:
 
 
 @EVERY
+def test_records_of_16_bit_ids_can_be_read_back_together(name: str) -> None:
+    parts = [codec(name).pack(codec(name).cut(random(rows, 90), draws(rows, str(rows)))) for rows in (4, 1, 9)]
+    together = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    joined, found = SoftTargets.join([codec(name).unpack(part) for part in parts]), codec(name).unpack(together)
+    for field in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N"):
+        assert np.array_equal(getattr(found, field), getattr(joined, field))
+
+
+@EVERY
 @pytest.mark.parametrize("how", ["missing", "one more", "another type", "shorter", "longer"])
 def test_arrays_that_are_no_record_are_refused(name: str, how: str) -> None:
     arrays = codec(name).pack(codec(name).cut(zipf("prose", 70_000, 11), draws(11)))
@@ -299,6 +308,14 @@ def test_uniforms_are_uniform_and_independent() -> None:
     assert abs(np.corrcoef(u[:-100], u[100:])[0, 1]) < 5 / math.sqrt(len(u))
 
 
+def test_running_sums_are_exact_however_small_a_probability_is() -> None:
+    p_NV = random(2, 3000, 6.0).exp()
+    sums = [list(itertools.accumulate(int(p * 2**52) for p in row)) for row in p_NV.tolist()]
+    assert compact.cumulative(p_NV).tolist() == sums
+    assert p_NV.min() < 1e-12
+    assert abs(sums[0][-1] / 2**52 - 1) < 1e-6
+
+
 def on_a_grid(num: int) -> Tensor:
     """All the numbers that a position may get, evenly."""
     return (torch.arange(num, dtype=torch.float64) + 0.5) / num
@@ -328,6 +345,16 @@ def test_every_tail_token_is_in_with_probability_p_over_tau_and_every_other_exac
     # A token is in for numbers in one stretch of p / tau, or in two where it goes over the end.
     assert np.abs((target_NV[:, ~is_head_V] > 0).mean(0) - n * p_V[~is_head_V]).max(initial=0) <= 2 / num
     assert np.allclose(soft.tail_N, p_V[~is_head_V].sum(), atol=1e-6)
+
+
+@DRAWING
+def test_a_token_without_probability_is_never_drawn(name: str) -> None:
+    is_possible_V = torch.tensor([0, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]).bool()
+    log_p_NV = torch.where(is_possible_V, 0.0, -torch.inf).log_softmax(-1).expand(9, -1)
+    lowest_and_highest = torch.tensor([0.0] * 4 + [1 - 2.0**-53] * 5, dtype=torch.float64)
+    soft = codec(name, n=3).cut(log_p_NV, lowest_and_highest)
+    assert is_possible_V[torch.from_numpy(soft.ids_NK[soft.ids_NK >= 0]).long()].all()
+    assert (soft.ids_NK >= 0).sum() > 9
 
 
 @pytest.mark.parametrize("n", [7, 64])
@@ -365,6 +392,7 @@ def test_the_expected_target_that_is_read_back_is_the_teachers_distribution(name
     rounding_V = 0.02 * p_V + 2e-4 if name == "sampled" else 1e-6
     assert (np.abs(target_NV.mean(0) - p_V) < 5 * noise_V + rounding_V).all()
     assert noise_V.max() > 0
+    assert np.abs(target_NV.sum(1) - 1).max() < (1 / 16 + 0.008 if name == "sampled" else 1e-6)
 
 
 def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from distill.records import ConfigError, SoftTargets
 class Sampled:
     """2 + 3 bytes per exact entry + 2 per draw, and 1/8 for each bit of an id above 16; rounded as `compact` says.
 
-    Rounding moves the mass between head and tail too, so |sum t - 1| < tau + 0.02 of what is read back.
+    Rounding moves mass between head and tail too: |sum t - 1| < tau + 0.008 of what is read back.
     """
 
     def __init__(self, *, n: int, k_min: int, seed: int, temperature: float) -> None:
