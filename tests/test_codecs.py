@@ -246,6 +246,19 @@ def test_a_probability_is_the_fourth_root_of_its_ratio_and_a_tail_that_of_its_od
         assert math.isclose(back.tail_N[row], 1 - kept, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize(("kept", "tail", "odds"), [(1.0, 1e-15, 1), (1e-15, 1.0, 254), (1.0, 0.0, 0)])
+def test_what_is_not_zero_gets_the_least_code_and_not_that_of_zero(kept: float, tail: float, odds: int) -> None:
+    logprobs_NK = np.log([[kept, kept * 1e-20]])
+    codes, odds_N = compact.pack_probabilities(SoftTargets(np.array([[0, 1]], np.int32), logprobs_NK, np.array([tail])))
+    assert (codes.tolist(), odds_N.tolist()) == ([1], [odds])
+
+
+def test_what_has_no_probability_is_not_kept_to_fill_a_head() -> None:
+    log_p_NV = torch.tensor([[0.5, 0.0, 0.5, 0.0]]).log()
+    soft = codec("sampled", k_min=4).cut(log_p_NV, draws(1))
+    assert (soft.ids_NK.tolist(), soft.num_exact_N.tolist()) == ([[0, 2]], [2])
+
+
 @pytest.mark.parametrize("name", ["topk", "sampled"])
 def test_a_zero_stays_a_zero_and_what_is_none_never_becomes_one(name: str) -> None:
     logits_NV = torch.full((3, 50), -torch.inf)
