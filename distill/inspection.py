@@ -45,7 +45,7 @@ class Rescored:
 
     @property
     def is_close(self) -> bool:
-        """Stored numbers are rounded too, to a sixteenth of a nat at most: 0.02 in probability."""
+        """Stored numbers are rounded too, by less than 0.02 in probability."""
         return self.from_live <= 4 * self.noise_floor + 0.02
 
 
@@ -157,7 +157,8 @@ def _distance(left: Annotation, right: Annotation) -> float:
         if mine is None or theirs is None or mine.token_ids != theirs.token_ids:
             return 1.0
         if mine.soft is not None and theirs.soft is not None:
-            worst = max(worst, *(_variation(mine.soft, theirs.soft, place) for place in range(len(mine.soft))))
+            both = mine.soft.buckets(), theirs.soft.buckets()  # draws differ where rounding does
+            worst = max(worst, *(_variation(*both, place) for place in range(len(mine.soft))))
     return worst
 
 

@@ -192,6 +192,24 @@ def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Pat
         joined(prompts, tmp_path, [example], {example.id: wrong}).lessons([example])
 
 
+def test_targets_that_name_a_token_beyond_the_vocabulary_are_refused(prompts: Prompts, tmp_path: Path) -> None:
+    example = examples(1)[0]
+    made = annotation(prompts, example.answer)
+    targets = made.targets["answer"].soft
+    for highest in (prompts.vocabulary_size - 1, prompts.vocabulary_size):
+        ids_NK = targets.ids_NK.copy()
+        ids_NK[-1, -1] = highest
+        target = Target(made.targets["answer"].token_ids, replace(targets, ids_NK=ids_NK))
+        join = joined(
+            prompts, tmp_path / str(highest), [example], {example.id: replace(made, targets={"answer": target})}
+        )
+        if highest < prompts.vocabulary_size:
+            assert join.lessons([example])
+        else:
+            with pytest.raises(CacheError, match="of another vocabulary"):
+                join.lessons([example])
+
+
 def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:
     kept, rejected, explained = (Example(e.question, e.answer) for e in examples(3))
     explained = replace(explained, rationale="Gold.")
