@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import counted, run, tiny_overrides
+from conftest import compose, counted, run, tiny_overrides
 from omegaconf import DictConfig
 
-from distill.annotate import Share, fill, open_source, plan
+from distill.annotate import Share, fill, main, open_source, plan
 from distill.inspection import estimate, rescore
-from distill.records import SoftTargets
+from distill.records import CacheError, ConfigError, SoftTargets
 
 
 def tiny(root: Path, teacher: Path, *more: str) -> list[str]:
@@ -72,7 +72,7 @@ def test_killed_at_random_times_it_ends_in_the_same_shards(
     environment = os.environ | {"DISTILL_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     rng, cache, num_seen = np.random.default_rng(0), tmp_path / "cache", [0]
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         wanted = num_seen[-1] + int(rng.integers(1, 4))
         while process.poll() is None and len(shards(cache)) < 2 * wanted:
@@ -142,46 +142,44 @@ def test_a_record_that_is_not_the_teachers_own_is_found_though_its_checksums_are
             target = annotation.targets.get("answer")
             if target is None or target.soft is None:
                 continue
-            logprobs_NK = np.roll(target.soft.logprobs_NK, 1, axis=1)
-            wrong = replace(target, soft=SoftTargets(target.soft.ids_NK, logprobs_NK, target.soft.tail_N))
+            ids_NK = np.roll(target.soft.ids_NK, 1, axis=1)
+            wrong = replace(target, soft=SoftTargets(ids_NK, target.soft.logprobs_NK, target.soft.tail_N))
             writer.add([replace(annotation, targets={"answer": wrong})])
     assert other.store.check() == []
     assert not rescore(other.store, source.teacher, requests, 8, seed=0).is_close
     source.teacher.close()
 
 
-@pytest.mark.slow
-def test_a_cache_can_be_looked_into_verified_and_mended(tmp_path: Path, teacher_folder: Path) -> None:
-    def annotate(*more: str) -> subprocess.CompletedProcess[str]:
-        return run(tmp_path, *tiny(tmp_path, teacher_folder, *more), command="annotate")
+def test_a_cache_can_be_looked_into_verified_and_mended(
+    tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def annotate(*more: str) -> str:
+        given = [*tiny(tmp_path, teacher_folder, *more), f"root={tmp_path}", "teacher.num_rationales=4"]
+        main(compose(*given, name="annotate"))
+        return capsys.readouterr().out
 
-    dry = annotate("dry_run=true")
-    assert "0 records are there, 64 are missing; they will take about" in dry.stdout
+    assert "0 records are there, 58 are missing; they will take about" in annotate("dry_run=true")
     assert not (tmp_path / "cache").exists()
-    assert annotate().returncode == 0
-    assert "64 records are there, 0 are missing" in annotate("dry_run=true").stdout
+    annotate()
+    assert "58 records are there, 0 are missing" in annotate("dry_run=true")
     verified = annotate("verify=true")
-    assert verified.returncode == 0, verified.stderr
-    assert "64 records: all checksums are right" in verified.stdout
-    assert "32 answers asked again" in verified.stdout
+    assert "58 records: all checksums are right" in verified
+    assert "32 answers asked again" in verified
     before = shards(tmp_path / "cache")
     exported = annotate(f"export={tmp_path / 'all.parquet'}")
-    table = pq.read_table(tmp_path / "all.parquet")
-    assert f"{len(table)} targets" in exported.stdout
-    row = table.to_pylist()[0]
-    assert len(row["token_ids"]) == len(row["ids"]) == len(row["logprobs"]) == len(row["tail"])
-    shown = annotate(f"show={row['example']}")
-    assert f"record     {row['key']}" in shown.stdout
-    assert "what the teacher expected in the place of each" in shown.stdout
-    missing = annotate("show=nobody asks this")
-    assert missing.returncode == 2
-    assert "0 examples begin so" in missing.stderr
-    assert annotate("part=4/3").returncode == 2
+    rows = pq.read_table(tmp_path / "all.parquet").to_pylist()
+    assert f"{len(rows)} targets" in exported
+    assert all(len(r["token_ids"]) == len(r["ids"]) == len(r["logprobs"]) == len(r["tail"]) for r in rows)
+    shown = annotate(f"show={rows[0]['example']}")
+    assert f"record     {rows[0]['key']}" in shown
+    assert "what the teacher expected in the place of each" in shown
+    with pytest.raises(ConfigError, match="0 examples begin so"):
+        annotate("show=nobody asks this")
+    with pytest.raises(ConfigError, match=r"part=4/3: wanted part/parts"):
+        annotate("part=4/3")
     name = min(before)
     (tmp_path / "cache" / name).write_bytes(before[name][:-1] + b"x")
-    damaged = annotate("verify=true")
-    assert damaged.returncode == 3
-    assert f"{name} is damaged" in damaged.stderr
-    mended = annotate(f"rebuild={name.partition('.')[0]}")
-    assert mended.returncode == 0, mended.stderr
+    with pytest.raises(CacheError, match=f"{name} is damaged"):
+        annotate("verify=true")
+    annotate(f"rebuild={name.partition('.')[0]}")
     assert shards(tmp_path / "cache") == before

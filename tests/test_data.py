@@ -16,6 +16,7 @@ from conftest import CountingTeacher, examples, lessons
 from omegaconf import DictConfig
 
 from distill.cache.store import Store
+from distill.cache.topk import TopK
 from distill.data import Join, StepSampler, collate
 from distill.prompts import Prompts
 from distill.records import (
@@ -162,7 +163,7 @@ def joined(
     prompts: Prompts, folder: Path, given: list[Example], annotations: dict[str, Annotation], **more: Any
 ) -> Join:
     """Join examples with annotations by example id, through a real cache."""
-    store = Store(folder, {"for": "test"})
+    store = Store(folder, {"for": "test"}, TopK(k=3, temperature=1.0))
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given if e.id in annotations}
     with store.writing() as writer:
         writer.add([replace(annotations[i], key=request.key) for (i, _), request in requests.items()])

@@ -22,7 +22,7 @@ from distill.cache.dense import Dense
 from distill.cache.store import Store
 from distill.modules import TeacherModule
 from distill.prompts import Prompts
-from distill.records import Annotation, AnswerError, ConfigError, Example, Request, SoftTargets, Splits, Target
+from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
 from distill.train import fit, prepare, teach
 
@@ -73,13 +73,13 @@ def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = opened(teacher_folder, prompts)
-    module = TeacherModule(teacher)
+    module = TeacherModule(teacher, batch_size=2)
     requests = asked(prompts, examples(5))
-    before = module.predict_step(requests)
+    before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     module.train()
     assert not module.model.training
-    assert all(same(a, b) for a, b in zip(before, module.predict_step(requests), strict=True))
+    assert all(same(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -265,7 +265,7 @@ def test_a_rationale_is_checked_and_says_against_what(case: str, known: str, pro
     example, direct = (Example("Why?", "7"), "5") if known == "gold" else (Example("Why?"), "7")
     requests = {(example.id, span): prompts.request(example, span) for span in ("answer", "rationale")}
     ids = prompts.answer_ids(direct)
-    store = Store(tmp_path, {})
+    store = Store(tmp_path, {}, Dense())
     with store.writing() as writer:
         writer.add([Annotation(requests[example.id, "answer"].key, {"answer": Target(ids, None)}, direct)])
         reasoned = Annotation(requests[example.id, "rationale"].key, {}, answer, rationale, is_truncated=is_truncated)
