@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
-from distill.cache.store import Store, Writer, fingerprint_digest
+from distill.cache.claims import Claims
+from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
+from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule
 from distill.prompts import Prompts, load_tokenizer
-from distill.records import SPANS, Annotation, CheckedRationale, Example, Reason, Request, Span, Splits
+from distill.records import (
+    SPANS,
+    Annotation,
+    CacheError,
+    CheckedRationale,
+    ConfigError,
+    Example,
+    Group,
+    Reason,
+    Request,
+    Span,
+    Splits,
+)
 from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress, say
 
 _LATENCY_REQUESTS = 5
+_RESCORED = 32
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,17 @@ class Source:
     teacher: Teacher
     store: Store
     batch_size: int
+    group_size: int
     num_rationales: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the groups this process is to see to, and on how many devices."""
+
+    part: int = 1
+    num_parts: int = 1
+    num_devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,50 +112,86 @@ def open_source(config: DictConfig) -> Source:
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
     }
-    store = Store(_cache_dir(config, root, fingerprint), fingerprint)
-    return Source(
-        folder, task, splits, prompts, codec, teacher, store, config.teacher.batch_size, config.teacher.num_rationales
-    )
+    folder_of_cache = _cache_dir(config, root, fingerprint)
+    if config.get("rebuild"):
+        drop_shard(folder_of_cache, str(config.rebuild))
+    store = Store(folder_of_cache, fingerprint, codec)
+    sizes = config.teacher.batch_size, config.teacher.group_size
+    return Source(folder, task, splits, prompts, codec, teacher, store, *sizes, config.teacher.num_rationales)
 
 
-def fill(source: Source, wanted: Mapping[Span, Sequence[Example]]) -> Filled:
-    """Have every wanted example annotated; the teacher is loaded only if some record is missing."""
+def fill(source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Share = Share()) -> Filled:
+    """Have every wanted example annotated; the teacher is loaded only if some record is missing.
+
+    Other processes may fill the same cache at once: each takes groups that no other has taken, and waits at the end
+    for what the others are still making. A `share` of the groups is nobody's business but its own.
+    """
     requests, too_long = _requests(source.prompts, wanted)
     start = time.monotonic()
-    missing = source.store.missing(list(requests.values()))
-    reused = len({request.key for request in requests.values()}) - len(missing)
+    groups = plan(list(requests.values()), source.group_size)[share.part - 1 :: share.num_parts]
+    every = [request for group in groups for request in group.requests]
+    missing = source.store.missing(every)
+    reused = len(every) - len(missing)
     if not missing:
         say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
         return Filled(requests, too_long, reused, 0, 0.0)
     say(f"cache {source.store.folder}: {reused} records are there, {len(missing)} are to be annotated")
+    if not len(source.store):
+        _say_why(source.store)
     with source.store.writing() as writer:
-        # Another writer may have made them while this one waited.
-        missing = source.store.missing(missing)
-        if missing:
-            _annotate(source, missing, writer)
+        _annotate(source, groups, writer, share.num_devices)
     return Filled(requests, too_long, reused, len(missing), time.monotonic() - start)
 
 
-def _annotate(source: Source, missing: Sequence[Request], writer: Writer) -> None:
+def plan(requests: Sequence[Request], size: int) -> list[Group]:
+    """Cut requests into groups: like lengths together, so that batches have little padding."""
+    groups = []
+    for span in SPANS:
+        unique = {request.key: request for request in requests if request.span == span}.values()
+        ordered = sorted(unique, key=lambda request: (len(request.question_ids), request.key))
+        for start in range(0, len(ordered), size):
+            part = tuple(ordered[start : start + size])
+            keys = "".join(request.key for request in part)
+            groups.append(Group(hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), part))
+    return groups
+
+
+def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
     start = time.monotonic()
-    module = TeacherModule(source.teacher)
+    module = TeacherModule(source.teacher, source.batch_size)
     try:
         for span in SPANS:
-            # Batches of like lengths have little padding.
-            asked = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
-            if asked:
-                _predict(module, asked, source.batch_size, _Save(writer), f"{span}s")
-        writer.flush()
-        seconds = time.monotonic() - start
-        answers = [request for request in missing if request.span == "answer"][:_LATENCY_REQUESTS]
-        source.store.record_cost(
-            records=len(missing),
-            seconds=round(seconds, 3),
+            of_span = [group for group in groups if group.requests[0].span == span]
+            if source.store.missing([request for group in of_span for request in group.requests]):
+                _predict(module, _Open(source.store, of_span), _Save(writer, source.store.claims), num_devices)
+        _wait(source.store, groups, module, writer)
+        if not writer.num_written:
+            return
+        asked = [request for group in groups for request in group.requests if request.span == "answer"]
+        writer.record_cost(
+            records=writer.num_written,
+            seconds=round(time.monotonic() - start, 3),
             parameters=sum(p.numel() for p in module.model.parameters()),
-            ms_per_example=median_milliseconds(lambda request: source.teacher.annotate([request]), answers),
+            ms_per_example=median_milliseconds(lambda one: source.teacher.annotate([one]), asked[:_LATENCY_REQUESTS]),
         )
     finally:
         source.teacher.close()
+
+
+def _wait(store: Store, groups: Sequence[Group], module: TeacherModule, writer: Writer) -> None:
+    """Wait for what other processes have taken; make what dead ones have left."""
+    is_told = False
+    while store.missing([request for group in groups for request in group.requests]):
+        for group in _Open(store, groups):
+            writer.add(module.predict_step(group))
+            writer.flush()
+            store.claims.release(group.name)
+        store.refresh()
+        if store.missing([request for group in groups for request in group.requests]):
+            if not is_told:
+                say("waiting for what other processes are annotating ...")
+            is_told = True
+            time.sleep(_POLL_SECONDS)
 
 
 def check_rationales(
@@ -172,34 +236,63 @@ def _requests(
     return requests, too_long
 
 
-def _predict(module: TeacherModule, requests: Sequence[Request], batch_size: int, save: Callback, unit: str) -> None:
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+def _predict(module: TeacherModule, groups: _Open, save: Callback, num_devices: int) -> None:
     trainer = lightning.Trainer(
         accelerator="auto",
-        devices=1,
+        devices=num_devices,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
-        callbacks=[save, progress(unit, len(requests))],
+        callbacks=[save, progress(f"{groups.span}s", groups.num_missing)],
     )
-    loader: DataLoader[Sequence[Request]] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     try:
-        trainer.predict(module, loader, return_predictions=False)
+        trainer.predict(module, DataLoader(groups, batch_size=None), return_predictions=False)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
 
 
-class _Save(Callback):
-    """Hands each batch of annotations on as soon as it is there."""
+@final
+class _Open(IterableDataset[Group]):
+    """The groups, one after the other, that no other process has taken or made; each is claimed as it is given."""
 
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+    def __init__(self, store: Store, groups: Sequence[Group]) -> None:
+        self._store, self._groups = store, groups
+        self.span = groups[0].requests[0].span
+        self.num_missing = len(store.missing([request for group in groups for request in group.requests]))
+
+    def __iter__(self) -> Iterator[Group]:
+        for group in self._groups:
+            if not self._store.missing(group.requests) or not self._store.claims.take(group.name):
+                continue
+            self._store.refresh()  # another process may have made it just before
+            missing = self._store.missing(group.requests)
+            if missing:
+                yield replace(group, requests=tuple(missing))
+            else:
+                self._store.claims.release(group.name)
+
+
+class _Save(Callback):
+    """Puts each group on disk as soon as it is annotated."""
+
+    def __init__(self, writer: Writer, claims: Claims) -> None:
+        self._writer, self._claims = writer, claims
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._writer.add(outputs)
+        self._writer.flush()
+        self._claims.release(batch.name)
+
+
+def _say_why(store: Store) -> None:
+    """Why nothing can be reused, where there are caches beside this one."""
+    found = nearest_difference(store.folder, store.fingerprint)
+    if found:
+        say(f"no cache beside it fits; the nearest, {found[0].name}, was made in another way:")
+        say("\n".join(found[1]))
 
 
 def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> Path:
@@ -209,24 +302,104 @@ def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -
 
 
 def main(config: DictConfig) -> float:
-    """Fill the cache for all splits and say what it holds."""
+    """Fill the cache for all splits and say what it holds; or only look into it."""
     configuration.check(config)
     source = open_source(config)
-    splits = source.splits
-    wanted: dict[Span, Sequence[Example]] = {}
+    wanted = _wanted(config, source)
+    requests, _ = _requests(source.prompts, wanted)
+    if config.show:
+        print(_shown(source, requests, str(config.show)))
+    elif config.export:
+        number = export_table(source.store, requests, source.prompts, Path(config.export))
+        print(f"{config.export}\n{number} targets with their tokens, ids and log-probabilities")
+    elif config.dry_run:
+        print(_estimated(source, list(requests.values())))
+    elif config.verify:
+        print(_verified(source, list(requests.values()), config.seed))
+    else:
+        return _filled(source, wanted, _share(config))
+    return 0.0
+
+
+def _wanted(config: DictConfig, source: Source) -> dict[Span, Sequence[Example]]:
+    splits, wanted = source.splits, dict[Span, Sequence[Example]]()
     if "answer" in config.spans:
         wanted["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
     if "rationale" in config.spans:
         wanted["rationale"] = splits.train[: source.num_rationales]
-    filled = fill(source, wanted)
-    checked = check_rationales(splits.train, filled.requests, source.store)
+    return wanted
+
+
+def _share(config: DictConfig) -> Share:
+    part, _, parts = str(config.part).partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ConfigError(f"part={config.part}: wanted part/parts, for example part=3/16 for the third of sixteen")
+    return Share(int(part), int(parts), config.devices)
+
+
+def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Share) -> float:
+    filled = fill(source, wanted, share=share)
+    there = {place: request for place, request in filled.requests.items() if request.key in source.store}
+    checked = check_rationales(source.splits.train, there, source.store)
     kept = sum(rationale.reason is None for rationale in checked)
+    if int(os.environ.get("LOCAL_RANK", "0")):  # the first of several processes speaks for all
+        return float(filled.num_annotated)
     print(
         f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "
         f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales agree with the answer; "
         f"{len(filled.too_long)} examples too long"
     )
     return float(filled.num_annotated)
+
+
+def _estimated(source: Source, requests: Sequence[Request]) -> str:
+    missing = source.store.missing(requests)
+    num_there = len({request.key for request in requests}) - len(missing)
+    told = f"{source.store.folder}\n{num_there} records are there, {len(missing)} are missing"
+    if not missing:
+        return told
+    source.teacher.load()
+    found = estimate(source.teacher, source.codec, missing, source.batch_size)
+    source.teacher.close()
+    return (
+        f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
+        f"(measured on {found.num_sampled} of them; nothing was stored)"
+    )
+
+
+def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
+    problems = source.store.check()
+    if problems:
+        raise CacheError("\n".join(problems))
+    told = [f"{source.store.folder}\n{len(source.store)} records: all checksums are right"]
+    source.teacher.load()
+    for span in SPANS:
+        asked = [request for request in requests if request.span == span]
+        found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
+        said = (
+            f"{found.num_records} {span}s asked again: at most {found.from_live:.4f} away from the live teacher, "
+            f"which is {found.noise_floor:.4f} away from itself in other company"
+        )
+        if not found.is_close:
+            raise CacheError(f"{source.store.folder}: {said}. Another teacher, or another machine, made these records")
+        told.append(said)
+    source.teacher.close()
+    return "\n".join(told)
+
+
+def _shown(source: Source, requests: Mapping[tuple[str, Span], Request], which: str) -> str:
+    found = [
+        request
+        for request in {request.key: request for request in requests.values()}.values()
+        if which in (request.key, request.example.id) or request.example.question.startswith(which)
+    ]
+    there = [request for request in found if request.key in source.store]
+    if not there:
+        raise ConfigError(
+            f"show={which}: {len(found)} examples begin so and none of them is in {source.store.folder}; "
+            "give an example's id, a record's key or the beginning of a question"
+        )
+    return "\n\n".join(show(request, source.store.read(request.key), source.prompts) for request in there)
 
 
 def without_answers(examples: Sequence[Example]) -> list[Example]:

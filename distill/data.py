@@ -148,6 +148,11 @@ class Join:
                 f"the cache's {span} tokens are {target.token_ids[:8]}…, the student's are {ids[:8]}…: "
                 "teacher and student do not write this target alike, so its soft targets cannot be used"
             )
+        if target.soft.ids_NK.max(initial=-1) >= self._prompts.vocabulary_size:
+            raise CacheError(
+                f"the cache's soft targets name token {target.soft.ids_NK.max()}, the student has "
+                f"{self._prompts.vocabulary_size}: the cache is damaged, or of another vocabulary; annotate anew"
+            )
         return {span: target.soft}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
@@ -299,7 +304,7 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     for index, sequence in enumerate(sequences):
         for span, (start, stop) in sorted(sequence.prompt.spans.items(), key=lambda item: item[1]):
             if span in sequence.soft:
-                softs.append(sequence.soft[span])
+                softs.append(sequence.soft[span].for_training())
                 soft_rows += range(len(rows), len(rows) + len(sequence.soft[span]))
             is_labelled = span in sequence.labelled
             rows += [

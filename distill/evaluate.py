@@ -150,10 +150,14 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
     """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     if target is None or target.soft is None:
         return None
-    kept_NK = logprobs_NV.cpu().gather(-1, torch.from_numpy(target.soft.ids_NK.astype("int64")))
+    soft = target.soft.buckets()
+    if not soft.num_exact_N.all():  # nothing but draws: a single bucket, in which all models are alike
+        return None
+    ids_NK = torch.from_numpy(soft.ids_NK.astype("int64"))
+    kept_NK = logprobs_NV.cpu().gather(-1, ids_NK.clamp(min=0)).masked_fill(ids_NK < 0, -torch.inf)
     rest_N1 = (1 - kept_NK.exp().sum(-1, keepdim=True)).clamp(min=1e-9).log()
-    t_NK = torch.from_numpy(target.soft.logprobs_NK)
-    tail_N1 = torch.from_numpy(target.soft.tail_N).unsqueeze(-1).log()
+    t_NK = torch.from_numpy(soft.logprobs_NK)
+    tail_N1 = torch.from_numpy(soft.tail_N).unsqueeze(-1).log()
     value_N, _ = ForwardKL()(torch.cat([kept_NK, rest_N1], -1), torch.cat([t_NK, tail_N1], -1))
     return float(value_N.mean())
 
@@ -183,7 +187,7 @@ def teacher_row(
         for example in examples
         if example.id in annotations
     ]
-    cost: dict[str, Any] = next((cost for cost in reversed(store.costs()) if cost["ms_per_example"]), {})
+    cost: dict[str, Any] = next((cost for cost in reversed(store.costs) if cost["ms_per_example"]), {})
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
     return score(predictions, task.choices) | measured | {"size_bytes": size_bytes(folder), "training_seconds": None}
 

@@ -27,7 +27,10 @@ _SMALLEST_REST = 1e-9
 
 @dataclass(frozen=True)
 class Term:
-    """One loss on some of the positions: targets at temperature `temperature`, the rest bucket last."""
+    """One loss on some of the positions: targets at temperature `temperature`, the rest bucket last.
+
+    Rows may be ragged: an id of -1 with log_t = -inf is no bucket at all.
+    """
 
     formula: Formula
     rows_M: Int[Tensor, "M"]
@@ -137,7 +140,9 @@ def _add_term(
     """Return one term's sum for this chunk; add to each row's factor of q, and to the corrections at kept ids."""
     inside = (term.rows_M >= start) & (term.rows_M < start + len(log_p_CV))
     rows_m, ids_mK = term.rows_M[inside] - start, term.ids_MK[inside]
-    log_q_mK = log_p_CV[rows_m.unsqueeze(-1), ids_mK]
+    is_there_mK = ids_mK >= 0
+    ids_mK = ids_mK.clamp(min=0)  # where nothing is kept nothing is added below
+    log_q_mK = log_p_CV[rows_m.unsqueeze(-1), ids_mK].masked_fill(~is_there_mK, -torch.inf)
     rest_m = (1 - log_q_mK.exp().sum(-1)).clamp(min=_SMALLEST_REST)
     log_q_mB = torch.cat([log_q_mK, rest_m.log().unsqueeze(-1)], -1)
     value_m, slope_mB = term.formula(log_q_mB, term.log_t_MB[inside].to(log_q_mB))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import lightning
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.head import Term, head_loss, predicted_ids
 from distill.losses import Objective
-from distill.records import SPANS, Annotation, Batch, DistillError, Request, SoftRows, Span
+from distill.records import SPANS, Annotation, Batch, DistillError, Group, SoftRows, Span
 from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -31,9 +31,10 @@ class NonFiniteLossError(DistillError):
 class TeacherModule(lightning.LightningModule):
     """A frozen teacher, for `Trainer.predict` alone."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, batch_size: int) -> None:
+        """`batch_size` requests pass through the model together."""
         super().__init__()
-        self._teacher = teacher
+        self._teacher, self._batch_size = teacher, batch_size
         self.model = teacher.load()
 
     def train(self, mode: bool = True) -> TeacherModule:
@@ -43,8 +44,10 @@ class TeacherModule(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch
 
-    def predict_step(self, batch: Sequence[Request]) -> list[Annotation]:
-        return self._teacher.annotate(batch)
+    def predict_step(self, batch: Group) -> list[Annotation]:
+        starts = range(0, len(batch.requests), self._batch_size)
+        parts = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
+        return [annotation for part in parts for annotation in part]
 
 
 @final

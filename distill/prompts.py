@@ -221,6 +221,10 @@ class Prompts:
         """Decode tokens, special ones left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
+    def piece(self, token_id: int) -> str:
+        """The text of one token, special ones by name."""
+        return str(self.tokenizer.decode([token_id]))
+
     def _start_of(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
         return self.prefix(span) + self.question(example, span, room)
 

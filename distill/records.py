@@ -21,7 +21,7 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
 Reason = Literal["disagrees", "unreadable", "truncated", "empty"]
+_ROUNDING = 1e-4  # by which a sum of float32 probabilities may exceed 1
 
 
 class DistillError(Exception):
@@ -124,21 +125,35 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Next-token distributions: the kept ids under the *full* softmax, and the mass left over.
+    """Next-token distributions: kept ids with their probabilities under the *full* softmax, and the mass left over.
 
-    Row n is the distribution from which token n of its span was to be drawn. Dense is K = V.
+    Row n is the distribution from which token n of its span was to be drawn. Its first `num_exact_N[n]` entries
+    (None: all K) are exact, and `tail_N` is what they leave over. Further entries are draws from what is left
+    over, each standing for a weight whose log is in `logprobs_NK`; `is_tail_drawn` says that draws stand for it,
+    also where a row happens to have none. Rows are ragged: an entry that does not exist has id -1 and
+    log-probability -inf. Dense is K = V.
     """
 
     ids_NK: np.ndarray
     logprobs_NK: np.ndarray
     tail_N: np.ndarray
+    num_exact_N: np.ndarray = None  # type: ignore[assignment]
+    is_tail_drawn: bool = False
 
     def __post_init__(self) -> None:
-        """Shapes agree and no row claims more than a whole distribution."""
-        if self.ids_NK.shape != self.logprobs_NK.shape or len(self.ids_NK) != len(self.tail_N):
-            raise CacheError(
-                f"soft targets of unlike shapes: {self.ids_NK.shape}, {self.logprobs_NK.shape}, {self.tail_N.shape}"
-            )
+        """Shapes agree, and no draw is taken for an exact entry."""
+        given: Any = self.num_exact_N
+        if given is None:
+            every_N = np.full(len(self.tail_N), self.ids_NK.shape[1], np.int32)
+            object.__setattr__(self, "num_exact_N", every_N)
+        if self.ids_NK.shape != self.logprobs_NK.shape or not (
+            len(self.ids_NK) == len(self.tail_N) == len(self.num_exact_N)
+        ):
+            shapes = [x.shape for x in (self.ids_NK, self.logprobs_NK, self.tail_N, self.num_exact_N)]
+            raise CacheError(f"soft targets of unlike shapes: {', '.join(map(str, shapes))}")
+        is_ragged = (self.num_exact_N < self.ids_NK.shape[1]).any()
+        if is_ragged and not self.is_tail_drawn and (self.ids_NK[~self._is_exact_NK()] >= 0).any():
+            raise CacheError("soft targets hold draws, and do not say so (is_tail_drawn)")
 
     def __len__(self) -> int:
         """Number of positions."""
@@ -146,16 +161,66 @@ class SoftTargets:
 
     def __getitem__(self, rows: slice) -> SoftTargets:
         """The same targets for some of the positions."""
-        return SoftTargets(self.ids_NK[rows], self.logprobs_NK[rows], self.tail_N[rows])
+        arrays = {name: getattr(self, name)[rows] for name in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N")}
+        return replace(self, **arrays)
 
     @classmethod
     def join(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
-        """Targets of one K, one after the other."""
+        """Targets one after the other, padded to the largest K."""
+        if len({part.is_tail_drawn for part in parts}) != 1:
+            raise CacheError("soft targets with draws and without cannot be joined: two codecs made them")
+        width = max(part.ids_NK.shape[1] for part in parts)
         return cls(
-            np.concatenate([part.ids_NK for part in parts]),
-            np.concatenate([part.logprobs_NK for part in parts]),
+            np.concatenate([_widened(part.ids_NK, width, -1) for part in parts]),
+            np.concatenate([_widened(part.logprobs_NK, width, -np.inf) for part in parts]),
             np.concatenate([part.tail_N for part in parts]),
+            np.concatenate([part.num_exact_N for part in parts]),
+            parts[0].is_tail_drawn,
         )
+
+    def buckets(self) -> SoftTargets:
+        """The bucket reading: exact entries, and one outcome for all the rest. Draws are dropped."""
+        if not self.is_tail_drawn:
+            return self
+        width = int(self.num_exact_N.max(initial=0))
+        is_exact_NK = self._is_exact_NK()[:, :width]
+        ids_NK = np.where(is_exact_NK, self.ids_NK[:, :width], -1)
+        logprobs_NK = np.where(is_exact_NK, self.logprobs_NK[:, :width], -np.inf)
+        return SoftTargets(ids_NK, logprobs_NK, self.tail_N, self.num_exact_N)
+
+    def for_training(self) -> SoftTargets:
+        """The sampled reading where draws stand for the rest, else the bucket reading.
+
+        Sampled: exact entries and draws, nothing left over, so that the expected target is the teacher's
+        distribution. A row sums to 1 on average only, and is not renormalised: that would bring the bias back.
+        """
+        return replace(self, tail_N=np.zeros_like(self.tail_N)) if self.is_tail_drawn else self
+
+    def check(self) -> None:
+        """Raise CacheError where a row is no distribution; every writer asks this first."""
+        is_kept_NK, is_exact_NK, p_NK = self.ids_NK >= 0, self._is_exact_NK(), np.exp(self.logprobs_NK)
+        mass_N = np.where(is_exact_NK, p_NK, 0).sum(1) + self.tail_N
+        wanted = {
+            "entries that exist come first": (is_kept_NK[:, 1:] <= is_kept_NK[:, :-1]).all(),
+            "exact entries exist": (is_kept_NK | ~is_exact_NK).all() and (self.num_exact_N >= 0).all(),
+            "a log-probability is -inf or a number not above 0": (self.logprobs_NK <= _ROUNDING).all(),
+            "an entry that does not exist has no probability": not p_NK[~is_kept_NK].any(),
+            "a tail is a probability": ((self.tail_N >= 0) & (self.tail_N <= 1 + _ROUNDING)).all(),
+            "a row says something, and claims no more than a whole distribution": (
+                (mass_N > 0) & (mass_N <= 1 + _ROUNDING)
+            ).all(),
+        }
+        broken = [law for law, holds in wanted.items() if not holds]
+        if broken:
+            raise CacheError(f"soft targets that are none, so they are not written; broken: {'; '.join(broken)}")
+
+    def _is_exact_NK(self) -> np.ndarray:  # noqa: N802 - a tensor's dimensions stand in its name
+        return np.arange(self.ids_NK.shape[1]) < self.num_exact_N[:, None]
+
+
+def _widened(array_NK: np.ndarray, width: int, fill: int | float) -> np.ndarray:
+    missing = width - array_NK.shape[1]
+    return np.pad(array_NK, ((0, 0), (0, missing)), constant_values=fill) if missing else array_NK
 
 
 @dataclass(frozen=True)
@@ -186,6 +251,18 @@ class Request:
     span: Span
     example: Example
     question_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests of one span that are computed and written together; a function of the examples alone.
+
+    Not of what the cache holds already, nor of how many processes work: so a record has the same neighbours, and
+    the same bytes, however often the work was broken off.
+    """
+
+    name: str
+    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from distill import __version__
-from distill.records import ConfigError, Request
+from distill.records import ConfigError, Group
 
 _HERE = Path(__file__).parent.parent
 
@@ -198,11 +198,11 @@ class ProgressLines(Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: Sequence[Request],
+        batch: Group,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._done += len(batch)
+        self._done += len(batch.requests)
         self._line(self._total, "")
 
     def on_train_batch_end(

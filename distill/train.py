@@ -109,6 +109,11 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
         if objective.source == "soft":
             if not source.teacher.gives_soft_targets:
                 problems.append(f"loss.{name} needs soft targets, and this teacher gives none")
+            if objective.divergence.needs_rest and source.codec.seed is not None:
+                problems.append(
+                    f"loss.{name} needs what the teacher leaves over as one bucket, and this cache has draws in its "
+                    "place; set cache=topk (annotates anew), or a loss that can do with draws, as loss.kl"
+                )
             try:
                 source.codec.check_temperature(objective.temperature)
             except ConfigError as error:
@@ -260,7 +265,7 @@ def _cache_card(job: Job, curriculum: Curriculum) -> Json:
         "num_records": len(store),
         "num_reused": curriculum.filled.num_reused,
         "num_annotated": curriculum.filled.num_annotated,
-        "annotation_seconds": sum(cost["seconds"] for cost in store.costs()),
+        "annotation_seconds": sum(cost["seconds"] for cost in store.costs),
     }
 
 

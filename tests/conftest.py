@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +33,7 @@ warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWar
 
 from distill import config as configuration  # noqa: E402
 from distill.annotate import Source, open_source  # noqa: E402
+from distill.cache import uniforms  # noqa: E402
 from distill.cache.dense import Dense  # noqa: E402
 from distill.cache.topk import TopK  # noqa: E402
 from distill.config import CONF  # noqa: E402
@@ -71,6 +75,13 @@ def divergences(*sources: str) -> dict[str, Any]:
             arguments = {key: value for key, value in objective["divergence"].items() if key[0] != "_"}
             found[attribute] = getattr(importlib.import_module(module), attribute)(**arguments)
     return found
+
+
+def codec(name: str, **settings: Any) -> Any:
+    """The codec that a file in conf/cache/ names, with other settings where some are given."""
+    node = yaml.safe_load((CONF / "cache" / f"{name}.yaml").read_text())["codec"]
+    module, _, attribute = node.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), attribute)(**node | settings)
 
 
 def arithmetic(**sizes: int) -> Arithmetic:
@@ -170,6 +181,15 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
     ]
 
 
+def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """Start a command in a process of its own; it writes below `root` alone."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    line = [sys.executable, "-m", f"distill.{command}", *arguments]
+    return subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
 class CountingTeacher:
     """A real teacher that remembers how often it was loaded and what it was asked."""
 
@@ -215,7 +235,8 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
 
     def soft(span: Sequence[int]) -> SoftTargets:
         logits_NV = 3 * torch.randn(len(span), prompts.vocabulary_size, generator=generator)
-        return (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1))
+        uniform_N = torch.from_numpy(uniforms(str(span), len(span), 0))
+        return (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N)
 
     found = []
     for index, example in enumerate(examples(number)):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import tiny_overrides
+from conftest import run, tiny_overrides
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,15 +17,6 @@ from distill.student import open_student, weights_hash
 from distill.train import fit, prepare, teach
 
 pytestmark = pytest.mark.slow
-
-
-def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
-    """Start a command in a process of its own; it writes below `root` alone."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    line = [sys.executable, "-m", f"distill.{command}", *arguments]
-    return subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
 
 def only_run(root: Path, number: int = 1) -> Path:

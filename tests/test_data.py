@@ -16,6 +16,7 @@ from conftest import CountingTeacher, examples, lessons
 from omegaconf import DictConfig
 
 from distill.cache.store import Store
+from distill.cache.topk import TopK
 from distill.data import Join, StepSampler, collate
 from distill.prompts import Prompts
 from distill.records import (
@@ -162,7 +163,7 @@ def joined(
     prompts: Prompts, folder: Path, given: list[Example], annotations: dict[str, Annotation], **more: Any
 ) -> Join:
     """Join examples with annotations by example id, through a real cache."""
-    store = Store(folder, {"for": "test"})
+    store = Store(folder, {"for": "test"}, TopK(k=3, temperature=1.0))
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given if e.id in annotations}
     with store.writing() as writer:
         writer.add([replace(annotations[i], key=request.key) for (i, _), request in requests.items()])
@@ -190,6 +191,24 @@ def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Pat
     wrong = replace(annotation(prompts, "999"), answer=example.answer)
     with pytest.raises(CacheError, match="do not write this target alike"):
         joined(prompts, tmp_path, [example], {example.id: wrong}).lessons([example])
+
+
+def test_targets_that_name_a_token_beyond_the_vocabulary_are_refused(prompts: Prompts, tmp_path: Path) -> None:
+    example = examples(1)[0]
+    made = annotation(prompts, example.answer)
+    targets = made.targets["answer"].soft
+    for highest in (prompts.vocabulary_size - 1, prompts.vocabulary_size):
+        ids_NK = targets.ids_NK.copy()
+        ids_NK[-1, -1] = highest
+        target = Target(made.targets["answer"].token_ids, replace(targets, ids_NK=ids_NK))
+        join = joined(
+            prompts, tmp_path / str(highest), [example], {example.id: replace(made, targets={"answer": target})}
+        )
+        if highest < prompts.vocabulary_size:
+            assert join.lessons([example])
+        else:
+            with pytest.raises(CacheError, match="of another vocabulary"):
+                join.lessons([example])
 
 
 def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:

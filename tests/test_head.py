@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,46 @@ def test_many_losses_on_the_same_positions_equal_the_plain_formula() -> None:
 def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(num: int) -> None:
     terms = [soft_term(ForwardKL(), 5, 2.0, num), label_term(torch.arange(num), torch.arange(num) % V)]
     assert_like_plain(head(num), terms, 1e-10)
+
+
+@EVERY
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("num", [1, 7])
+def test_an_entry_that_does_not_exist_is_no_bucket(divergence: Any, temperature: float, num: int) -> None:
+    inputs = head()
+    inputs[2].data[[0, V - 1]] += 3.0  # the student has mass where a wrong index would land
+    exact = soft_term(divergence, 5, temperature)
+    absent_M1 = torch.full_like(exact.ids_MK[:, :1], -1)
+    log_t_MB = exact.log_t_MB
+    padded = Term(
+        divergence,
+        exact.rows_M,
+        torch.cat([exact.ids_MK, *[absent_M1] * num], -1),
+        torch.cat([log_t_MB[:, :-1], *[torch.full_like(log_t_MB[:, :1], -torch.inf)] * num, log_t_MB[:, -1:]], -1),
+        temperature,
+        exact.scale,
+    )
+    assert_like_plain(inputs, [exact], 1e-10)
+    found = [head_loss(*inputs, [term]) for term in (exact, padded)]
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(total, inputs) for total, _ in found), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@EVERY
+def test_rows_of_different_lengths_equal_their_own_terms(divergence: Any) -> None:
+    inputs, parts = head(), [soft_term(divergence, k) for k in (2, 6)]
+    parts = [replace(part, rows_M=part.rows_M + shift) for shift, part in enumerate(parts)]
+    short, long = parts
+    absent_M4 = torch.full((len(short.rows_M), 4), -1)
+    ids_MK = torch.cat([torch.cat([short.ids_MK, absent_M4], -1), long.ids_MK])
+    log_t = short.log_t_MB
+    widened_MB = torch.cat([log_t[:, :-1], torch.full(absent_M4.shape, -torch.inf), log_t[:, -1:]], -1)
+    log_t_MB = torch.cat([widened_MB, long.log_t_MB])
+    ragged = Term(divergence, torch.cat([short.rows_M, long.rows_M]), ids_MK, log_t_MB, 1.0, short.scale)
+    expected = torch.autograd.grad(plain(inputs, parts), inputs)
+    found = torch.autograd.grad(head_loss(*inputs, [ragged])[0], inputs)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, expected, strict=True))
 
 
 def test_autograd_agrees_with_finite_differences() -> None:

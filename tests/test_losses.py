@@ -119,7 +119,7 @@ def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
 @pytest.mark.parametrize("k", [1, 7, V, 3 * V])
 def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, temperature: float) -> None:
     full_NV = (logprobs(10) / temperature).log_softmax(-1).float()
-    soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float())
+    soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float(), torch.zeros(16).double())
     kept_NK = full_NV.gather(-1, torch.from_numpy(soft.ids_NK).long()).numpy()
     assert soft.ids_NK.shape == (16, min(k, V))
     assert np.allclose(soft.logprobs_NK, kept_NK, atol=1e-6)
@@ -133,7 +133,7 @@ def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
 def test_dense_targets_at_a_temperature_are_the_softmax_of_the_logits_at_it(temperature: float) -> None:
     logits_NV = 3 * torch.randn(8, V)
-    soft = Dense().cut(logits_NV.log_softmax(-1))
+    soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
     Dense().check_temperature(temperature)
     at_NV = Dense().at_temperature(torch.tensor(soft.logprobs_NK), temperature)
     assert torch.allclose(at_NV, (logits_NV / temperature).log_softmax(-1), atol=1e-5)

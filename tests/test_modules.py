@@ -183,9 +183,10 @@ def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, lis
     return found
 
 
-@pytest.mark.parametrize("cache", ["dense", "topk"])
+# Not the codecs that draw: their targets are the teacher's on average only, and they refuse reverse KL.
+@pytest.mark.parametrize(("cache", "rounding"), [("dense", 1e-5), ("topk", 3e-4)])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
-    cache: str, teacher_folder: Path, tmp_path: Path
+    cache: str, rounding: float, teacher_folder: Path, tmp_path: Path
 ) -> None:
     same = tiny_overrides(tmp_path, teacher_folder, teacher_folder)
     same = [o for o in same if "cache" not in o and "num_shots" not in o]
@@ -205,7 +206,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
             == len(batch.soft.rows_M)
             == sum(c for lesson in given for (_, s), c in lesson.counts().items() if s == "soft")
         )
-        assert max(map(abs, found[name])) < 1e-5
+        assert max(map(abs, found[name])) < rounding
 
 
 class Sevens:

@@ -17,11 +17,12 @@ from omegaconf import DictConfig
 
 from distill import config as configuration
 from distill.annotate import check_rationales, fill, open_source
+from distill.cache import uniforms
 from distill.cache.dense import Dense
 from distill.cache.store import Store
 from distill.modules import TeacherModule
 from distill.prompts import Prompts
-from distill.records import Annotation, AnswerError, ConfigError, Example, Request, Splits, Target
+from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
 from distill.train import fit, prepare, teach
 
@@ -72,13 +73,13 @@ def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = opened(teacher_folder, prompts)
-    module = TeacherModule(teacher)
+    module = TeacherModule(teacher, batch_size=2)
     requests = asked(prompts, examples(5))
-    before = module.predict_step(requests)
+    before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     module.train()
     assert not module.model.training
-    assert all(same(a, b) for a, b in zip(before, module.predict_step(requests), strict=True))
+    assert all(same(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -136,6 +137,42 @@ def test_answers_do_not_depend_on_company(shots: int, prompts: Prompts, teacher_
         together = teacher.annotate(requests)
         alone = [teacher.annotate([request])[0] for request in requests]
         assert all(same(a, b, 1e-4) for a, b in zip(together, alone, strict=True))
+
+
+class Echo:
+    """A codec that keeps nothing but the number it was given for each position."""
+
+    seed = 11
+
+    def cut(self, logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> SoftTargets:
+        assert len(logprobs_NV) == len(uniform_N)
+        nothing_NK = np.zeros((len(uniform_N), 0))
+        return SoftTargets(nothing_NK.astype(np.int32), nothing_NK, uniform_N.numpy())
+
+    def unused(self) -> None:
+        raise NotImplementedError
+
+    pack = unpack = check_temperature = at_temperature = fingerprint = unused
+
+
+@pytest.mark.parametrize("together", [1, 7])
+def test_every_position_of_a_record_has_a_number_of_its_own_in_any_batch(
+    together: int, prompts: Prompts, teacher_folder: Path
+) -> None:
+    teacher = opened(teacher_folder, prompts, codec=Echo())
+    teacher.load()
+    for span in ("answer", "rationale"):
+        requests = [prompts.request(example, span) for example in examples(7)]
+        parts = [requests[start : start + together] for start in range(0, 7, together)]
+        for annotation in (annotation for part in parts for annotation in teacher.annotate(part)):
+            found = {name: target.soft.tail_N.tolist() for name, target in annotation.targets.items()}
+            numbers = [number for span_numbers in found.values() for number in span_numbers]
+            assert len(set(numbers)) == len(numbers)
+            # A rationale's target goes on, over the words between, to the answer.
+            length = len(numbers) + len(prompts.bridge()) * (len(found) == 2)
+            every = uniforms(annotation.key, length, 11).tolist()
+            assert found.get("rationale", []) == every[: len(found.get("rationale", []))]
+            assert found.get("answer", []) == every[length - len(found.get("answer", [])) :]
 
 
 def test_padded_rows_of_the_teachers_head_do_not_matter(prompts: Prompts, teacher_folder: Path) -> None:
@@ -228,7 +265,7 @@ def test_a_rationale_is_checked_and_says_against_what(case: str, known: str, pro
     example, direct = (Example("Why?", "7"), "5") if known == "gold" else (Example("Why?"), "7")
     requests = {(example.id, span): prompts.request(example, span) for span in ("answer", "rationale")}
     ids = prompts.answer_ids(direct)
-    store = Store(tmp_path, {})
+    store = Store(tmp_path, {}, Dense())
     with store.writing() as writer:
         writer.add([Annotation(requests[example.id, "answer"].key, {"answer": Target(ids, None)}, direct)])
         reasoned = Annotation(requests[example.id, "rationale"].key, {}, answer, rationale, is_truncated=is_truncated)

@@ -1,17 +1,15 @@
-"""Annotations on disk, addressed by key: filled, resumed, verified, refused, read at random.
+"""Annotations on disk, addressed by key: filled by many writers, resumed, verified, refused, read at random.
 
 A cache is a folder:
 
-    manifest.jsonl          line 1: {"format": 1, "fingerprint": {...}}; then a line per shard:
-                            {"shard": "00000", "records": 256, "sha256": {"00000.safetensors": …, "00000.parquet": …}}
-    00000.safetensors       token_ids [R] int32, ids [R, K] int32, logprobs [R, K] float32, tail [R] float32:
-                            the target tokens of all records of the shard, one below the other
-    00000.parquet           per record: key, tokens of its rationale and answer, texts, flags
-    cost.jsonl              what each filling took; not part of the cache's identity
+    manifest.jsonl              one line: {"format": 2, "fingerprint": {...}}
+    manifest-<writer>.jsonl     what one writer made: a line per shard (see `shard`); {"cost": {...}}
+    <shard>.safetensors, .parquet
+    claims/<group>              who is at work on which group (see `claims`)
 
-A shard is written under a temporary name, synced and renamed, and only then named in the manifest; what the
-manifest does not name does not exist. A torn last line is cut off by the next writer. One writer at a time
-holds the lock; another waits, and then finds the work done.
+Each line carries the CRC-32 of the rest of it. A shard is written under temporary names, synced and renamed, and
+only then named in its writer's manifest: what no manifest names does not exist, and a torn last line is no line.
+No file is written by two processes. Two that make the same records make the same shard. Format 1 is not read.
 """
 
 from __future__ import annotations
@@ -19,40 +17,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+import uuid
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from distill.cache import Codec
+from distill.cache.claims import Claims
+from distill.cache.shard import Shard, write_shard
+from distill.fetch import sync_folder, whole_file
+from distill.records import Annotation, CacheError, Request
 
-from distill.fetch import sha256, whole_file
-from distill.records import SPANS, Annotation, CacheError, Request, SoftTargets, Target
-
-FORMAT = 1
-_SHARD_RECORDS = 256
-_ARRAYS = ("token_ids", "ids", "logprobs", "tail")
+FORMAT = 2
+_DAY_SECONDS = 86_400
 
 
 @final
 class Store:
     """One cache folder, made by one teacher in one way."""
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Open the folder, or begin it; raises CacheError where something else made it or it is damaged."""
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], codec: Codec, *, claim_seconds: float = 600.0
+    ) -> None:
+        """Open the folder, or begin it; raises CacheError where something else made it or it is damaged.
+
+        Opening looks at the manifests and at the sizes of files; a shard's checksums are looked at when it is read.
+        """
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self._places: dict[str, tuple[str, int]] = {}
-        self._tables: dict[str, dict[str, list[Any]]] = {}
-        self._offsets: dict[str, np.ndarray] = {}
-        self._arrays: dict[str, Any] = {}
-        self._shards: list[str] = []
-        self._reload()
+        self.claims = Claims(folder / "claims", seconds=claim_seconds)
+        self._codec = codec
+        self._places: dict[bytes, tuple[Shard, int]] = {}
+        self._shards: dict[str, Shard] = {}
+        self._read_bytes: dict[Path, int] = {}
+        self.costs: list[dict[str, Any]] = []  # what each filling took
+        self.refresh()
 
     @property
     def digest(self) -> str:
@@ -65,7 +67,7 @@ class Store:
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a record for this request key."""
-        return key in self._places
+        return bytes.fromhex(key) in self._places
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
         """Requests that have no record yet, each key once."""
@@ -73,35 +75,47 @@ class Store:
         return [request for request in unique.values() if request.key not in self]
 
     def read(self, key: str) -> Annotation:
-        """Return one record; raises CacheError where there is none."""
-        if key not in self:
+        """Return one record; raises CacheError where there is none, or its shard is damaged."""
+        place = self._places.get(bytes.fromhex(key))
+        if place is None:
             raise CacheError(f"{self.folder} holds no record {key}; annotate first: python -m distill.annotate")
-        shard, row = self._places[key]
-        table, start = self._tables[shard], int(self._offsets[shard][row])
-        targets = {}
-        for span in SPANS:
-            length = table[f"num_{span}_tokens"][row]
-            if length:
-                targets[span] = self._target(shard, start, start + length)
-            start += length
-        return Annotation(
-            key=key,
-            targets=targets,
-            answer=table["answer"][row],
-            rationale=table["rationale"][row],
-            is_sampled=table["is_sampled"][row],
-            is_truncated=table["is_truncated"][row],
-            choice_logprobs=tuple(table["choice_logprobs"][row]),
-        )
+        shard, row = place
+        return shard.read(row)
+
+    def refresh(self) -> None:
+        """See what other processes have written meanwhile."""
+        header = self.folder / "manifest.jsonl"
+        if not header.is_file():
+            return
+        if header not in self._read_bytes:
+            self._check_header(header)
+        for path in sorted(self.folder.glob("manifest-*.jsonl")):
+            for line in self._new_lines(path):
+                self._take(line)
+
+    def check(self) -> list[str]:
+        """Read everything; return what is wrong, a sentence for each damaged shard."""
+        problems = []
+        for shard in self._shards.values():
+            try:
+                shard.check()
+            except CacheError as error:
+                problems.append(str(error))
+        return problems
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
-        """Give the one writer; whatever ends the block, what was annotated until then is kept."""
+        """Give a writer; whatever ends the block, what was annotated until then is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            self._reload()
-            self._begin()
-            writer = Writer(self)
+        if not (self.folder / "manifest.jsonl").is_file():
+            with whole_file(self.folder / "manifest.jsonl") as temporary:
+                temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
+        self.refresh()
+        for left in self.folder.glob(".*.tmp"):  # by writers that were killed; those of live ones are younger
+            if time.time() - left.stat().st_mtime > _DAY_SECONDS:
+                left.unlink(missing_ok=True)
+        writer = Writer(self, self._codec, self.folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl")
+        with self.claims.held():
             try:
                 yield writer
             except OSError:
@@ -111,108 +125,127 @@ class Store:
                 raise
             writer.flush()
 
-    def write_shard(self, annotations: Sequence[Annotation]) -> None:
-        """Add records as one shard; on return they are on disk."""
-        name = f"{len(self._shards):05d}"
-        files = {f"{name}.safetensors": _arrays_of(annotations), f"{name}.parquet": _table_of(annotations)}
-        hashes = {}
-        for file, content in files.items():
-            with whole_file(self.folder / file) as temporary:
-                if isinstance(content, pa.Table):
-                    pq.write_table(content, temporary)
-                else:
-                    save_file(content, temporary)
-            hashes[file] = sha256(self.folder / file)
-        line = {"shard": name, "records": len(annotations), "sha256": hashes}
-        _append_line(self.folder / "manifest.jsonl", line)
-        self._open_shard(line)
+    def _new_lines(self, path: Path) -> list[dict[str, Any]]:
+        with path.open("rb") as file:
+            file.seek(self._read_bytes.get(path, 0))
+            lines, num_bytes = _lines(path, file.read())
+        self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
+        return lines
 
-    def record_cost(self, **cost: Any) -> None:
-        """Note what a filling took."""
-        _append_line(self.folder / "cost.jsonl", cost)
-
-    def costs(self) -> list[dict[str, Any]]:
-        """What each filling took."""
-        path = self.folder / "cost.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def _target(self, shard: str, start: int, stop: int) -> Target:
-        token_ids, ids_NK, logprobs_NK, tail_N = (self._arrays[shard].get_slice(n)[start:stop] for n in _ARRAYS)
-        soft = SoftTargets(ids_NK, logprobs_NK, tail_N) if ids_NK.shape[1] else None
-        return Target(tuple(token_ids.tolist()), soft)
-
-    def _reload(self) -> None:
-        lines = _read_lines(self.folder / "manifest.jsonl")
-        if not lines:
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "cost" in line:
+            self.costs.append(line["cost"])
             return
+        shard = Shard(self.folder, line, self._codec)
+        self._shards[shard.name] = shard
+        self._places.update((key, (shard, row)) for row, key in enumerate(shard.keys))
+
+    def _check_header(self, path: Path) -> None:
+        if path.read_bytes()[:12] == b'{"format": 1':
+            raise CacheError(self._another_format(1))
+        lines = self._new_lines(path)
+        if not lines:
+            raise CacheError(f"{path} is damaged: it has no whole line. Restore it, or delete {self.folder}")
         if lines[0].get("format") != FORMAT:
-            raise CacheError(f"{self.folder} has format {lines[0].get('format')}, this version reads {FORMAT}")
-        differences = difference(lines[0]["fingerprint"], self.fingerprint)
+            raise CacheError(self._another_format(lines[0].get("format")))
+        differences = difference(lines[0].get("fingerprint"), self.fingerprint)
         if differences:
             raise CacheError(
                 f"{self.folder} was made in another way than is asked for now:\n"
                 + "\n".join(differences)
-                + "\nName another folder (cache_dir=…), leave cache_dir out, or restore the old settings."
+                + "\nName another folder (cache.dir=…), leave cache.dir out, or restore the old settings."
             )
-        for line in lines[1 + len(self._shards) :]:
-            self._check_shard(line)
-            self._open_shard(line)
 
-    def _begin(self) -> None:
-        path = self.folder / "manifest.jsonl"
-        if not _read_lines(path):
-            path.unlink(missing_ok=True)
-            _append_line(path, {"format": FORMAT, "fingerprint": self.fingerprint})
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-
-    def _check_shard(self, line: Mapping[str, Any]) -> None:
-        for file, wanted in line["sha256"].items():
-            path = self.folder / file
-            if Path(file).name != file or path.is_symlink() or not path.is_file():
-                raise CacheError(f"{path} is named in the manifest but is no plain file there; restore it")
-            if sha256(path) != wanted:
-                raise CacheError(
-                    f"{path} is damaged: its SHA-256 is not the manifest's. Restore it, or delete "
-                    f"{self.folder} to annotate anew."
-                )
-
-    def _open_shard(self, line: Mapping[str, Any]) -> None:
-        shard = line["shard"]
-        table = pq.read_table(self.folder / f"{shard}.parquet").to_pydict()
-        lengths = [sum(table[f"num_{span}_tokens"][row] for span in SPANS) for row in range(line["records"])]
-        self._tables[shard] = table
-        self._offsets[shard] = np.concatenate([[0], np.cumsum(lengths)])
-        self._arrays[shard] = safe_open(self.folder / f"{shard}.safetensors", "np")
-        self._places |= {key: (shard, row) for row, key in enumerate(table["key"])}
-        self._shards.append(shard)
+    def _another_format(self, found: object) -> str:
+        return (
+            f"{self.folder} has format {found}, this version reads {FORMAT}; name another folder (cache.dir=…) to "
+            "annotate anew, or use the version that made it"
+        )
 
 
 @final
 class Writer:
-    """Collects annotations and writes them shard by shard."""
+    """Collects annotations; each flush makes them one shard."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, codec: Codec, manifest: Path) -> None:
         """Made by `Store.writing` alone."""
-        self._store = store
+        self._store, self._codec, self._manifest = store, codec, manifest
         self._waiting: list[Annotation] = []
+        self.num_written = 0
 
     def add(self, annotations: Sequence[Annotation]) -> None:
-        """Take annotations; every full shard goes to disk."""
+        """Take annotations; they are on disk after the next flush."""
         self._waiting += annotations
-        while len(self._waiting) >= _SHARD_RECORDS:
-            self._write(_SHARD_RECORDS)
 
     def flush(self) -> None:
-        """Put on disk what is still waiting."""
+        """Put on disk, as one shard, what is waiting."""
         if self._waiting:
-            self._write(len(self._waiting))
+            line = write_shard(self._store.folder, self._waiting, self._codec)
+            self.num_written += len(self._waiting)
+            self._waiting.clear()
+            self._append(line)
 
-    def _write(self, number: int) -> None:
-        self._store.write_shard(self._waiting[:number])
-        del self._waiting[:number]
+    def record_cost(self, **cost: Any) -> None:
+        """Note what this filling took."""
+        self._append({"cost": cost})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        is_new = not self._manifest.exists()
+        with self._manifest.open("ab") as file:
+            file.write(_sealed(line))
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._manifest.parent)
+        self._store.refresh()
+
+
+def drop_shard(folder: Path, name: str) -> None:
+    """Strike a shard out of the cache, damaged or not; its records are missing from then on."""
+    named = False
+    for path in sorted(folder.glob("manifest-*.jsonl")):
+        lines, _ = _lines(path, path.read_bytes())
+        kept = [line for line in lines if line.get("shard") != name]
+        if len(kept) < len(lines):
+            named = True
+            with whole_file(path) as temporary:
+                temporary.write_bytes(b"".join(map(_sealed, kept)))
+    if not named:
+        raise CacheError(f"no manifest in {folder} names a shard {name!r}")
+    for suffix in ("safetensors", "parquet"):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _sealed(value: Mapping[str, Any]) -> bytes:
+    body = json.dumps(value, sort_keys=True).encode()
+    return b'{"crc32": %10d, "line": %s}\n' % (zlib.crc32(body), body)
+
+
+def _unsealed(line: bytes) -> dict[str, Any] | None:
+    """The content of a line, or None where it is not whole."""
+    body = line[30:-1]
+    if line[:30] != b'{"crc32": %10d, "line": ' % zlib.crc32(body) or line[-1:] != b"}":
+        return None
+    content: dict[str, Any] = json.loads(body)
+    return content
+
+
+def _lines(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines and how many bytes they take; CacheError where one of them is damaged."""
+    whole, end, torn = content.rpartition(b"\n")
+    found = []
+    for number, line in enumerate(whole.split(b"\n") if end else (), start=1):
+        value = _unsealed(line)
+        if value is None:
+            raise CacheError(
+                f"{path} is damaged: line {number} does not have the checksum it had. Restore the file, or delete it: "
+                "the records that it names will be annotated anew"
+            )
+        found.append(value)
+    # What broke off while it was written is the beginning of a line. A whole line with another end is damage.
+    if _unsealed(torn[:-1]) is not None:
+        raise CacheError(f"{path} is damaged: its last line does not end as it did. Restore the file, or delete it")
+    return found, len(whole) + len(end)
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
@@ -236,54 +269,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _arrays_of(annotations: Sequence[Annotation]) -> dict[str, np.ndarray]:
-    targets = [a.targets[span] for a in annotations for span in SPANS if span in a.targets]
-    empty = SoftTargets(np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
-    softs = [t.soft if t.soft is not None else _nothing(len(t.token_ids)) for t in targets]
-    soft = SoftTargets.join(softs) if softs else empty
-    return {
-        "token_ids": np.array([i for t in targets for i in t.token_ids], np.int32),
-        "ids": np.ascontiguousarray(soft.ids_NK),
-        "logprobs": np.ascontiguousarray(soft.logprobs_NK),
-        "tail": np.ascontiguousarray(soft.tail_N),
-    }
-
-
-def _nothing(num_positions: int) -> SoftTargets:
-    shape = (num_positions, 0)
-    return SoftTargets(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.ones(num_positions, np.float32))
-
-
-def _table_of(annotations: Sequence[Annotation]) -> pa.Table:
-    lengths = {
-        f"num_{span}_tokens": [len(a.targets[span].token_ids) if span in a.targets else 0 for a in annotations]
-        for span in SPANS
-    }
-    return pa.table(
-        {
-            "key": [a.key for a in annotations],
-            **lengths,
-            "answer": pa.array([a.answer for a in annotations], pa.string()),
-            "rationale": pa.array([a.rationale for a in annotations], pa.string()),
-            "is_sampled": [a.is_sampled for a in annotations],
-            "is_truncated": [a.is_truncated for a in annotations],
-            "choice_logprobs": pa.array([list(a.choice_logprobs) for a in annotations], pa.list_(pa.float64())),
-        }
-    )
-
-
-def _append_line(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise CacheError(f"{path} is damaged: {error}. Delete its folder to annotate anew.") from None
+def nearest_difference(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Path, list[str]] | None:
+    """The cache beside `folder` that differs least from a fingerprint, and in what; None where there is none."""
+    found = []
+    for path in sorted(folder.parent.glob("*/manifest.jsonl")):
+        if path.parent != folder:
+            lines, _ = _lines(path, path.read_bytes())
+            found += [(path.parent, difference(line.get("fingerprint"), dict(fingerprint))) for line in lines[:1]]
+    return min(found, key=lambda one: len(one[1]), default=None)

@@ -1,41 +1,64 @@
 """The k most probable tokens with their probabilities under the full softmax, and the mass of the rest.
 
 Never renormalised: below k = 25 that trains worse than no soft targets at all (arXiv 2503.16870).
-Stored exactly as computed, in float32: the error is that of the teacher's own softmax.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.cache import compact
 from distill.records import ConfigError, SoftTargets
 
 
 @final
 class TopK:
-    """8 k + 4 bytes per position."""
+    """3 k bytes per position, and k / 8 more for each bit of an id above 16; rounded as `compact` says."""
+
+    seed = None
 
     def __init__(self, *, k: int, temperature: float) -> None:
         """`temperature` is that of the loss which the targets are for: a cut distribution has just one."""
         if k < 1 or temperature <= 0:
-            raise ConfigError(f"cache.k={k}, cache.temperature={temperature}: both must be positive")
+            raise ConfigError(f"cache.codec.k={k}, cache.codec.temperature={temperature}: both must be positive")
         self._k, self._temperature = k, temperature
 
-    def cut(self, logprobs_NV: Float[Tensor, "N V"]) -> SoftTargets:
-        """Keep k of V."""
-        if self._temperature != 1:
-            logprobs_NV = (logprobs_NV / self._temperature).log_softmax(-1)
+    def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
+        """Keep k of V, the most probable first."""
+        logprobs_NV = compact.retempered(logprobs_NV, self._temperature)
         top_NK, ids_NK = logprobs_NV.topk(min(self._k, logprobs_NV.shape[-1]), -1)
         tail_N = (1 - top_NK.exp().sum(-1)).clamp(min=0)
-        return SoftTargets(
-            ids_NK.cpu().numpy().astype(np.int32),
-            top_NK.float().cpu().numpy(),
-            tail_N.float().cpu().numpy(),
-        )
+        return SoftTargets(ids_NK.int().cpu().numpy(), top_NK.cpu().numpy(), tail_N.cpu().numpy())
+
+    def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
+        """Ids row after row; the first probability of a row follows from the others."""
+        soft.check()
+        low, planes = compact.pack_ids(soft.ids_NK.ravel())
+        codes, odds_N = compact.pack_probabilities(soft)
+        return {
+            "position.id": low.reshape(soft.ids_NK.shape),
+            "position.code": codes.reshape(len(soft), soft.ids_NK.shape[1] - 1),
+            "position.tail": odds_N,
+            "plane.bits": planes,
+        }
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+        """All rows are equally long."""
+        kinds = {"position.id": (np.uint16, 2), "position.code": (np.uint8, 2), "position.tail": (np.uint8, 1)}
+        compact.check_arrays(arrays, kinds | {"plane.bits": (np.uint8, 1)})
+        low_NK, codes, odds_N = (arrays[name] for name in kinds)
+        width = low_NK.shape[1]
+        if not 1 <= width <= self._k or codes.shape[1] != width - 1:
+            raise compact.misfit(f"{width} ids and {codes.shape[1]} probabilities, of {self._k} at most")
+        ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"])
+        every_N = np.full(len(odds_N), width, np.int32)
+        logprobs, tail_N = compact.unpack_probabilities(codes.ravel(), odds_N, every_N)
+        return SoftTargets(ids.reshape(low_NK.shape), logprobs.reshape(low_NK.shape), tail_N)
 
     def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
         """As stored."""
@@ -43,13 +66,8 @@ class TopK:
 
     def check_temperature(self, temperature: float) -> None:
         """Only the one it was made for."""
-        if temperature != self._temperature:
-            raise ConfigError(
-                f"a loss has temperature {temperature}, the cache keeps {self._k} tokens at temperature "
-                f"{self._temperature}, and the normaliser at another one is lost with the rest; set "
-                f"cache.temperature={temperature} (annotates anew) or cache=dense"
-            )
+        compact.check_temperature(temperature, self._temperature)
 
     def fingerprint(self) -> dict[str, Any]:
-        """k and temperature."""
-        return {"codec": "topk", "k": self._k, "temperature": self._temperature}
+        """k, temperature and the bytes' meaning."""
+        return {"codec": "topk", "k": self._k, "temperature": self._temperature, "stored": compact.LAYOUT}

@@ -9,7 +9,7 @@ where a target came from. A new loss is one file here and one in conf/loss/.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +19,13 @@ from distill.records import ConfigError, Span
 
 @runtime_checkable
 class Divergence(Protocol):
-    """A function of two distributions over the same buckets, least where they are equal."""
+    """A function of two distributions over the same buckets, least where they are equal.
+
+    `needs_rest` says that it reads the rest bucket as what it is, also where the student alone has something
+    there; so it is not linear in the target, and draws cannot stand for the rest.
+    """
+
+    needs_rest: ClassVar[bool]
 
     def __call__(
         self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]

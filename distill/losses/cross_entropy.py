@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class CrossEntropy:
     """D = -sum_b t_b log q_b."""
+
+    needs_rest: ClassVar[bool] = False
 
     def __call__(
         self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]

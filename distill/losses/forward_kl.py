@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """D = sum_b t_b (log t_b - log q_b); on buckets a lower bound of the full divergence (data processing)."""
+    """D = sum_b t_b (log t_b - log q_b); on buckets a lower bound of the full divergence (data processing).
+
+    Where draws stand for the rest t sums to 1 only on average; then the expected gradient is that of the full
+    divergence, and the expected value lies above it by a number that no student can change.
+    """
+
+    needs_rest: ClassVar[bool] = False
 
     def __call__(
         self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]

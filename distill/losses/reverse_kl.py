@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ _FLOOR = -20.723265836946414  # log 1e-9: a bucket the teacher gave nothing cost
 @dataclass(frozen=True)
 class ReverseKL:
     """D = sum_b q_b (log q_b - log t_b), with t_b not below 1e-9."""
+
+    needs_rest: ClassVar[bool] = True
 
     def __call__(
         self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]

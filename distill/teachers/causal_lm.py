@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill import models
-from distill.cache import Codec
+from distill.cache import Codec, uniforms
 from distill.prompts import Prompts
 from distill.reading import PrefixedReader, Reading
 from distill.records import Annotation, AnswerError, ConfigError, Example, Request, SoftTargets, Span, Target
@@ -104,7 +104,7 @@ class CausalLMTeacher:
             scores = [()] * len(requests)
         given = [request.example.answer or answer for request, answer in zip(requests, answers, strict=True)]
         ids = [self._prompts.answer_ids(answer) if answer else () for answer in given]
-        softs = self._soft_targets(reading, first_BV, ids)
+        softs = self._soft_targets(requests, reading, first_BV, ids)
         return [
             Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)
             for r, i, s, answer, logprobs in zip(requests, ids, softs, answers, scores, strict=True)
@@ -120,7 +120,7 @@ class CausalLMTeacher:
         lasts = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
         bridge = self._prompts.bridge()
         whole = [(*r, *bridge, *last) if last else r for r, last in zip(rationales, lasts, strict=True)]
-        softs = self._soft_targets(reading, reading.first_BV, whole)
+        softs = self._soft_targets(requests, reading, reading.first_BV, whole)
         return [
             Annotation(
                 request.key,
@@ -173,18 +173,24 @@ class CausalLMTeacher:
         return torch.cat(seen).median(0).values
 
     def _soft_targets(
-        self, reading: Reading, first_BV: Float[Tensor, "B V"], targets: Sequence[tuple[int, ...]]
+        self,
+        requests: Sequence[Request],
+        reading: Reading,
+        first_BV: Float[Tensor, "B V"],
+        targets: Sequence[tuple[int, ...]],
     ) -> list[SoftTargets]:
         """Distributions for each token of each target; the first follows the prompt, which was read."""
         # The last token of a target predicts nothing that is kept, so it need not be read.
         lengths = [max(0, len(ids) - 1) for ids in targets]
         padded = [[*ids[:-1], *[0] * (max(lengths) - n)] for ids, n in zip(targets, lengths, strict=True)]
-        parts = [self._codec.cut(first_BV)]
+        first_B, later_N = self._uniforms(requests, targets)
+        parts = [self._codec.cut(first_BV, first_B)]
         if max(lengths):
             hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
             is_read_BT = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
             later_NH = hidden_BTH[is_read_BT.to(hidden_BTH.device)]
-            parts += [self._codec.cut(reading.reader.logprobs(hidden)) for hidden in later_NH.split(256)]
+            pieces = zip(later_NH.split(256), later_N.split(256), strict=True)
+            parts += [self._codec.cut(reading.reader.logprobs(hidden), uniform) for hidden, uniform in pieces]
         every = SoftTargets.join(parts)
         found, start = [], len(targets)
         for row, (ids, length) in enumerate(zip(targets, lengths, strict=True)):
@@ -192,6 +198,15 @@ class CausalLMTeacher:
             found.append(SoftTargets.join(rows))
             start += length
         return found
+
+    def _uniforms(
+        self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "N"]]:
+        """Numbers for each target's first token, and for all later ones; a position has its own in any batch."""
+        seed = self._codec.seed or 0
+        rows = [uniforms(r.key, max(1, len(ids)), seed) for r, ids in zip(requests, targets, strict=True)]
+        first_B = torch.tensor([float(row[0]) for row in rows], dtype=torch.float64)
+        return first_B, torch.cat([torch.from_numpy(row[1:]) for row in rows])
 
 
 def _targets(rationale: tuple[int, ...], last: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:

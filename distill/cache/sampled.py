@@ -1,0 +1,138 @@
+"""The probable tokens exactly, and of the others a few that are drawn: right on average, in a few bytes.
+
+Per position, with tau = 1 / n: the head is every token of p >= tau and at least the `k_min` most probable ones.
+The tail is drawn systematically (Madow & Madow 1944): of the running sum over the other tokens, those are taken in
+whose shares the points (u + j) tau lie, u uniform in [0, 1) and one number for the whole position. So a tail token
+is in with probability p / tau, at most once, and then stands for tau: the expected target is p itself, with
+
+    E |t - p|^2 = sum over the tail of p (tau - p) <= tau * tail,      |sum t - 1| < tau
+
+where n independent draws from p (RS-KD: Anshumann et al. 2025, arXiv 2503.16870) have (1 - sum p^2) / n. It is never
+renormalised. Of a divergence this gives the forward KL without bias: its gradient is linear in the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.cache import compact
+from distill.records import ConfigError, SoftTargets
+
+
+@final
+class Sampled:
+    """2 + 3 bytes per exact entry + 2 per draw, and 1/8 for each bit of an id above 16; rounded as `compact` says.
+
+    Rounding moves mass between head and tail too: |sum t - 1| < tau + 0.008 of what is read back.
+    """
+
+    def __init__(self, *, n: int, k_min: int, seed: int, temperature: float) -> None:
+        """`temperature` is that of the loss which the targets are for: a cut distribution has just one."""
+        if not (1 <= n <= 255 and 0 <= k_min <= 255 and temperature > 0):
+            raise ConfigError(
+                f"cache.codec.n={n}, k_min={k_min}, temperature={temperature}: n is one of 1 ... 255, "
+                "k_min one of 0 ... 255, and the temperature positive"
+            )
+        self._n, self._k_min, self._seed, self._temperature = n, k_min, seed, temperature
+
+    @property
+    def seed(self) -> int:
+        """Of the draws."""
+        return self._seed
+
+    def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
+        """Keep the head, draw from the tail."""
+        logprobs_NV = compact.retempered(logprobs_NV, self._temperature)
+        size = logprobs_NV.shape[-1]
+        top_NK, ids_NK = logprobs_NV.topk(min(max(self._n, self._k_min), size), -1)
+        is_among_K = torch.arange(top_NK.shape[-1], device=top_NK.device) < self._k_min
+        is_head_NK = (top_NK >= -math.log(self._n)) | (is_among_K & (top_NK > -torch.inf))
+        p_NV = logprobs_NV.exp()
+        p_NV.scatter_(-1, ids_NK, p_NV.gather(-1, ids_NK).masked_fill(is_head_NK, 0))
+        sum_NV = compact.cumulative(p_NV)
+        step = compact.ONE // self._n
+        points_NJ = (uniform_N * step).long().unsqueeze(-1) + step * torch.arange(self._n)
+        drawn_NJ = compact.drawn(sum_NV, points_NJ)
+        return self._targets(
+            is_head_NK.sum(-1).cpu().numpy(),
+            (drawn_NJ < size).sum(-1).cpu().numpy(),
+            ids_NK[is_head_NK].cpu().numpy(),
+            top_NK[is_head_NK].cpu().numpy(),
+            drawn_NJ[drawn_NJ < size].cpu().numpy(),
+            (sum_NV[:, -1] / compact.ONE).cpu().numpy(),
+        )
+
+    def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
+        """Head and draws apart; the first probability of a head follows from the others."""
+        soft.check()
+        place_K = np.arange(soft.ids_NK.shape[1])
+        is_head_NK = place_K < soft.num_exact_N[:, None]
+        is_drawn_NK = (soft.ids_NK >= 0) & ~is_head_NK
+        head, draws = soft.ids_NK[is_head_NK], soft.ids_NK[is_drawn_NK]
+        low, planes = compact.pack_ids(np.concatenate([head, draws]))
+        codes, odds_N = compact.pack_probabilities(soft)
+        return {
+            "position.num_exact": soft.num_exact_N.astype(np.uint8),
+            "position.num_draws": is_drawn_NK.sum(1).astype(np.uint8),
+            "position.tail": odds_N,
+            "head.id": low[: len(head)],
+            "lesser.code": codes,
+            "draw.id": low[len(head) :],
+            "plane.bits": planes,
+        }
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+        """Rows as long as the longest."""
+        counted = ("position.num_exact", "position.num_draws", "position.tail")
+        kinds: dict[str, tuple[Any, int]] = dict.fromkeys(counted, (np.uint8, 1))
+        kinds |= {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)}
+        compact.check_arrays(arrays, kinds | dict.fromkeys(("lesser.code", "plane.bits"), (np.uint8, 1)))
+        num_exact_N, num_draws_N, odds_N, low_head, low_draws = (arrays[name] for name in kinds)
+        sizes = (num_exact_N.sum(), num_draws_N.sum())
+        if sizes != (len(low_head), len(low_draws)) or (num_draws_N > self._n).any():
+            raise compact.misfit(f"{len(low_head)} and {len(low_draws)} ids, counted are {sizes}")
+        ids = compact.unpack_ids(np.concatenate([low_head, low_draws]), arrays["plane.bits"])
+        head, draws = np.split(ids, [len(low_head)])
+        logprobs, tail_N = compact.unpack_probabilities(arrays["lesser.code"], odds_N, num_exact_N)
+        return self._targets(num_exact_N, num_draws_N, head, logprobs, draws, tail_N)
+
+    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
+        """As stored."""
+        return logprobs_MK
+
+    def check_temperature(self, temperature: float) -> None:
+        """Only the one it was made for."""
+        compact.check_temperature(temperature, self._temperature)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Threshold, smallest head, seed, temperature and the bytes' meaning."""
+        settings = {"n": self._n, "k_min": self._k_min, "seed": self._seed, "temperature": self._temperature}
+        return {"codec": "sampled", **settings, "stored": compact.LAYOUT}
+
+    def _targets(
+        self,
+        num_exact_N: np.ndarray,
+        num_draws_N: np.ndarray,
+        head: np.ndarray,
+        logprobs: np.ndarray,
+        draws: np.ndarray,
+        tail_N: np.ndarray,
+    ) -> SoftTargets:
+        """Rows made of heads, with their log-probabilities, and of draws, each row after row."""
+        num_exact_N = num_exact_N.astype(np.int32)
+        ends_N = num_exact_N + num_draws_N
+        place_K = np.arange(ends_N.max(initial=0))
+        is_head_NK = place_K < num_exact_N[:, None]
+        is_drawn_NK = (place_K < ends_N[:, None]) & ~is_head_NK
+        ids_NK = np.full(is_head_NK.shape, -1, np.int32)
+        logprobs_NK = np.full(is_head_NK.shape, -np.inf, np.float32)
+        ids_NK[is_head_NK], ids_NK[is_drawn_NK] = head, draws
+        logprobs_NK[is_head_NK], logprobs_NK[is_drawn_NK] = logprobs, -math.log(self._n)
+        return SoftTargets(ids_NK, logprobs_NK, tail_N.astype(np.float32), num_exact_N, is_tail_drawn=True)
