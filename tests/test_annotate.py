@@ -59,7 +59,8 @@ def test_work_that_is_shared_ends_in_the_same_shards(
         assert process.returncode == 0, errors
     assert shards(tmp_path / "cache") == whole
     manifests = list((tmp_path / "cache").glob("manifest-*"))
-    assert len(manifests) == {"devices": 2, "parts": 3, "at once": 2}[how]
+    # Of two that start at once one may have done everything before the other has started.
+    assert len(manifests) in {"devices": (2,), "parts": (3,), "at once": (1, 2)}[how]
     named = [line for path in manifests for line in path.read_text().splitlines() if '"shard"' in line]
     assert 2 * len(named) == len(whole)  # no group was made twice
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -189,30 +190,41 @@ def in_another_process(task: Callable[[], None]) -> int:
     """Run `task` in a child; return its exit status as `subprocess` would."""
     child = os.fork()
     if child == 0:
-        task()
-        os._exit(0)
+        code = 1
+        try:
+            task()
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            os._exit(code)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
 
 def kill_at_every_boundary(folder: Path, num_groups: int) -> int:
-    """Fill a cache for each boundary, killed there and filled again; return how many boundaries there are."""
-    fill_by_claims(folder / "unbroken", num_groups)
+    """Fill a cache for each boundary, killed there and filled again; return how many boundaries there are.
+
+    All work is done by children: a process that has used Arrow's threads may not fork.
+    """
+    broken = folder / "broken"
+
+    def filling(where: Path, boundary: int | None = None) -> int:
+        def task() -> None:
+            if boundary is not None:
+                die_at(boundary)
+            fill_by_claims(where, num_groups)
+            assert opened(where).check() == []
+
+        return in_another_process(task)
+
+    assert filling(folder / "unbroken") == 0
     wanted = shards(folder / "unbroken")
-    for boundary in itertools.count():
-        broken = folder / "broken"
-
-        def killed(boundary: int = boundary, broken: Path = broken) -> None:
-            die_at(boundary)
-            fill_by_claims(broken, num_groups)
-
-        code = in_another_process(killed)
-        opened(broken).check()
-        num_before = len(opened(broken))
-        fill_by_claims(broken, num_groups)
-        assert num_before % 4 == 0
+    for boundary in itertools.count(0, 2):  # just after one write is just before the next
+        code = filling(broken, boundary)
+        assert len(opened(broken)) % 4 == 0
+        assert filling(broken) == 0
         assert shards(broken) == wanted, boundary
-        assert opened(broken).check() == []
         assert not list((broken / "claims").glob("[0-9]*"))
         shutil.rmtree(broken)
         if code == 0:
@@ -224,7 +236,7 @@ def kill_at_every_boundary(folder: Path, num_groups: int) -> int:
 def run_here(*arguments: str) -> str:
     """This file as a program: only a process without threads may fork."""
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
