@@ -443,6 +443,8 @@ def test_another_fingerprint_is_refused_key_by_key(theirs: dict[str, Any], names
         opened(tmp_path / "theirs")
     assert all(name in str(raised.value) for name in names)
     assert len(difference(FINGERPRINT | theirs, FINGERPRINT)) == len(names)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.jsonl").write_text('{"format": 1, "fingerprint": {}}\n')
     nearest = nearest_difference(tmp_path / "ours", FINGERPRINT)
     assert nearest is not None
     assert nearest[0].name == "theirs"

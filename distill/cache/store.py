@@ -274,6 +274,9 @@ def nearest_difference(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Pa
     found = []
     for path in sorted(folder.parent.glob("*/manifest.jsonl")):
         if path.parent != folder:
-            lines, _ = _lines(path, path.read_bytes())
+            try:
+                lines, _ = _lines(path, path.read_bytes())
+            except CacheError:  # of another format, or damaged: whoever asks for it will be told
+                continue
             found += [(path.parent, difference(line.get("fingerprint"), dict(fingerprint))) for line in lines[:1]]
     return min(found, key=lambda one: len(one[1]), default=None)
