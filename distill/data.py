@@ -7,7 +7,7 @@ before it begins; so a loss is divided by its true count whatever the number of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -27,33 +27,45 @@ from distill.records import (
     CheckedRationale,
     ConfigError,
     Example,
+    Place,
     Prompt,
     Request,
     SoftRows,
     SoftTargets,
     Span,
-    Target,
 )
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
+Read = Callable[[Sequence[Place]], SoftTargets]
 _WINDOW_STEPS = 20
 
 
 @dataclass(frozen=True)
+class SoftPlace:
+    """Where the soft targets of a span are in the cache."""
+
+    place: Place
+    num_positions: int
+
+
+@dataclass(frozen=True)
 class TrainingSequence:
-    """One prompt with its targets: what of it is a gold label, and what the teacher expected."""
+    """One prompt with its targets: what of it is a gold label, and where there is what the teacher expected.
+
+    Soft targets stay in the cache until their batch is made.
+    """
 
     prompt: Prompt
     labelled: frozenset[Span]
-    soft: Mapping[Span, SoftTargets]
+    soft: Mapping[Span, SoftPlace]
 
     def counts(self) -> Counter[tuple[Span, str]]:
         """Supervised positions per (span, source)."""
         found: Counter[tuple[Span, str]] = Counter()
         for span, (start, stop) in self.prompt.spans.items():
             found[span, "labels"] = (stop - start) * (span in self.labelled)
-            found[span, "soft"] = len(self.soft[span]) if span in self.soft else 0
+            found[span, "soft"] = self.soft[span].num_positions if span in self.soft else 0
         return found
 
 
@@ -111,8 +123,7 @@ class Join:
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is None:
             return
-        target = annotation.targets.get("answer") if annotation else None
-        soft = self._matching("answer", target, self._prompts.answer_ids(answer))
+        soft = self._matching(annotation, "answer", self._prompts.answer_ids(answer)) if annotation else {}
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
         yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
 
@@ -123,16 +134,15 @@ class Join:
             return
         by_teacher = checked.annotation if checked and example.rationale is None else None
         answer = example.answer or (by_teacher.answer if by_teacher else None)
-        soft = {}
+        soft: dict[Span, SoftPlace] = {}
         if by_teacher:
-            soft = self._matching("rationale", by_teacher.targets.get("rationale"), self._prompts.rationale_ids(text))
+            soft = self._matching(by_teacher, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
         elif answer is not None:
             if by_teacher:
-                last = by_teacher.targets.get("answer")
-                soft |= self._matching("answer", last, self._prompts.answer_ids(answer))
+                soft |= self._matching(by_teacher, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
@@ -140,7 +150,8 @@ class Join:
         request = self._requests.get((example.id, span))
         return self._store.read(request.key) if request else None
 
-    def _matching(self, span: Span, target: Target | None, ids: tuple[int, ...]) -> dict[Span, SoftTargets]:
+    def _matching(self, annotation: Annotation, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
+        target = annotation.targets.get(span)
         if (span, "soft") not in self._needed or target is None or target.soft is None:
             return {}
         if target.token_ids != ids:
@@ -153,7 +164,7 @@ class Join:
                 f"the cache's soft targets name token {target.soft.ids_NK.max()}, the student has "
                 f"{self._prompts.vocabulary_size}: the cache is damaged, or of another vocabulary; annotate anew"
             )
-        return {span: target.soft}
+        return {span: SoftPlace((annotation.key, span), len(ids))}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(number and place in self._needed for place, number in sequence.counts().items())
@@ -235,11 +246,12 @@ class StepSampler(Sampler[Microbatch]):
 
 @final
 class _Lessons(Dataset[Batch]):
-    def __init__(self, lessons: Sequence[Lesson], padding_id: int) -> None:
-        self._lessons, self._padding_id = lessons, padding_id
+    def __init__(self, lessons: Sequence[Lesson], read: Read, padding_id: int) -> None:
+        self._lessons, self._read, self._padding_id = lessons, read, padding_id
 
     def __getitem__(self, microbatch: Microbatch) -> Batch:
-        return collate([self._lessons[i] for i in microbatch.indices], microbatch.counts, self._padding_id)
+        lessons = [self._lessons[i] for i in microbatch.indices]
+        return collate(lessons, microbatch.counts, self._padding_id, self._read)
 
 
 @final
@@ -251,15 +263,19 @@ class DistillData(lightning.LightningDataModule):
         *,
         train: Sequence[Lesson],
         validation: Sequence[Lesson],
+        read: Read,
         batch_size: int,
         microbatch_size: int,
         num_steps: int,
         seed: int,
         padding_id: int,
     ) -> None:
-        """`batch_size` counts examples per optimizer step, `microbatch_size` per forward pass."""
+        """`batch_size` counts examples per optimizer step, `microbatch_size` per forward pass.
+
+        `read` gives the soft targets of places in the cache, one after the other.
+        """
         super().__init__()
-        self._train, self._validation = train, validation
+        self._train, self._validation, self._read = train, validation, read
         self._batch_size, self._microbatch_size = batch_size, microbatch_size
         self._num_steps, self._seed, self._padding_id = num_steps, seed, padding_id
 
@@ -289,23 +305,23 @@ class DistillData(lightning.LightningDataModule):
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
         # A batch is made whole by the dataset, so there is nothing left to collate.
-        return DataLoader(_Lessons(lessons, self._padding_id), sampler=batches, batch_size=None)
+        return DataLoader(_Lessons(lessons, self._read, self._padding_id), sampler=batches, batch_size=None)
 
 
-def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int) -> Batch:
-    """Pad on the right and list the supervised positions, in order of sequence and place."""
+def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:
+    """Pad on the right and list the supervised positions, in order of sequence and place; read their soft targets."""
     sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
     longest = max(len(sequence.prompt.ids) for sequence in sequences)
     ids = [[*s.prompt.ids, *[padding_id] * (longest - len(s.prompt.ids))] for s in sequences]
     mask = [[1] * len(s.prompt.ids) + [0] * (longest - len(s.prompt.ids)) for s in sequences]
     rows: list[tuple[int, int, int, bool, int]] = []
     soft_rows: list[int] = []
-    softs: list[SoftTargets] = []
+    places: list[Place] = []
     for index, sequence in enumerate(sequences):
         for span, (start, stop) in sorted(sequence.prompt.spans.items(), key=lambda item: item[1]):
             if span in sequence.soft:
-                softs.append(sequence.soft[span].for_training())
-                soft_rows += range(len(rows), len(rows) + len(sequence.soft[span]))
+                places.append(sequence.soft[span].place)
+                soft_rows += range(len(rows), len(rows) + sequence.soft[span].num_positions)
             is_labelled = span in sequence.labelled
             rows += [
                 (index, place - 1, sequence.prompt.ids[place], is_labelled, SPANS.index(span))
@@ -320,7 +336,7 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         label_N=label_N,
         is_labelled_N=is_labelled_N.bool(),
         span_N=span_N,
-        soft=_soft_rows(soft_rows, SoftTargets.join(softs)) if softs else None,
+        soft=_soft_rows(soft_rows, read(places).for_training()) if places else None,
         counts=counts,
         example_ids=tuple(lesson.example_id for lesson in lessons),
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
+Place = tuple[str, Span]  # where soft targets are: the key of a request, and which of its targets
 Reason = Literal["disagrees", "unreadable", "truncated", "empty"]
 _ROUNDING = 1e-4  # by which a sum of float32 probabilities may exceed 1
 
@@ -159,7 +160,7 @@ class SoftTargets:
         """Number of positions."""
         return len(self.tail_N)
 
-    def __getitem__(self, rows: slice) -> SoftTargets:
+    def __getitem__(self, rows: slice | np.ndarray) -> SoftTargets:
         """The same targets for some of the positions."""
         arrays = {name: getattr(self, name)[rows] for name in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N")}
         return replace(self, **arrays)
@@ -251,6 +252,11 @@ class Request:
     span: Span
     example: Example
     question_ids: tuple[int, ...]
+
+
+def distinct(requests: Iterable[Request]) -> list[Request]:
+    """One request of each key, in order."""
+    return list({request.key: request for request in requests}.values())
 
 
 @dataclass(frozen=True)

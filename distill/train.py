@@ -22,7 +22,7 @@ from torch import nn
 from distill import config as configuration
 from distill import models
 from distill.annotate import Filled, Source, check_rationales, fill, open_source, without_answers
-from distill.data import DistillData, Join, Lesson
+from distill.data import DistillData, Join, Lesson, Read
 from distill.evaluate import Evaluation, row_of, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
@@ -55,6 +55,7 @@ class Curriculum:
     filled: Filled
     train: Sequence[Lesson]
     validation: Sequence[Lesson]
+    read: Read
     rationales: Sequence[CheckedRationale]
     too_long: Mapping[str, str]
 
@@ -180,7 +181,9 @@ def teach(job: Job) -> Curriculum:
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
         raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
-    return Curriculum(filled, train, validation, checked, {**filled.too_long, **join.skipped})
+    return Curriculum(
+        filled, train, validation, source.store.soft_targets, checked, {**filled.too_long, **join.skipped}
+    )
 
 
 def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
@@ -202,6 +205,7 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
     data = DistillData(
         train=curriculum.train,
         validation=curriculum.validation,
+        read=curriculum.read,
         batch_size=config.batch_size,
         microbatch_size=config.microbatch_size,
         num_steps=config.trainer.max_steps,

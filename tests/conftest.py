@@ -37,11 +37,11 @@ from distill.cache import uniforms  # noqa: E402
 from distill.cache.dense import Dense  # noqa: E402
 from distill.cache.topk import TopK  # noqa: E402
 from distill.config import CONF  # noqa: E402
-from distill.data import Lesson, TrainingSequence  # noqa: E402
+from distill.data import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
 from distill.modules import StudentModule  # noqa: E402
 from distill.prompts import Layout, Prompts, load_tokenizer  # noqa: E402
-from distill.records import Annotation, Example, Request, SoftTargets  # noqa: E402
+from distill.records import Annotation, Example, Place, Request, SoftTargets  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 
 LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
@@ -181,13 +181,29 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
     ]
 
 
-def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
+def start(root: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
     """Start a command in a process of its own; it writes below `root` alone."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     line = [sys.executable, "-m", f"distill.{command}", *arguments]
-    return subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(line, env=environment, cwd=root, text=True, **pipes)
+
+
+def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    process = start(root, *arguments, command=command)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """Names and bytes of all files of a cache that hold records."""
+    return {path.name: path.read_bytes() for path in folder.glob("[0-9a-f]*.[sp]*")}
 
 
 class CountingTeacher:
@@ -229,14 +245,29 @@ def examples(number: int) -> list[Example]:
     ]
 
 
+_IN_MEMORY: dict[Place, SoftTargets] = {}
+
+
+def keep(soft: SoftTargets) -> SoftPlace:
+    """Put soft targets where `read` finds them, as a cache would."""
+    place = (f"{len(_IN_MEMORY):032x}", "answer")
+    _IN_MEMORY[place] = soft
+    return SoftPlace(place, len(soft))
+
+
+def read(places: Sequence[Place]) -> SoftTargets:
+    """What was kept at these places, one after the other."""
+    return SoftTargets.join([_IN_MEMORY[place] for place in places])
+
+
 def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
     """Lessons of uneven lengths: all have soft targets, two of three a gold answer, one of three a rationale."""
     generator = torch.Generator().manual_seed(0)
 
-    def soft(span: Sequence[int]) -> SoftTargets:
+    def soft(span: Sequence[int]) -> SoftPlace:
         logits_NV = 3 * torch.randn(len(span), prompts.vocabulary_size, generator=generator)
         uniform_N = torch.from_numpy(uniforms(str(span), len(span), 0))
-        return (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N)
+        return keep((codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N))
 
     found = []
     for index, example in enumerate(examples(number)):

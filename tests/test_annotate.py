@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import compose, counted, run, tiny_overrides
+from conftest import compose, counted, run, shards, start, tiny_overrides
 from omegaconf import DictConfig
 
 from distill.annotate import Share, fill, main, open_source, plan
@@ -29,10 +26,6 @@ def tiny(root: Path, teacher: Path, *more: str) -> list[str]:
     kept = [o for o in tiny_overrides(root, teacher, teacher) if not o.startswith(skipped)]
     more = (*more, f"cache.dir={root / 'cache'}", "teacher.group_size=4", "teacher.batch_size=3")
     return [*kept, "task.examples.num_unlabelled=40", "teacher.num_rationales=10", *more]
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("[0-9a-f]*.[sp]*")}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +43,7 @@ def test_work_that_is_shared_ends_in_the_same_shards(
     how: str, whole: dict[str, bytes], tmp_path: Path, teacher_folder: Path
 ) -> None:
     jobs = {"devices": ["devices=2"], "parts": ["part=1/3", "part=2/3", "part=3/3"], "at once": ["seed=0", "seed=1"]}
-    lines = [[sys.executable, "-m", "distill.annotate", *tiny(tmp_path, teacher_folder, job)] for job in jobs[how]]
-    environment = os.environ | {"DISTILL_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    started = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in lines]
+    started = [start(tmp_path, *tiny(tmp_path, teacher_folder, job), command="annotate") for job in jobs[how]]
     for process in started:
         _, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors
@@ -69,18 +59,15 @@ def test_work_that_is_shared_ends_in_the_same_shards(
 def test_killed_at_random_times_it_ends_in_the_same_shards(
     whole: dict[str, bytes], tmp_path: Path, teacher_folder: Path
 ) -> None:
-    line = [sys.executable, "-m", "distill.annotate", *tiny(tmp_path, teacher_folder)]
-    environment = os.environ | {"DISTILL_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     rng, cache, num_seen = np.random.default_rng(0), tmp_path / "cache", [0]
     for _ in range(2):
-        process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = start(tmp_path, *tiny(tmp_path, teacher_folder), command="annotate")
         wanted = num_seen[-1] + int(rng.integers(1, 4))
         while process.poll() is None and len(shards(cache)) < 2 * wanted:
             time.sleep(0.002)
         time.sleep(float(rng.random()) * 0.05)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         num_seen.append(len(shards(cache)) // 2)
     assert num_seen == sorted(num_seen)
     assert 0 < num_seen[-1] < len(whole) // 2

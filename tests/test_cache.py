@@ -21,15 +21,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import compose, counted, tiny_overrides
+from conftest import compose, counted, shards, tiny_overrides
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.numpy import load_file
 
 from distill.annotate import fill, open_source
 from distill.cache.claims import Claims
+from distill.cache.index import Index
 from distill.cache.store import Store, _sealed, difference, drop_shard, nearest_difference
 from distill.cache.topk import TopK
-from distill.records import Annotation, CacheError, Example, Request, Target
+from distill.records import Annotation, CacheError, Example, Request, SoftTargets, Target
 
 FINGERPRINT = {"teacher": {"weights": "abc", "dtype": "float32"}, "shots": ["one", "two"], "codec": {"k": 4}}
 CODEC = TopK(k=4, temperature=1.0)
@@ -85,11 +88,6 @@ def filled(folder: Path, *numbers: int, fingerprint: Any = FINGERPRINT, size: in
     return store
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    """Names and bytes of all that holds records."""
-    return {path.name: path.read_bytes() for path in folder.glob("[0-9a-f]*.[sp]*")}
-
-
 def request(number: int) -> Request:
     return Request(key(number), "answer", Example(str(number)), ())
 
@@ -102,6 +100,50 @@ def test_records_come_back_as_they_were_written_in_any_order(tmp_path: Path) -> 
     assert store.check() == []
     for number in np.random.default_rng(0).permutation(60).tolist():
         assert stored(store.read(key(number))) == stored(annotation(number))
+
+
+def test_soft_targets_of_many_records_are_those_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.cache.store._MOST_OPEN", 3)  # of 15 shards
+    store = filled(tmp_path, *range(60))
+    rng = np.random.default_rng(0)
+    places = [(key(n), span) for n in range(60) for span in annotation(n).targets]
+    for number in (1, 7, 40):
+        chosen = [places[k] for k in rng.permutation(len(places))[:number]]
+        wanted = SoftTargets.join([store.read(k).targets[span].soft for k, span in chosen])
+        found = store.soft_targets(chosen)
+        for field in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N"):
+            assert np.array_equal(getattr(found, field), getattr(wanted, field))
+    with pytest.raises(CacheError, match="no soft targets for the rationale of record"):
+        store.soft_targets([(key(1), "rationale")])
+    with pytest.raises(CacheError, match="holds no record"):
+        store.soft_targets([(key(60), "answer")])
+
+
+def test_damage_is_found_by_whoever_reads_only_soft_targets(tmp_path: Path) -> None:
+    filled(tmp_path, 1)
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CacheError, match=f"{shard.name} is damaged"):
+        opened(tmp_path).soft_targets([(key(1), "answer")])
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(
+    blocks=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=9), max_size=9),
+    few=st.integers(0, 9),
+)
+def test_an_index_is_a_dictionary(blocks: list[list[tuple[int, int]]], few: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("distill.cache.index._FEW", few)
+        index, added = Index(), list[bytes]()
+        for block in blocks:
+            keys = [first.to_bytes(8, "big") + second.to_bytes(8, "big") for first, second in block]
+            index.add(b"".join(keys))
+            added += keys
+            wanted = {each: number for number, each in enumerate(added)}
+            every = {first.to_bytes(8, "big") + second.to_bytes(8, "big") for first in range(4) for second in range(4)}
+            assert {each: index.find(each) for each in every} == dict.fromkeys(every) | wanted
+            assert len(index) == len(wanted)
 
 
 def test_a_target_without_soft_targets_stays_so(tmp_path: Path) -> None:

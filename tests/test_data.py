@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CountingTeacher, examples, lessons
+from conftest import CountingTeacher, examples, lessons, read
 from omegaconf import DictConfig
 
 from distill.cache.store import Store
@@ -47,7 +47,7 @@ def test_a_target_without_exactly_one_distribution_per_token_is_refused(number: 
 
 def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
-    batch = collate(given, {}, padding_id=9)
+    batch = collate(given, {}, 9, read)
     sequences = [sequence for lesson in given for sequence in lesson.sequences]
     wanted = [
         (row, place - 1, sequence.prompt.ids[place], SPANS.index(span), span in sequence.labelled)
@@ -65,9 +65,12 @@ def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> N
 
 def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
-    batch = collate(given, {}, padding_id=9)
+    batch = collate(given, {}, 9, read)
     softs = [
-        (s.prompt, span, targets) for lesson in given for s in lesson.sequences for span, targets in s.soft.items()
+        (s.prompt, span, read([soft.place]))
+        for lesson in given
+        for s in lesson.sequences
+        for span, soft in s.soft.items()
     ]
     assert batch.soft is not None
     assert torch.equal(batch.soft.tail_M, torch.cat([torch.tensor(targets.tail_N) for _, _, targets in softs]))
@@ -78,7 +81,7 @@ def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> No
 
 def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
-    batch = collate(given, {}, padding_id=prompts.end)
+    batch = collate(given, {}, prompts.end, read)
     number = sum(len(lesson.sequences) for lesson in given)
     assert (batch.label_N == prompts.end).sum() == number
     lengths = [len(sequence.prompt.ids) for lesson in given for sequence in lesson.sequences]
@@ -183,7 +186,7 @@ def test_gold_answers_are_labels_and_a_teachers_are_not(prompts: Prompts, tmp_pa
     by_gold, by_teacher = (lesson.sequences[0] for lesson in join.lessons([replace(gold, rationale=None), asked]))
     assert (by_gold.labelled, by_teacher.labelled) == ({"answer"}, set())
     assert by_teacher.prompt == prompts.answer_prompt(asked, "8")
-    assert len(by_gold.soft["answer"]) == len(prompts.answer_ids(gold.answer))
+    assert by_gold.soft["answer"].num_positions == len(prompts.answer_ids(gold.answer))
 
 
 def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: P
     assert spans[kept.id] == spans[explained.id] == [{"answer"}, {"rationale"}]
     assert spans[rejected.id] == [{"answer"}]
     assert found[kept.id][1].prompt == prompts.rationale_prompt(kept, "By the teacher.", None)
-    assert found[kept.id][1].soft["rationale"].ids_NK.shape == (len(ids), 3)
+    assert found[kept.id][1].soft["rationale"].num_positions == len(ids)
     assert found[explained.id][1].soft == {}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYOUT, compose, examples, lessons, objectives, student_module, tiny_overrides
+from conftest import LAYOUT, compose, examples, keep, lessons, objectives, read, student_module, tiny_overrides
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -73,7 +73,7 @@ def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Ten
         logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
         for name, objective in objectives().items():
             start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
-            soft = sequence.soft.get(objective.span)
+            soft = read([sequence.soft[objective.span].place]) if objective.span in sequence.soft else None
             for row, place in enumerate(range(start, stop)):
                 log_q_V = logits_TV[place - 1].log_softmax(-1)
                 if objective.source == "labels" and objective.span in sequence.labelled:
@@ -101,7 +101,7 @@ def test_the_loss_is_a_weighted_sum_of_means_each_over_its_own_positions(
     expected = plain_loss(model, given, prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     wanted = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
-    found = loss_and_gradients(student_module(model, prompts), collate(given, counts_of(given), 0))
+    found = loss_and_gradients(student_module(model, prompts), collate(given, counts_of(given), 0, read))
     assert_same(found, {"loss": expected.detach()} | wanted, 1e-7)  # targets are stored in float32
 
 
@@ -109,13 +109,13 @@ def test_the_loss_is_a_weighted_sum_of_means_each_over_its_own_positions(
 def test_the_padding_id_changes_nothing(padding_id: int, prompts: Prompts, student_folder: Path) -> None:
     given = lessons(prompts, BATCH)
     module = student_module(opened(student_folder), prompts)
-    found = loss_and_gradients(module, collate(given, counts_of(given), padding_id))
-    assert_same(found, loss_and_gradients(module, collate(given, counts_of(given), 0)))
+    found = loss_and_gradients(module, collate(given, counts_of(given), padding_id, read))
+    assert_same(found, loss_and_gradients(module, collate(given, counts_of(given), 0, read)))
 
 
 def test_the_padding_side_changes_nothing(prompts: Prompts, student_folder: Path) -> None:
     given = lessons(prompts, BATCH)
-    right = collate(given, counts_of(given), 0)
+    right = collate(given, counts_of(given), 0, read)
     shift_B = right.mask_BT.shape[1] - right.mask_BT.sum(1)
     ids_BT, mask_BT = (
         torch.stack([row.roll(int(by)) for row, by in zip(x, shift_B, strict=True)])
@@ -130,11 +130,11 @@ def test_the_padding_side_changes_nothing(prompts: Prompts, student_folder: Path
 def test_an_example_teaches_the_same_in_whatever_company(prompts: Prompts, student_folder: Path) -> None:
     given = lessons(prompts, BATCH)
     counts, module = counts_of(given), student_module(opened(student_folder), prompts)
-    whole = loss_and_gradients(module, collate(given, counts, 0))
+    whole = loss_and_gradients(module, collate(given, counts, 0, read))
     for size in (1, 3):
         summed: Values = {}
         for start in range(0, BATCH, size):
-            part = loss_and_gradients(module, collate(given[start : start + size], counts, 0))
+            part = loss_and_gradients(module, collate(given[start : start + size], counts, 0, read))
             summed = {name: summed.get(name, 0) + value for name, value in part.items()}
         assert_same(summed, whole)
 
@@ -143,7 +143,7 @@ def test_an_example_teaches_the_same_in_whatever_company(prompts: Prompts, stude
 def test_only_what_stands_before_a_token_is_used_to_predict_it(
     change: str, prompts: Prompts, student_folder: Path
 ) -> None:
-    batch = collate(lessons(prompts, 3), {}, 0)
+    batch = collate(lessons(prompts, 3), {}, 0, read)
     module = student_module(opened(student_folder), prompts)
     row, place = int(batch.sequence_N[-1]), int(batch.before_N[-1]) - (3 if change == "prompt" else 0)
     changed_BT = batch.input_ids_BT.clone()
@@ -156,7 +156,7 @@ def test_only_what_stands_before_a_token_is_used_to_predict_it(
 
 def test_padded_rows_of_the_students_head_do_not_matter(prompts: Prompts, student_folder: Path) -> None:
     given, model = lessons(prompts, BATCH), opened(student_folder)
-    module, batch = student_module(model, prompts), collate(given, counts_of(given), 0)
+    module, batch = student_module(model, prompts), collate(given, counts_of(given), 0, read)
     before = loss_and_gradients(module, batch)
     model.lm_head.weight.data[prompts.vocabulary_size :] += 50
     after = loss_and_gradients(module, batch)
@@ -194,7 +194,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
     job = prepare(config, tmp_path / "run")
     curriculum = teach(job)
     given = [*curriculum.train, *curriculum.validation]
-    batch = collate(given, {}, 0)
+    batch = collate(given, {}, 0, curriculum.read)
     module = student_module(opened(teacher_folder, torch.float32).eval(), job.prompts, "kl", "reverse_kl")
     found = divergence_by_position(module, batch)
     assert batch.soft is not None
@@ -240,12 +240,12 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
         if not annotation.rationale:
             continue
         prompt = shown.rationale_prompt(example, annotation.rationale, "7")
-        soft = {span: target.soft for span, target in annotation.targets.items() if target.soft is not None}
+        soft = {span: keep(target.soft) for span, target in annotation.targets.items() if target.soft is not None}
         given.append(Lesson(example.id, (TrainingSequence(prompt, frozenset(), soft),)))
         assert set(soft) == {"answer", "rationale"}
     assert len(given) >= 4
     module = student_module(opened(teacher_folder, torch.float32).eval(), prompts, "kl", "rationale_kl")
-    found = divergence_by_position(module, collate(given, {}, 0))
+    found = divergence_by_position(module, collate(given, {}, 0, read))
     assert len(found["kl"]) == sum(len(prompts.answer_ids("7")) for _ in given)
     assert max(map(abs, found["kl"] + found["rationale_kl"])) < 1e-5
 
@@ -253,7 +253,7 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
 def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
     model = opened(student_folder, torch.float32).eval()
     module = student_module(model, prompts, "answer")
-    batch = collate(lessons(prompts, 12), {}, 0)
+    batch = collate(lessons(prompts, 12), {}, 0, read)
     is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
     weight_VH, bias_V = module.head()
     with torch.no_grad():
@@ -290,7 +290,7 @@ def trained(config: DictConfig, folder: Path) -> Values:
         config, "optim.optimizer", {"_target_": "torch.optim.SGD", "_partial_": True, "lr": RATE}, merge=False
     )
     job = prepare(config, folder)
-    curriculum = replace(teach(job), train=lessons(job.prompts, 11), validation=lessons(job.prompts, 4))
+    curriculum = replace(teach(job), train=lessons(job.prompts, 11), validation=lessons(job.prompts, 4), read=read)
     student = opened(job.student_folder)
     fit(job, curriculum, student, [])
     return {name: value.detach().clone() for name, value in student.state_dict().items()}
@@ -393,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     student = opened(student_folder)
     student.lm_head.weight.data[5, 0] = torch.nan
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH))
+    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH), read=read)
     with pytest.raises(NonFiniteLossError) as raised:
         fit(job, curriculum, student, [])
     assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)

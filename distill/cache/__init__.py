@@ -15,6 +15,8 @@ from torch import Tensor
 
 from distill.records import SoftTargets
 
+Lengths = Mapping[str, np.ndarray]
+
 
 @runtime_checkable
 class Codec(Protocol):
@@ -36,8 +38,11 @@ class Codec(Protocol):
         """
         ...
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
-        """Targets of which `pack` makes the same bytes again; raises CacheError for arrays that do not fit together."""
+    def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
+        """Targets of which `pack` makes the same bytes again; raises CacheError for arrays that do not fit together.
+
+        Arrays of several records may stand one after the other: `lengths` tells how long each record is on each axis.
+        """
         ...
 
     def check_temperature(self, temperature: float) -> None:

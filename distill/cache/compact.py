@@ -21,7 +21,7 @@ to 1 by construction. Errors of single positions are up to three times these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ LAYOUT = {"ids": "u16 + planes", "probabilities": "u8 fourth root", "tail": "u8 
 _RATIO = (np.arange(256) / 255) ** 4
 _LOG_RATIO = np.log(_RATIO, where=_RATIO > 0, out=np.full(256, -np.inf))
 _ROUNDING = 1e-5
+_MOST_PLANES = 15
 ONE = 1 << 52  # probability 1 in fixed point; float32 has 24 bits
 
 
@@ -76,20 +77,47 @@ def pack_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.uint16), np.concatenate([np.zeros(0, np.uint8), *planes])
 
 
-def unpack_ids(low: np.ndarray, planes: np.ndarray) -> np.ndarray:
-    """Ids of what `pack_ids` made; raises CacheError for planes that it would not make."""
+def unpack_ids(low: np.ndarray, planes: np.ndarray, num_ids_R: np.ndarray, num_bytes_R: np.ndarray) -> np.ndarray:
+    """Ids of what `pack_ids` made for each of R records; raises CacheError for planes that it would not make."""
     ids = low.astype(np.int32)
     if not len(planes):
         return ids
-    num_bytes = -(-len(low) // 8)
-    if not num_bytes or len(planes) % num_bytes or len(planes) > 15 * num_bytes:
+    plane_bytes_R = -(-num_ids_R // 8)
+    num_planes_R = num_bytes_R // np.maximum(plane_bytes_R, 1)
+    if (num_planes_R * plane_bytes_R != num_bytes_R).any() or num_planes_R.max() > _MOST_PLANES:
         raise misfit(f"{len(planes)} bytes of high bits for {len(low)} ids")
-    bits_PM = np.unpackbits(planes.reshape(-1, num_bytes), axis=1)
-    if bits_PM[:, len(low) :].any() or not bits_PM[-1].any():
+    bits, num_used = np.unpackbits(planes), 0
+    starts_R = 8 * (np.cumsum(num_bytes_R) - num_bytes_R)
+    record_M = np.repeat(np.arange(len(num_ids_R)), num_ids_R)
+    place_M = starts_R[record_M] + np.arange(len(ids)) - (np.cumsum(num_ids_R) - num_ids_R)[record_M]
+    for plane in range(num_planes_R.max()):
+        is_there_M = (plane < num_planes_R)[record_M]
+        bit_M = bits[place_M[is_there_M] + plane * 8 * plane_bytes_R[record_M[is_there_M]]].astype(np.int32)
+        ids[is_there_M] |= bit_M << (16 + plane)
+        num_used += int(bit_M.sum())
+        is_some_R = np.bincount(record_M[is_there_M], bit_M, len(num_ids_R)) > 0
+        if not is_some_R[num_planes_R == plane + 1].all():
+            raise misfit("a plane of high bits that are all zero")
+    if num_used != bits.sum():
         raise misfit("high bits of no id")
-    for bit, plane in enumerate(bits_PM[:, : len(low)], start=16):
-        ids |= plane.astype(np.int32) << bit
     return ids
+
+
+def lengths_of(
+    names: Sequence[str], arrays: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray] | None
+) -> tuple[np.ndarray, ...]:
+    """How long each record is in these arrays; where nobody says, they are one record."""
+    if lengths is None:
+        return tuple(np.array([len(arrays[name])]) for name in names)
+    return tuple(lengths[name.partition(".")[0]] for name in names)
+
+
+def sums(values_N: np.ndarray, length_R: np.ndarray) -> np.ndarray:
+    """The sum over the positions of each record."""
+    ends_R = np.cumsum(length_R)
+    totals = np.concatenate([[0], np.cumsum(values_N, dtype=np.int64)])
+    each: np.ndarray = totals[ends_R] - totals[ends_R - length_R]
+    return each
 
 
 def pack_probabilities(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.cache import Lengths
 from distill.cache.compact import check_arrays
 from distill.records import SoftTargets
 
@@ -28,7 +29,7 @@ class Dense:
         soft.check()
         return {"position.logprob": np.ascontiguousarray(soft.logprobs_NK, np.float32)}
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+    def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
         """As it was."""
         check_arrays(arrays, {"position.logprob": (np.float32, 2)})
         return _in_order(arrays["position.logprob"])

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.cache import compact
+from distill.cache import Lengths, compact
 from distill.records import CacheError, ConfigError, SoftTargets
 
 
@@ -59,15 +59,17 @@ class RandomSampling:
             "plane.bits": planes,
         }
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+    def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
         """Rows as long as the longest."""
         kinds: dict[str, tuple[Any, int]] = {"draw.id": (np.uint16, 1), "plane.bits": (np.uint8, 1)}
         kinds |= dict.fromkeys(("position.num_draws", "draw.count"), (self._count, 1))
         compact.check_arrays(arrays, kinds)
         low, planes, num_draws_N, counts = (arrays[name] for name in kinds)
-        if not len(low) == len(counts) == num_draws_N.sum():
+        length_R, draw_R, plane_R = compact.lengths_of(("position.num_draws", "draw.id", "plane.bits"), arrays, lengths)
+        if len(low) != len(counts) or (compact.sums(num_draws_N, length_R) != draw_R).any():
             raise compact.misfit(f"{len(low)} ids and {len(counts)} counts, counted are {num_draws_N.sum()}")
-        soft = self._targets(num_draws_N.astype(np.int64), compact.unpack_ids(low, planes), counts)
+        ids = compact.unpack_ids(low, planes, draw_R, plane_R)
+        soft = self._targets(num_draws_N.astype(np.int64), ids, counts)
         if (np.rint(np.exp(soft.logprobs_NK.astype(np.float64)) * self._n).sum(1) != self._n).any():
             raise compact.misfit(f"a position has not {self._n} draws")
         return soft

@@ -22,8 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.cache import compact
+from distill.cache import Lengths, compact
 from distill.records import ConfigError, SoftTargets
+
+_POSITIONS = ("position.num_exact", "position.num_draws", "position.tail")
+_BYTES = (*_POSITIONS, "lesser.code", "head_plane.bits", "draw_plane.bits")
 
 
 @final
@@ -75,32 +78,34 @@ class Sampled:
         place_K = np.arange(soft.ids_NK.shape[1])
         is_head_NK = place_K < soft.num_exact_N[:, None]
         is_drawn_NK = (soft.ids_NK >= 0) & ~is_head_NK
-        head, draws = soft.ids_NK[is_head_NK], soft.ids_NK[is_drawn_NK]
-        low, planes = compact.pack_ids(np.concatenate([head, draws]))
+        head, head_planes = compact.pack_ids(soft.ids_NK[is_head_NK])
+        draws, draw_planes = compact.pack_ids(soft.ids_NK[is_drawn_NK])
         codes, odds_N = compact.pack_probabilities(soft)
         return {
             "position.num_exact": soft.num_exact_N.astype(np.uint8),
             "position.num_draws": is_drawn_NK.sum(1).astype(np.uint8),
             "position.tail": odds_N,
-            "head.id": low[: len(head)],
+            "head.id": head,
+            "head_plane.bits": head_planes,
             "lesser.code": codes,
-            "draw.id": low[len(head) :],
-            "plane.bits": planes,
+            "draw.id": draws,
+            "draw_plane.bits": draw_planes,
         }
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+    def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
         """Rows as long as the longest."""
-        counted = ("position.num_exact", "position.num_draws", "position.tail")
-        kinds: dict[str, tuple[Any, int]] = dict.fromkeys(counted, (np.uint8, 1))
-        kinds |= {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)}
-        compact.check_arrays(arrays, kinds | dict.fromkeys(("lesser.code", "plane.bits"), (np.uint8, 1)))
-        num_exact_N, num_draws_N, odds_N, low_head, low_draws = (arrays[name] for name in kinds)
-        sizes = (num_exact_N.sum(), num_draws_N.sum())
-        if sizes != (len(low_head), len(low_draws)) or (num_draws_N > self._n).any():
-            raise compact.misfit(f"{len(low_head)} and {len(low_draws)} ids, counted are {sizes}")
-        ids = compact.unpack_ids(np.concatenate([low_head, low_draws]), arrays["plane.bits"])
-        head, draws = np.split(ids, [len(low_head)])
-        logprobs, tail_N = compact.unpack_probabilities(arrays["lesser.code"], odds_N, num_exact_N)
+        kinds: dict[str, tuple[Any, int]] = dict.fromkeys(_BYTES, (np.uint8, 1))
+        compact.check_arrays(arrays, kinds | {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)})
+        num_exact_N, num_draws_N, odds_N, codes, head_planes, draw_planes = (arrays[name] for name in _BYTES)
+        axes = ("position.tail", "head.id", "draw.id", "head_plane.bits", "draw_plane.bits")
+        length_R, head_R, draw_R, head_plane_R, draw_plane_R = compact.lengths_of(axes, arrays, lengths)
+        is_counted_R = compact.sums(num_exact_N, length_R) == head_R
+        is_counted_R &= compact.sums(num_draws_N, length_R) == draw_R
+        if not is_counted_R.all() or (num_draws_N > self._n).any():
+            raise compact.misfit(f"{head_R.sum()} and {draw_R.sum()} ids, counted are others")
+        head = compact.unpack_ids(arrays["head.id"], head_planes, head_R, head_plane_R)
+        draws = compact.unpack_ids(arrays["draw.id"], draw_planes, draw_R, draw_plane_R)
+        logprobs, tail_N = compact.unpack_probabilities(codes, odds_N, num_exact_N)
         return self._targets(num_exact_N, num_draws_N, head, logprobs, draws, tail_N)
 
     def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:

@@ -19,9 +19,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
+import stat
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -31,12 +34,13 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save
 
 from distill.cache import Codec
+from distill.cache.index import KEY_BYTES
 from distill.fetch import whole_file
 from distill.records import SPANS, Annotation, CacheError, SoftTargets, Span, Target
 
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8"}
 _NAME = re.compile(r"[0-9a-f]{16}")
-_KEY_BYTES = 16
+_SUFFIXES = ("safetensors", "parquet")
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -58,7 +62,7 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
     for suffix, content in contents.items():
         with whole_file(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
-    places = _places(contents["safetensors"], name)
+    places = _places(contents["safetensors"])
     crcs = {array: zlib.crc32(contents["safetensors"][start:stop]) for array, (_, _, start, stop) in places.items()}
     return {
         "shard": name,
@@ -69,77 +73,109 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
     }
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """The numbers of a shard, in a memory map."""
+
+    lengths: Mapping[Span, np.ndarray]
+    token: np.ndarray
+    token_end_R: np.ndarray
+    end_R: Mapping[str, np.ndarray]
+    by_codec: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
+        """Sort them by what they are; ValueError where some are missing or their lengths do not fit."""
+        if not {"token", *(f"length.{span}" for span in SPANS)} <= set(arrays):
+            raise ValueError("it lacks arrays")
+        lengths = {span: arrays[f"length.{span}"].astype(np.int64) for span in SPANS}
+        end_R = {name[4:]: array for name, array in arrays.items() if name.startswith("end.")}
+        known = {"token", *(f"length.{span}" for span in SPANS), *(f"end.{axis}" for axis in end_R)}
+        by_codec = {name: array for name, array in arrays.items() if name not in known}
+        found = cls(lengths, arrays["token"], np.cumsum(sum(lengths.values())), end_R, by_codec)
+        ends = [(found.token_end_R, found.token)]
+        ends += [(end_R.get(axis_of(name), np.zeros(0)), array) for name, array in by_codec.items()]
+        if min(map(np.min, lengths.values())) < 0 or not all(_is_along(end, a, num_records) for end, a in ends):
+            raise ValueError("its lengths do not fit")
+        return found
+
+    def token_ids(self, row: int) -> tuple[int, ...]:
+        """Of all targets of one record."""
+        return tuple(self.token[_part(self.token_end_R, row)].tolist())
+
+    def spans(self, row: int) -> dict[Span, slice]:
+        """Where each target of a record lies among its tokens, and so among its positions."""
+        found, start = dict[Span, slice](), 0
+        for span, length_R in self.lengths.items():
+            if length_R[row]:
+                found[span] = slice(start, start + int(length_R[row]))
+                start = found[span].stop
+        return found
+
+    def soft(self, row: int) -> dict[str, np.ndarray]:
+        """The codec's arrays for one record; empty ones where it has no soft targets."""
+        parts = {axis: _part(end_R, row) for axis, end_R in self.end_R.items()}
+        return {name: array[parts[axis_of(name)]] for name, array in self.by_codec.items()}
+
+
 @final
 class Shard:
-    """A shard on disk, read at random."""
+    """A shard on disk, read at random; files are opened, and checksums looked at, when they are first needed."""
 
     def __init__(self, folder: Path, line: Line, codec: Codec) -> None:
         """Raise CacheError unless the line makes sense and both files are there with the right sizes."""
         self._codec, self._line = codec, line
         self.name, self.keys = _sensible(line)
-        self._paths = {suffix: folder / f"{self.name}.{suffix}" for suffix in ("safetensors", "parquet")}
-        for suffix, path in self._paths.items():
-            if path.is_symlink() or not path.is_file():
-                raise CacheError(f"{path} is named in the manifest but is no plain file there; {self._remedy()}")
-            if path.stat().st_size != line["bytes"][suffix]:
-                raise CacheError(f"{path} is damaged: its size is not the manifest's; {self._remedy()}")
-        self._arrays: dict[str, np.ndarray] = {}
-        self._rows: list[dict[str, Any]] = []
+        self._stem = f"{folder}{os.sep}{self.name}"
+        for suffix in _SUFFIXES:
+            self._check_size(f"{self._stem}.{suffix}", line["bytes"][suffix])
+        self._arrays: Arrays | None = None
+        self._texts: pa.Table | None = None
 
     def read(self, row: int) -> Annotation:
         """Return one record; raises CacheError if the shard is damaged."""
-        if not self._rows:
-            self.check()
-        record, soft = self._rows[row], self._soft(row)
-        start = int(self._token_ends[row - 1]) if row else 0
-        first, targets = start, dict[Span, Target]()
-        for span in SPANS:
-            stop = start + int(self._arrays[f"length.{span}"][row])
-            if stop > start:
-                ids = tuple(self._arrays["token"][start:stop].tolist())
-                targets[span] = Target(ids, soft[start - first : stop - first] if soft else None)
-            start = stop
-        return Annotation(
-            key=record["key"],
-            targets=targets,
-            answer=record["answer"],
-            rationale=record["rationale"],
-            is_sampled=record["is_sampled"],
-            is_truncated=record["is_truncated"],
-            choice_logprobs=tuple(record["choice_logprobs"]),
-        )
+        arrays = self.arrays()
+        if self._texts is None:
+            self._texts = self._checked_texts()
+        text = {name: self._texts.column(name)[row].as_py() for name in _SCHEMA.names}
+        kept, token_ids = arrays.soft(row), arrays.token_ids(row)
+        soft = self._codec.unpack(kept) if any(map(len, kept.values())) else None
+        targets = {
+            span: Target(token_ids[part], soft[part] if soft else None) for span, part in arrays.spans(row).items()
+        }
+        return Annotation(**text | {"targets": targets, "choice_logprobs": tuple(text["choice_logprobs"])})
+
+    def arrays(self) -> Arrays:
+        """All that are not texts; raises CacheError if they are damaged. Nothing of Arrow is touched."""
+        if self._arrays is None:
+            self._arrays = self._checked_arrays()
+        return self._arrays
+
+    def close(self) -> None:
+        """Let go of what is in memory; what is read next is looked at anew."""
+        self._arrays = self._texts = None
 
     def check(self) -> None:
         """Read both files, and raise CacheError unless every checksum and every length is right."""
-        self._arrays = self._checked_arrays()
-        self._rows = self._checked_rows()
-        lengths_R = sum(self._arrays[f"length.{span}"].astype(np.int64) for span in SPANS)
-        self._token_ends = np.cumsum(lengths_R)
-        axes = {name.partition(".")[0] for name in self._arrays if "." in name} - {"length", "end"}
-        ends = {axis: self._arrays.get(f"end.{axis}", np.zeros(0)) for axis in axes}
-        is_right = len(self._arrays["token"]) == self._token_ends[-1] and all(
-            len(end) == self._line["records"] and np.all(np.diff(end, prepend=0) >= 0) for end in ends.values()
-        )
-        for name, array in self._arrays.items():
-            axis = name.partition(".")[0]
-            is_right = is_right and (axis not in ends or len(array) == ends[axis][-1])
-        if not is_right:
-            raise CacheError(f"{self._paths['safetensors']} is damaged: its lengths do not fit; {self._remedy()}")
+        self.close()
+        self.arrays()
+        self._checked_texts()
 
-    def _soft(self, row: int) -> SoftTargets | None:
-        parts = {}
-        for name, array in self._arrays.items():
-            axis, _, what = name.partition(".")
-            if what and axis not in ("length", "end"):
-                end_R = self._arrays[f"end.{axis}"]
-                parts[name] = array[int(end_R[row - 1]) if row else 0 : int(end_R[row])]
-        return self._codec.unpack(parts) if any(len(part) for part in parts.values()) else None
+    def _check_size(self, path: str, size: int) -> None:
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise CacheError(f"{path} is named in the manifest but is no plain file there; {self._remedy()}")
+        if found.st_size != size:
+            raise CacheError(f"{path} is damaged: its size is not the manifest's; {self._remedy()}")
 
-    def _checked_arrays(self) -> dict[str, np.ndarray]:
-        path = self._paths["safetensors"]
+    def _checked_arrays(self) -> Arrays:
+        path = f"{self._stem}.safetensors"
         try:
             content: Any = np.asarray(np.memmap(path, np.uint8, "r"))
-            places = _places(content, str(path))
+            places = _places(content)
         except (OSError, ValueError) as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
         wanted = {name: crc for name, crc in self._line["crc32"].items() if name != "parquet"}
@@ -149,56 +185,82 @@ class Shard:
             raise CacheError(
                 f"{path} is damaged: the checksum of {', '.join(differing)} is not the manifest's; {self._remedy()}"
             )
-        arrays = {
-            name: content[start:stop].view(dtype).reshape(shape)
-            for name, (dtype, shape, start, stop) in places.items()
-            if name != "header"
-        }
-        if not {"token", *(f"length.{span}" for span in SPANS)} <= set(arrays):
-            raise CacheError(f"{path} is damaged: it lacks arrays; {self._remedy()}")
-        return arrays
+        del places["header"]
+        try:
+            arrays = {
+                n: content[start:stop].view(dtype).reshape(shape) for n, (dtype, shape, start, stop) in places.items()
+            }
+            return Arrays.of(arrays, self._line["records"])
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
 
-    def _checked_rows(self) -> list[dict[str, Any]]:
-        path = self._paths["parquet"]
-        content = path.read_bytes()
+    def _checked_texts(self) -> pa.Table:
+        path = f"{self._stem}.parquet"
+        content = Path(path).read_bytes()
         if zlib.crc32(content) != self._line["crc32"]["parquet"]:
             raise CacheError(f"{path} is damaged: its checksum is not the manifest's; {self._remedy()}")
         try:
             file = pq.ParquetFile(pa.BufferReader(content))
             if file.metadata.num_rows != self._line["records"] or not file.schema_arrow.equals(_SCHEMA):
                 raise ValueError(f"{file.metadata.num_rows} rows of {file.schema_arrow.names}")
-            rows: list[dict[str, Any]] = file.read().to_pylist()
+            texts = file.read()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
-        if [row["key"] for row in rows] != [key.hex() for key in self.keys]:
+        if "".join(map(str, texts.column("key").to_pylist())) != self.keys.hex():
             raise CacheError(f"{path} is damaged: its keys are not the manifest's; {self._remedy()}")
-        return rows
+        return texts
 
     def _remedy(self) -> str:
         return f"restore it, or make it anew: python -m distill.annotate rebuild={self.name}"
 
 
-def _sensible(line: Line) -> tuple[str, list[bytes]]:
+def packed(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
+    """The codec's arrays of a record, its targets one after the other; none where it has no soft targets."""
+    targets = [annotation.targets[span] for span in SPANS if span in annotation.targets]
+    softs = [target.soft for target in targets if target.soft is not None]
+    if not softs:
+        return {}
+    if len(softs) < len(targets):
+        raise CacheError(f"record {annotation.key} has soft targets for some of its spans only")
+    return codec.pack(SoftTargets.join(softs))
+
+
+def _part(end_R: np.ndarray, row: int) -> slice:
+    return slice(int(end_R[row - 1]) if row else 0, int(end_R[row]))
+
+
+def _is_along(end_R: np.ndarray, array: np.ndarray, num_records: int) -> bool:
+    """Whether these are the ends of all records on the axis that the array goes along."""
+    is_one_each = end_R.shape == (num_records,) and bool((np.diff(end_R, prepend=0) >= 0).all())
+    return is_one_each and array.ndim > 0 and len(array) == int(end_R[-1])
+
+
+def axis_of(name: str) -> str:
+    """Which axis an array goes along."""
+    return name.partition(".")[0]
+
+
+def _sensible(line: Line) -> tuple[str, bytes]:
     """The name and the keys of a manifest line; CacheError where the line cannot be one of ours."""
     try:
         name, records = line["shard"], line["records"]
         keys = base64.b64decode(line["keys"], validate=True)
-        is_right = _NAME.fullmatch(name) and len(keys) == _KEY_BYTES * records and records > 0
-        is_right = is_right and all(isinstance(line["bytes"][s], int) for s in ("safetensors", "parquet"))
+        is_right = _NAME.fullmatch(name) and len(keys) == KEY_BYTES * records and records > 0
+        is_right = is_right and all(isinstance(line["bytes"][s], int) for s in _SUFFIXES)
         is_right = is_right and "header" in line["crc32"] and "parquet" in line["crc32"]
     except (KeyError, TypeError, ValueError, AttributeError):
         is_right = False
     if not is_right:
         raise CacheError(f"the manifest names a shard in a way that this program does not: {str(line)[:80]}")
-    return name, [keys[start : start + _KEY_BYTES] for start in range(0, len(keys), _KEY_BYTES)]
+    return name, keys
 
 
-def _places(content: Any, where: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def _places(content: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """Where each array lies: dtype, shape, first and last byte; and the header itself. ValueError if it is absurd."""
     size = len(content)
     length = int.from_bytes(bytes(content[:8]), "little")
     if size < 8 or length > size - 8:
-        raise ValueError(f"{where}: the header claims {length} of {size} bytes")
+        raise ValueError(f"the header claims {length} of {size} bytes")
     found: dict[str, tuple[str, tuple[int, ...], int, int]] = {"header": ("u1", (8 + length,), 0, 8 + length)}
     try:
         entries = json.loads(bytes(content[8 : 8 + length]))
@@ -211,7 +273,7 @@ def _places(content: Any, where: str) -> dict[str, tuple[str, tuple[int, ...], i
                 raise ValueError(f"{name} has another size than its shape")
             found[name] = (dtype, shape, start, stop)
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where}: the header is not one of safetensors: {error!r}") from None
+        raise ValueError(f"the header is not one of safetensors: {error!r}") from None
     return found
 
 
@@ -220,23 +282,14 @@ def _arrays_of(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.
     tokens = [i for a in annotations for span in SPANS if span in a.targets for i in a.targets[span].token_ids]
     arrays = {f"length.{span}": np.array(lengths[span], "<i4") for span in SPANS}
     arrays["token"] = np.array(tokens, "<i4")
-    packed = [_packed(annotation, codec) for annotation in annotations]
-    for name in sorted({name for parts in packed for name in parts}):
-        parts = [part[name] for part in packed if name in part]
+    packs = [packed(annotation, codec) for annotation in annotations]
+    for name in sorted({name for parts in packs for name in parts}):
+        parts = [part[name] for part in packs if name in part]
         arrays[name] = np.ascontiguousarray(np.concatenate(parts))
-        axis = name.partition(".")[0]
-        arrays[f"end.{axis}"] = np.cumsum([len(part[name]) if name in part else 0 for part in packed], dtype="<i8")
+        arrays[f"end.{axis_of(name)}"] = np.cumsum(
+            [len(part[name]) if name in part else 0 for part in packs], dtype="<i8"
+        )
     return arrays
-
-
-def _packed(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
-    targets = [annotation.targets[span] for span in SPANS if span in annotation.targets]
-    softs = [target.soft for target in targets if target.soft is not None]
-    if not softs:
-        return {}
-    if len(softs) < len(targets):
-        raise CacheError(f"record {annotation.key} has soft targets for some of its spans only")
-    return codec.pack(SoftTargets.join(softs))
 
 
 def _parquet_of(annotations: Sequence[Annotation]) -> bytes:

@@ -20,19 +20,25 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
+
 from distill.cache import Codec
 from distill.cache.claims import Claims
-from distill.cache.shard import Shard, write_shard
+from distill.cache.index import KEY_BYTES, Index
+from distill.cache.shard import Shard, axis_of, write_shard
 from distill.fetch import sync_folder, whole_file
-from distill.records import Annotation, CacheError, Request
+from distill.records import Annotation, CacheError, Place, Request, SoftTargets, distinct
 
 FORMAT = 2
 _DAY_SECONDS = 86_400
+_MOST_OPEN = 4096
 
 
 @final
@@ -50,8 +56,12 @@ class Store:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.claims = Claims(folder / "claims", seconds=claim_seconds)
         self._codec = codec
-        self._places: dict[bytes, tuple[Shard, int]] = {}
+        self._index = Index()
         self._shards: dict[str, Shard] = {}
+        self._in_order: list[Shard] = []
+        self._num_rows = 0
+        self._starts: list[int] = []  # the number of each shard's first record
+        self._open = OrderedDict[str, Shard]()
         self._read_bytes: dict[Path, int] = {}
         self.costs: list[dict[str, Any]] = []  # what each filling took
         self.refresh()
@@ -63,24 +73,52 @@ class Store:
 
     def __len__(self) -> int:
         """Number of records."""
-        return len(self._places)
+        return len(self._index)
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a record for this request key."""
-        return bytes.fromhex(key) in self._places
+        return self._index.find(bytes.fromhex(key)) is not None
 
-    def missing(self, requests: Sequence[Request]) -> list[Request]:
+    def missing(self, requests: Iterable[Request]) -> list[Request]:
         """Requests that have no record yet, each key once."""
-        unique = {request.key: request for request in requests}
-        return [request for request in unique.values() if request.key not in self]
+        return [request for request in distinct(requests) if request.key not in self]
 
     def read(self, key: str) -> Annotation:
         """Return one record; raises CacheError where there is none, or its shard is damaged."""
-        place = self._places.get(bytes.fromhex(key))
-        if place is None:
-            raise CacheError(f"{self.folder} holds no record {key}; annotate first: python -m distill.annotate")
-        shard, row = place
+        shard, row = self._place(key)
         return shard.read(row)
+
+    def soft_targets(self, places: Sequence[Place]) -> SoftTargets:
+        """Return the soft targets of many (key, span) one after the other, without making a record of each.
+
+        Raises CacheError where there are none, or a shard is damaged. Safe in forked processes.
+        """
+        parts, rows, start = [], [], 0
+        for key, span in places:
+            shard, row = self._place(key)
+            arrays = shard.arrays()
+            part, positions = arrays.soft(row), arrays.spans(row)
+            if span not in positions or not any(map(len, part.values())):
+                raise CacheError(f"{self.folder} holds no soft targets for the {span} of record {key}")
+            parts.append(part)
+            rows.append(np.arange(start + positions[span].start, start + positions[span].stop))
+            start += max(positions[each].stop for each in positions)
+        lengths = {axis_of(name): np.array([len(part[name]) for part in parts]) for name in parts[0]}
+        soft = self._codec.unpack({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, lengths)
+        wanted = np.concatenate(rows)
+        return soft if len(wanted) == len(soft) else soft[wanted]
+
+    def _place(self, key: str) -> tuple[Shard, int]:
+        number = self._index.find(bytes.fromhex(key))
+        if number is None:
+            raise CacheError(f"{self.folder} holds no record {key}; annotate first: python -m distill.annotate")
+        place = bisect_right(self._starts, number) - 1
+        shard = self._in_order[place]
+        self._open[shard.name] = shard
+        self._open.move_to_end(shard.name)
+        if len(self._open) > _MOST_OPEN:  # a process may have so many memory maps only
+            self._open.popitem(last=False)[1].close()
+        return shard, number - self._starts[place]
 
     def refresh(self) -> None:
         """See what other processes have written meanwhile."""
@@ -137,8 +175,13 @@ class Store:
             self.costs.append(line["cost"])
             return
         shard = Shard(self.folder, line, self._codec)
+        if shard.name in self._shards:  # two processes have made it
+            return
         self._shards[shard.name] = shard
-        self._places.update((key, (shard, row)) for row, key in enumerate(shard.keys))
+        self._in_order.append(shard)
+        self._starts.append(self._num_rows)
+        self._index.add(shard.keys)
+        self._num_rows += len(shard.keys) // KEY_BYTES
 
     def _check_header(self, path: Path) -> None:
         if path.read_bytes()[:12] == b'{"format": 1':

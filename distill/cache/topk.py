@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.cache import compact
+from distill.cache import Lengths, compact
 from distill.records import ConfigError, SoftTargets
 
 
@@ -47,7 +47,7 @@ class TopK:
             "plane.bits": planes,
         }
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> SoftTargets:
+    def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
         """All rows are equally long."""
         kinds = {"position.id": (np.uint16, 2), "position.code": (np.uint8, 2), "position.tail": (np.uint8, 1)}
         compact.check_arrays(arrays, kinds | {"plane.bits": (np.uint8, 1)})
@@ -55,7 +55,8 @@ class TopK:
         width = low_NK.shape[1]
         if not 1 <= width <= self._k or codes.shape[1] != width - 1:
             raise compact.misfit(f"{width} ids and {codes.shape[1]} probabilities, of {self._k} at most")
-        ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"])
+        length_R, plane_R = compact.lengths_of(("position.id", "plane.bits"), arrays, lengths)
+        ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"], length_R * width, plane_R)
         every_N = np.full(len(odds_N), width, np.int32)
         logprobs, tail_N = compact.unpack_probabilities(codes.ravel(), odds_N, every_N)
         return SoftTargets(ids.reshape(low_NK.shape), logprobs.reshape(low_NK.shape), tail_N)
