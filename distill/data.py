@@ -14,7 +14,6 @@ from typing import Literal, final
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill.cache.store import Store
@@ -311,44 +310,45 @@ class DistillData(lightning.LightningDataModule):
 def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:
     """Pad on the right and list the supervised positions, in order of sequence and place; read their soft targets."""
     sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
-    longest = max(len(sequence.prompt.ids) for sequence in sequences)
-    ids = [[*s.prompt.ids, *[padding_id] * (longest - len(s.prompt.ids))] for s in sequences]
-    mask = [[1] * len(s.prompt.ids) + [0] * (longest - len(s.prompt.ids)) for s in sequences]
-    rows: list[tuple[int, int, int, bool, int]] = []
-    soft_rows: list[int] = []
-    places: list[Place] = []
-    for index, sequence in enumerate(sequences):
-        for span, (start, stop) in sorted(sequence.prompt.spans.items(), key=lambda item: item[1]):
-            if span in sequence.soft:
-                places.append(sequence.soft[span].place)
-                soft_rows += range(len(rows), len(rows) + sequence.soft[span].num_positions)
-            is_labelled = span in sequence.labelled
-            rows += [
-                (index, place - 1, sequence.prompt.ids[place], is_labelled, SPANS.index(span))
-                for place in range(start, stop)
-            ]
-    sequence_N, before_N, label_N, is_labelled_N, span_N = torch.tensor(rows).T
+    length_B = np.array([len(sequence.prompt.ids) for sequence in sequences])
+    mask_BT = np.arange(length_B.max()) < length_B[:, None]
+    ids_BT = np.full(mask_BT.shape, padding_id)
+    ids_BT[mask_BT] = np.concatenate([sequence.prompt.ids for sequence in sequences])
+    spans = [
+        (row, span, where, sequence.soft.get(span), span in sequence.labelled)
+        for row, sequence in enumerate(sequences)
+        for span, where in sorted(sequence.prompt.spans.items(), key=lambda item: item[1])
+    ]
+    sequence_S, start_S, stop_S = np.array([(row, *where) for row, _, where, _, _ in spans]).T
+    which_S, num_soft_S, is_labelled_S = np.array(
+        [(SPANS.index(span), soft.num_positions if soft else 0, known) for _, span, _, soft, known in spans]
+    ).T
+    span_N = np.repeat(np.arange(len(spans)), stop_S - start_S)
+    first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
+    place_N = np.arange(len(span_N)) - first_S[span_N]
+    at_N, sequence_N = start_S[span_N] + place_N, sequence_S[span_N]
+    places = [soft.place for *_, soft, _ in spans if soft]
+    soft_M = np.flatnonzero(place_N < num_soft_S[span_N])
     return Batch(
-        input_ids_BT=torch.tensor(ids),
-        mask_BT=torch.tensor(mask),
-        sequence_N=sequence_N,
-        before_N=before_N,
-        label_N=label_N,
-        is_labelled_N=is_labelled_N.bool(),
-        span_N=span_N,
-        soft=_soft_rows(soft_rows, read(places).for_training()) if places else None,
+        input_ids_BT=torch.from_numpy(ids_BT),
+        mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
+        sequence_N=torch.from_numpy(sequence_N),
+        before_N=torch.from_numpy(at_N - 1),
+        label_N=torch.from_numpy(ids_BT[sequence_N, at_N]),
+        is_labelled_N=torch.from_numpy(is_labelled_S[span_N] > 0),
+        span_N=torch.from_numpy(which_S[span_N]),
+        soft=_soft_rows(soft_M, read(places).for_training()) if places else None,
         counts=counts,
         example_ids=tuple(lesson.example_id for lesson in lessons),
     )
 
 
-def _soft_rows(rows: Sequence[int], soft: SoftTargets) -> SoftRows:
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(dtype)
-
+def _soft_rows(soft_M: np.ndarray, soft: SoftTargets) -> SoftRows:
+    if len(soft_M) != len(soft):
+        raise CacheError(f"{len(soft_M)} positions have the soft targets of {len(soft)}: the cache is damaged")
     return SoftRows(
-        torch.tensor(rows),
-        tensor(soft.ids_NK, torch.int64),
-        tensor(soft.logprobs_NK, torch.float32),
-        tensor(soft.tail_N, torch.float32),
+        torch.from_numpy(soft_M),
+        torch.from_numpy(soft.ids_NK.astype(np.int64)),
+        torch.from_numpy(soft.logprobs_NK.astype(np.float32)),
+        torch.from_numpy(soft.tail_N.astype(np.float32)),
     )

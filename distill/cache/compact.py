@@ -143,16 +143,17 @@ def unpack_probabilities(
     codes: np.ndarray, odds_N: np.ndarray, num_exact_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the exact entries, row after row, and what they leave over."""
-    num_exact_N = num_exact_N.astype(np.int32)
-    if len(codes) != np.maximum(num_exact_N - 1, 0).sum() or ((odds_N == 255) != (num_exact_N == 0)).any():
+    row_M, place_M = spread(num_exact_N)
+    is_lesser_M = place_M > 0
+    if len(codes) != is_lesser_M.sum() or ((odds_N == 255) != (num_exact_N == 0)).any():
         raise misfit(f"{len(codes)} probabilities for rows of {num_exact_N}")
-    is_exact_NK = np.arange(num_exact_N.max(initial=0)) < num_exact_N[:, None]
-    code_NK = np.full(is_exact_NK.shape, 255, np.uint8)
-    code_NK[:, 1:] = ragged(codes, is_exact_NK[:, 1:], 0)
+    code_M = np.full(len(row_M), 255, np.uint8)
+    code_M[is_lesser_M] = codes
     tail_N, kept_N = _RATIO[odds_N], _RATIO[255 - odds_N]
-    scale_N = kept_N / (tail_N + kept_N) / _RATIO[code_NK].sum(1).clip(1)
-    logprobs_NK = _LOG_RATIO[code_NK] + np.log(scale_N, where=kept_N > 0, out=np.zeros(len(scale_N)))[:, None]
-    return logprobs_NK[is_exact_NK].astype(np.float32), (tail_N / (tail_N + kept_N)).astype(np.float32)
+    sum_N = np.bincount(row_M, _RATIO[code_M], len(odds_N)).clip(1)
+    log_scale_N = np.log(kept_N / (tail_N + kept_N) / sum_N, where=kept_N > 0, out=np.zeros(len(odds_N)))
+    logprobs = _LOG_RATIO[code_M] + log_scale_N[row_M]
+    return logprobs.astype(np.float32), (tail_N / (tail_N + kept_N)).astype(np.float32)
 
 
 def cumulative(p_NV: Float[Tensor, "N V"]) -> Int[Tensor, "N V"]:
@@ -165,11 +166,11 @@ def drawn(cumulative_NV: Int[Tensor, "N V"], points_NJ: Int[Tensor, "N J"]) -> I
     return torch.searchsorted(cumulative_NV, points_NJ.to(cumulative_NV.device), right=True)
 
 
-def ragged(values: np.ndarray, is_there_NK: np.ndarray, fill: int | float) -> np.ndarray:
-    """Values in their places, row after row; elsewhere `fill`."""
-    array_NK = np.full(is_there_NK.shape, fill, values.dtype)
-    array_NK[is_there_NK] = values
-    return array_NK
+def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row, and the place in it, of each entry of rows of these lengths."""
+    num_N = num_N.astype(np.int64)
+    row_M = np.repeat(np.arange(len(num_N)), num_N)
+    return row_M, np.arange(len(row_M)) - (np.cumsum(num_N) - num_N)[row_M]
 
 
 def _fourth_root(x: np.ndarray) -> np.ndarray:

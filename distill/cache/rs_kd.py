@@ -88,16 +88,11 @@ class RandomSampling:
         return {"codec": "rs_kd", **settings, "stored": compact.LAYOUT["ids"]}
 
     def _targets(self, num_draws_N: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> SoftTargets:
-        is_drawn_NK = np.arange(num_draws_N.max(initial=0)) < num_draws_N[:, None]
-        logprobs = np.log(counts / self._n).astype(np.float32)
-        nothing_N = np.zeros(len(num_draws_N), np.int32)
-        return SoftTargets(
-            compact.ragged(ids.astype(np.int32), is_drawn_NK, -1),
-            compact.ragged(logprobs, is_drawn_NK, -np.inf),
-            np.ones(len(num_draws_N), np.float32),
-            nothing_N,
-            is_tail_drawn=True,
-        )
+        drawn, shape = compact.spread(num_draws_N), (len(num_draws_N), int(num_draws_N.max(initial=0)))
+        ids_NK, logprobs_NK = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
+        ids_NK[drawn], logprobs_NK[drawn] = ids, np.log(counts / self._n)
+        every_N, no_N = np.ones(len(num_draws_N), np.float32), np.zeros(len(num_draws_N), np.int32)
+        return SoftTargets(ids_NK, logprobs_NK, every_N, no_N, is_tail_drawn=True)
 
 
 def _more(uniform_N: Float[Tensor, "N"], number: int) -> Float[Tensor, "N J"]:

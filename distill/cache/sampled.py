@@ -132,12 +132,10 @@ class Sampled:
     ) -> SoftTargets:
         """Rows made of heads, with their log-probabilities, and of draws, each row after row."""
         num_exact_N = num_exact_N.astype(np.int32)
-        ends_N = num_exact_N + num_draws_N
-        place_K = np.arange(ends_N.max(initial=0))
-        is_head_NK = place_K < num_exact_N[:, None]
-        is_drawn_NK = (place_K < ends_N[:, None]) & ~is_head_NK
-        ids_NK = np.full(is_head_NK.shape, -1, np.int32)
-        logprobs_NK = np.full(is_head_NK.shape, -np.inf, np.float32)
-        ids_NK[is_head_NK], ids_NK[is_drawn_NK] = head, draws
-        logprobs_NK[is_head_NK], logprobs_NK[is_drawn_NK] = logprobs, -math.log(self._n)
+        heads, (row_M, place_M) = compact.spread(num_exact_N), compact.spread(num_draws_N)
+        drawn = row_M, place_M + num_exact_N[row_M]
+        shape = len(tail_N), int((num_exact_N + num_draws_N).max(initial=0))
+        ids_NK, logprobs_NK = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
+        ids_NK[heads], ids_NK[drawn] = head, draws
+        logprobs_NK[heads], logprobs_NK[drawn] = logprobs, -math.log(self._n)
         return SoftTargets(ids_NK, logprobs_NK, tail_N.astype(np.float32), num_exact_N, is_tail_drawn=True)

@@ -75,13 +75,12 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
 
 @dataclass(frozen=True)
 class Arrays:
-    """The numbers of a shard, in a memory map."""
+    """The numbers of a shard, in a memory map: tokens of all targets, and by axis the codec's arrays."""
 
     lengths: Mapping[Span, np.ndarray]
     token: np.ndarray
     token_end_R: np.ndarray
-    end_R: Mapping[str, np.ndarray]
-    by_codec: Mapping[str, np.ndarray]
+    axes: tuple[tuple[np.ndarray, Mapping[str, np.ndarray]], ...]  # where each record ends, and what goes along
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
@@ -89,15 +88,18 @@ class Arrays:
         if not {"token", *(f"length.{span}" for span in SPANS)} <= set(arrays):
             raise ValueError("it lacks arrays")
         lengths = {span: arrays[f"length.{span}"].astype(np.int64) for span in SPANS}
-        end_R = {name[4:]: array for name, array in arrays.items() if name.startswith("end.")}
-        known = {"token", *(f"length.{span}" for span in SPANS), *(f"end.{axis}" for axis in end_R)}
-        by_codec = {name: array for name, array in arrays.items() if name not in known}
-        found = cls(lengths, arrays["token"], np.cumsum(sum(lengths.values())), end_R, by_codec)
-        ends = [(found.token_end_R, found.token)]
-        ends += [(end_R.get(axis_of(name), np.zeros(0)), array) for name, array in by_codec.items()]
-        if min(map(np.min, lengths.values())) < 0 or not all(_is_along(end, a, num_records) for end, a in ends):
+        token_end_R = np.cumsum(sum(lengths.values()))
+        by_axis: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            by_axis.setdefault(axis_of(name), {})[name] = array
+        ends = {name[4:]: end_R for name, end_R in by_axis.pop("end", {}).items()}
+        by_axis.pop("length")
+        ends["token"] = token_end_R
+        is_right = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0
+        if not is_right or not all(_is_along(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
             raise ValueError("its lengths do not fit")
-        return found
+        token = by_axis.pop("token")["token"]
+        return cls(lengths, token, token_end_R, tuple((ends[axis], along) for axis, along in by_axis.items()))
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Of all targets of one record."""
@@ -114,8 +116,8 @@ class Arrays:
 
     def soft(self, row: int) -> dict[str, np.ndarray]:
         """The codec's arrays for one record; empty ones where it has no soft targets."""
-        parts = {axis: _part(end_R, row) for axis, end_R in self.end_R.items()}
-        return {name: array[parts[axis_of(name)]] for name, array in self.by_codec.items()}
+        parts = [(_part(end_R, row), along) for end_R, along in self.axes]
+        return {name: array[part] for part, along in parts for name, array in along.items()}
 
 
 @final
