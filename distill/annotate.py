@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
-from distill.cache.claims import Claims
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
@@ -37,6 +37,7 @@ from distill.records import (
     Request,
     Span,
     Splits,
+    distinct,
 )
 from distill.tasks import Task
 from distill.teachers import Teacher
@@ -129,9 +130,8 @@ def fill(source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Sha
     requests, too_long = _requests(source.prompts, wanted)
     start = time.monotonic()
     groups = plan(list(requests.values()), source.group_size)[share.part - 1 :: share.num_parts]
-    every = [request for group in groups for request in group.requests]
-    missing = source.store.missing(every)
-    reused = len(every) - len(missing)
+    missing = source.store.missing(_asked(groups))
+    reused = len(_asked(groups)) - len(missing)
     if not missing:
         say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
         return Filled(requests, too_long, reused, 0, 0.0)
@@ -147,8 +147,8 @@ def plan(requests: Sequence[Request], size: int) -> list[Group]:
     """Cut requests into groups: like lengths together, so that batches have little padding."""
     groups = []
     for span in SPANS:
-        unique = {request.key: request for request in requests if request.span == span}.values()
-        ordered = sorted(unique, key=lambda request: (len(request.question_ids), request.key))
+        of_span = distinct(request for request in requests if request.span == span)
+        ordered = sorted(of_span, key=lambda request: (len(request.question_ids), request.key))
         for start in range(0, len(ordered), size):
             part = tuple(ordered[start : start + size])
             keys = "".join(request.key for request in part)
@@ -162,12 +162,14 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
     try:
         for span in SPANS:
             of_span = [group for group in groups if group.requests[0].span == span]
-            if source.store.missing([request for group in of_span for request in group.requests]):
-                _predict(module, _Open(source.store, of_span), _Save(writer, source.store.claims), num_devices)
+            num_missing = len(source.store.missing(_asked(of_span)))
+            if num_missing:
+                bar = progress(f"{span}s", num_missing)
+                _predict(module, _Open(source.store, of_span), [_Save(writer), bar], num_devices)
         _wait(source.store, groups, module, writer)
         if not writer.num_written:
             return
-        asked = [request for group in groups for request in group.requests if request.span == "answer"]
+        asked = [request for request in _asked(groups) if request.span == "answer"]
         writer.record_cost(
             records=writer.num_written,
             seconds=round(time.monotonic() - start, 3),
@@ -181,17 +183,19 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
 def _wait(store: Store, groups: Sequence[Group], module: TeacherModule, writer: Writer) -> None:
     """Wait for what other processes have taken; make what dead ones have left."""
     is_told = False
-    while store.missing([request for group in groups for request in group.requests]):
+    while store.missing(_asked(groups)):
         for group in _Open(store, groups):
-            writer.add(module.predict_step(group))
-            writer.flush()
-            store.claims.release(group.name)
+            writer.write(group, module.predict_step(group))
         store.refresh()
-        if store.missing([request for group in groups for request in group.requests]):
+        if store.missing(_asked(groups)):
             if not is_told:
                 say("waiting for what other processes are annotating ...")
             is_told = True
             time.sleep(_POLL_SECONDS)
+
+
+def _asked(groups: Sequence[Group]) -> list[Request]:
+    return [request for group in groups for request in group.requests]
 
 
 def check_rationales(
@@ -236,7 +240,7 @@ def _requests(
     return requests, too_long
 
 
-def _predict(module: TeacherModule, groups: _Open, save: Callback, num_devices: int) -> None:
+def _predict(module: TeacherModule, groups: _Open, callbacks: list[Callback], num_devices: int) -> None:
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=num_devices,
@@ -244,7 +248,7 @@ def _predict(module: TeacherModule, groups: _Open, save: Callback, num_devices: 
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
-        callbacks=[save, progress(f"{groups.span}s", groups.num_missing)],
+        callbacks=callbacks,
     )
     try:
         trainer.predict(module, DataLoader(groups, batch_size=None), return_predictions=False)
@@ -258,8 +262,6 @@ class _Open(IterableDataset[Group]):
 
     def __init__(self, store: Store, groups: Sequence[Group]) -> None:
         self._store, self._groups = store, groups
-        self.span = groups[0].requests[0].span
-        self.num_missing = len(store.missing([request for group in groups for request in group.requests]))
 
     def __iter__(self) -> Iterator[Group]:
         for group in self._groups:
@@ -276,15 +278,13 @@ class _Open(IterableDataset[Group]):
 class _Save(Callback):
     """Puts each group on disk as soon as it is annotated."""
 
-    def __init__(self, writer: Writer, claims: Claims) -> None:
-        self._writer, self._claims = writer, claims
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._writer.add(outputs)
-        self._writer.flush()
-        self._claims.release(batch.name)
+        self._writer.write(batch, outputs)
 
 
 def _say_why(store: Store) -> None:
@@ -306,18 +306,18 @@ def main(config: DictConfig) -> float:
     configuration.check(config)
     source = open_source(config)
     wanted = _wanted(config, source)
-    requests, _ = _requests(source.prompts, wanted)
+    if not (config.show or config.export or config.dry_run or config.verify):
+        return _filled(source, wanted, _share(config))
+    requests = distinct(_requests(source.prompts, wanted)[0].values())
     if config.show:
         print(_shown(source, requests, str(config.show)))
     elif config.export:
         number = export_table(source.store, requests, source.prompts, Path(config.export))
         print(f"{config.export}\n{number} targets with their tokens, ids and log-probabilities")
     elif config.dry_run:
-        print(_estimated(source, list(requests.values())))
-    elif config.verify:
-        print(_verified(source, list(requests.values()), config.seed))
+        print(_estimated(source, requests))
     else:
-        return _filled(source, wanted, _share(config))
+        print(_verified(source, requests, config.seed))
     return 0.0
 
 
@@ -354,13 +354,11 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
 
 def _estimated(source: Source, requests: Sequence[Request]) -> str:
     missing = source.store.missing(requests)
-    num_there = len({request.key for request in requests}) - len(missing)
-    told = f"{source.store.folder}\n{num_there} records are there, {len(missing)} are missing"
+    told = f"{source.store.folder}\n{len(requests) - len(missing)} records are there, {len(missing)} are missing"
     if not missing:
         return told
-    source.teacher.load()
-    found = estimate(source.teacher, source.codec, missing, source.batch_size)
-    source.teacher.close()
+    with _loaded(source.teacher):
+        found = estimate(source.teacher, source.codec, missing, source.batch_size)
     return (
         f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
         f"(measured on {found.num_sampled} of them; nothing was stored)"
@@ -372,25 +370,32 @@ def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
     if problems:
         raise CacheError("\n".join(problems))
     told = [f"{source.store.folder}\n{len(source.store)} records: all checksums are right"]
-    source.teacher.load()
-    for span in SPANS:
-        asked = [request for request in requests if request.span == span]
-        found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
-        said = (
-            f"{found.num_records} {span}s asked again: at most {found.from_live:.4f} away from the live teacher, "
-            f"which is {found.noise_floor:.4f} away from itself in other company"
-        )
-        if not found.is_close:
-            raise CacheError(f"{source.store.folder}: {said}. Another teacher, or another machine, made these records")
-        told.append(said)
-    source.teacher.close()
+    with _loaded(source.teacher):
+        for span in SPANS:
+            asked = [request for request in requests if request.span == span]
+            found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
+            told.append(
+                f"{found.num_records} {span}s asked again: at most {found.from_live:.4f} away from the live teacher, "
+                f"which is {found.noise_floor:.4f} away from itself in other company"
+            )
+            if not found.is_close:
+                raise CacheError(f"{told[0]}, but {told[-1]}. Another teacher, or another machine, made these records")
     return "\n".join(told)
 
 
-def _shown(source: Source, requests: Mapping[tuple[str, Span], Request], which: str) -> str:
+@contextmanager
+def _loaded(teacher: Teacher) -> Iterator[None]:
+    teacher.load()
+    try:
+        yield
+    finally:
+        teacher.close()
+
+
+def _shown(source: Source, requests: Sequence[Request], which: str) -> str:
     found = [
         request
-        for request in {request.key: request for request in requests.values()}.values()
+        for request in requests
         if which in (request.key, request.example.id) or request.example.question.startswith(which)
     ]
     there = [request for request in found if request.key in source.store]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.cache import Codec
+from distill.cache.shard import packed
 from distill.cache.store import Store
 from distill.fetch import whole_file
 from distill.prompts import Prompts
@@ -97,13 +98,13 @@ def show(request: Request, annotation: Annotation, prompts: Prompts) -> str:
     return "\n".join(lines)
 
 
-def export_table(store: Store, requests: Mapping[tuple[str, Span], Request], prompts: Prompts, path: Path) -> int:
-    """Write all records among `requests` as one nested Parquet table; return their number."""
+def export_table(store: Store, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
+    """Write all records among `requests` as one nested Parquet table; return the number of its rows."""
+    there = [(request, store.read(request.key)) for request in requests if request.key in store]
     rows = [
-        _row(request, store.read(request.key), span, target, prompts)
-        for request in {request.key: request for request in requests.values()}.values()
-        if request.key in store
-        for span, target in store.read(request.key).targets.items()
+        _row(request, annotation, span, target, prompts)
+        for request, annotation in there
+        for span, target in annotation.targets.items()
     ]
     with whole_file(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
@@ -142,8 +143,7 @@ def _expected(target: Target, prompts: Prompts) -> list[str]:
 
 
 def _stored_bytes(annotation: Annotation, codec: Codec) -> int:
-    softs = [target.soft for target in annotation.targets.values() if target.soft is not None]
-    arrays = codec.pack(SoftTargets.join(softs)) if softs else {}
+    arrays = packed(annotation, codec)
     num_tokens = sum(len(target.token_ids) for target in annotation.targets.values())
     text = (annotation.rationale or "") + (annotation.answer or "")
     return sum(array.nbytes for array in arrays.values()) + 4 * num_tokens + len(text.encode()) + len(annotation.key)

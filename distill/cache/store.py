@@ -34,7 +34,7 @@ from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
 from distill.cache.shard import Shard, axis_of, write_shard
 from distill.fetch import sync_folder, whole_file
-from distill.records import Annotation, CacheError, Place, Request, SoftTargets, distinct
+from distill.records import Annotation, CacheError, Group, Place, Request, SoftTargets, distinct
 
 FORMAT = 2
 _DAY_SECONDS = 86_400
@@ -227,6 +227,12 @@ class Writer:
             self.num_written += len(self._waiting)
             self._waiting.clear()
             self._append(line)
+
+    def write(self, group: Group, annotations: Sequence[Annotation]) -> None:
+        """Put a group on disk, and give up its claim."""
+        self.add(annotations)
+        self.flush()
+        self._store.claims.release(group.name)
 
     def record_cost(self, **cost: Any) -> None:
         """Note what this filling took."""
