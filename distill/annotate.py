@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
+from distill.cache.remote import is_url
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
@@ -87,7 +89,7 @@ class Filled:
 def open_source(config: DictConfig) -> Source:
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
     models.flush_denormals()
-    root = Path(config.root).resolve()
+    root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
     splits = task.splits()
     folder = models.resolve(config.teacher.model, root)
@@ -113,10 +115,10 @@ def open_source(config: DictConfig) -> Source:
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
     }
-    folder_of_cache = _cache_dir(config, root, fingerprint)
+    folder_of_cache, url = _cache_dir(config, root, fingerprint)
     if config.get("rebuild"):
-        drop_shard(folder_of_cache, str(config.rebuild))
-    store = Store(folder_of_cache, fingerprint, codec)
+        drop_shard(folder_of_cache, str(config.rebuild), url=url)
+    store = Store(folder_of_cache, fingerprint, codec, url=url)
     sizes = config.teacher.batch_size, config.teacher.group_size
     return Source(folder, task, splits, prompts, codec, teacher, store, *sizes, config.teacher.num_rationales)
 
@@ -133,9 +135,9 @@ def fill(source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Sha
     missing = source.store.missing(_asked(groups))
     reused = len(_asked(groups)) - len(missing)
     if not missing:
-        say(f"cache {source.store.folder}: all {reused} records are there; the teacher is not loaded (0 calls)")
+        say(f"cache {source.store.place}: all {reused} records are there; the teacher is not loaded (0 calls)")
         return Filled(requests, too_long, reused, 0, 0.0)
-    say(f"cache {source.store.folder}: {reused} records are there, {len(missing)} are to be annotated")
+    say(f"cache {source.store.place}: {reused} records are there, {len(missing)} are to be annotated")
     if not len(source.store):
         _say_why(source.store)
     with source.store.writing() as writer:
@@ -295,10 +297,13 @@ def _say_why(store: Store) -> None:
         say("\n".join(found[1]))
 
 
-def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> Path:
-    if config.cache.dir:
-        return Path(config.cache.dir).resolve()
-    return root / "cache" / f"{config.task.name}-{fingerprint_digest(fingerprint)}"
+def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """The folder of the cache, and where it is a copy, of what."""
+    name = f"{config.root.rstrip('/')}/cache/{config.task.name}-{fingerprint_digest(fingerprint)}"
+    place = config.cache.dir or name
+    if is_url(place):
+        return root / "copies" / re.sub(r"[^A-Za-z0-9._-]+", "-", place), place
+    return Path(place).resolve(), None
 
 
 def main(config: DictConfig) -> float:
@@ -345,7 +350,7 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
     if int(os.environ.get("LOCAL_RANK", "0")):  # the first of several processes speaks for all
         return float(filled.num_annotated)
     print(
-        f"{source.store.folder}\n{len(source.store)} records, {filled.num_annotated} of them new in "
+        f"{source.store.place}\n{len(source.store)} records, {filled.num_annotated} of them new in "
         f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales agree with the answer; "
         f"{len(filled.too_long)} examples too long"
     )
@@ -354,7 +359,7 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
 
 def _estimated(source: Source, requests: Sequence[Request]) -> str:
     missing = source.store.missing(requests)
-    told = f"{source.store.folder}\n{len(requests) - len(missing)} records are there, {len(missing)} are missing"
+    told = f"{source.store.place}\n{len(requests) - len(missing)} records are there, {len(missing)} are missing"
     if not missing:
         return told
     with _loaded(source.teacher):
@@ -369,7 +374,7 @@ def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
     problems = source.store.check()
     if problems:
         raise CacheError("\n".join(problems))
-    told = [f"{source.store.folder}\n{len(source.store)} records: all checksums are right"]
+    told = [f"{source.store.place}\n{len(source.store)} records: all checksums are right"]
     with _loaded(source.teacher):
         for span in SPANS:
             asked = [request for request in requests if request.span == span]

@@ -53,6 +53,7 @@ def command(name: str, work: Work) -> None:
             warnings.filterwarnings("ignore", module="lightning")
             return work(config)
 
+    register()
     failed: list[int] = []
     try:
         _check_command_line(name, sys.argv[1:])
@@ -154,6 +155,18 @@ def redacted(value: Any, name: str = "") -> Any:
 def run_dir() -> Path:
     """The folder of this run."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def local_root(root: str) -> Path:
+    """Where models, data and runs are: the root itself, or where that is a URL what would be the root without it."""
+    if "://" in root:
+        root = os.environ.get("DISTILL_ROOT", "")
+    return Path("distill-data" if "://" in root or not root else root).resolve()
+
+
+def register() -> None:
+    """Let configurations say ${local:…}: a root's folder on this machine."""
+    OmegaConf.register_new_resolver("local", lambda root: str(local_root(root)), replace=True)
 
 
 def sweep_name() -> str | None:

@@ -200,7 +200,7 @@ def main(config: DictConfig) -> float:
     """Evaluate one model folder; print and write its row."""
     configuration.check(config)
     models.flush_denormals()
-    folder = models.resolve(config.model, Path(config.root).resolve())
+    folder = models.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
     layout, limits = configuration.build(config.task.layout), dict(config.prompt)
     shots = list(task.shots())[: limits.pop("num_shots")]

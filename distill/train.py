@@ -91,7 +91,7 @@ def prepare(config: DictConfig, run_dir: Path) -> Job:
     }
     source = open_source(config)
     check_parts(objectives, source, config.task.answer)
-    folder = models.resolve(config.student.model, Path(config.root).resolve())
+    folder = models.resolve(config.student.model, configuration.local_root(config.root))
     tokenizer = load_tokenizer(folder)
     is_shared = True
     try:

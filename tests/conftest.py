@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """The configuration that a command line with these overrides gives."""
+    configuration.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 

@@ -23,10 +23,10 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,7 @@ _SCHEMA = pa.schema(
     ]
 )
 Line = Mapping[str, Any]
+Content = TypeVar("Content")
 
 
 def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -> Line:
@@ -124,9 +125,12 @@ class Arrays:
 class Shard:
     """A shard on disk, read at random; files are opened, and checksums looked at, when they are first needed."""
 
-    def __init__(self, folder: Path, line: Line, codec: Codec) -> None:
-        """Raise CacheError unless the line makes sense and both files are there with the right sizes."""
-        self._codec, self._line = codec, line
+    def __init__(self, folder: Path, line: Line, codec: Codec, fetch: Callable[[str], None] | None = None) -> None:
+        """Raise CacheError unless the line makes sense and both files are there with the right sizes.
+
+        With `fetch`, which brings a file to the folder, files that are not there or are damaged are brought anew.
+        """
+        self._codec, self._line, self._fetch = codec, line, fetch
         self.name, self.keys = _sensible(line)
         self._stem = f"{folder}{os.sep}{self.name}"
         for suffix in _SUFFIXES:
@@ -138,7 +142,7 @@ class Shard:
         """Return one record; raises CacheError if the shard is damaged."""
         arrays = self.arrays()
         if self._texts is None:
-            self._texts = self._checked_texts()
+            self._texts = self._whole(self._checked_texts, "parquet")
         text = {name: self._texts.column(name)[row].as_py() for name in _SCHEMA.names}
         kept, token_ids = arrays.soft(row), arrays.token_ids(row)
         soft = self._codec.unpack(kept) if any(map(len, kept.values())) else None
@@ -150,7 +154,7 @@ class Shard:
     def arrays(self) -> Arrays:
         """All that are not texts; raises CacheError if they are damaged. Nothing of Arrow is touched."""
         if self._arrays is None:
-            self._arrays = self._checked_arrays()
+            self._arrays = self._whole(self._checked_arrays, "safetensors")
         return self._arrays
 
     def close(self) -> None:
@@ -161,20 +165,38 @@ class Shard:
         """Read both files, and raise CacheError unless every checksum and every length is right."""
         self.close()
         self.arrays()
-        self._checked_texts()
+        self._whole(self._checked_texts, "parquet")
+
+    def _whole(self, checked: Callable[[str], Content], suffix: str) -> Content:
+        path = f"{self._stem}.{suffix}"
+        if self._fetch is None:
+            return checked(path)
+        try:
+            if Path(path).exists():
+                return checked(path)
+        except CacheError:
+            pass  # damaged here, and perhaps not there
+        try:
+            self._fetch(f"{self.name}.{suffix}")
+        except FileNotFoundError:
+            raise CacheError(
+                f"{path} is named in the manifest and is neither here nor there; {self._remedy()}"
+            ) from None
+        return checked(path)
 
     def _check_size(self, path: str, size: int) -> None:
         try:
             found = os.lstat(path)
         except FileNotFoundError:
+            if self._fetch:
+                return
             found = None
         if found is None or not stat.S_ISREG(found.st_mode):
             raise CacheError(f"{path} is named in the manifest but is no plain file there; {self._remedy()}")
-        if found.st_size != size:
+        if found.st_size != size and not self._fetch:
             raise CacheError(f"{path} is damaged: its size is not the manifest's; {self._remedy()}")
 
-    def _checked_arrays(self) -> Arrays:
-        path = f"{self._stem}.safetensors"
+    def _checked_arrays(self, path: str) -> Arrays:
         try:
             content: Any = np.asarray(np.memmap(path, np.uint8, "r"))
             places = _places(content)
@@ -196,8 +218,7 @@ class Shard:
         except ValueError as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
 
-    def _checked_texts(self) -> pa.Table:
-        path = f"{self._stem}.parquet"
+    def _checked_texts(self, path: str) -> pa.Table:
         content = Path(path).read_bytes()
         if zlib.crc32(content) != self._line["crc32"]["parquet"]:
             raise CacheError(f"{path} is damaged: its checksum is not the manifest's; {self._remedy()}")

@@ -3,7 +3,8 @@
 A cache is a folder:
 
     manifest.jsonl              one line: {"format": 2, "fingerprint": {...}}
-    manifest-<writer>.jsonl     what one writer made: a line per shard (see `shard`); {"cost": {...}}
+    manifest-<writer>.jsonl     what one writer made: a line per shard (see `shard`); {"cost": {...}};
+                                {"struck": <manifest>, "shard": <shard>}: that line there counts no more
     <shard>.safetensors, .parquet
     claims/<group>              who is at work on which group (see `claims`)
 
@@ -32,6 +33,7 @@ import numpy as np
 from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
+from distill.cache.remote import Remote
 from distill.cache.shard import Shard, axis_of, write_shard
 from distill.fetch import sync_folder, whole_file
 from distill.records import Annotation, CacheError, Group, Place, Request, SoftTargets, distinct
@@ -39,6 +41,7 @@ from distill.records import Annotation, CacheError, Group, Place, Request, SoftT
 FORMAT = 2
 _DAY_SECONDS = 86_400
 _MOST_OPEN = 4096
+_MOST_LINES = 256
 
 
 @final
@@ -46,18 +49,27 @@ class Store:
     """One cache folder, made by one teacher in one way."""
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], codec: Codec, *, claim_seconds: float = 600.0
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        codec: Codec,
+        *,
+        url: str | None = None,
+        claim_seconds: float = 600.0,
     ) -> None:
         """Open the folder, or begin it; raises CacheError where something else made it or it is damaged.
 
         Opening looks at the manifests and at the sizes of files; a shard's checksums are looked at when it is read.
+        With `url`, which fsspec understands, the cache is there, and the folder is a copy of what was read or made.
         """
-        self.folder = folder
+        self.folder, self.place = folder, url or str(folder)
+        self._remote = Remote(url, folder) if url else None
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.claims = Claims(folder / "claims", seconds=claim_seconds)
         self._codec = codec
         self._index = Index()
         self._shards: dict[str, Shard] = {}
+        self._struck: set[tuple[str, str]] = set()
         self._in_order: list[Shard] = []
         self._num_rows = 0
         self._starts: list[int] = []  # the number of each shard's first record
@@ -122,13 +134,18 @@ class Store:
 
     def refresh(self) -> None:
         """See what other processes have written meanwhile."""
+        if self._remote:
+            self._remote.pull_manifests()
         header = self.folder / "manifest.jsonl"
         if not header.is_file():
             return
         if header not in self._read_bytes:
             self._check_header(header)
-        for path in sorted(self.folder.glob("manifest-*.jsonl")):
-            for line in self._new_lines(path):
+        paths = sorted(self.folder.glob("manifest-*.jsonl"))
+        lines = [(path.name, line) for path in paths for line in self._new_lines(path)]
+        self._struck |= {(line["struck"], line["shard"]) for _, line in lines if "struck" in line}
+        for name, line in lines:
+            if "struck" not in line and (name, line.get("shard")) not in self._struck:
                 self._take(line)
 
     def check(self) -> list[str]:
@@ -149,10 +166,12 @@ class Store:
             with whole_file(self.folder / "manifest.jsonl") as temporary:
                 temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
         self.refresh()
+        if self._remote:
+            self._remote.put_missing()
         for left in self.folder.glob(".*.tmp"):  # by writers that were killed; those of live ones are younger
             if time.time() - left.stat().st_mtime > _DAY_SECONDS:
                 left.unlink(missing_ok=True)
-        writer = Writer(self, self._codec, self.folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl")
+        writer = Writer(self, self._codec, self._remote)
         with self.claims.held():
             try:
                 yield writer
@@ -174,7 +193,7 @@ class Store:
         if "cost" in line:
             self.costs.append(line["cost"])
             return
-        shard = Shard(self.folder, line, self._codec)
+        shard = Shard(self.folder, line, self._codec, self._remote and self._remote.get)
         if shard.name in self._shards:  # two processes have made it
             return
         self._shards[shard.name] = shard
@@ -210,9 +229,10 @@ class Store:
 class Writer:
     """Collects annotations; each flush makes them one shard."""
 
-    def __init__(self, store: Store, codec: Codec, manifest: Path) -> None:
+    def __init__(self, store: Store, codec: Codec, remote: Remote | None) -> None:
         """Made by `Store.writing` alone."""
-        self._store, self._codec, self._manifest = store, codec, manifest
+        self._store, self._codec, self._remote = store, codec, remote
+        self._manifest, self._num_lines = _new_manifest(store.folder), 0
         self._waiting: list[Annotation] = []
         self.num_written = 0
 
@@ -224,6 +244,8 @@ class Writer:
         """Put on disk, as one shard, what is waiting."""
         if self._waiting:
             line = write_shard(self._store.folder, self._waiting, self._codec)
+            if self._remote:
+                self._remote.put(*(f"{line['shard']}.{suffix}" for suffix in line["bytes"]))
             self.num_written += len(self._waiting)
             self._waiting.clear()
             self._append(line)
@@ -239,30 +261,46 @@ class Writer:
         self._append({"cost": cost})
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        is_new = not self._manifest.exists()
+        if self._num_lines == _MOST_LINES:  # a manifest is put to a URL whole
+            self._manifest, self._num_lines = _new_manifest(self._store.folder), 0
         with self._manifest.open("ab") as file:
             file.write(_sealed(line))
             file.flush()
             os.fsync(file.fileno())
-        if is_new:
+        if not self._num_lines:
             sync_folder(self._manifest.parent)
+        self._num_lines += 1
+        if self._remote:
+            self._remote.put(self._manifest.name)
         self._store.refresh()
 
 
-def drop_shard(folder: Path, name: str) -> None:
-    """Strike a shard out of the cache, damaged or not; its records are missing from then on."""
-    named = False
-    for path in sorted(folder.glob("manifest-*.jsonl")):
-        lines, _ = _lines(path, path.read_bytes())
-        kept = [line for line in lines if line.get("shard") != name]
-        if len(kept) < len(lines):
-            named = True
-            with whole_file(path) as temporary:
-                temporary.write_bytes(b"".join(map(_sealed, kept)))
+def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
+    """Strike a shard out of the cache, damaged or not; its records are missing for whoever opens it from then on.
+
+    A line in a manifest of its own strikes the line that named the shard: no file of another writer is changed.
+    """
+    remote = Remote(url, folder) if url else None
+    if remote:
+        remote.pull_manifests()
+    named = [
+        path
+        for path in sorted(folder.glob("manifest-*.jsonl"))
+        if any(line.get("shard") == name for line in _lines(path, path.read_bytes())[0])
+    ]
     if not named:
         raise CacheError(f"no manifest in {folder} names a shard {name!r}")
+    strike = _new_manifest(folder)
+    with whole_file(strike) as temporary:
+        temporary.write_bytes(b"".join(_sealed({"struck": path.name, "shard": name}) for path in named))
+    if remote:
+        remote.put(strike.name)
     for suffix in ("safetensors", "parquet"):
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _new_manifest(folder: Path) -> Path:
+    return folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl"
 
 
 def _sealed(value: Mapping[str, Any]) -> bytes:
