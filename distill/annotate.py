@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -21,11 +22,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from distill import config as configuration
 from distill import models
 from distill.cache import Codec
+from distill.cache.dense import Dense
 from distill.cache.remote import is_url
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule
+from distill.probe import candidates, compare, sample, table
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import (
     SPANS,
@@ -60,6 +63,7 @@ class Source:
     prompts: Prompts
     codec: Codec
     teacher: Teacher
+    teacher_with: Callable[..., Teacher]  # the same teacher with another codec
     store: Store
     batch_size: int
     group_size: int
@@ -103,13 +107,14 @@ def open_source(config: DictConfig) -> Source:
         too_long=config.prompt.too_long,
     )
     codec: Codec = configuration.build(config.cache.codec)
-    teacher: Teacher = configuration.build(config.teacher.kind)(
+    teacher_with = partial(
+        configuration.build(config.teacher.kind),
         folder=folder,
         prompts=prompts,
         task=task,
-        codec=codec,
         calibration=[Example(example.question) for example in splits.train[: config.teacher.calibrate]],
     )
+    teacher: Teacher = teacher_with(codec=codec)
     fingerprint = {
         "task": {"name": config.task.name, "version": task.version},
         "teacher": teacher.fingerprint(),
@@ -120,7 +125,8 @@ def open_source(config: DictConfig) -> Source:
         drop_shard(folder_of_cache, str(config.rebuild), url=url)
     store = Store(folder_of_cache, fingerprint, codec, url=url)
     sizes = config.teacher.batch_size, config.teacher.group_size
-    return Source(folder, task, splits, prompts, codec, teacher, store, *sizes, config.teacher.num_rationales)
+    rationales = config.teacher.num_rationales
+    return Source(folder, task, splits, prompts, codec, teacher, teacher_with, store, *sizes, rationales)
 
 
 def fill(source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Share = Share()) -> Filled:
@@ -311,7 +317,7 @@ def main(config: DictConfig) -> float:
     configuration.check(config)
     source = open_source(config)
     wanted = _wanted(config, source)
-    if not (config.show or config.export or config.dry_run or config.verify):
+    if not (config.show or config.export or config.dry_run or config.verify or config.probe):
         return _filled(source, wanted, _share(config))
     requests = distinct(_requests(source.prompts, wanted)[0].values())
     if config.show:
@@ -321,6 +327,8 @@ def main(config: DictConfig) -> float:
         print(f"{config.export}\n{number} targets with their tokens, ids and log-probabilities")
     elif config.dry_run:
         print(_estimated(source, requests))
+    elif config.probe:
+        print(_probed(config, source, requests))
     else:
         print(_verified(source, requests, config.seed))
     return 0.0
@@ -368,6 +376,17 @@ def _estimated(source: Source, requests: Sequence[Request]) -> str:
         f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
         f"(measured on {found.num_sampled} of them; nothing was stored)"
     )
+
+
+def _probed(config: DictConfig, source: Source, requests: Sequence[Request]) -> str:
+    teacher = source.teacher_with(codec=Dense())
+    say(f"reading a few hundred of {len(requests)} targets whole, and what each codec makes of them; nothing is stored")
+    with _loaded(teacher):
+        wholes = sample(teacher, requests, config.seed)
+    if not wholes:
+        raise ConfigError("this teacher gives no soft targets, so there is nothing that a codec could keep")
+    found = compare(wholes, candidates(config.cache.codec.get("temperature", 1.0)))
+    return table(found, sum(map(len, wholes)))
 
 
 def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:

@@ -1,0 +1,145 @@
+"""Which codec for this teacher and these texts: what each keeps, loses and takes, measured on a few hundred positions.
+
+Of a target t that is stored for a distribution p, over the draws that it might be:
+
+    noise = E |t - E t|^2     averages out over the positions of a run
+    bias  = |E t - p|^2       does not
+
+Both are told as shares of the noise of a hard label drawn from p, 1 - sum p^2. What a loss sees as one bucket for
+the rest is taken as spread evenly over the rest of the vocabulary. Neither says how well a student will learn: of
+two targets without bias the noisier one may teach as well, and a bias that looks small may not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distill.cache import Codec, uniforms
+from distill.cache.dense import Dense
+from distill.cache.rs_kd import RandomSampling
+from distill.cache.sampled import Sampled
+from distill.cache.topk import TopK
+from distill.records import SPANS, Request, SoftTargets
+from distill.teachers import Teacher
+
+_POSITIONS, _DRAWS, _BATCH = 300, 8, 4
+_MOST_NOISE, _MOST_BIAS = 1e-2, 1e-4
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What one codec does to the distributions of a probe."""
+
+    bytes_per_position: float
+    captured: float  # probability of the entries that are kept exactly
+    kl: float  # nats, of the full distribution to the exact entries with the rest spread evenly
+    noise: float
+    bias: float
+
+    @property
+    def is_faithful(self) -> bool:
+        """Little noise beside a hard label's, and no bias to speak of."""
+        return self.noise <= _MOST_NOISE and self.bias <= _MOST_BIAS
+
+
+def candidates(temperature: float) -> dict[str, Codec]:
+    """What is compared, by the overrides that choose it."""
+    found: dict[str, Codec] = {
+        f"cache=topk cache.codec.k={k}": TopK(k=k, temperature=temperature) for k in (16, 32, 64)
+    }
+    for n in (64, 128):
+        found[f"cache=sampled cache.codec.n={n}"] = Sampled(n=n, k_min=1, seed=0, temperature=temperature)
+    found["cache=rs_kd cache.codec.n=64"] = RandomSampling(n=64, seed=0, temperature=temperature)
+    return found | {"cache=dense": Dense()}
+
+
+def sample(teacher: Teacher, requests: Sequence[Request], seed: int) -> list[SoftTargets]:
+    """Whole distributions at a few hundred positions of each span; `teacher` is loaded and cuts nothing away."""
+    found: list[SoftTargets] = []
+    for span in SPANS:
+        asked, num_positions = [request for request in requests if request.span == span], 0
+        order = np.random.default_rng(seed).permutation(len(asked)).tolist()
+        while order and num_positions < _POSITIONS:
+            batch, order = [asked[place] for place in order[:_BATCH]], order[_BATCH:]
+            made = [t.soft for a in teacher.annotate(batch) for t in a.targets.values() if t.soft is not None]
+            found += made
+            num_positions += sum(map(len, made))
+    return found
+
+
+def compare(wholes: Sequence[SoftTargets], codecs: Mapping[str, Codec]) -> dict[str, Fidelity]:
+    """What each codec does to these distributions."""
+    return {name: _fidelity(wholes, codec) for name, codec in codecs.items()}
+
+
+def recommended(found: Mapping[str, Fidelity]) -> str:
+    """The faithful codec of the fewest bytes."""
+    faithful = {name: one for name, one in found.items() if one.is_faithful} or found
+    return min(faithful, key=lambda name: faithful[name].bytes_per_position)
+
+
+def table(found: Mapping[str, Fidelity], num_positions: int) -> str:
+    """The comparison as text, and what is recommended."""
+    best = recommended(found)
+    lines = [
+        f"{'':32} {'bytes':>9} {'captured':>9} {'KL':>9} {'noise':>9} {'bias':>9}   per position, of {num_positions}"
+    ]
+    lines += [
+        f"{name:32} {one.bytes_per_position:9.1f} {one.captured:9.4f} {one.kl:9.2g} {one.noise:9.2g} {one.bias:9.2g}"
+        f"{'   <- recommended' if name == best else ''}"
+        for name, one in found.items()
+    ]
+    lines += [
+        "",
+        "captured: probability kept exactly; KL in nats, the rest spread evenly; noise and bias as shares of the noise of",
+        f"a hard label. Recommended is the smallest with noise <= {_MOST_NOISE:g} and bias <= {_MOST_BIAS:g}.",
+        "A loss that needs the rest as one bucket (reverse KL) needs cache=topk.",
+    ]
+    return "\n".join(lines)
+
+
+def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
+    size, sums = 0, np.zeros(5)
+    for number, whole in enumerate(wholes):
+        p_NV = np.exp(whole.logprobs_NK.astype(np.float64))
+        drawn = [_stored(whole, codec, f"{number}/{draw}") for draw in range(1 if codec.seed is None else _DRAWS)]
+        targets = [_spread(soft.for_training(), p_NV.shape[1]) for soft, _ in drawn]
+        half = len(targets) // 2
+        means = (np.mean(targets[:half] or targets, 0), np.mean(targets[half:], 0))
+        label_N = np.maximum(1 - np.square(p_NV).sum(1), 1e-9)
+        # Two independent halves: the noise of one is not that of the other, so what is left is bias.
+        bias_N = ((means[0] - p_NV) * (means[1] - p_NV)).sum(1)
+        noise_N = np.mean([np.square(target_NV - p_NV).sum(1) for target_NV in targets], 0) - bias_N
+        soft, num_bytes = drawn[0]
+        buckets = soft.buckets()
+        q_NV = _spread(buckets, p_NV.shape[1])
+        log_ratio_NV = np.log(p_NV, where=p_NV > 0, out=np.zeros_like(p_NV)) - np.log(q_NV.clip(1e-30))
+        size += num_bytes
+        sums += [(1 - buckets.tail_N).sum(), (p_NV * log_ratio_NV).sum(), noise_N.sum(), bias_N.sum(), label_N.sum()]
+    captured, kl, noise, bias, label = sums.tolist()
+    number = sum(map(len, wholes))
+    return Fidelity(size / number, captured / number, kl / number, max(0.0, noise / label), max(0.0, bias / label))
+
+
+def _stored(whole: SoftTargets, codec: Codec, key: str) -> tuple[SoftTargets, int]:
+    """What comes back from disk, and how many bytes it took."""
+    uniform_N = torch.from_numpy(uniforms(key, len(whole), codec.seed or 0))
+    arrays = codec.pack(codec.cut(torch.from_numpy(np.array(whole.logprobs_NK)), uniform_N))
+    return codec.unpack(arrays), sum(array.nbytes for array in arrays.values())
+
+
+def _spread(soft: SoftTargets, size: int) -> np.ndarray:
+    """Rows over the vocabulary; what is left over lies evenly on the ids that are not kept."""
+    is_kept_NK = soft.ids_NK >= 0
+    row_M, _ = np.nonzero(is_kept_NK)
+    row_NV = np.zeros((len(soft), size))
+    row_NV[row_M, soft.ids_NK[is_kept_NK]] = np.exp(soft.logprobs_NK[is_kept_NK])
+    is_other_NV = np.ones((len(soft), size), bool)
+    is_other_NV[row_M, soft.ids_NK[is_kept_NK]] = False
+    num_other_N1 = is_other_NV.sum(1, keepdims=True)
+    row_NV += is_other_NV * (soft.tail_N[:, None] / np.maximum(num_other_N1, 1))
+    return row_NV
