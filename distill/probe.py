@@ -95,8 +95,8 @@ def table(found: Mapping[str, Fidelity], num_positions: int) -> str:
     ]
     lines += [
         "",
-        "captured: probability kept exactly; KL in nats, the rest spread evenly; noise and bias as shares of the noise of",
-        f"a hard label. Recommended is the smallest with noise <= {_MOST_NOISE:g} and bias <= {_MOST_BIAS:g}.",
+        "captured: probability kept exactly; KL in nats, the rest spread evenly; noise and bias as shares of the",
+        f"noise of a hard label. Recommended is the smallest with noise <= {_MOST_NOISE:g} and bias <= {_MOST_BIAS:g}.",
         "A loss that needs the rest as one bucket (reverse KL) needs cache=topk.",
     ]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ to 1 by construction. Errors of single positions are up to three times these.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ _RATIO = (np.arange(256) / 255) ** 4
 _LOG_RATIO = np.log(_RATIO, where=_RATIO > 0, out=np.full(256, -np.inf))
 _ROUNDING = 1e-5
 _MOST_PLANES = 15
-ONE = 1 << 52  # probability 1 in fixed point; float32 has 24 bits
+_BLOCK = 64
 
 
 def retempered(logprobs_NV: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
@@ -156,14 +157,38 @@ def unpack_probabilities(
     return logprobs.astype(np.float32), (tail_N / (tail_N + kept_N)).astype(np.float32)
 
 
-def cumulative(p_NV: Float[Tensor, "N V"]) -> Int[Tensor, "N V"]:
-    """Running sums of probabilities in units of 1 / ONE: of integers, so alike on every device, in every batch."""
-    return (p_NV * ONE).long().cumsum_(-1)
+@dataclass(frozen=True)
+class Cumulative:
+    """Running sums of probabilities over blocks of a vocabulary; within a block they are made where they are needed.
 
+    A row's sums do not depend on what else is in its batch.
+    """
 
-def drawn(cumulative_NV: Int[Tensor, "N V"], points_NJ: Int[Tensor, "N J"]) -> Int[Tensor, "N J"]:
-    """The token in whose share of the sum each point lies; V for a point behind all of them."""
-    return torch.searchsorted(cumulative_NV, points_NJ.to(cumulative_NV.device), right=True)
+    p_NPB: Float[Tensor, "N P B"]
+    end_NP: Float[Tensor, "N P"]
+    size: int
+
+    @classmethod
+    def of(cls, p_NV: Float[Tensor, "N V"]) -> Cumulative:
+        """Sum probabilities block by block."""
+        size = p_NV.shape[-1]
+        padded_NV = torch.nn.functional.pad(p_NV, (0, -size % _BLOCK)) if size % _BLOCK else p_NV
+        p_NPB = padded_NV.unflatten(-1, (-1, _BLOCK))
+        return cls(p_NPB, p_NPB.sum(-1).double().cumsum(-1), size)
+
+    def drawn(self, points_NJ: Float[Tensor, "N J"]) -> Int[Tensor, "N J"]:
+        """The token in whose share of the sum each point lies; V for a point behind all of them."""
+        points_NJ = points_NJ.to(self.end_NP.device)
+        ids_NJ = torch.full_like(points_NJ, self.size, dtype=torch.int64)
+        is_within_NJ = points_NJ < self.end_NP[:, -1:]
+        row_M, _ = is_within_NJ.nonzero(as_tuple=True)
+        block_M = torch.searchsorted(self.end_NP, points_NJ, right=True)[is_within_NJ]
+        inside_MB = self.p_NPB[row_M, block_M].double().cumsum(-1)
+        start_M = self.end_NP[row_M, block_M] - inside_MB[:, -1]
+        place_M1 = torch.searchsorted(inside_MB, (points_NJ[is_within_NJ] - start_M).unsqueeze(-1), right=True)
+        last_M1 = torch.searchsorted(inside_MB, inside_MB[:, -1:].contiguous())  # that has any probability
+        ids_NJ[is_within_NJ] = block_M * _BLOCK + place_M1.minimum(last_M1).squeeze(-1)
+        return ids_NJ
 
 
 def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

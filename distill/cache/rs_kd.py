@@ -36,9 +36,9 @@ class RandomSampling:
 
     def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
         """Draw with replacement, and count."""
-        sum_NV = compact.cumulative(compact.retempered(logprobs_NV, self._temperature).exp())
-        points_NJ = (_more(uniform_N, self._n) * sum_NV[:, -1:].cpu()).long()
-        ids_NJ = compact.drawn(sum_NV, points_NJ).sort(-1).values.cpu().numpy()
+        shares = compact.Cumulative.of(compact.retempered(logprobs_NV, self._temperature).exp())
+        points_NJ = _more(uniform_N, self._n) * shares.end_NP[:, -1:].cpu()
+        ids_NJ = shares.drawn(points_NJ).sort(-1).values.cpu().numpy()
         is_first_NJ = np.diff(ids_NJ, prepend=-1) > 0
         starts = np.flatnonzero(is_first_NJ)
         counts = np.diff(starts, append=ids_NJ.size)

@@ -59,17 +59,15 @@ class Sampled:
         is_head_NK = (top_NK >= -math.log(self._n)) | (is_among_K & (top_NK > -torch.inf))
         p_NV = logprobs_NV.exp()
         p_NV.scatter_(-1, ids_NK, p_NV.gather(-1, ids_NK).masked_fill(is_head_NK, 0))
-        sum_NV = compact.cumulative(p_NV)
-        step = compact.ONE // self._n
-        points_NJ = (uniform_N * step).long().unsqueeze(-1) + step * torch.arange(self._n)
-        drawn_NJ = compact.drawn(sum_NV, points_NJ)
+        tail = compact.Cumulative.of(p_NV)
+        drawn_NJ = tail.drawn((uniform_N.unsqueeze(-1) + torch.arange(self._n)) / self._n)
         return self._targets(
             is_head_NK.sum(-1).cpu().numpy(),
             (drawn_NJ < size).sum(-1).cpu().numpy(),
             ids_NK[is_head_NK].cpu().numpy(),
             top_NK[is_head_NK].cpu().numpy(),
             drawn_NJ[drawn_NJ < size].cpu().numpy(),
-            (sum_NV[:, -1] / compact.ONE).cpu().numpy(),
+            tail.end_NP[:, -1].cpu().numpy(),
         )
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
