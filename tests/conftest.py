@@ -177,6 +177,7 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
         "trainer.accelerator=cpu",
         "trainer.precision=32-true",
         "tracking=off",
+        "cache=topk",
         "cache.codec.k=8",
         f"root={root}",
     ]
