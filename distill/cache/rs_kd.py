@@ -65,7 +65,7 @@ class RandomSampling:
         kinds |= dict.fromkeys(("position.num_draws", "draw.count"), (self._count, 1))
         compact.check_arrays(arrays, kinds)
         low, planes, num_draws_N, counts = (arrays[name] for name in kinds)
-        if not len(low) == len(counts) == num_draws_N.sum():
+        if not len(low) == len(counts) == num_draws_N.sum() or not counts.all():
             raise compact.misfit(f"{len(low)} ids and {len(counts)} counts, counted are {num_draws_N.sum()}")
         soft = self._targets(num_draws_N.astype(np.int64), compact.unpack_ids(low, planes), counts)
         if (np.rint(np.exp(soft.logprobs_NK.astype(np.float64)) * self._n).sum(1) != self._n).any():
