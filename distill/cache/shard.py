@@ -113,13 +113,17 @@ class Shard:
         """Read both files, and raise CacheError unless every checksum and every length is right."""
         self._arrays = self._checked_arrays()
         self._rows = self._checked_rows()
-        lengths_R = sum(self._arrays[f"length.{span}"].astype(np.int64) for span in SPANS)
-        self._token_ends = np.cumsum(lengths_R)
+        lengths_SR = np.stack([self._arrays[f"length.{span}"].astype(np.int64) for span in SPANS])
+        self._token_ends = np.cumsum(lengths_SR.sum(0))
         axes = {name.partition(".")[0] for name in self._arrays if "." in name} - {"length", "end"}
         ends = {axis: self._arrays.get(f"end.{axis}", np.zeros(0)) for axis in axes}
-        is_right = len(self._arrays["token"]) == self._token_ends[-1] and all(
+        is_right = len(self._arrays["token"]) == self._token_ends[-1] and np.all(lengths_SR >= 0)
+        is_right = is_right and all(
             len(end) == self._line["records"] and np.all(np.diff(end, prepend=0) >= 0) for end in ends.values()
         )
+        if is_right and "position" in ends:  # a distribution per token, or none
+            positions_R = np.diff(ends["position"], prepend=0)
+            is_right = np.all((positions_R == 0) | (positions_R == lengths_SR.sum(0)))
         for name, array in self._arrays.items():
             axis = name.partition(".")[0]
             is_right = is_right and (axis not in ends or len(array) == ends[axis][-1])
@@ -154,8 +158,8 @@ class Shard:
             for name, (dtype, shape, start, stop) in places.items()
             if name != "header"
         }
-        if not {"token", *(f"length.{span}" for span in SPANS)} <= set(arrays):
-            raise CacheError(f"{path} is damaged: it lacks arrays; {self._remedy()}")
+        if not _are_ours(arrays, self._line["records"]):
+            raise CacheError(f"{path} is damaged: it lacks arrays, or has them in another form; {self._remedy()}")
         return arrays
 
     def _checked_rows(self) -> list[dict[str, Any]]:
@@ -185,7 +189,7 @@ def _sensible(line: Line) -> tuple[str, list[bytes]]:
         keys = base64.b64decode(line["keys"], validate=True)
         is_right = _NAME.fullmatch(name) and len(keys) == _KEY_BYTES * records and records > 0
         is_right = is_right and all(isinstance(line["bytes"][s], int) for s in ("safetensors", "parquet"))
-        is_right = is_right and "header" in line["crc32"] and "parquet" in line["crc32"]
+        is_right = is_right and isinstance(line["crc32"], dict) and {"header", "parquet"} <= line["crc32"].keys()
     except (KeyError, TypeError, ValueError, AttributeError):
         is_right = False
     if not is_right:
@@ -199,20 +203,40 @@ def _places(content: Any, where: str) -> dict[str, tuple[str, tuple[int, ...], i
     length = int.from_bytes(bytes(content[:8]), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"{where}: the header claims {length} of {size} bytes")
-    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {"header": ("u1", (8 + length,), 0, 8 + length)}
+    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     try:
-        entries = json.loads(bytes(content[8 : 8 + length]))
+        entries = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=_each_once)
         for name, entry in entries.items():
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"])
-            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-            if min(shape, default=0) < 0 or not 8 + length <= start <= stop <= size:
-                raise ValueError(f"{name} lies outside the file")
+            dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(n) is not int or not 0 <= n <= size for n in (*shape, start, stop)) or len(shape) > 8:
+                raise ValueError(f"{name} has a shape or a place that no array of ours has")
             if math.prod(shape) * np.dtype(dtype).itemsize != stop - start:
                 raise ValueError(f"{name} has another size than its shape")
-            found[name] = (dtype, shape, start, stop)
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            found[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where}: the header is not one of safetensors: {error!r}") from None
-    return found
+    ends = [8 + length, *(stop for _, stop in sorted(place[2:] for place in found.values()))]
+    if ends != [*sorted(place[2] for place in found.values()), size]:
+        raise ValueError(f"{where}: the arrays overlap, or something lies between them")
+    return _each_once([("header", ("u1", (8 + length,), 0, 8 + length)), *found.items()])
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs; ValueError where one name stands for two values."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands for two things")
+    return dict(pairs)
+
+
+def _are_ours(arrays: Mapping[str, np.ndarray], records: int) -> bool:
+    """Whether tokens, lengths and ends are there as `write_shard` makes them, and the codec's arrays have rows."""
+    kinds = dict.fromkeys(("token", *(f"length.{span}" for span in SPANS)), "<i4")
+    kinds |= {name: "<i8" for name in arrays if name.startswith("end.")}
+    return (
+        all(name in arrays and arrays[name].dtype == kind and arrays[name].ndim == 1 for name, kind in kinds.items())
+        and all(len(arrays[f"length.{span}"]) == records for span in SPANS)
+        and all(array.ndim > 0 for array in arrays.values())
+    )
 
 
 def _arrays_of(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.ndarray]:
