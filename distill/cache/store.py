@@ -86,6 +86,12 @@ class Store:
         """See what other processes have written meanwhile."""
         header = self.folder / "manifest.jsonl"
         if not header.is_file():
+            # A writer makes the header first, so it may have come while we looked.
+            if any(self.folder.glob("manifest-*.jsonl")) and not header.is_file():
+                raise CacheError(
+                    f"{header} is missing, and with it what made the records beside it. Restore it, or delete "
+                    f"{self.folder}"
+                )
             return
         if header not in self._read_bytes:
             self._check_header(header)
@@ -126,6 +132,8 @@ class Store:
             writer.flush()
 
     def _new_lines(self, path: Path) -> list[dict[str, Any]]:
+        if path.is_symlink():
+            raise CacheError(f"{path} is no plain file of the cache; put the file itself in its place")
         with path.open("rb") as file:
             file.seek(self._read_bytes.get(path, 0))
             lines, num_bytes = _lines(path, file.read())
@@ -134,6 +142,8 @@ class Store:
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if "cost" in line:
+            if not isinstance(line["cost"], dict) or not {"seconds", "ms_per_example"} <= line["cost"].keys():
+                raise CacheError(f"a manifest in {self.folder} is damaged: it has a cost that says nothing")
             self.costs.append(line["cost"])
             return
         shard = Shard(self.folder, line, self._codec)
@@ -226,8 +236,11 @@ def _unsealed(line: bytes) -> dict[str, Any] | None:
     body = line[30:-1]
     if line[:30] != b'{"crc32": %10d, "line": ' % zlib.crc32(body) or line[-1:] != b"}":
         return None
-    content: dict[str, Any] = json.loads(body)
-    return content
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _lines(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
