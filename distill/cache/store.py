@@ -124,7 +124,10 @@ class Store:
         with self.claims.held():
             try:
                 yield writer
-            except OSError:
+            except OSError as error:
+                if not (self.folder / "manifest.jsonl").is_file():
+                    raise CacheError(f"{self.folder} is not there any more ({error}); annotate again") from None
+                error.filename = error.filename or str(self.folder)
                 raise
             except BaseException:
                 writer.flush()
