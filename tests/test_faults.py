@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
 import resource
 import shutil
+import subprocess
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import codec, conf_names
+from conftest import CountingTeacher, codec, compose, conf_names, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 from safetensors.numpy import load, save
+from test_annotate import shards, tiny
 from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
 
+from distill.annotate import main, open_source
 from distill.cache.store import Store, nearest_difference
 from distill.records import Annotation, CacheError, Target
+from distill.train import prepare, teach
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
 MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take
@@ -558,3 +567,130 @@ def test_a_changed_line_gives_a_record_or_a_cache_error(
     with suppress(CacheError):
         for number, found in zip((5, 8), read_all(folder, 5, 8), strict=True):
             assert stored(found) == stored(annotation(number))
+
+
+# Disks that are full, or cannot be written, or go away.
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of its own: call it with mount options, first to have it and again to change it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(options: str) -> Path:
+        again = "remount," if folder.is_mount() else ""
+        line = ["mount", "-t", "tmpfs", "-o", f"{again}{options}", "none", str(folder)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"THE FULL DISK WAS NOT TESTED: nothing can be mounted here ({done.stderr.strip()})")
+        return folder
+
+    yield mounted
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def annotating(root: Path, cache: Path, teacher: Path, *more: str) -> list[str]:
+    """The annotate command for this cache folder."""
+    return [*(o for o in tiny(root, teacher, *more) if not o.startswith("cache.dir")), f"cache.dir={cache}"]
+
+
+def here(root: Path, cache: Path, teacher: Path, *more: str) -> None:
+    """The same in this process."""
+    main(compose(*annotating(root, cache, teacher, *more), f"root={root}", name="annotate"))
+
+
+def stored_in(root: Path, cache: Path, teacher: Path) -> Store:
+    return open_source(compose(*annotating(root, cache, teacher), f"root={root}", name="annotate")).store
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_message_and_the_next_run_goes_on(
+    disk: Callable[[str], Path], tmp_path: Path, teacher_folder: Path
+) -> None:
+    cache = disk("size=96k") / "cache"
+    line = annotating(tmp_path, cache, teacher_folder)
+    done = run(tmp_path, *line, command="annotate")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    (message,) = (text for text in done.stderr.splitlines() if "No space left on device" in text)
+    assert re.search(rf"{cache}\S*\. .*free space.* then run the same command again", message)
+    there = shards(cache)
+    store = stored_in(tmp_path, cache, teacher_folder)
+    assert len(store) > 0
+    assert store.check() == []
+    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.glob("claims/[0-9a-f]*"))
+    disk("ro")
+    with pytest.raises(OSError, match="Read-only file system") as raised:
+        here(tmp_path, cache, teacher_folder)
+    assert str(raised.value.filename).startswith(str(cache))
+    disk("rw,size=8m")
+    done = run(tmp_path, *line, command="annotate")
+    assert done.returncode == 0, done.stderr
+    here(tmp_path, tmp_path / "undisturbed", teacher_folder)
+    assert shards(cache) == shards(tmp_path / "undisturbed")
+    assert shards(cache).items() >= there.items()
+    assert stored_in(tmp_path, cache, teacher_folder).check() == []
+
+
+def test_a_whole_cache_can_be_read_where_nothing_can_be_written(
+    disk: Callable[[str], Path],
+    tmp_path: Path,
+    teacher_folder: Path,
+    configured: Callable[..., DictConfig],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configured(f"cache.dir={disk('size=8m')}/cache", "loss=[answer,kl,rationale]")
+    first = teach(prepare(config, tmp_path))
+    with pytest.raises(OSError, match="Read-only file system"):
+        (disk("ro") / "file").touch()
+    job = prepare(config, tmp_path)
+    teacher = CountingTeacher(job.source.teacher)
+    again = teach(replace(job, source=replace(job.source, teacher=teacher)))
+    assert teacher.num_loads == 0
+    assert [lesson.example_id for lesson in again.train] == [lesson.example_id for lesson in first.train]
+    assert [lesson.counts() for lesson in again.train] == [lesson.counts() for lesson in first.train]
+    assert "records are there; the teacher is not loaded" in capsys.readouterr().err
+    assert job.source.store.check() == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_goes_away_is_one_message_and_what_was_in_it_is_whole(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    line = annotating(tmp_path, cache, teacher_folder, "task.examples.num_unlabelled=400")
+    command = [sys.executable, "-m", "distill.annotate", *line]
+    environment = os.environ | {"DISTILL_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(cache.glob("*.parquet"))) < 3:
+        time.sleep(0.01)
+    cache.rename(elsewhere)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (3, 4)
+    assert "Traceback" not in errors
+    assert str(cache) in errors.strip().splitlines()[-1]
+    store = stored_in(tmp_path, elsewhere, teacher_folder)
+    assert len(store) > 0
+    assert store.check() == []
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
+def test_a_writer_whose_folder_is_gone_says_so(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+
+    def interrupted() -> None:
+        with opened(folder).writing() as writer:
+            writer.add([annotation(1)])
+            writer.flush()
+            shutil.rmtree(folder)
+            if what != "nothing":
+                folder.touch() if what == "a file" else folder.mkdir()
+            writer.add([annotation(2)])
+            writer.flush()
+
+    with pytest.raises(CacheError, match=rf"{folder}\S* is (not there any more|missing)"):
+        interrupted()
