@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from safetensors.numpy import load, save
 from test_annotate import shards, tiny
 from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
 
-from distill.annotate import main, open_source
+from distill.annotate import Share, fill, main, open_source, plan
+from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
-from distill.records import Annotation, CacheError, Target
+from distill.records import Annotation, CacheError, Example, Request, Target
 from distill.train import prepare, teach
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
@@ -694,3 +695,157 @@ def test_a_writer_whose_folder_is_gone_says_so(what: str, tmp_path: Path) -> Non
 
     with pytest.raises(CacheError, match=rf"{folder}\S* is (not there any more|missing)"):
         interrupted()
+
+
+# In the right order, by the right clock, once.
+
+
+def test_a_shard_is_on_disk_under_its_name_before_a_line_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut would leave: contents are synced before names, names of shards before the line."""
+    folder, synced, named, checked = tmp_path / "cache", set[int](), dict[str, int](), list[str]()
+    sync, replaces = os.fsync, {name: getattr(os, name) for name in ("replace", "rename", "link")}
+
+    def fsync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").resolve()
+        if path.name.startswith("manifest-"):
+            for line in unsealed(path.read_bytes()):
+                assert {f"{line['shard']}.safetensors", f"{line['shard']}.parquet"} <= set(named)
+                assert all(number == 0 for number in named.values())
+                checked.append(line["shard"])
+            named[path.name] = named.get(path.name, 1)
+        sync(handle)
+        synced.add(path.stat().st_ino)
+        if path == folder:
+            named.update(dict.fromkeys(named, 0))
+
+    def naming(how: str) -> Callable[..., None]:
+        def name(source: Any, target: Any, **others: Any) -> None:
+            replaces[how](source, target, **others)
+            if Path(target).suffix in {".safetensors", ".parquet", ".jsonl"}:
+                assert Path(target).stat().st_ino in synced
+                named[Path(target).name] = 1  # until the folder is synced
+
+        return name
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for how in replaces:
+        monkeypatch.setattr(os, how, naming(how))
+    store = opened(folder)
+    with store.writing() as writer:
+        for number in (1, 2, 3):
+            writer.add([annotation(number)])
+            writer.flush()
+    assert set(checked) == {path.stem for path in folder.glob("*.parquet")}
+    assert len(set(checked)) == 3
+    assert not any(named.values())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
+def test_a_file_of_another_size_is_found_when_a_cache_is_opened(suffix: str, one: Files, tmp_path: Path) -> None:
+    laid_out(tmp_path / "cache", one)
+    (file,) = tmp_path.glob(f"cache/*.{suffix}")
+    for content in (b"", file.read_bytes()[:-1], file.read_bytes() + b"x"):
+        file.write_bytes(content)
+        with pytest.raises(CacheError, match=rf"{file.name} is damaged: its size"):
+            opened(tmp_path / "cache")
+
+
+def test_texts_of_other_keys_are_refused(one: Files, tmp_path: Path) -> None:
+    laid_out(tmp_path / "cache", one)
+    (manifest,) = tmp_path.glob("cache/manifest-*")
+    (line,) = unsealed(manifest.read_bytes())
+    line["keys"] = base64.b64encode(bytes.fromhex(key(8) + key(5))).decode()
+    manifest.write_bytes(sealed(line))
+    store = opened(tmp_path / "cache")
+    for number in (5, 8):
+        with pytest.raises(CacheError, match="its keys are not the manifest's"):
+            store.read(key(number))
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_the_clock_of_a_machine_that_is_wrong_kills_no_claim_and_keeps_none_alive(
+    days: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = {name: getattr(time, name) for name in ("time", "time_ns")}
+    for name, clock in clocks.items():
+        ahead = days * 86_400 * (10**9 if name == "time_ns" else 1)
+        monkeypatch.setattr(time, name, lambda clock=clock, ahead=ahead: clock() + ahead)
+    for name, age in (("young", 5), ("old", 60)):
+        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        touched = clocks["time"]() - age
+        os.utime(tmp_path / name, (touched, touched))
+    claims = Claims(tmp_path, seconds=30.0)
+    assert not claims.take("young")
+    assert claims.take("old")
+
+
+class Watching(CountingTeacher):
+    """A teacher in whose presence something happens each time it is asked."""
+
+    def __init__(self, teacher: Any, happens: Callable[[int], None]) -> None:
+        super().__init__(teacher)
+        self._happens, self._calls = happens, 0
+
+    def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
+        self._calls += 1
+        self._happens(self._calls)
+        return super().annotate(requests)
+
+
+GROUPED = ("teacher.group_size=2", "teacher.batch_size=2")
+
+
+def test_what_another_process_makes_meanwhile_is_not_made_again(configured: Callable[..., DictConfig]) -> None:
+    source = open_source(configured(*GROUPED))
+    groups = plan([source.prompts.request(example, "answer") for example in source.splits.train], 2)
+    folder, made = source.store.folder, list[str]()
+
+    def meanwhile(call: int) -> None:
+        if call == 1:
+            free = [group for group in groups if not (folder / "claims" / group.name).exists()]
+            made.extend(group.name for group in free)
+            other = open_source(configured(*GROUPED))
+            fill(other, {"answer": [request.example for group in free for request in group.requests]})
+
+    fill(replace(source, teacher=Watching(source.teacher, meanwhile)), {"answer": source.splits.train})
+    assert 0 < len(made) < len(groups)
+    lines = [line for path in folder.glob("manifest-*") for line in unsealed(path.read_bytes()) if "shard" in line]
+    assert len(lines) == len(groups) == 6
+    assert len({line["keys"] for line in lines}) == 6
+
+
+def test_a_claim_is_given_up_as_soon_as_its_group_is_made_and_when_work_breaks_off(
+    configured: Callable[..., DictConfig],
+) -> None:
+    source = open_source(configured(*GROUPED))
+    claimed: list[int] = []
+
+    def watched(call: int) -> None:
+        claimed.append(len(list(source.store.folder.glob("claims/[0-9a-f]*"))))
+        if call == 6:
+            raise RuntimeError("broken off")
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        fill(replace(source, teacher=Watching(source.teacher, watched)), {"answer": source.splits.train})
+    assert 1 <= min(claimed) <= max(claimed) <= 3  # a few that are at work or next, of six
+    assert not list(source.store.folder.glob("claims/[0-9a-f]*"))
+    assert len(open_source(configured(*GROUPED)).store) == 10
+
+
+def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[..., DictConfig]) -> None:
+    source = open_source(configured())
+    every = source.splits.train
+
+    def made(cache: str, part: int, *there: Example) -> set[str]:
+        source = open_source(configured(*GROUPED, f"cache.dir={configured().root}/{cache}{part}"))
+        if there:
+            fill(source, {"answer": there})
+        fill(source, {"answer": every}, share=Share(part, 2))
+        return {e.id for e in every if source.prompts.request(e, "answer").key in source.store}
+
+    fresh = [made("fresh", part) for part in (1, 2)]
+    assert fresh[0] | fresh[1] == {example.id for example in every}
+    assert not fresh[0] & fresh[1]
+    assert made("begun", 1, *every[:3]) == fresh[0] | {example.id for example in every[:3]}
