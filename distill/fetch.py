@@ -41,6 +41,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing to a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

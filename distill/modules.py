@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.head import Term, head_loss, predicted_ids
 from distill.losses import Objective
-from distill.records import SPANS, Annotation, Batch, DistillError, Group, SoftRows, Span
+from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Group, SoftRows, Span
 from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -47,7 +47,13 @@ class TeacherModule(lightning.LightningModule):
     def predict_step(self, batch: Group) -> list[Annotation]:
         starts = range(0, len(batch.requests), self._batch_size)
         parts = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
-        return [annotation for part in parts for annotation in part]
+        made = [annotation for part in parts for annotation in part]
+        if [annotation.key for annotation in made] != [request.key for request in batch.requests]:
+            raise CacheError(
+                f"the teacher gave {len(made)} annotations for {len(batch.requests)} requests, and not one for each "
+                "in order; nothing of them is stored"
+            )
+        return made
 
 
 @final

@@ -47,7 +47,9 @@ class Remote:
 
     def pull_manifests(self) -> None:
         """Bring here what others have added to theirs."""
-        for name, size in self.sizes().items():
+        for name, size in sorted(
+            self.sizes().items(), key=lambda one: one[0] != "manifest.jsonl"
+        ):  # what made it first
             here = self._folder / name
             if name.startswith("manifest") and (not here.is_file() or here.stat().st_size < size):
                 self.get(name)

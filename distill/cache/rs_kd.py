@@ -66,7 +66,8 @@ class RandomSampling:
         compact.check_arrays(arrays, kinds)
         low, planes, num_draws_N, counts = (arrays[name] for name in kinds)
         length_R, draw_R, plane_R = compact.lengths_of(("position.num_draws", "draw.id", "plane.bits"), arrays, lengths)
-        if len(low) != len(counts) or (compact.sums(num_draws_N, length_R) != draw_R).any():
+        is_counted = len(low) == len(counts) and (compact.sums(num_draws_N, length_R) == draw_R).all()
+        if not is_counted or not counts.all():
             raise compact.misfit(f"{len(low)} ids and {len(counts)} counts, counted are {num_draws_N.sum()}")
         ids = compact.unpack_ids(low, planes, draw_R, plane_R)
         soft = self._targets(num_draws_N.astype(np.int64), ids, counts)

@@ -86,8 +86,8 @@ class Arrays:
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
         """Sort them by what they are; ValueError where some are missing or their lengths do not fit."""
-        if not {"token", *(f"length.{span}" for span in SPANS)} <= set(arrays):
-            raise ValueError("it lacks arrays")
+        if not _are_ours(arrays, num_records):
+            raise ValueError("it lacks arrays, or has them in another form")
         lengths = {span: arrays[f"length.{span}"].astype(np.int64) for span in SPANS}
         token_end_R = np.cumsum(sum(lengths.values()))
         by_axis: dict[str, dict[str, np.ndarray]] = {}
@@ -96,7 +96,9 @@ class Arrays:
         ends = {name[4:]: end_R for name, end_R in by_axis.pop("end", {}).items()}
         by_axis.pop("length")
         ends["token"] = token_end_R
-        is_right = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0
+        num_positions_R = np.diff(ends.get("position", token_end_R), prepend=0)
+        is_complete_R = (num_positions_R == 0) | (num_positions_R == sum(lengths.values()))
+        is_right = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0 and is_complete_R.all()
         if not is_right or not all(_is_along(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
             raise ValueError("its lengths do not fit")
         token = by_axis.pop("token")["token"]
@@ -270,7 +272,7 @@ def _sensible(line: Line) -> tuple[str, bytes]:
         keys = base64.b64decode(line["keys"], validate=True)
         is_right = _NAME.fullmatch(name) and len(keys) == KEY_BYTES * records and records > 0
         is_right = is_right and all(isinstance(line["bytes"][s], int) for s in _SUFFIXES)
-        is_right = is_right and "header" in line["crc32"] and "parquet" in line["crc32"]
+        is_right = is_right and isinstance(line["crc32"], dict) and {"header", "parquet"} <= line["crc32"].keys()
     except (KeyError, TypeError, ValueError, AttributeError):
         is_right = False
     if not is_right:
@@ -284,20 +286,40 @@ def _places(content: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     length = int.from_bytes(bytes(content[:8]), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"the header claims {length} of {size} bytes")
-    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {"header": ("u1", (8 + length,), 0, 8 + length)}
+    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     try:
-        entries = json.loads(bytes(content[8 : 8 + length]))
+        entries = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=_each_once)
         for name, entry in entries.items():
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"])
-            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-            if min(shape, default=0) < 0 or not 8 + length <= start <= stop <= size:
-                raise ValueError(f"{name} lies outside the file")
+            dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(n) is not int or not 0 <= n <= size for n in (*shape, start, stop)) or len(shape) > 8:
+                raise ValueError(f"{name} has a shape or a place that no array of ours has")
             if math.prod(shape) * np.dtype(dtype).itemsize != stop - start:
                 raise ValueError(f"{name} has another size than its shape")
-            found[name] = (dtype, shape, start, stop)
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            found[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the header is not one of safetensors: {error!r}") from None
-    return found
+    ends = [8 + length, *(stop for _, stop in sorted(place[2:] for place in found.values()))]
+    if ends != [*sorted(place[2] for place in found.values()), size]:
+        raise ValueError("the arrays overlap, or something lies between them")
+    return _each_once([("header", ("u1", (8 + length,), 0, 8 + length)), *found.items()])
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs; ValueError where one name stands for two values."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands for two things")
+    return dict(pairs)
+
+
+def _are_ours(arrays: Mapping[str, np.ndarray], records: int) -> bool:
+    """Whether tokens, lengths and ends are there as `write_shard` makes them, and the codec's arrays have rows."""
+    kinds = dict.fromkeys(("token", *(f"length.{span}" for span in SPANS)), "<i4")
+    kinds |= {name: "<i8" for name in arrays if name.startswith("end.")}
+    return (
+        all(name in arrays and arrays[name].dtype == kind and arrays[name].ndim == 1 for name, kind in kinds.items())
+        and all(len(arrays[f"length.{span}"]) == records for span in SPANS)
+        and all(array.ndim > 0 for array in arrays.values())
+    )
 
 
 def _arrays_of(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.ndarray]:

@@ -138,14 +138,20 @@ class Store:
             self._remote.pull_manifests()
         header = self.folder / "manifest.jsonl"
         if not header.is_file():
+            # A writer makes the header first, so it may have come while we looked.
+            if any(self.folder.glob("manifest-*.jsonl")) and not header.is_file():
+                raise CacheError(
+                    f"{header} is missing, and with it what made the records beside it. Restore it, or delete "
+                    f"{self.folder}"
+                )
             return
         if header not in self._read_bytes:
             self._check_header(header)
         paths = sorted(self.folder.glob("manifest-*.jsonl"))
         lines = [(path.name, line) for path in paths for line in self._new_lines(path)]
-        self._struck |= {(line["struck"], line["shard"]) for _, line in lines if "struck" in line}
+        self._struck |= {(str(line["struck"]), str(line.get("shard"))) for _, line in lines if "struck" in line}
         for name, line in lines:
-            if "struck" not in line and (name, line.get("shard")) not in self._struck:
+            if "struck" not in line and (name, str(line.get("shard"))) not in self._struck:
                 self._take(line)
 
     def check(self) -> list[str]:
@@ -175,7 +181,10 @@ class Store:
         with self.claims.held():
             try:
                 yield writer
-            except OSError:
+            except OSError as error:
+                if not (self.folder / "manifest.jsonl").is_file():
+                    raise CacheError(f"{self.folder} is not there any more ({error}); annotate again") from None
+                error.filename = error.filename or str(self.folder)
                 raise
             except BaseException:
                 writer.flush()
@@ -183,6 +192,8 @@ class Store:
             writer.flush()
 
     def _new_lines(self, path: Path) -> list[dict[str, Any]]:
+        if path.is_symlink():
+            raise CacheError(f"{path} is no plain file of the cache; put the file itself in its place")
         with path.open("rb") as file:
             file.seek(self._read_bytes.get(path, 0))
             lines, num_bytes = _lines(path, file.read())
@@ -191,6 +202,8 @@ class Store:
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if "cost" in line:
+            if not isinstance(line["cost"], dict) or not {"seconds", "ms_per_example"} <= line["cost"].keys():
+                raise CacheError(f"a manifest in {self.folder} is damaged: it has a cost that says nothing")
             self.costs.append(line["cost"])
             return
         shard = Shard(self.folder, line, self._codec, self._remote and self._remote.get)
@@ -313,8 +326,11 @@ def _unsealed(line: bytes) -> dict[str, Any] | None:
     body = line[30:-1]
     if line[:30] != b'{"crc32": %10d, "line": ' % zlib.crc32(body) or line[-1:] != b"}":
         return None
-    content: dict[str, Any] = json.loads(body)
-    return content
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _lines(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
