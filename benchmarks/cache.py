@@ -1,6 +1,6 @@
 """Sizes, fidelity and speed of the cache, of filling it and of reading it: `scripts/benchmark cache`.
 
-repetitions=5     of each variant of a timing; forward passes over whole few-shot prompts are repeated half as often
+repetitions=5     of each variant of a timing; the longest are repeated half as often
 data=<path>       GSM8K as JSON lines; without it what is measured on it is left out
 """
 
@@ -183,11 +183,12 @@ def capture(folder: Path, source: Source, examples: Sequence[Example], repetitio
     topk = material.solutions_asked(source, examples, "topk", _BATCH)
     sampled = material.solutions_asked(source, examples, "sampled", _BATCH)
     texts = [ids for ids, _ in topk.whole()]
+    num_targets = sum(len(topk.target(request)) for request in topk.requests)
     seconds = medians(
         {
-            "topk": partial(topk.fill, folder),
+            "topk": partial(topk.fill, folder / "topk"),
             "bare": partial(peers.bare_forward, topk.model, texts, _BATCH),
-            "sampled": partial(sampled.fill, folder),
+            "sampled": partial(sampled.fill, folder / "sampled"),
             "naive": partial(peers.naive_capture, topk.model, topk.whole(), _BATCH, folder / "naive.parquet"),
         },
         repetitions,
@@ -196,19 +197,18 @@ def capture(folder: Path, source: Source, examples: Sequence[Example], repetitio
     for name in ("topk", "sampled"):
         yield Row(f"annotate solutions: {name} / bare forward, rate", seconds["bare"] / seconds[name], 1.0, "higher")
         yield Row(f"annotate solutions: {name} / naive loop, rate", seconds["naive"] / seconds[name], 1.2, "higher")
+        store = next((folder / name).iterdir())
+        yield Row(f"store of solutions, {name}: bytes on disk per token", _on_disk(store) / num_targets, None, "lower")
     every = material.texts_asked(source, examples, "topk", _BATCH)
     texts = [ids for ids, _ in every.whole()]
     bare = partial(peers.bare_forward, every.model, texts, _BATCH)
-    seconds = medians({"topk": partial(every.fill, folder), "bare": bare}, repetitions)
+    seconds = medians({"topk": partial(every.fill, folder), "bare": bare}, -(-repetitions // 2))
     ratio = seconds["bare"] / seconds["topk"]
     yield Row("annotate, every token a target: topk / bare forward, rate", ratio, 0.95, "higher")
-    for name, asked in {"topk": topk, "sampled": sampled}.items():
-        yield Row(f"store of solutions, {name}: bytes on disk per token", _on_disk(asked, folder), None, "lower")
 
 
-def _on_disk(asked: Asked, folder: Path) -> float:
-    files = [path for path in asked.fill(folder).folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files) / sum(len(asked.target(request)) for request in asked.requests)
+def _on_disk(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
 
 
 def few_shot(folder: Path, asked: Asked, repetitions: int) -> Iterator[Row]:
@@ -231,9 +231,16 @@ def generation(asked: Asked, repetitions: int) -> Iterator[Row]:
     """Greedy rationales, shared prefix and sorted by length, beside `generate` on whole prompts."""
     limits = {"max_new_tokens": int(material.compose().teacher.kind.max_new_tokens), "stop": asked.prompts.end}
     prompts = [asked.prompt(request) for request in asked.requests]
-    ours, theirs = partial(_greedy, asked, **limits), partial(peers.generate, asked.model, prompts, _BATCH, **limits)
-    pairs = list(zip(prompts, ours(), theirs(), strict=True))
+    written: dict[str, list[list[int]]] = {}
+
+    def ours() -> None:
+        written["ours"] = _greedy(asked, **limits)
+
+    def theirs() -> None:
+        written["theirs"] = peers.generate(asked.model, prompts, _BATCH, **limits)
+
     seconds = medians({"ours": ours, "theirs": theirs}, repetitions)
+    pairs = list(zip(prompts, written["ours"], written["theirs"], strict=True))
     num_mine, num_theirs = (sum(len(pair[side]) for pair in pairs) for side in (1, 2))
     rate = num_mine / seconds["ours"] * seconds["theirs"] / num_theirs
     yield Row("rationales: tokens/s", num_mine / seconds["ours"], None, "higher")
@@ -274,7 +281,7 @@ def reading(folder: Path, texts: Texts, repetitions: int) -> Iterator[Row]:
 
 def _read_rows(name: str, store: Store, length: int, ways: Mapping[str, peers.Read], repetitions: int) -> Iterator[Row]:
     rng = random.Random(0)
-    batches = [[rng.randrange(len(store)) for _ in range(rng.randint(8, 32))] for _ in range(2000 // length)]
+    batches = [[rng.randrange(len(store)) for _ in range(rng.randint(8, 32))] for _ in range(1000 // length)]
     read = {"ours": partial(_training_tensors, store), **ways}
     expected = _training_tensors(store, batches[0])[0]
     for way, tensors in ways.items():  # the same ids come out, so the same work was done
@@ -389,20 +396,19 @@ def _step(module: StudentModule, optimizer: torch.optim.Optimizer, batch: Any) -
 def opening(folder: Path, repetitions: int) -> Iterator[Row]:
     """A million records: opening their store, and asking it for all of them."""
     codec = material.codec("topk")
-    keys = _million(folder, codec)
-    example = Example("")
-    requests = [Request(key, "answer", example, ()) for key in keys]
-    store = Store(folder, {"made": "for a measurement"}, codec)
-    if len(store) != len(keys) or store.missing(requests):
-        raise AssertionError(f"{len(store)} of {len(keys)} records are found")
+    _make_million(folder, codec)
     opened = partial(Store, folder, {"made": "for a measurement"}, codec)
-    seconds = medians({"open": opened, "missing": partial(store.missing, requests)}, repetitions)
-    yield Row("opening a store of 1,000,000 records, seconds", seconds["open"], 1.0, "lower")
-    yield Row("missing() over 1,000,000 requests, seconds", seconds["missing"], None, "lower")
+    yield Row("opening a store of 1,000,000 records, seconds", medians({"": opened}, repetitions)[""], 1.0, "lower")
+    store, example = opened(), Example("")
+    requests = [Request(_key(place), "answer", example, ()) for place in range(_RECORDS)]
+    if len(store) != _RECORDS or store.missing(requests):
+        raise AssertionError(f"{len(store)} of {_RECORDS} records are found")
+    missing = medians({"": partial(store.missing, requests)}, repetitions)[""]
+    yield Row("missing() over 1,000,000 requests, seconds", missing, None, "lower")
 
 
-def _million(folder: Path, codec: Codec) -> list[str]:
-    """Keys of a store that was written without syncing: one real shard, and others that are only as large as it."""
+def _make_million(folder: Path, codec: Codec) -> None:
+    """Write a store without syncing: one real shard, and others that are only as large as it."""
     one = [Annotation(_key(place), {}, "positive") for place in range(_PER_SHARD)]
     store = Store(folder, {"made": "for a measurement"}, codec)
     with store.writing() as writer:
@@ -420,7 +426,6 @@ def _million(folder: Path, codec: Codec) -> list[str]:
                 path = folder / f"{line['shard']}.{suffix}"
                 path.touch()
                 os.truncate(path, size)
-    return [_key(place) for place in range(_RECORDS)]
 
 
 if __name__ == "__main__":
