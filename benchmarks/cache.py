@@ -7,6 +7,7 @@ data=<path>       GSM8K as JSON lines; without it what is measured on it is left
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -317,7 +318,7 @@ def _soft_targets(store: Any, places: Sequence[tuple[str, Span]]) -> SoftTargets
 
 
 def _key(place: int) -> str:
-    return f"{place:032x}"
+    return hashlib.blake2b(str(place).encode(), digest_size=16).hexdigest()
 
 
 def _dealt(real: SoftTargets, length: int, number: int) -> list[SoftTargets]:
@@ -418,8 +419,8 @@ def _make_million(folder: Path, codec: Codec) -> None:
     with manifest.open("ab") as file:
         for number in range(1, _RECORDS // _PER_SHARD):
             line["shard"] = f"{number:016x}"
-            keys = range(number * _PER_SHARD, (number + 1) * _PER_SHARD)
-            line["keys"] = base64.b64encode(b"".join(key.to_bytes(16, "big") for key in keys)).decode()
+            places = range(number * _PER_SHARD, (number + 1) * _PER_SHARD)
+            line["keys"] = base64.b64encode(b"".join(bytes.fromhex(_key(place)) for place in places)).decode()
             body = json.dumps(line, sort_keys=True).encode()
             file.write(b'{"crc32": %10d, "line": %s}\n' % (zlib.crc32(body), body))
             for suffix, size in line["bytes"].items():
