@@ -1,0 +1,111 @@
+"""Sizes and fidelity: what each codec makes of real distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks import material
+from benchmarks.measure import Row
+from distill.cache import Codec, uniforms
+from distill.cache.rs_kd import RandomSampling
+from distill.records import SoftTargets
+
+Texts = Sequence[Float[Tensor, "N V"]]
+_LARGE_VOCABULARY = 151_936
+_SAMPLED_BARS = {"chat": 30, "manual": 60, "reviews": 60}  # bytes per token
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a codec cuts from the distributions of a text, what is read back of it, and the bytes between."""
+
+    cut: SoftTargets
+    back: SoftTargets
+    num_bytes: int
+
+
+def kept(codec: Codec, texts: Texts, name: str) -> Iterator[Kept]:
+    """Pass each text through the codec, as a record of its own."""
+    for place, logprobs_NV in enumerate(texts):
+        uniform_N = torch.from_numpy(uniforms(f"{name}/{place}", len(logprobs_NV), codec.seed or 0))
+        cut = codec.cut(logprobs_NV, uniform_N)
+        arrays = codec.pack(cut)
+        yield Kept(cut, codec.unpack(arrays), sum(array.nbytes for array in arrays.values()))
+
+
+def sizes(kind: str, texts: Texts) -> Iterator[Row]:
+    """Bytes, rounding, captured mass and noise, on real distributions.
+
+    Bytes go with entropy: the manual's is what their bar for prose is of, reviews torn out of context have a nat more.
+    """
+    codecs = {"sampled": material.codec("sampled"), "topk k=32": material.codec("topk")}
+    codecs |= {f"topk k={k}": material.codec("topk", k=k) for k in (16, 64)}
+    codecs |= {"rs_kd n=64": material.codec("rs_kd"), "dense": material.codec("dense")}
+    byte_bars = {"sampled": _SAMPLED_BARS[kind], "topk k=16": 48, "topk k=64": 200}
+    yield Row(f"{kind}: mean entropy, nats", _mean_entropy(texts), None, "lower")
+    for name, codec in codecs.items():
+        found = list(kept(codec, texts, kind))
+        yield Row(f"{kind}: {name}, bytes per token", _bytes_per_token(found), byte_bars.get(name), "lower")
+        if name != "dense" and not name.startswith("rs_kd"):  # neither rounds
+            rounding = sum(_rounding(one) for one in found) / _num_positions(found)
+            bar = {"topk k=16": 1.5e-4, "topk k=64": 1e-4}.get(name)
+            yield Row(f"{kind}: {name}, KL by rounding, nats", rounding, bar, "lower")
+            mass = 1 - sum(float(one.cut.tail_N.sum()) for one in found) / _num_positions(found)
+            yield Row(f"{kind}: {name}, mass of exact entries", mass, None, "higher")
+    yield from _noise(kind, texts, codecs["sampled"])
+    wide = [material.widened(logprobs_NV, _LARGE_VOCABULARY) for logprobs_NV in texts]
+    for name in ("sampled", "topk k=16", "topk k=32", "topk k=64", "rs_kd n=64"):
+        bar = byte_bars["sampled"] if name == "sampled" else None  # the others' are for ids of 16 bits
+        found = list(kept(codecs[name], wide, kind))
+        yield Row(f"{kind}: {name}, bytes per token at V={_LARGE_VOCABULARY}", _bytes_per_token(found), bar, "lower")
+
+
+def _noise(kind: str, texts: Texts, sampled: Codec) -> Iterator[Row]:
+    """The noise of `sampled`, and its bytes beside those of independent draws that are as noisy."""
+    found = list(kept(sampled, texts, kind))
+    noise = sum(map(_squared_error, found, texts)) / _num_positions(found)
+    alone = float(torch.cat([1 - logprobs_NV.double().exp().square().sum(-1) for logprobs_NV in texts]).mean())
+    n = round(alone / noise)  # of n independent draws the noise is alone / n
+    as_noisy = RandomSampling(n=n, seed=0, temperature=1.0)
+    ratio = _bytes_per_token(found) / _bytes_per_token(list(kept(as_noisy, texts, kind)))
+    yield Row(f"{kind}: sampled, E|t-p|^2", noise, None, "lower")
+    yield Row(f"{kind}: n at which rs_kd is as noisy", n, None, "higher")
+    yield Row(f"{kind}: bytes of sampled / rs_kd at equal noise", ratio, 0.45, "lower")
+
+
+def _mean_entropy(texts: Texts) -> float:
+    return float(torch.cat([-(logprobs_NV.exp() * logprobs_NV).sum(-1) for logprobs_NV in texts]).mean())
+
+
+def _num_positions(found: Sequence[Kept]) -> int:
+    return sum(len(one.cut) for one in found)
+
+
+def _bytes_per_token(found: Sequence[Kept]) -> float:
+    return sum(one.num_bytes for one in found) / _num_positions(found)
+
+
+def _rounding(one: Kept) -> float:
+    """Sum over positions of the KL from what was cut to what is read back, the rest being one outcome."""
+    before_NB, after_NB = _buckets(one.cut), _buckets(one.back)
+    is_there_NB = before_NB > 0
+    return float((before_NB[is_there_NB] * np.log(before_NB[is_there_NB] / after_NB[is_there_NB])).sum())
+
+
+def _buckets(soft: SoftTargets) -> np.ndarray:
+    head = soft.buckets()
+    return np.concatenate([np.exp(head.logprobs_NK.astype(np.float64)), head.tail_N[:, None]], 1)
+
+
+def _squared_error(one: Kept, logprobs_NV: Float[Tensor, "N V"]) -> float:
+    """Sum over positions of |t - p|^2, t being what a student is taught."""
+    p_NV = logprobs_NV.double().exp()
+    t_NK = torch.from_numpy(one.back.logprobs_NK).double().exp()
+    p_NK = p_NV.gather(-1, torch.from_numpy(one.back.ids_NK).long().clamp(min=0))
+    return float(p_NV.square().sum() + (t_NK * (t_NK - 2 * p_NK)).sum())

@@ -1,0 +1,130 @@
+"""What others do, to measure beside it: whole prompts in dataset order, nested lists; each as well as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distill.records import SoftTargets
+
+_TOP = 32
+_ROWS = 1000  # that `datasets` writes at a time
+
+
+@torch.inference_mode()
+def bare_forward(model: Any, texts: Sequence[Sequence[int]], batch_size: int) -> None:
+    """Logits of every position of every text, and nothing done with them."""
+    for start in range(0, len(texts), batch_size):
+        model(*_padded(texts[start : start + batch_size]), use_cache=False)
+
+
+@torch.inference_mode()
+def naive_capture(model: Any, texts: Sequence[tuple[Sequence[int], int]], batch_size: int, path: Path) -> None:
+    """Softmax over every position; of the targets the top 32 as Python lists, written batch by batch."""
+    row = pa.list_(pa.list_(pa.int32())), pa.list_(pa.list_(pa.float32()))
+    schema = pa.schema([("ids", row[0]), ("logprobs", row[1])])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            logits_BTV = model(*_padded([ids for ids, _ in batch]), use_cache=False).logits
+            logprobs_BTV = logits_BTV.float().log_softmax(-1)
+            tops = [logprobs_BTV[i, first - 1 : len(ids) - 1].topk(_TOP) for i, (ids, first) in enumerate(batch)]
+            columns = {"ids": [top.indices.tolist() for top in tops], "logprobs": [top.values.tolist() for top in tops]}
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    longest = max(map(len, texts))
+    ids_BT, mask_BT = torch.zeros(2, len(texts), longest, dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(longest - len(text), None) if left else slice(len(text))
+        ids_BT[row, place], mask_BT[row, place] = torch.tensor(text), 1
+    return ids_BT, mask_BT
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, *, max_new_tokens: int, stop: int
+) -> list[list[int]]:
+    """Greedy text after each prompt from `transformers`, up to and including `stop` or to the limit."""
+    written = []
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stop, "pad_token_id": stop}
+    for start in range(0, len(prompts), batch_size):
+        ids_BT, mask_BT = _padded(prompts[start : start + batch_size], left=True)
+        rows = model.generate(ids_BT, attention_mask=mask_BT, **settings)[:, ids_BT.shape[1] :].tolist()
+        written += [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+    return written
+
+
+@torch.inference_mode()
+def gap(model: Any, prompt: Sequence[int], left: Sequence[int], right: Sequence[int]) -> float:
+    """How far apart, in nats, the model thinks the first tokens in which two continuations of a prompt differ."""
+    pairs = list(zip(left, right, strict=False))
+    place = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
+    logprobs_V = model(torch.tensor([[*prompt, *left[:place]]])).logits[0, -1].float().log_softmax(-1)
+    return abs(float(logprobs_V[left[place]] - logprobs_V[right[place]]))
+
+
+Tensors = tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]
+Read = Callable[[Sequence[int]], Tensors]
+
+
+def nested_lists(path: Path, records: Sequence[SoftTargets]) -> dict[str, Read]:
+    """A data set of nested lists in a memory-mapped Arrow file; its ways to read records of given places."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with pa.OSFile(str(path), "wb") as file:
+        tables = [_table(records[start : start + _ROWS]) for start in range(0, len(records), _ROWS)]
+        with pa.ipc.new_stream(file, tables[0].schema) as stream:
+            for table in tables:
+                stream.write_table(table)
+    plain = datasets.Dataset.from_file(str(path))
+    formatted = plain.with_format("torch")
+
+    def lists(places: Sequence[int]) -> Tensors:
+        found = plain[list(places)]
+        return _tensor(found["ids"], -1, torch.int64), _tensor(found["logprobs"], -torch.inf, torch.float32)
+
+    def tensors(places: Sequence[int]) -> Tensors:
+        found = formatted[list(places)]
+        return _joined(found["ids"], -1).long(), _joined(found["logprobs"], -torch.inf).float()
+
+    return {"lists": lists, "tensors": tensors}
+
+
+def _table(records: Sequence[SoftTargets]) -> pa.Table:
+    offsets = pa.array(np.cumsum([0, *map(len, records)]), pa.int32())
+    columns = {}
+    for name in ("ids_NK", "logprobs_NK"):
+        is_there = [record.ids_NK >= 0 for record in records]
+        ends = np.cumsum([0, *np.concatenate([there.sum(1) for there in is_there])])
+        values = np.concatenate([getattr(r, name)[there] for r, there in zip(records, is_there, strict=True)])
+        rows = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
+        columns[name.removesuffix("_NK")] = pa.ListArray.from_arrays(offsets, rows)
+    return pa.table(columns)
+
+
+def _tensor(records: Sequence[Sequence[Sequence[float]]], fill: float, dtype: torch.dtype) -> Float[Tensor, "N K"]:
+    """Rows of lists, padded only if they have to be."""
+    rows = [row for record in records for row in record]
+    widest = max(map(len, rows))
+    if any(len(row) < widest for row in rows):
+        rows = [[*row, *[fill] * (widest - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=dtype)
+
+
+def _joined(records: Any, fill: float) -> Float[Tensor, "N K"]:
+    """Rows of tensors, which `datasets` has stacked as far as their lengths agree."""
+    if isinstance(records, Tensor):
+        return records.flatten(0, 1)
+    rows = [row for record in records for row in record]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
