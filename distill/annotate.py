@@ -156,12 +156,17 @@ def plan(requests: Sequence[Request], size: int) -> list[Group]:
     groups = []
     for span in SPANS:
         of_span = distinct(request for request in requests if request.span == span)
-        ordered = sorted(of_span, key=lambda request: (len(request.question_ids), request.key))
+        ordered = sorted(of_span, key=lambda request: (_length(request), request.key))
         for start in range(0, len(ordered), size):
             part = tuple(ordered[start : start + size])
             keys = "".join(request.key for request in part)
             groups.append(Group(hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), part))
     return groups
+
+
+def _length(request: Request) -> int:
+    """About how many tokens will be read for it; a token has some four characters."""
+    return len(request.question_ids) + len(request.example.answer or "") // 4
 
 
 def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:

@@ -87,7 +87,8 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
 def show(request: Request, annotation: Annotation, prompts: Prompts) -> str:
     """A record as text: the question, what the teacher said, and what it expected at each token."""
     lines = [f"record     {request.key} ({request.span})", f"question   {request.example.question}"]
-    lines += [f"answer     {annotation.answer or 'none could be read'}"]
+    if annotation.answer or request.example.answer is None:
+        lines += [f"answer     {annotation.answer or 'none could be read'}"]
     if request.example.answer is not None:
         lines += [f"gold       {request.example.answer}"]
     if annotation.rationale is not None:

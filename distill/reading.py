@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from distill.records import ConfigError
 
 _SHARED = "distill_shared_prefix"
+_HEAD_ROWS, _FEW_ROWS = 256, 32
 Blocks = list[tuple[Tensor, Tensor]]
 
 
@@ -71,6 +72,29 @@ class PrefixedReader:
         ids_BT = torch.tensor(ids, dtype=torch.long, device=self.device)
         return Reading(self, ids_BT, torch.tensor(mask, dtype=torch.bool, device=self.device))
 
+    def before_targets(
+        self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "N H"]:
+        """Read prompts with what follows them; return the hidden states that predict each target's tokens, in order."""
+        # Padded on the right: nothing looks at what comes later. The last token predicts nothing, so it is not read.
+        rows = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets, strict=True)]
+        ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        is_read_BT, is_before_BT = (torch.zeros_like(ids_BT, dtype=torch.bool) for _ in range(2))
+        for row, (ids, target) in enumerate(zip(rows, targets, strict=True)):
+            ids_BT[row, : len(ids)] = torch.tensor(ids)
+            is_read_BT[row, : len(ids)] = True
+            is_before_BT[row, len(ids) - len(target) : len(ids)] = True
+        ids_BT, is_read_BT = ids_BT.to(self.device), is_read_BT.to(self.device)
+        return self.advance(ids_BT, is_read_BT, self.new_cache(len(rows)))[is_before_BT.to(self.device)]
+
+    def in_pieces(self, hidden_NH: Float[Tensor, "N H"]) -> Iterator[Float[Tensor, "M V"]]:
+        """Log-probabilities of hidden states, a few rows at a time, small enough for a processor's cache."""
+        head: nn.Module = self._model.get_output_embeddings()
+        few = _HEAD_ROWS if self.device.type == "cuda" else _FEW_ROWS
+        for part_NH in hidden_NH.split(_HEAD_ROWS):
+            for logits_MV in head(part_NH)[:, : self.vocabulary_size].split(few):
+                yield logits_MV.float().log_softmax(-1)
+
     def new_cache(self, num_rows: int) -> DynamicCache:
         """Keys and values for so many rows that have read the prefix and nothing else."""
         if self._prefix is None or self._blocks:
@@ -96,6 +120,9 @@ class PrefixedReader:
             with _attending(self._model.config, _SHARED):
                 mask_B1TS = _causal(mask_BS, num_new)
                 out = self._model.base_model(ids_BT, attention_mask=mask_B1TS, shared_prefix=self._blocks, **given)
+        elif self._prefix is None and num_new == mask_BS.shape[1] and mask_BS[:, 0].all():
+            # Nothing before, padding after: the mask is the causal one, which attention kernels know by themselves.
+            out = self._model.base_model(ids_BT, **given)
         else:
             mask_BP = mask_BS.new_ones(len(mask_BS), len(self._prefix_ids))
             out = self._model.base_model(ids_BT, attention_mask=torch.cat([mask_BP, mask_BS], 1).long(), **given)

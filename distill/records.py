@@ -170,14 +170,17 @@ class SoftTargets:
         """Targets one after the other, padded to the largest K."""
         if len({part.is_tail_drawn for part in parts}) != 1:
             raise CacheError("soft targets with draws and without cannot be joined: two codecs made them")
-        width = max(part.ids_NK.shape[1] for part in parts)
-        return cls(
-            np.concatenate([_widened(part.ids_NK, width, -1) for part in parts]),
-            np.concatenate([_widened(part.logprobs_NK, width, -np.inf) for part in parts]),
-            np.concatenate([part.tail_N for part in parts]),
-            np.concatenate([part.num_exact_N for part in parts]),
-            parts[0].is_tail_drawn,
+        shape = sum(map(len, parts)), max(part.ids_NK.shape[1] for part in parts)
+        ids_NK, logprobs_NK = np.full(shape, -1, parts[0].ids_NK.dtype), np.full(shape, -np.inf, np.float32)
+        start = 0
+        for part in parts:
+            rows, columns = slice(start, start + len(part)), slice(part.ids_NK.shape[1])
+            ids_NK[rows, columns], logprobs_NK[rows, columns] = part.ids_NK, part.logprobs_NK
+            start += len(part)
+        tail_N, num_exact_N = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("tail_N", "num_exact_N")
         )
+        return cls(ids_NK, logprobs_NK, tail_N, num_exact_N, parts[0].is_tail_drawn)
 
     def buckets(self) -> SoftTargets:
         """The bucket reading: exact entries, and one outcome for all the rest. Draws are dropped."""
@@ -217,11 +220,6 @@ class SoftTargets:
 
     def _is_exact_NK(self) -> np.ndarray:  # noqa: N802 - a tensor's dimensions stand in its name
         return np.arange(self.ids_NK.shape[1]) < self.num_exact_N[:, None]
-
-
-def _widened(array_NK: np.ndarray, width: int, fill: int | float) -> np.ndarray:
-    missing = width - array_NK.shape[1]
-    return np.pad(array_NK, ((0, 0), (0, missing)), constant_values=fill) if missing else array_NK
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,26 @@ class CausalLMTeacher:
         spans = {request.span for request in requests}
         if len(spans) != 1:
             raise ValueError(f"one call annotates one span, not {sorted(spans)}")
-        return self._answer(requests) if spans == {"answer"} else self._reason(requests)
+        if spans == {"rationale"}:
+            return self._reason(requests)
+        # Where the answer is given and there is nothing to choose from, the teacher need not write one of its own.
+        given = [r for r in requests if r.example.answer is not None and not self._choices]
+        asked = [r for r in requests if r.example.answer is None or self._choices]
+        parts = [*(self._expect(given) if given else []), *(self._answer(asked) if asked else [])]
+        by_key = {annotation.key: annotation for annotation in parts}
+        return [by_key[request.key] for request in requests]
+
+    def _expect(self, requests: Sequence[Request]) -> list[Annotation]:
+        """What is expected in the place of each token of the given answers."""
+        targets = [self._prompts.answer_ids(str(request.example.answer)) for request in requests]
+        reader = self._reader("answer")
+        hidden_NH = reader.before_targets([request.question_ids for request in requests], targets)
+        uniform_N = torch.cat([self._uniforms(r, len(ids)) for r, ids in zip(requests, targets, strict=True)])
+        soft, found = self._cut(reader, hidden_NH, uniform_N), []
+        for request, ids in zip(requests, targets, strict=True):
+            found.append(Annotation(request.key, {"answer": Target(ids, soft[: len(ids)])}, None))
+            soft = soft[len(ids) :]
+        return found
 
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
@@ -183,14 +202,13 @@ class CausalLMTeacher:
         # The last token of a target predicts nothing that is kept, so it need not be read.
         lengths = [max(0, len(ids) - 1) for ids in targets]
         padded = [[*ids[:-1], *[0] * (max(lengths) - n)] for ids, n in zip(targets, lengths, strict=True)]
-        first_B, later_N = self._uniforms(requests, targets)
-        parts = [self._codec.cut(first_BV, first_B)]
+        uniforms_BN = [self._uniforms(r, max(1, len(ids))) for r, ids in zip(requests, targets, strict=True)]
+        parts = [self._codec.cut(first_BV, torch.stack([uniform_N[0] for uniform_N in uniforms_BN]))]
         if max(lengths):
             hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
             is_read_BT = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
             later_NH = hidden_BTH[is_read_BT.to(hidden_BTH.device)]
-            pieces = zip(later_NH.split(256), later_N.split(256), strict=True)
-            parts += [self._codec.cut(reading.reader.logprobs(hidden), uniform) for hidden, uniform in pieces]
+            parts.append(self._cut(reading.reader, later_NH, torch.cat([uniform_N[1:] for uniform_N in uniforms_BN])))
         every = SoftTargets.join(parts)
         found, start = [], len(targets)
         for row, (ids, length) in enumerate(zip(targets, lengths, strict=True)):
@@ -199,14 +217,18 @@ class CausalLMTeacher:
             start += length
         return found
 
-    def _uniforms(
-        self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]]
-    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "N"]]:
-        """Numbers for each target's first token, and for all later ones; a position has its own in any batch."""
-        seed = self._codec.seed or 0
-        rows = [uniforms(r.key, max(1, len(ids)), seed) for r, ids in zip(requests, targets, strict=True)]
-        first_B = torch.tensor([float(row[0]) for row in rows], dtype=torch.float64)
-        return first_B, torch.cat([torch.from_numpy(row[1:]) for row in rows])
+    def _cut(
+        self, reader: PrefixedReader, hidden_NH: Float[Tensor, "N H"], uniform_N: Float[Tensor, "N"]
+    ) -> SoftTargets:
+        parts, start = list[SoftTargets](), 0
+        for logprobs_MV in reader.in_pieces(hidden_NH):
+            parts.append(self._codec.cut(logprobs_MV, uniform_N[start : start + len(logprobs_MV)]))
+            start += len(logprobs_MV)
+        return SoftTargets.join(parts)
+
+    def _uniforms(self, request: Request, number: int) -> Float[Tensor, "N"]:
+        """A number for each position of a target: its own in any batch."""
+        return torch.from_numpy(uniforms(request.key, number, self._codec.seed or 0))
 
 
 def _targets(rationale: tuple[int, ...], last: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:
