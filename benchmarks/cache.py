@@ -38,7 +38,7 @@ from distill.head import head_loss
 from distill.models import native_dtype
 from distill.modules import StudentModule
 from distill.reading import PrefixedReader
-from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
+from distill.records import Annotation, Example, Request, SoftTargets, Target
 from distill.student import open_student
 
 _POSITIONS = 1000
@@ -212,15 +212,8 @@ def _every(read: Callable[[Sequence[int]], object], batches: Sequence[Sequence[i
 
 def _training_tensors(store: Store, places: Sequence[int]) -> peers.Tensors:
     """As `distill.data` makes them of what a store gives."""
-    soft = _soft_targets(store, [(_key(place), "answer") for place in places]).for_training()
+    soft = store.soft_targets([(_key(place), "answer") for place in places]).for_training()
     return torch.from_numpy(soft.ids_NK).to(torch.int64), torch.from_numpy(soft.logprobs_NK).to(torch.float32)
-
-
-def _soft_targets(store: Any, places: Sequence[tuple[str, Span]]) -> SoftTargets:
-    if hasattr(store, "soft_targets"):
-        found: SoftTargets = store.soft_targets(places)
-        return found
-    return SoftTargets.join([store.read(key).targets[span].soft for key, span in places])
 
 
 def _key(place: int) -> str:
@@ -262,7 +255,10 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
     sampler = StepSampler(lessons, batch_size=config.batch_size, num_microbatches=1, num_steps=20, seed=0)
 
     def batches() -> list[Any]:
-        return [collate([lessons[i] for i in part.indices], part.counts, prompts.end) for part in sampler]
+        return [
+            collate([lessons[i] for i in part.indices], part.counts, prompts.end, store.soft_targets)
+            for part in sampler
+        ]
 
     module, optimizer = _student(source, config)
     batch = batches()[0]

@@ -86,9 +86,7 @@ class Asked:
         with store.writing() as writer:
             for group in plan(self.requests, self.group_size):
                 store.claims.take(group.name)
-                writer.add(self.module.predict_step(group))
-                writer.flush()
-                store.claims.release(group.name)
+                writer.write(group, self.module.predict_step(group))
         return store
 
 

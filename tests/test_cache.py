@@ -144,6 +144,7 @@ def test_an_index_is_a_dictionary(blocks: list[list[tuple[int, int]]], few: int)
             every = {first.to_bytes(8, "big") + second.to_bytes(8, "big") for first in range(4) for second in range(4)}
             assert {each: index.find(each) for each in every} == dict.fromkeys(every) | wanted
             assert len(index) == len(wanted)
+            assert index.has(b"".join(sorted(every))).tolist() == [each in wanted for each in sorted(every)]
 
 
 def test_a_target_without_soft_targets_stays_so(tmp_path: Path) -> None:

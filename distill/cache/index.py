@@ -38,6 +38,19 @@ class Index:
         number = self._recent.get(key)
         return self._find_sorted(key) if number is None else number
 
+    def has(self, keys: bytes) -> np.ndarray:
+        """Whether each of many keys is there."""
+        self._settle()
+        wanted_M2 = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+        place_M = np.searchsorted(self._sorted_S, wanted_M2[:, 0].byteswap(), side="right") - 1
+        is_there_M = np.zeros(len(wanted_M2), bool)
+        if len(self._number_S):
+            every_E2 = np.frombuffer(bytes(self._keys), np.uint64).reshape(-1, 2)
+            is_there_M = (every_E2[self._number_S[place_M]] == wanted_M2).all(1) & (place_M >= 0)
+        for number in np.flatnonzero(~is_there_M).tolist():  # recent ones, or such as share their first half
+            is_there_M[number] = self.find(keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]) is not None
+        return is_there_M
+
     def _find_sorted(self, key: bytes) -> int | None:
         first = np.frombuffer(key, ">u8", 1).astype(np.uint64)[0]
         place = int(np.searchsorted(self._sorted_S, first, side="right")) - 1

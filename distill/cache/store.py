@@ -93,7 +93,9 @@ class Store:
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
         """Requests that have no record yet, each key once."""
-        return [request for request in distinct(requests) if request.key not in self]
+        asked = distinct(requests)
+        is_there = self._index.has(bytes.fromhex("".join(request.key for request in asked)))
+        return [request for request, there in zip(asked, is_there.tolist(), strict=True) if not there]
 
     def read(self, key: str) -> Annotation:
         """Return one record; raises CacheError where there is none, or its shard is damaged."""
@@ -147,8 +149,11 @@ class Store:
             return
         if header not in self._read_bytes:
             self._check_header(header)
-        paths = sorted(self.folder.glob("manifest-*.jsonl"))
-        lines = [(path.name, line) for path in paths for line in self._new_lines(path)]
+        self.take_lines(*sorted(self.folder.glob("manifest-*.jsonl")))
+
+    def take_lines(self, *manifests: Path) -> None:
+        """See what has come to these manifests."""
+        lines = [(path.name, line) for path in manifests for line in self._new_lines(path)]
         self._struck |= {(str(line["struck"]), str(line.get("shard"))) for _, line in lines if "struck" in line}
         for name, line in lines:
             if "struck" not in line and (name, str(line.get("shard"))) not in self._struck:
@@ -285,7 +290,7 @@ class Writer:
         self._num_lines += 1
         if self._remote:
             self._remote.put(self._manifest.name)
-        self._store.refresh()
+        self._store.take_lines(self._manifest)
 
 
 def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
