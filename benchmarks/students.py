@@ -44,7 +44,7 @@ from distill.cache import Codec, uniforms
 from distill.cache.rs_kd import RandomSampling
 from distill.cache.sampled import Sampled
 from distill.cache.topk import TopK
-from distill.data import Lesson, StepSampler, TrainingSequence, collate
+from distill.data import Lesson, SoftPlace, StepSampler, TrainingSequence, collate
 from distill.fetch import sha256
 from distill.head import head_loss
 from distill.losses import Objective
@@ -52,7 +52,7 @@ from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.modules import StudentModule
 from distill.prompts import load_tokenizer
-from distill.records import Batch, Prompt, SoftTargets, content_id
+from distill.records import Batch, Place, Prompt, SoftTargets, Span, content_id
 from distill.student import open_student
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -330,9 +330,10 @@ def _train(module: StudentModule, arm: Arm, train: Sequence[Text], seed: int, se
     )
     for step in range(settings.num_steps):
         indices = sampler.step_indices(step)
-        lessons = [_lesson(train[index], None if arm.cache is None else arm.cache[index]) for index in indices]
+        soft = {} if arm.cache is None else {train[index].id: arm.cache[index] for index in indices}
+        lessons = [_lesson(train[index], soft.get(train[index].id)) for index in indices]
         counts = sum((lesson.counts() for lesson in lessons), Counter[Any]())
-        batch = collate(lessons, counts, 0)
+        batch = collate(lessons, counts, 0, partial(_joined, soft))
         arm.loss(module, batch, [train[index] for index in indices]).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -341,8 +342,12 @@ def _train(module: StudentModule, arm: Arm, train: Sequence[Text], seed: int, se
 
 
 def _lesson(text: Text, soft: SoftTargets | None) -> Lesson:
-    softs = {} if soft is None else {"rationale": soft}
-    return Lesson(text.id, (TrainingSequence(text.prompt, frozenset({"rationale"}), softs),))  # type: ignore[arg-type]
+    places: dict[Span, SoftPlace] = {} if soft is None else {"rationale": SoftPlace((text.id, "rationale"), len(soft))}
+    return Lesson(text.id, (TrainingSequence(text.prompt, frozenset({"rationale"}), places),))
+
+
+def _joined(soft: Mapping[str, SoftTargets], places: Sequence[Place]) -> SoftTargets:
+    return SoftTargets.join([soft[key] for key, _ in places])
 
 
 @torch.no_grad()
@@ -358,7 +363,7 @@ def _figures(
     is_right: list[Tensor] = []
     for first in range(0, len(held_out), settings.batch_size):
         texts = held_out[first : first + settings.batch_size]
-        batch = collate([_lesson(text, None) for text in texts], {}, 0)
+        batch = collate([_lesson(text, None) for text in texts], {}, 0, partial(_joined, {}))
         hidden_NH = _hidden(module, batch)
         log_q_NV = (hidden_NH @ weight_VH.T).log_softmax(-1)
         log_p_NV = torch.cat(list(whole[first : first + settings.batch_size]))
