@@ -601,3 +601,13 @@ def test_a_divergence_that_needs_no_rest_bucket_has_a_slope_that_is_linear_in_th
     slopes = [divergence(log_q_NB, log_t_NB)[1] for log_t_NB in (one_NB, other_NB)]
     mixed = divergence(log_q_NB, ((one_NB.exp() + other_NB.exp()) / 2).log())[1]
     assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
+
+
+def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
+    few, many = (codec("sampled", n=n, k_min=0) for n in (4, 5))
+    flat_NV = torch.full((3, 70), -math.log(70))
+    arrays = many.pack(many.cut(flat_NV, draws(3)))
+    assert arrays["position.num_draws"].tolist() == [5, 5, 5]
+    assert many.unpack(arrays)
+    with pytest.raises(CacheError, match="does not fit together"):
+        few.unpack(arrays)

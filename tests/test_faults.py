@@ -737,9 +737,9 @@ def test_a_shard_is_on_disk_under_its_name_before_a_line_names_it(
         for number in (1, 2, 3):
             writer.add([annotation(number)])
             writer.flush()
+            assert not any(named.values())
     assert set(checked) == {path.stem for path in folder.glob("*.parquet")}
     assert len(set(checked)) == 3
-    assert not any(named.values())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
