@@ -16,23 +16,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import pytest
 import torch
-from conftest import CountingTeacher, codec, compose, conf_names, run
+from conftest import LAYOUT, CountingTeacher, codec, compose, conf_names, examples, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.numpy import load, save
 from test_annotate import shards, tiny
 from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
+from torch.utils.data import DataLoader, Dataset
 
 from distill.annotate import Share, fill, main, open_source, plan
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
-from distill.records import Annotation, CacheError, Example, Request, Target
+from distill.cache.topk import TopK
+from distill.data import Join, collate
+from distill.prompts import Prompts, load_tokenizer
+from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
 from distill.train import prepare, teach
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
@@ -834,6 +838,7 @@ def test_a_claim_is_given_up_as_soon_as_its_group_is_made_and_when_work_breaks_o
     assert len(open_source(configured(*GROUPED)).store) == 10
 
 
+@pytest.mark.slow
 def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[..., DictConfig]) -> None:
     source = open_source(configured())
     every = source.splits.train
@@ -849,3 +854,66 @@ def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[...,
     assert fresh[0] | fresh[1] == {example.id for example in every}
     assert not fresh[0] & fresh[1]
     assert made("begun", 1, *every[:3]) == fresh[0] | {example.id for example in every[:3]}
+
+
+# Read by many.
+
+
+@final
+class Steps(Dataset[Batch]):
+    """Batches of lessons that are read from a cache when they are wanted."""
+
+    def __init__(self, join: Join, given: Sequence[Example]) -> None:
+        self._join, self._given = join, given
+
+    def __len__(self) -> int:
+        return len(self._given) // 4
+
+    def __getitem__(self, number: int) -> Batch:
+        part = self._given[4 * number : 4 * number + 4]
+        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0)
+
+
+def lesson_prompts(folder: Path) -> Prompts:
+    return Prompts(load_tokenizer(folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+def read_by_workers(folder: Path, tokenizer: Path) -> None:
+    """Read a cache in workers that are forked, and then here; the batches must be the same."""
+    prompts, given = lesson_prompts(tokenizer), examples(24)
+    requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in given}
+    needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
+    store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
+    join = Join(prompts=prompts, store=store, requests=requests, rationales={}, answer="direct", needed=needed)
+    loaders = [DataLoader(Steps(join, given), batch_size=None, num_workers=number) for number in (2, 0)]
+    there, here = (list(loader) for loader in loaders)
+    assert len(there) == len(here) == 6
+    for left, right in zip(there, here, strict=True):
+        assert left.counts == right.counts
+        assert left.example_ids == right.example_ids
+        for name in ("input_ids_BT", "mask_BT", "sequence_N", "before_N", "label_N", "is_labelled_N"):
+            assert torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("rows_M", "ids_MK", "logprobs_MK", "tail_M"):
+            assert torch.equal(getattr(left.soft, name), getattr(right.soft, name))
+
+
+@pytest.mark.slow
+def test_workers_read_from_a_cache_what_one_process_reads(tmp_path: Path, student_folder: Path) -> None:
+    made, prompts = TopK(k=4, temperature=1.0), lesson_prompts(student_folder)
+    with Store(tmp_path, FINGERPRINT, made).writing() as writer:
+        for number, example in enumerate(examples(24)):
+            ids = prompts.answer_ids(example.answer or "")
+            soft = made.cut((3 * torch.randn(len(ids), 300)).log_softmax(-1), torch.zeros(len(ids)).double())
+            request = prompts.request(example, "answer")
+            writer.add([Annotation(request.key, {"answer": Target(ids, soft)}, example.answer)])
+            if number % 5 == 4:
+                writer.flush()
+    # Only a process without threads may fork.
+    line = [sys.executable, __file__, str(tmp_path), str(student_folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    read_by_workers(Path(sys.argv[1]), Path(sys.argv[2]))
