@@ -611,3 +611,16 @@ def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
     assert many.unpack(arrays)
     with pytest.raises(CacheError, match="does not fit together"):
         few.unpack(arrays)
+
+
+def test_a_row_agrees_the_same_beside_longer_ones() -> None:
+    """Where a row has no entry, the first token of the vocabulary is not taken for one."""
+    log_q_NV, log_p_NV = random(5, 300), random(5, 300, 4.0)
+    log_q_NV[:, 0] += 8
+    log_q_NV = log_q_NV.log_softmax(-1)
+    log_p_NV[:, 0] = -30
+    soft = codec("sampled").cut(log_p_NV.log_softmax(-1), draws(5))
+    assert len(set(soft.num_exact_N.tolist())) > 1
+    together = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
+    alone = [_divergence(log_q_NV[n : n + 1], Target((1,), soft[n : n + 1])) for n in range(5)]
+    assert math.isclose(together, sum(alone) / 5, abs_tol=1e-4)

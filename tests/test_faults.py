@@ -777,7 +777,7 @@ def test_the_clock_of_a_machine_that_is_wrong_kills_no_claim_and_keeps_none_aliv
         ahead = days * 86_400 * (10**9 if name == "time_ns" else 1)
         monkeypatch.setattr(time, name, lambda clock=clock, ahead=ahead: clock() + ahead)
     for name, age in (("young", 5), ("old", 60)):
-        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 2**22 + 1}))  # no process here has it
         touched = clocks["time"]() - age
         os.utime(tmp_path / name, (touched, touched))
     claims = Claims(tmp_path, seconds=30.0)
@@ -818,6 +818,28 @@ def test_what_another_process_makes_meanwhile_is_not_made_again(configured: Call
     lines = [line for path in folder.glob("manifest-*") for line in unsealed(path.read_bytes()) if "shard" in line]
     assert len(lines) == len(groups) == 6
     assert len({line["keys"] for line in lines}) == 6
+
+
+def test_what_another_process_made_just_before_a_claim_is_not_made_again(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(configured(*GROUPED))
+    last = plan([source.prompts.request(example, "answer") for example in source.splits.train], 2)[-1]
+    take, just_before = Claims.take, list[str]()
+
+    def taking(self: Claims, name: str) -> bool:
+        if name == last.name and not just_before:
+            just_before.append(name)
+            fill(open_source(configured(*GROUPED)), {"answer": [request.example for request in last.requests]})
+        return take(self, name)
+
+    monkeypatch.setattr(Claims, "take", taking)
+    fill(source, {"answer": source.splits.train})
+    assert just_before
+    manifests = source.store.folder.glob("manifest-*")
+    lines = [line for path in manifests for line in unsealed(path.read_bytes()) if "shard" in line]
+    assert len(lines) == len({line["keys"] for line in lines}) == 6
+    assert not list(source.store.folder.glob("claims/[0-9a-f]*"))
 
 
 def test_a_claim_is_given_up_as_soon_as_its_group_is_made_and_when_work_breaks_off(
