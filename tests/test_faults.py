@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
 from distill.cache.topk import TopK
 from distill.data import Join, collate
+from distill.fetch import whole_file
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
 from distill.train import prepare, teach
@@ -681,6 +683,13 @@ def test_a_folder_that_goes_away_is_one_message_and_what_was_in_it_is_whole(
     store = stored_in(tmp_path, elsewhere, teacher_folder)
     assert len(store) > 0
     assert store.check() == []
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as raised, whole_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
