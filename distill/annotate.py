@@ -303,7 +303,7 @@ class _Save(Callback):
 def _say_why(store: Store) -> None:
     """Why nothing can be reused, where there are caches beside this one."""
     found = nearest_difference(store.folder, store.fingerprint)
-    if found:
+    if found and found[1]:
         say(f"no cache beside it fits; the nearest, {found[0].name}, was made in another way:")
         say("\n".join(found[1]))
 

@@ -183,14 +183,17 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
     ]
 
 
+def environment(**more: str) -> dict[str, str]:
+    """What a process of its own needs to find the code that is tested here; nothing of W&B."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    return kept | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
 def start(root: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
     """Start a command in a process of its own; it writes below `root` alone."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment = kept | {"DISTILL_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     line = [sys.executable, "-m", f"distill.{command}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen(line, env=environment, cwd=root, text=True, **pipes)
+    return subprocess.Popen(line, env=environment(DISTILL_ROOT=str(root)), cwd=root, text=True, **pipes)
 
 
 def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import compose, counted, shards, tiny_overrides
+from conftest import compose, counted, environment, shards, tiny_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
@@ -278,9 +278,8 @@ def kill_at_every_boundary(folder: Path, num_groups: int) -> int:
 
 def run_here(*arguments: str) -> str:
     """This file as a program: only a process without threads may fork."""
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=200, check=False
-    )
+    line = [sys.executable, __file__, *arguments]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

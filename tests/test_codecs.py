@@ -629,3 +629,26 @@ def test_a_divergence_that_needs_no_rest_bucket_has_a_slope_that_is_linear_in_th
     slopes = [divergence(log_q_NB, log_t_NB)[1] for log_t_NB in (one_NB, other_NB)]
     mixed = divergence(log_q_NB, ((one_NB.exp() + other_NB.exp()) / 2).log())[1]
     assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
+
+
+def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
+    few, many = (codec("sampled", n=n, k_min=0) for n in (4, 5))
+    flat_NV = torch.full((3, 70), -math.log(70))
+    arrays = many.pack(many.cut(flat_NV, draws(3)))
+    assert arrays["position.num_draws"].tolist() == [5, 5, 5]
+    assert many.unpack(arrays)
+    with pytest.raises(CacheError, match="does not fit together"):
+        few.unpack(arrays)
+
+
+def test_a_row_agrees_the_same_beside_longer_ones() -> None:
+    """Where a row has no entry, the first token of the vocabulary is not taken for one."""
+    log_q_NV, log_p_NV = random(5, 300), random(5, 300, 4.0)
+    log_q_NV[:, 0] += 8
+    log_q_NV = log_q_NV.log_softmax(-1)
+    log_p_NV[:, 0] = -30
+    soft = codec("sampled").cut(log_p_NV.log_softmax(-1), draws(5))
+    assert len(set(soft.num_exact_N.tolist())) > 1
+    together = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
+    alone = [_divergence(log_q_NV[n : n + 1], Target((1,), soft[n : n + 1])) for n in range(5)]
+    assert math.isclose(together, sum(alone) / 5, abs_tol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import re
@@ -16,23 +17,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import pytest
 import torch
-from conftest import CountingTeacher, codec, compose, conf_names, run
+from conftest import LAYOUT, CountingTeacher, codec, compose, conf_names, examples, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.numpy import load, save
 from test_annotate import shards, tiny
 from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
+from torch.utils.data import DataLoader, Dataset
 
 from distill.annotate import Share, fill, main, open_source, plan
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
-from distill.records import Annotation, CacheError, Example, Request, Target
+from distill.cache.topk import TopK
+from distill.data import Join, collate
+from distill.fetch import whole_file
+from distill.prompts import Prompts, load_tokenizer
+from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
 from distill.train import prepare, teach
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
@@ -679,6 +685,13 @@ def test_a_folder_that_goes_away_is_one_message_and_what_was_in_it_is_whole(
     assert store.check() == []
 
 
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as raised, whole_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
 def test_a_writer_whose_folder_is_gone_says_so(what: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
@@ -737,9 +750,9 @@ def test_a_shard_is_on_disk_under_its_name_before_a_line_names_it(
         for number in (1, 2, 3):
             writer.add([annotation(number)])
             writer.flush()
+            assert not any(named.values())
     assert set(checked) == {path.stem for path in folder.glob("*.parquet")}
     assert len(set(checked)) == 3
-    assert not any(named.values())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
@@ -773,7 +786,7 @@ def test_the_clock_of_a_machine_that_is_wrong_kills_no_claim_and_keeps_none_aliv
         ahead = days * 86_400 * (10**9 if name == "time_ns" else 1)
         monkeypatch.setattr(time, name, lambda clock=clock, ahead=ahead: clock() + ahead)
     for name, age in (("young", 5), ("old", 60)):
-        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 2**22 + 1}))  # no process here has it
         touched = clocks["time"]() - age
         os.utime(tmp_path / name, (touched, touched))
     claims = Claims(tmp_path, seconds=30.0)
@@ -816,6 +829,28 @@ def test_what_another_process_makes_meanwhile_is_not_made_again(configured: Call
     assert len({line["keys"] for line in lines}) == 6
 
 
+def test_what_another_process_made_just_before_a_claim_is_not_made_again(
+    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(configured(*GROUPED))
+    last = plan([source.prompts.request(example, "answer") for example in source.splits.train], 2)[-1]
+    take, just_before = Claims.take, list[str]()
+
+    def taking(self: Claims, name: str) -> bool:
+        if name == last.name and not just_before:
+            just_before.append(name)
+            fill(open_source(configured(*GROUPED)), {"answer": [request.example for request in last.requests]})
+        return take(self, name)
+
+    monkeypatch.setattr(Claims, "take", taking)
+    fill(source, {"answer": source.splits.train})
+    assert just_before
+    manifests = source.store.folder.glob("manifest-*")
+    lines = [line for path in manifests for line in unsealed(path.read_bytes()) if "shard" in line]
+    assert len(lines) == len({line["keys"] for line in lines}) == 6
+    assert not list(source.store.folder.glob("claims/[0-9a-f]*"))
+
+
 def test_a_claim_is_given_up_as_soon_as_its_group_is_made_and_when_work_breaks_off(
     configured: Callable[..., DictConfig],
 ) -> None:
@@ -834,6 +869,7 @@ def test_a_claim_is_given_up_as_soon_as_its_group_is_made_and_when_work_breaks_o
     assert len(open_source(configured(*GROUPED)).store) == 10
 
 
+@pytest.mark.slow
 def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[..., DictConfig]) -> None:
     source = open_source(configured())
     every = source.splits.train
@@ -849,3 +885,66 @@ def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[...,
     assert fresh[0] | fresh[1] == {example.id for example in every}
     assert not fresh[0] & fresh[1]
     assert made("begun", 1, *every[:3]) == fresh[0] | {example.id for example in every[:3]}
+
+
+# Read by many.
+
+
+@final
+class Steps(Dataset[Batch]):
+    """Batches of lessons that are read from a cache when they are wanted."""
+
+    def __init__(self, join: Join, given: Sequence[Example]) -> None:
+        self._join, self._given = join, given
+
+    def __len__(self) -> int:
+        return len(self._given) // 4
+
+    def __getitem__(self, number: int) -> Batch:
+        part = self._given[4 * number : 4 * number + 4]
+        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0)
+
+
+def lesson_prompts(folder: Path) -> Prompts:
+    return Prompts(load_tokenizer(folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+def read_by_workers(folder: Path, tokenizer: Path) -> None:
+    """Read a cache in workers that are forked, and then here; the batches must be the same."""
+    prompts, given = lesson_prompts(tokenizer), examples(24)
+    requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in given}
+    needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
+    store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
+    join = Join(prompts=prompts, store=store, requests=requests, rationales={}, answer="direct", needed=needed)
+    loaders = [DataLoader(Steps(join, given), batch_size=None, num_workers=number) for number in (2, 0)]
+    there, here = (list(loader) for loader in loaders)
+    assert len(there) == len(here) == 6
+    for left, right in zip(there, here, strict=True):
+        assert left.counts == right.counts
+        assert left.example_ids == right.example_ids
+        for name in ("input_ids_BT", "mask_BT", "sequence_N", "before_N", "label_N", "is_labelled_N"):
+            assert torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("rows_M", "ids_MK", "logprobs_MK", "tail_M"):
+            assert torch.equal(getattr(left.soft, name), getattr(right.soft, name))
+
+
+@pytest.mark.slow
+def test_workers_read_from_a_cache_what_one_process_reads(tmp_path: Path, student_folder: Path) -> None:
+    made, prompts = TopK(k=4, temperature=1.0), lesson_prompts(student_folder)
+    with Store(tmp_path, FINGERPRINT, made).writing() as writer:
+        for number, example in enumerate(examples(24)):
+            ids = prompts.answer_ids(example.answer or "")
+            soft = made.cut((3 * torch.randn(len(ids), 300)).log_softmax(-1), torch.zeros(len(ids)).double())
+            request = prompts.request(example, "answer")
+            writer.add([Annotation(request.key, {"answer": Target(ids, soft)}, example.answer)])
+            if number % 5 == 4:
+                writer.flush()
+    # Only a process without threads may fork.
+    line = [sys.executable, __file__, str(tmp_path), str(student_folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    read_by_workers(Path(sys.argv[1]), Path(sys.argv[2]))

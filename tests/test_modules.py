@@ -20,7 +20,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYOUT, compose, examples, keep, lessons, objectives, read, student_module, tiny_overrides
+from conftest import (
+    LAYOUT,
+    compose,
+    environment,
+    examples,
+    keep,
+    lessons,
+    objectives,
+    read,
+    student_module,
+    tiny_overrides,
+)
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -357,7 +368,7 @@ def test_one_step_is_plain_gradient_descent_on_the_plain_loss(
 def run_together(command: list[str], seconds: float) -> None:
     """Run a command that starts processes of its own; none of them outlives the time limit."""
     with tempfile.TemporaryFile("w+") as told:
-        started = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+        started = subprocess.Popen(command, env=environment(), stdout=told, stderr=told, start_new_session=True)
         try:
             code: int | str = started.wait(seconds)
         except subprocess.TimeoutExpired:

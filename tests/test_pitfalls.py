@@ -49,12 +49,14 @@ def test_sampling_settings_of_a_model_folder_reach_neither_text_nor_distribution
     sampling = {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "top_k": 3, "repetition_penalty": 2.0}
     tempted = shutil.copytree(teacher_folder, tmp_path / "tempted")
     (tempted / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | sampling))
-    teachers = [opened(folder, prompts) for folder in (teacher_folder, tempted)]
+    teachers = [opened(folder, prompts, max_new_tokens=24) for folder in (teacher_folder, tempted)]
     models = [teacher.load() for teacher in teachers]
     assert models[1].generation_config.temperature == 0.3
     for requests in all_asked(prompts):
         left, right = (teacher.annotate(requests) for teacher in teachers)
         assert all(same(a, b, 0) for a, b in zip(left, right, strict=True))
+        written = [target.token_ids for annotation in left for target in annotation.targets.values()]
+        assert any(len(set(ids)) < len(ids) - 2 for ids in written) or requests[0].span == "answer"
         for soft in softs(right):
             mass_N = np.exp(soft.logprobs_NK.astype(np.float64)).sum(1)
             assert np.allclose(mass_N, 1, atol=1e-5)
