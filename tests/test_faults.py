@@ -22,7 +22,7 @@ from typing import Any, final
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, CountingTeacher, codec, compose, conf_names, examples, run
+from conftest import LAYOUT, CountingTeacher, codec, compose, conf_names, environment, examples, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
@@ -894,15 +894,15 @@ def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[...,
 class Steps(Dataset[Batch]):
     """Batches of lessons that are read from a cache when they are wanted."""
 
-    def __init__(self, join: Join, given: Sequence[Example]) -> None:
-        self._join, self._given = join, given
+    def __init__(self, join: Join, store: Store, given: Sequence[Example]) -> None:
+        self._join, self._store, self._given = join, store, given
 
     def __len__(self) -> int:
         return len(self._given) // 4
 
     def __getitem__(self, number: int) -> Batch:
         part = self._given[4 * number : 4 * number + 4]
-        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0)
+        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0, self._store.soft_targets)
 
 
 def lesson_prompts(folder: Path) -> Prompts:
@@ -916,7 +916,7 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
     join = Join(prompts=prompts, store=store, requests=requests, rationales={}, answer="direct", needed=needed)
-    loaders = [DataLoader(Steps(join, given), batch_size=None, num_workers=number) for number in (2, 0)]
+    loaders = [DataLoader(Steps(join, store, given), batch_size=None, num_workers=number) for number in (2, 0)]
     there, here = (list(loader) for loader in loaders)
     assert len(there) == len(here) == 6
     for left, right in zip(there, here, strict=True):
@@ -941,8 +941,7 @@ def test_workers_read_from_a_cache_what_one_process_reads(tmp_path: Path, studen
                 writer.flush()
     # Only a process without threads may fork.
     line = [sys.executable, __file__, str(tmp_path), str(student_folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

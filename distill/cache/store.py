@@ -87,6 +87,11 @@ class Store:
         """Number of records."""
         return len(self._index)
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder has its header."""
+        return (self.folder / "manifest.jsonl").is_file()
+
     def __contains__(self, key: str) -> bool:
         """Whether there is a record for this request key."""
         return self._index.find(bytes.fromhex(key)) is not None
@@ -173,7 +178,7 @@ class Store:
     def writing(self) -> Iterator[Writer]:
         """Give a writer; whatever ends the block, what was annotated until then is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "manifest.jsonl").is_file():
+        if not self.is_begun:
             with whole_file(self.folder / "manifest.jsonl") as temporary:
                 temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
         self.refresh()
@@ -189,7 +194,7 @@ class Store:
             try:
                 yield writer
             except OSError as error:
-                if not (self.folder / "manifest.jsonl").is_file():
+                if not self.is_begun:
                     raise CacheError(f"{self.folder} is not there any more ({error}); annotate again") from None
                 error.filename = error.filename or str(self.folder)
                 raise
@@ -281,6 +286,8 @@ class Writer:
         self._append({"cost": cost})
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        if not self._store.is_begun or (self._num_lines and not self._manifest.exists()):
+            raise CacheError(f"{self._store.folder} is not there any more; annotate again")
         if self._num_lines == _MOST_LINES:  # a manifest is put to a URL whole
             self._manifest, self._num_lines = _new_manifest(self._store.folder), 0
         with self._manifest.open("ab") as file:
