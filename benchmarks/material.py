@@ -92,6 +92,7 @@ class Asked:
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration of `python -m distill.train`."""
+    configuration.register()
     with hydra.initialize_config_dir(str(configuration.CONF), version_base="1.3"):
         return hydra.compose("train", list(overrides))
 

@@ -34,7 +34,7 @@ from distill.records import CacheError, ConfigError, SoftTargets
 
 LAYOUT = {"ids": "u16 + planes", "probabilities": "u8 fourth root", "tail": "u8 fourth root of odds"}
 _RATIO = (np.arange(256) / 255) ** 4
-_LOG_RATIO = np.log(_RATIO, where=_RATIO > 0, out=np.full(256, -np.inf))
+_LOG_RATIO = np.log(_RATIO, where=_RATIO > 0, out=np.full(256, -np.inf)).astype(np.float32)
 _ROUNDING = 1e-5
 _MOST_PLANES = 15
 _BLOCK = 64
@@ -144,17 +144,36 @@ def unpack_probabilities(
     codes: np.ndarray, odds_N: np.ndarray, num_exact_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the exact entries, row after row, and what they leave over."""
-    row_M, place_M = spread(num_exact_N)
-    is_lesser_M = place_M > 0
-    if len(codes) != is_lesser_M.sum() or ((odds_N == 255) != (num_exact_N == 0)).any():
+    num_exact_N = num_exact_N.astype(np.int64)
+    if len(codes) != np.maximum(num_exact_N - 1, 0).sum() or ((odds_N == 255) != (num_exact_N == 0)).any():
         raise misfit(f"{len(codes)} probabilities for rows of {num_exact_N}")
-    code_M = np.full(len(row_M), 255, np.uint8)
-    code_M[is_lesser_M] = codes
+    start_N = np.cumsum(num_exact_N) - num_exact_N
+    code_M = np.empty(num_exact_N.sum(), np.uint8)
+    is_lesser_M = np.ones(len(code_M), bool)
+    is_lesser_M[start_N[num_exact_N > 0]] = False
+    code_M[is_lesser_M], code_M[~is_lesser_M] = codes, 255
+    totals = np.concatenate([[0.0], np.cumsum(_RATIO[code_M])])
+    log_scale_N, tail_N = _scale(odds_N, totals[start_N + num_exact_N] - totals[start_N])
+    return _LOG_RATIO[code_M] + np.repeat(log_scale_N, num_exact_N), tail_N
+
+
+def unpack_equal_rows(codes: np.ndarray, odds_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same where all rows are equally long, and none is empty."""
+    if (odds_N == 255).any():
+        raise misfit("rows of which nothing is kept")
+    log_scale_N, tail_N = _scale(odds_N, 1 + _RATIO[codes].sum(1))
+    logprobs_NK = np.empty((len(codes), codes.shape[1] + 1), np.float32)
+    logprobs_NK[:, 0] = log_scale_N
+    np.add(_LOG_RATIO[codes], log_scale_N[:, None], out=logprobs_NK[:, 1:])
+    return logprobs_NK, tail_N
+
+
+def _scale(odds_N: np.ndarray, sum_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logs of what makes rows of ratios sum to what their tails leave, and the tails."""
     tail_N, kept_N = _RATIO[odds_N], _RATIO[255 - odds_N]
-    sum_N = np.bincount(row_M, _RATIO[code_M], len(odds_N)).clip(1)
-    log_scale_N = np.log(kept_N / (tail_N + kept_N) / sum_N, where=kept_N > 0, out=np.zeros(len(odds_N)))
-    logprobs = _LOG_RATIO[code_M] + log_scale_N[row_M]
-    return logprobs.astype(np.float32), (tail_N / (tail_N + kept_N)).astype(np.float32)
+    scale_N = kept_N / (tail_N + kept_N) / sum_N.clip(1)
+    log_scale_N = np.log(scale_N, where=kept_N > 0, out=np.zeros(len(odds_N)))
+    return log_scale_N.astype(np.float32), (tail_N / (tail_N + kept_N)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Arrays:
     lengths: Mapping[Span, np.ndarray]
     token: np.ndarray
     token_end_R: np.ndarray
-    axes: tuple[tuple[np.ndarray, Mapping[str, np.ndarray]], ...]  # where each record ends, and what goes along
+    axes: tuple[tuple[list[int], dict[str, np.ndarray]], ...]  # where each record ends, and what goes along
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
@@ -102,11 +102,13 @@ class Arrays:
         if not is_right or not all(_is_along(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
             raise ValueError("its lengths do not fit")
         token = by_axis.pop("token")["token"]
-        return cls(lengths, token, token_end_R, tuple((ends[axis], along) for axis, along in by_axis.items()))
+        axes = tuple((ends[axis].tolist(), by_axis[axis]) for axis in sorted(by_axis))
+        return cls(lengths, token, token_end_R, axes)
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Of all targets of one record."""
-        return tuple(self.token[_part(self.token_end_R, row)].tolist())
+        start = int(self.token_end_R[row - 1]) if row else 0
+        return tuple(self.token[start : int(self.token_end_R[row])].tolist())
 
     def spans(self, row: int) -> dict[Span, slice]:
         """Where each target of a record lies among its tokens, and so among its positions."""
@@ -119,8 +121,12 @@ class Arrays:
 
     def soft(self, row: int) -> dict[str, np.ndarray]:
         """The codec's arrays for one record; empty ones where it has no soft targets."""
-        parts = [(_part(end_R, row), along) for end_R, along in self.axes]
-        return {name: array[part] for part, along in parts for name, array in along.items()}
+        found = {}
+        for ends, along in self.axes:
+            part = slice(ends[row - 1] if row else 0, ends[row])
+            for name, array in along.items():
+                found[name] = array[part]
+        return found
 
 
 @final
@@ -248,10 +254,6 @@ def packed(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
     if len(softs) < len(targets):
         raise CacheError(f"record {annotation.key} has soft targets for some of its spans only")
     return codec.pack(SoftTargets.join(softs))
-
-
-def _part(end_R: np.ndarray, row: int) -> slice:
-    return slice(int(end_R[row - 1]) if row else 0, int(end_R[row]))
 
 
 def _is_along(end_R: np.ndarray, array: np.ndarray, num_records: int) -> bool:

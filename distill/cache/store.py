@@ -112,7 +112,7 @@ class Store:
 
         Raises CacheError where there are none, or a shard is damaged. Safe in forked processes.
         """
-        parts, rows, start = [], [], 0
+        parts, wanted, start = [], list[slice](), 0
         for key, span in places:
             shard, row = self._place(key)
             arrays = shard.arrays()
@@ -120,12 +120,14 @@ class Store:
             if span not in positions or not any(map(len, part.values())):
                 raise CacheError(f"{self.folder} holds no soft targets for the {span} of record {key}")
             parts.append(part)
-            rows.append(np.arange(start + positions[span].start, start + positions[span].stop))
-            start += max(positions[each].stop for each in positions)
-        lengths = {axis_of(name): np.array([len(part[name]) for part in parts]) for name in parts[0]}
-        soft = self._codec.unpack({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, lengths)
-        wanted = np.concatenate(rows)
-        return soft if len(wanted) == len(soft) else soft[wanted]
+            wanted.append(slice(start + positions[span].start, start + positions[span].stop))
+            start += max(where.stop for where in positions.values())
+        columns = {name: [part[name] for part in parts] for name in parts[0]}
+        lengths = {axis_of(name): np.array(list(map(len, column))) for name, column in columns.items()}
+        soft = self._codec.unpack({name: np.concatenate(column) for name, column in columns.items()}, lengths)
+        if sum(where.stop - where.start for where in wanted) == len(soft):
+            return soft
+        return soft[np.concatenate([np.arange(where.start, where.stop) for where in wanted])]
 
     def _place(self, key: str) -> tuple[Shard, int]:
         number = self._index.find(bytes.fromhex(key))

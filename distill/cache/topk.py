@@ -57,9 +57,8 @@ class TopK:
             raise compact.misfit(f"{width} ids and {codes.shape[1]} probabilities, of {self._k} at most")
         length_R, plane_R = compact.lengths_of(("position.id", "plane.bits"), arrays, lengths)
         ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"], length_R * width, plane_R)
-        every_N = np.full(len(odds_N), width, np.int32)
-        logprobs, tail_N = compact.unpack_probabilities(codes.ravel(), odds_N, every_N)
-        return SoftTargets(ids.reshape(low_NK.shape), logprobs.reshape(low_NK.shape), tail_N)
+        logprobs_NK, tail_N = compact.unpack_equal_rows(codes, odds_N)
+        return SoftTargets(ids.reshape(low_NK.shape), logprobs_NK, tail_N)
 
     def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
         """As stored."""
