@@ -112,7 +112,7 @@ class Prompts:
         """The same words and limits for another model, which sees no shots."""
         return Prompts(tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long)
 
-    @property
+    @functools.cached_property  # a tokenizer makes its vocabulary anew each time it is asked
     def vocabulary_size(self) -> int:
         """Ids below this are tokens; rows of an embedding above it are padding."""
         return max(self.tokenizer.get_vocab().values()) + 1

@@ -186,10 +186,9 @@ class Store:
         self.refresh()
         if self._remote:
             self._remote.put_missing()
+        # What killed writers left: that of live ones is younger.
         for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("claims/.*.tmp")):
-            if (
-                time.time() - left.stat().st_mtime > _DAY_SECONDS
-            ):  # its writer was killed; those of live ones are younger
+            if time.time() - left.stat().st_mtime > _DAY_SECONDS:
                 left.unlink(missing_ok=True)
         writer = Writer(self, self._codec, self._remote)
         with self.claims.held():
