@@ -242,7 +242,7 @@ def test_ids_take_two_bytes_and_a_bit_for_each_higher_power_of_two(ids: list[int
     assert len(planes) <= math.ceil(len(ids) / 8) * {2**16: 0, 2**17: 1, 2**18: 2}[highest]
 
 
-@pytest.mark.parametrize("planes", [[1], [0], [255, 255], [128, 0], [128] * 16])
+@pytest.mark.parametrize("planes", [[1], [129], [0], [255, 255], [128, 0], [128] * 16])
 def test_planes_that_no_ids_have_are_refused(planes: list[int]) -> None:
     low, bits = np.zeros(3 if planes != [255, 255] else 0, np.uint16), np.array(planes, np.uint8)
     with pytest.raises(CacheError, match="high bits"):
