@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from benchmarks import material
 from benchmarks.measure import Row
-from distill.cache import Codec, uniforms
+from distill.cache import Codec
 from distill.cache.rs_kd import RandomSampling
+from distill.probe import Kept, keep
 from distill.records import SoftTargets
 
 Texts = Sequence[Float[Tensor, "N V"]]
@@ -21,22 +21,9 @@ _LARGE_VOCABULARY = 151_936
 _SAMPLED_BARS = {"chat": 30, "manual": 60, "reviews": 60}  # bytes per token
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a codec cuts from the distributions of a text, what is read back of it, and the bytes between."""
-
-    cut: SoftTargets
-    back: SoftTargets
-    num_bytes: int
-
-
-def kept(codec: Codec, texts: Texts, name: str) -> Iterator[Kept]:
+def kept(codec: Codec, texts: Texts, name: str) -> list[Kept]:
     """Pass each text through the codec, as a record of its own."""
-    for place, logprobs_NV in enumerate(texts):
-        uniform_N = torch.from_numpy(uniforms(f"{name}/{place}", len(logprobs_NV), codec.seed or 0))
-        cut = codec.cut(logprobs_NV, uniform_N)
-        arrays = codec.pack(cut)
-        yield Kept(cut, codec.unpack(arrays), sum(array.nbytes for array in arrays.values()))
+    return [keep(logprobs_NV, codec, f"{name}/{place}") for place, logprobs_NV in enumerate(texts)]
 
 
 def sizes(kind: str, texts: Texts) -> Iterator[Row]:
@@ -50,7 +37,7 @@ def sizes(kind: str, texts: Texts) -> Iterator[Row]:
     byte_bars = {"sampled": _SAMPLED_BARS[kind], "topk k=16": 48, "topk k=64": 200}
     yield Row(f"{kind}: mean entropy, nats", _mean_entropy(texts), None, "lower")
     for name, codec in codecs.items():
-        found = list(kept(codec, texts, kind))
+        found = kept(codec, texts, kind)
         yield Row(f"{kind}: {name}, bytes per token", _bytes_per_token(found), byte_bars.get(name), "lower")
         if name != "dense" and not name.startswith("rs_kd"):  # neither rounds
             rounding = sum(_rounding(one) for one in found) / _num_positions(found)
@@ -62,18 +49,18 @@ def sizes(kind: str, texts: Texts) -> Iterator[Row]:
     wide = [material.widened(logprobs_NV, _LARGE_VOCABULARY) for logprobs_NV in texts]
     for name in ("sampled", "topk k=16", "topk k=32", "topk k=64", "rs_kd n=64"):
         bar = byte_bars["sampled"] if name == "sampled" else None  # the others' are for ids of 16 bits
-        found = list(kept(codecs[name], wide, kind))
+        found = kept(codecs[name], wide, kind)
         yield Row(f"{kind}: {name}, bytes per token at V={_LARGE_VOCABULARY}", _bytes_per_token(found), bar, "lower")
 
 
 def _noise(kind: str, texts: Texts, sampled: Codec) -> Iterator[Row]:
     """The noise of `sampled`, and its bytes beside those of independent draws that are as noisy."""
-    found = list(kept(sampled, texts, kind))
+    found = kept(sampled, texts, kind)
     noise = sum(map(_squared_error, found, texts)) / _num_positions(found)
     alone = float(torch.cat([1 - logprobs_NV.double().exp().square().sum(-1) for logprobs_NV in texts]).mean())
     n = round(alone / noise)  # of n independent draws the noise is alone / n
     as_noisy = RandomSampling(n=n, seed=0, temperature=1.0)
-    ratio = _bytes_per_token(found) / _bytes_per_token(list(kept(as_noisy, texts, kind)))
+    ratio = _bytes_per_token(found) / _bytes_per_token(kept(as_noisy, texts, kind))
     yield Row(f"{kind}: sampled, E|t-p|^2", noise, None, "lower")
     yield Row(f"{kind}: n at which rs_kd is as noisy", n, None, "higher")
     yield Row(f"{kind}: bytes of sampled / rs_kd at equal noise", ratio, 0.45, "lower")

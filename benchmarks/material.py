@@ -11,7 +11,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, final
 
-import hydra
 import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
@@ -92,9 +91,7 @@ class Asked:
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration of `python -m distill.train`."""
-    configuration.register()
-    with hydra.initialize_config_dir(str(configuration.CONF), version_base="1.3"):
-        return hydra.compose("train", list(overrides))
+    return configuration.compose("train", list(overrides))
 
 
 def codec(cache: str, **changes: int) -> Codec:

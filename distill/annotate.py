@@ -23,8 +23,8 @@ from distill import config as configuration
 from distill import models
 from distill.cache import Codec
 from distill.cache.dense import Dense
-from distill.cache.remote import is_url
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
+from distill.fetch import is_url
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule

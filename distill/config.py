@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distill.fetch import is_url
 from distill.records import ConfigError, DistillError
 
 _BESIDE, _INSIDE = Path(__file__).parent.parent / "conf", Path(__file__).parent / "conf"
@@ -113,7 +114,7 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
     problems = [problem for group, option in groups for problem in _check_option(group, option)]
     if not problems:
         selected = [f"{group}={_written(option)}" for group, option in dict(groups).items()]
-        known = _keys(_compose(name, selected))
+        known = _keys(compose(name, selected))
         problems += [problem for override in overrides for problem in _check_key(override, known)]
     if problems:
         raise ConfigError(*problems)
@@ -159,9 +160,9 @@ def run_dir() -> Path:
 
 def local_root(root: str) -> Path:
     """Where models, data and runs are: the root itself, or where that is a URL what would be the root without it."""
-    if "://" in root:
+    if is_url(root):
         root = os.environ.get("DISTILL_ROOT", "")
-    return Path("distill-data" if "://" in root or not root else root).resolve()
+    return Path("distill-data" if is_url(root) or not root else root).resolve()
 
 
 def register() -> None:
@@ -175,7 +176,9 @@ def sweep_name() -> str | None:
     return Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else None
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    """The configuration of a command line; raises ConfigError."""
+    register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return hydra.compose(name, overrides, return_hydra_config=False)

@@ -27,6 +27,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_url(name: str) -> bool:
+    """Whether this names a place for fsspec rather than a local folder."""
+    return "://" in name
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it takes that name only once it is whole and on disk."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from distill.cache import Codec, uniforms
 from distill.cache.dense import Dense
@@ -28,6 +30,15 @@ from distill.teachers import Teacher
 
 _POSITIONS, _DRAWS, _BATCH = 300, 8, 4
 _MOST_NOISE, _MOST_BIAS = 1e-2, 1e-4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a codec cuts from distributions, what is read back of it, and the bytes between."""
+
+    cut: SoftTargets
+    back: SoftTargets
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,30 +117,32 @@ def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
     size, sums = 0, np.zeros(5)
     for number, whole in enumerate(wholes):
         p_NV = np.exp(whole.logprobs_NK.astype(np.float64))
-        drawn = [_stored(whole, codec, f"{number}/{draw}") for draw in range(1 if codec.seed is None else _DRAWS)]
-        targets = [_spread(soft.for_training(), p_NV.shape[1]) for soft, _ in drawn]
+        logprobs_NV = torch.from_numpy(np.array(whole.logprobs_NK))
+        num_draws = 1 if codec.seed is None else _DRAWS
+        drawn = [keep(logprobs_NV, codec, f"{number}/{draw}") for draw in range(num_draws)]
+        targets = [_spread(kept.back.for_training(), p_NV.shape[1]) for kept in drawn]
         half = len(targets) // 2
         means = (np.mean(targets[:half] or targets, 0), np.mean(targets[half:], 0))
         label_N = np.maximum(1 - np.square(p_NV).sum(1), 1e-9)
         # Two independent halves: the noise of one is not that of the other, so what is left is bias.
         bias_N = ((means[0] - p_NV) * (means[1] - p_NV)).sum(1)
         noise_N = np.mean([np.square(target_NV - p_NV).sum(1) for target_NV in targets], 0) - bias_N
-        soft, num_bytes = drawn[0]
-        buckets = soft.buckets()
+        buckets = drawn[0].back.buckets()
         q_NV = _spread(buckets, p_NV.shape[1])
         log_ratio_NV = np.log(p_NV, where=p_NV > 0, out=np.zeros_like(p_NV)) - np.log(q_NV.clip(1e-30))
-        size += num_bytes
+        size += drawn[0].num_bytes
         sums += [(1 - buckets.tail_N).sum(), (p_NV * log_ratio_NV).sum(), noise_N.sum(), bias_N.sum(), label_N.sum()]
     captured, kl, noise, bias, label = sums.tolist()
     number = sum(map(len, wholes))
     return Fidelity(size / number, captured / number, kl / number, max(0.0, noise / label), max(0.0, bias / label))
 
 
-def _stored(whole: SoftTargets, codec: Codec, key: str) -> tuple[SoftTargets, int]:
-    """What comes back from disk, and how many bytes it took."""
-    uniform_N = torch.from_numpy(uniforms(key, len(whole), codec.seed or 0))
-    arrays = codec.pack(codec.cut(torch.from_numpy(np.array(whole.logprobs_NK)), uniform_N))
-    return codec.unpack(arrays), sum(array.nbytes for array in arrays.values())
+def keep(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
+    """Pass distributions through a codec as the record of this key."""
+    uniform_N = torch.from_numpy(uniforms(key, len(logprobs_NV), codec.seed or 0))
+    cut = codec.cut(logprobs_NV, uniform_N)
+    arrays = codec.pack(cut)
+    return Kept(cut, codec.unpack(arrays), sum(array.nbytes for array in arrays.values()))
 
 
 def _spread(soft: SoftTargets, size: int) -> np.ndarray:

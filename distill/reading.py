@@ -55,9 +55,7 @@ class PrefixedReader:
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         """What the head makes of hidden states, in float32."""
-        head: nn.Module = self._model.get_output_embeddings()
-        logits: Tensor = head(hidden)[..., : self.vocabulary_size]
-        return logits.float()
+        return self._head(hidden).float()
 
     def logprobs(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         """Log of the full softmax over the vocabulary, in float32."""
@@ -89,11 +87,15 @@ class PrefixedReader:
 
     def in_pieces(self, hidden_NH: Float[Tensor, "N H"]) -> Iterator[Float[Tensor, "M V"]]:
         """Log-probabilities of hidden states, a few rows at a time, small enough for a processor's cache."""
-        head: nn.Module = self._model.get_output_embeddings()
         few = _HEAD_ROWS if self.device.type == "cuda" else _FEW_ROWS
         for part_NH in hidden_NH.split(_HEAD_ROWS):
-            for logits_MV in head(part_NH)[:, : self.vocabulary_size].split(few):
+            for logits_MV in self._head(part_NH).split(few):
                 yield logits_MV.float().log_softmax(-1)
+
+    def _head(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
+        head: nn.Module = self._model.get_output_embeddings()
+        logits: Tensor = head(hidden)[..., : self.vocabulary_size]
+        return logits
 
     def new_cache(self, num_rows: int) -> DynamicCache:
         """Keys and values for so many rows that have read the prefix and nothing else."""

@@ -45,7 +45,7 @@ class Index:
         place_M = np.searchsorted(self._sorted_S, wanted_M2[:, 0].byteswap(), side="right") - 1
         is_there_M = np.zeros(len(wanted_M2), bool)
         if len(self._number_S):
-            every_E2 = np.frombuffer(bytes(self._keys), np.uint64).reshape(-1, 2)
+            every_E2 = np.frombuffer(self._keys, np.uint64).reshape(-1, 2)
             is_there_M = (every_E2[self._number_S[place_M]] == wanted_M2).all(1) & (place_M >= 0)
         for number in np.flatnonzero(~is_there_M).tolist():  # recent ones, or such as share their first half
             is_there_M[number] = self.find(keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]) is not None
@@ -72,7 +72,7 @@ class Index:
         self._num_settled = total
 
     def _sort(self, total: int) -> None:
-        first = np.frombuffer(bytes(self._keys), ">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
+        first = np.frombuffer(self._keys, ">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
         self._number_S = np.argsort(first, kind="stable")
         self._sorted_S = first[self._number_S]
         self._recent, self._num_settled = {}, total

@@ -18,11 +18,6 @@ from distill.fetch import whole_file
 from distill.records import ConfigError
 
 
-def is_url(name: str) -> bool:
-    """Whether this names a place for fsspec rather than a local folder."""
-    return "://" in name
-
-
 @final
 class Remote:
     """A folder behind a URL, and its local copy."""

@@ -40,7 +40,7 @@ from distill.records import SPANS, Annotation, CacheError, SoftTargets, Span, Ta
 
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8"}
 _NAME = re.compile(r"[0-9a-f]{16}")
-_SUFFIXES = ("safetensors", "parquet")
+SUFFIXES = ("safetensors", "parquet")
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -141,7 +141,7 @@ class Shard:
         self._codec, self._line, self._fetch = codec, line, fetch
         self.name, self.keys = _sensible(line)
         self._stem = f"{folder}{os.sep}{self.name}"
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             self._check_size(f"{self._stem}.{suffix}", line["bytes"][suffix])
         self._arrays: Arrays | None = None
         self._texts: pa.Table | None = None
@@ -273,7 +273,7 @@ def _sensible(line: Line) -> tuple[str, bytes]:
         name, records = line["shard"], line["records"]
         keys = base64.b64decode(line["keys"], validate=True)
         is_right = _NAME.fullmatch(name) and len(keys) == KEY_BYTES * records and records > 0
-        is_right = is_right and all(isinstance(line["bytes"][s], int) for s in _SUFFIXES)
+        is_right = is_right and all(isinstance(line["bytes"][s], int) for s in SUFFIXES)
         is_right = is_right and isinstance(line["crc32"], dict) and {"header", "parquet"} <= line["crc32"].keys()
     except (KeyError, TypeError, ValueError, AttributeError):
         is_right = False

@@ -34,7 +34,7 @@ from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
 from distill.cache.remote import Remote
-from distill.cache.shard import Shard, axis_of, write_shard
+from distill.cache.shard import SUFFIXES, Shard, axis_of, write_shard
 from distill.fetch import sync_folder, whole_file
 from distill.records import Annotation, CacheError, Group, Place, Request, SoftTargets, distinct
 
@@ -146,9 +146,9 @@ class Store:
         if self._remote:
             self._remote.pull_manifests()
         header = self.folder / "manifest.jsonl"
-        if not header.is_file():
+        if not self.is_begun:
             # A writer makes the header first, so it may have come while we looked.
-            if any(self.folder.glob("manifest-*.jsonl")) and not header.is_file():
+            if any(self.folder.glob("manifest-*.jsonl")) and not self.is_begun:
                 raise CacheError(
                     f"{header} is missing, and with it what made the records beside it. Restore it, or delete "
                     f"{self.folder}"
@@ -323,7 +323,7 @@ def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
         temporary.write_bytes(b"".join(_sealed({"struck": path.name, "shard": name}) for path in named))
     if remote:
         remote.put(strike.name)
-    for suffix in ("safetensors", "parquet"):
+    for suffix in SUFFIXES:
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
