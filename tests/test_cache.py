@@ -184,6 +184,13 @@ def test_another_process_sees_what_was_written_meanwhile(tmp_path: Path) -> None
     assert stored(watching.read(key(2))) == stored(annotation(2))
 
 
+def test_what_a_live_process_is_writing_may_vanish_while_the_folder_is_looked_through(tmp_path: Path) -> None:
+    filled(tmp_path, 1)
+    (tmp_path / "claims").mkdir(exist_ok=True)
+    (tmp_path / "claims" / ".gone.tmp").symlink_to("nowhere")  # listed, and not there
+    assert len(filled(tmp_path, 2)) == 2
+
+
 # Broken off.
 
 

@@ -24,7 +24,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -188,8 +188,9 @@ class Store:
             self._remote.put_missing()
         # What killed writers left: that of live ones is younger.
         for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("claims/.*.tmp")):
-            if time.time() - left.stat().st_mtime > _DAY_SECONDS:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # a live one's may be gone since it was listed
+                if time.time() - left.stat().st_mtime > _DAY_SECONDS:
+                    left.unlink()
         writer = Writer(self, self._codec, self._remote)
         with self.claims.held():
             try:
