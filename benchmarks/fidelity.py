@@ -13,7 +13,7 @@ from benchmarks import material
 from benchmarks.measure import Row
 from distill.cache import Codec
 from distill.cache.rs_kd import RandomSampling
-from distill.probe import Kept, keep
+from distill.probe import Kept, pass_through
 from distill.records import SoftTargets
 
 Texts = Sequence[Float[Tensor, "N V"]]
@@ -23,7 +23,7 @@ _SAMPLED_BARS = {"chat": 30, "manual": 60, "reviews": 60}  # bytes per token
 
 def kept(codec: Codec, texts: Texts, name: str) -> list[Kept]:
     """Pass each text through the codec, as a record of its own."""
-    return [keep(logprobs_NV, codec, f"{name}/{place}") for place, logprobs_NV in enumerate(texts)]
+    return [pass_through(logprobs_NV, codec, f"{name}/{place}") for place, logprobs_NV in enumerate(texts)]
 
 
 def sizes(kind: str, texts: Texts) -> Iterator[Row]:

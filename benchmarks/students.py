@@ -40,7 +40,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.measure import Row, keep
 from distill import models
-from distill.cache import Codec, uniforms
+from distill.cache import Codec
 from distill.cache.rs_kd import RandomSampling
 from distill.cache.sampled import Sampled
 from distill.cache.topk import TopK
@@ -51,6 +51,7 @@ from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.modules import StudentModule
+from distill.probe import pass_through
 from distill.prompts import load_tokenizer
 from distill.records import Batch, Place, Prompt, SoftTargets, Span, content_id
 from distill.student import open_student
@@ -257,10 +258,9 @@ def _caches(
     for text in texts:
         logprobs_NV = teacher.logprobs(text.hidden_NH)
         for name, codec in codecs.items():
-            uniform_N = torch.from_numpy(uniforms(text.id, len(logprobs_NV), codec.seed or 0))
-            arrays = codec.pack(codec.cut(logprobs_NV, uniform_N))
-            sizes[name] += sum(array.nbytes for array in arrays.values())
-            caches[name].append(codec.unpack(arrays).for_training())
+            kept = pass_through(logprobs_NV, codec, text.id)
+            sizes[name] += kept.num_bytes
+            caches[name].append(kept.back.for_training())
     number = sum(len(text.hidden_NH) for text in texts)
     return caches, {name: sizes[name] / number for name in codecs}
 

@@ -119,7 +119,7 @@ def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
         p_NV = np.exp(whole.logprobs_NK.astype(np.float64))
         logprobs_NV = torch.from_numpy(np.array(whole.logprobs_NK))
         num_draws = 1 if codec.seed is None else _DRAWS
-        drawn = [keep(logprobs_NV, codec, f"{number}/{draw}") for draw in range(num_draws)]
+        drawn = [pass_through(logprobs_NV, codec, f"{number}/{draw}") for draw in range(num_draws)]
         targets = [_spread(kept.back.for_training(), p_NV.shape[1]) for kept in drawn]
         half = len(targets) // 2
         means = (np.mean(targets[:half] or targets, 0), np.mean(targets[half:], 0))
@@ -137,7 +137,7 @@ def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
     return Fidelity(size / number, captured / number, kl / number, max(0.0, noise / label), max(0.0, bias / label))
 
 
-def keep(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
+def pass_through(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
     """Pass distributions through a codec as the record of this key."""
     uniform_N = torch.from_numpy(uniforms(key, len(logprobs_NV), codec.seed or 0))
     cut = codec.cut(logprobs_NV, uniform_N)
