@@ -33,7 +33,7 @@ from distill import config as configuration
 from distill.annotate import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.data import Join, StepSampler, collate
+from distill.data import Join, StepSampler, collate, entries
 from distill.head import head_loss
 from distill.models import native_dtype
 from distill.modules import StudentModule
@@ -189,9 +189,9 @@ def _read_rows(name: str, store: Store, length: int, ways: Mapping[str, peers.Re
     rng = random.Random(0)
     batches = [[rng.randrange(len(store)) for _ in range(rng.randint(8, 32))] for _ in range(1000 // length)]
     read = {"ours": partial(_training_tensors, store), **ways}
-    expected = _training_tensors(store, batches[0])[0]
-    for way, tensors in ways.items():  # the same ids come out, so the same work was done
-        if not torch.equal(expected, tensors(batches[0])[0]):
+    expected = _training_tensors(store, batches[0])[:2]
+    for way, tensors in ways.items():  # the same positions and ids come out, so the same work was done
+        if not all(map(torch.equal, expected, tensors(batches[0]))):
             raise AssertionError(f"{name}: {way} reads something else")
     variants = {way: partial(_every, one, batches) for way, one in read.items()}
     num_threads = torch.get_num_threads()
@@ -216,7 +216,8 @@ def _every(read: Callable[[Sequence[int]], object], batches: Sequence[Sequence[i
 def _training_tensors(store: Store, places: Sequence[int]) -> peers.Tensors:
     """As `distill.data` makes them of what a store gives."""
     soft = store.soft_targets([(_key(place), "answer") for place in places]).for_training()
-    return torch.from_numpy(soft.ids_NK.astype(np.int64)), torch.from_numpy(soft.logprobs_NK.astype(np.float32))
+    found = entries(np.ones(len(soft), bool), soft)
+    return found.position_E, found.ids_E, found.logprobs_E
 
 
 def _key(place: int) -> str:
@@ -226,8 +227,7 @@ def _key(place: int) -> str:
 def _dealt(real: SoftTargets, length: int, number: int) -> list[SoftTargets]:
     """Records of real distributions, dealt out at random."""
     rows = np.random.default_rng(0).integers(len(real), size=(number, length))
-    arrays = (real.ids_NK, real.logprobs_NK, real.tail_N, real.num_exact_N)
-    return [SoftTargets(*(array[some] for array in arrays), real.is_tail_drawn) for some in rows]
+    return [real[some] for some in rows]
 
 
 def _stored(folder: Path, codec: Codec, records: Sequence[SoftTargets]) -> Store:

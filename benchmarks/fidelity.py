@@ -14,7 +14,7 @@ from benchmarks.measure import Row
 from distill.cache import Codec
 from distill.cache.rs_kd import RandomSampling
 from distill.probe import Kept, pass_through
-from distill.records import SoftTargets
+from distill.records import SoftTargets, spread
 
 Texts = Sequence[Float[Tensor, "N V"]]
 _LARGE_VOCABULARY = 151_936
@@ -86,13 +86,13 @@ def _rounding(one: Kept) -> float:
 
 
 def _buckets(soft: SoftTargets) -> np.ndarray:
-    head = soft.buckets()
-    return np.concatenate([np.exp(head.logprobs_NK.astype(np.float64)), head.tail_N[:, None]], 1)
+    head = soft.buckets()  # of equally long rows
+    return np.concatenate([np.exp(head.logprobs_E.astype(np.float64)).reshape(len(head), -1), head.tail_N[:, None]], 1)
 
 
 def _squared_error(one: Kept, logprobs_NV: Float[Tensor, "N V"]) -> float:
     """Sum over positions of |t - p|^2, t being what a student is taught."""
     p_NV = logprobs_NV.double().exp()
-    t_NK = torch.from_numpy(one.back.logprobs_NK).double().exp()
-    p_NK = p_NV.gather(-1, torch.from_numpy(one.back.ids_NK).long().clamp(min=0))
-    return float(p_NV.square().sum() + (t_NK * (t_NK - 2 * p_NK)).sum())
+    t_E, (row_E, _) = torch.from_numpy(one.back.logprobs_E).double().exp(), spread(one.back.num_N)
+    p_E = p_NV[torch.from_numpy(row_E), torch.from_numpy(one.back.ids_E)]
+    return float(p_NV.square().sum() + (t_E * (t_E - 2 * p_E)).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def gap(model: Any, prompt: Sequence[int], left: Sequence[int], right: Sequence[
     return abs(float(logprobs_V[left[place]] - logprobs_V[right[place]]))
 
 
-Tensors = tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]
+Tensors = tuple[Int[Tensor, "E"], Int[Tensor, "E"], Float[Tensor, "E"]]  # positions, ids, log-probabilities
 Read = Callable[[Sequence[int]], Tensors]
 
 
@@ -92,39 +92,35 @@ def nested_lists(path: Path, records: Sequence[SoftTargets]) -> dict[str, Read]:
 
     def lists(places: Sequence[int]) -> Tensors:
         found = plain[list(places)]
-        return _tensor(found["ids"], -1, torch.int64), _tensor(found["logprobs"], -torch.inf, torch.float32)
+        rows = [row for record in found["ids"] for row in record]
+        return (
+            _positions(rows),
+            torch.tensor([token for row in rows for token in row], dtype=torch.int32),
+            torch.tensor([value for record in found["logprobs"] for row in record for value in row]),
+        )
 
     def tensors(places: Sequence[int]) -> Tensors:
         found = formatted[list(places)]
-        return _joined(found["ids"], -1).long(), _joined(found["logprobs"], -torch.inf).float()
+        rows = [row for record in found["ids"] for row in record]
+        return (
+            _positions(rows),
+            torch.cat(rows).int(),
+            torch.cat([row for record in found["logprobs"] for row in record]),
+        )
 
     return {"lists": lists, "tensors": tensors}
 
 
+def _positions(rows: Sequence[Sized]) -> Int[Tensor, "E"]:
+    lengths = torch.tensor(list(map(len, rows)))
+    return torch.arange(len(rows), dtype=torch.int32).repeat_interleave(lengths)
+
+
 def _table(records: Sequence[SoftTargets]) -> pa.Table:
     offsets = pa.array(np.cumsum([0, *map(len, records)]), pa.int32())
+    ends = pa.array(np.cumsum(np.concatenate([[0], *(record.num_N for record in records)])), pa.int32())
     columns = {}
-    for name in ("ids_NK", "logprobs_NK"):
-        is_there = [record.ids_NK >= 0 for record in records]
-        ends = np.cumsum([0, *np.concatenate([there.sum(1) for there in is_there])])
-        values = np.concatenate([getattr(r, name)[there] for r, there in zip(records, is_there, strict=True)])
-        rows = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
-        columns[name.removesuffix("_NK")] = pa.ListArray.from_arrays(offsets, rows)
+    for name in ("ids_E", "logprobs_E"):
+        rows = pa.ListArray.from_arrays(ends, pa.array(np.concatenate([getattr(r, name) for r in records])))
+        columns[name.removesuffix("_E")] = pa.ListArray.from_arrays(offsets, rows)
     return pa.table(columns)
-
-
-def _tensor(records: Sequence[Sequence[Sequence[float]]], fill: float, dtype: torch.dtype) -> Float[Tensor, "N K"]:
-    """Rows of lists, padded only if they have to be."""
-    rows = [row for record in records for row in record]
-    widest = max(map(len, rows))
-    if any(len(row) < widest for row in rows):
-        rows = [[*row, *[fill] * (widest - len(row))] for row in rows]
-    return torch.tensor(rows, dtype=dtype)
-
-
-def _joined(records: Any, fill: float) -> Float[Tensor, "N K"]:
-    """Rows of tensors, which `datasets` has stacked as far as their lengths agree."""
-    if isinstance(records, Tensor):
-        return records.flatten(0, 1)
-    rows = [row for record in records for row in record]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)

@@ -25,11 +25,11 @@ from distill.records import (
     CacheError,
     CheckedRationale,
     ConfigError,
+    Entries,
     Example,
     Place,
     Prompt,
     Request,
-    SoftRows,
     SoftTargets,
     Span,
 )
@@ -158,9 +158,9 @@ class Join:
                 f"the cache's {span} tokens are {target.token_ids[:8]}…, the student's are {ids[:8]}…: "
                 "teacher and student do not write this target alike, so its soft targets cannot be used"
             )
-        if target.soft.ids_NK.max(initial=-1) >= self._prompts.vocabulary_size:
+        if target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
             raise CacheError(
-                f"the cache's soft targets name token {target.soft.ids_NK.max()}, the student has "
+                f"the cache's soft targets name token {target.soft.ids_E.max()}, the student has "
                 f"{self._prompts.vocabulary_size}: the cache is damaged, or of another vocabulary; annotate anew"
             )
         return {span: SoftPlace((annotation.key, span), len(ids))}
@@ -328,7 +328,7 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     place_N = np.arange(len(span_N)) - first_S[span_N]
     at_N, sequence_N = start_S[span_N] + place_N, sequence_S[span_N]
     places = [soft.place for *_, soft, _ in spans if soft]
-    soft_M = np.flatnonzero(place_N < num_soft_S[span_N])
+    is_soft_N = place_N < num_soft_S[span_N]
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
@@ -337,18 +337,24 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         label_N=torch.from_numpy(ids_BT[sequence_N, at_N]),
         is_labelled_N=torch.from_numpy(is_labelled_S[span_N] > 0),
         span_N=torch.from_numpy(which_S[span_N]),
-        soft=_soft_rows(soft_M, read(places).for_training()) if places else None,
+        is_soft_N=torch.from_numpy(is_soft_N),
+        soft=entries(is_soft_N, read(places).for_training()) if places else None,
         counts=counts,
         example_ids=tuple(lesson.example_id for lesson in lessons),
     )
 
 
-def _soft_rows(soft_M: np.ndarray, soft: SoftTargets) -> SoftRows:
-    if len(soft_M) != len(soft):
-        raise CacheError(f"{len(soft_M)} positions have the soft targets of {len(soft)}: the cache is damaged")
-    return SoftRows(
-        torch.from_numpy(soft_M),
-        torch.from_numpy(soft.ids_NK.astype(np.int64)),
-        torch.from_numpy(soft.logprobs_NK.astype(np.float32)),
-        torch.from_numpy(soft.tail_N.astype(np.float32)),
+def entries(is_soft_N: np.ndarray, soft: SoftTargets) -> Entries:
+    """What a loss reads of the soft targets of those of N positions that have them."""
+    position_M = np.flatnonzero(is_soft_N)
+    if len(position_M) != len(soft):
+        raise CacheError(f"{len(position_M)} positions have the soft targets of {len(soft)}: the cache is damaged")
+    num_N, tail_N = np.zeros(len(is_soft_N), np.int64), np.zeros(len(is_soft_N), np.float32)
+    num_N[position_M], tail_N[position_M] = soft.num_N, soft.tail_N
+    return Entries(
+        np.cumsum(num_N),
+        torch.from_numpy(np.repeat(position_M.astype(np.int32), soft.num_N)),
+        torch.from_numpy(soft.ids_E),
+        torch.from_numpy(soft.logprobs_E),
+        torch.from_numpy(tail_N) if soft.num_drawn_N is None else None,
     )

@@ -20,7 +20,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.metrics import Prediction, median_milliseconds, score
 from distill.prompts import Prompts, Reply, load_tokenizer
 from distill.reading import PrefixedReader, Reading
-from distill.records import Annotation, AnswerError, Example, Span, Target
+from distill.records import Annotation, AnswerError, Example, Span, Target, spread
 from distill.student import size_bytes
 from distill.tasks import Task
 
@@ -153,13 +153,12 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
     soft = target.soft.buckets()
     if not soft.num_exact_N.all():  # nothing but draws: a single bucket, in which all models are alike
         return None
-    ids_NK = torch.from_numpy(soft.ids_NK.astype("int64"))
-    kept_NK = logprobs_NV.cpu().gather(-1, ids_NK.clamp(min=0)).masked_fill(ids_NK < 0, -torch.inf)
-    rest_N1 = (1 - kept_NK.exp().sum(-1, keepdim=True)).clamp(min=1e-9).log()
-    t_NK = torch.from_numpy(soft.logprobs_NK)
-    tail_N1 = torch.from_numpy(soft.tail_N).unsqueeze(-1).log()
-    value_N, _ = ForwardKL()(torch.cat([kept_NK, rest_N1], -1), torch.cat([t_NK, tail_N1], -1))
-    return float(value_N.mean())
+    row_E, _ = spread(soft.num_exact_N)
+    log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
+    rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
+    log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])
+    log_t = torch.cat([torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N).log()])
+    return float(ForwardKL()(log_q, log_t)[0].sum()) / len(soft)
 
 
 def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:

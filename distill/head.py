@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from distill.records import Entries
 
 Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _CHUNK = 256
@@ -27,15 +29,11 @@ _SMALLEST_REST = 1e-9
 
 @dataclass(frozen=True)
 class Term:
-    """One loss on some of the positions: targets at temperature `temperature`, the rest bucket last.
-
-    Rows may be ragged: an id of -1 with log_t = -inf is no bucket at all.
-    """
+    """One loss on those of the N positions that are used; its targets are at `temperature`."""
 
     formula: Formula
-    rows_M: Int[Tensor, "M"]
-    ids_MK: Int[Tensor, "M K"]
-    log_t_MB: Float[Tensor, "M B"]
+    targets: Entries
+    is_used_N: Bool[Tensor, "N"]
     temperature: float
     scale: float
 
@@ -107,51 +105,81 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    logits_CV: Float[Tensor, "C V"],
-    start: int,
-    terms: Sequence[Term],
-    sums_L: Float[Tensor, "L"],
-    wanted: bool,
+    logits_CV: Float[Tensor, "C V"], start: int, terms: Sequence[Term], sums_L: Float[Tensor, "L"], wanted: bool
 ) -> Float[Tensor, "C V"] | None:
-    """Add each term's sum for this chunk to `sums_L`; return d total / d logits if wanted."""
+    """Add each term's sum for this chunk to `sums_L`; return d total / d logits if wanted. Consumes the logits."""
     slope_CV = None
-    for temperature in sorted({term.temperature for term in terms}):
-        log_p_CV = (logits_CV / temperature).log_softmax(-1)
-        factor_C = log_p_CV.new_zeros(len(log_p_CV))
-        corrections: list[tuple[Tensor, Tensor, Tensor]] = []
-        for index, term in enumerate(terms):
-            if term.temperature == temperature:
-                sums_L[index] += _add_term(term, log_p_CV, start, factor_C, corrections)
+    temperatures = sorted({term.temperature for term in terms})
+    for temperature in temperatures:
+        z_CV = logits_CV if temperature == temperatures[-1] else logits_CV.clone()
+        if temperature != 1:
+            z_CV /= temperature
+        parts = [
+            (index, _Part.of(term, z_CV, start)) for index, term in enumerate(terms) if term.temperature == temperature
+        ]
+        # One softmax for all of them, in the place of its logits: more passes over V cost more than all the rest.
+        most_C = z_CV.amax(-1)
+        p_CV = z_CV.sub_(most_C.unsqueeze(-1)).exp_()
+        norm_C = p_CV.sum(-1)
+        factor_C = torch.zeros_like(norm_C)
+        for index, part in parts:
+            sums_L[index] += part.add(most_C + norm_C.log(), factor_C)
         if wanted:
-            part_CV = log_p_CV.exp_().mul_(factor_C.unsqueeze(-1))
-            for rows_m, ids_mK, kept_mK in corrections:
-                part_CV.index_put_((rows_m.unsqueeze(-1).expand_as(ids_mK), ids_mK), kept_mK, accumulate=True)
-            slope_CV = part_CV if slope_CV is None else slope_CV.add_(part_CV)
+            p_CV.mul_((factor_C / norm_C).unsqueeze(-1))
+            for _, part in parts:
+                p_CV.view(-1).index_add_(0, part.at_E, part.correction_E)
+            slope_CV = p_CV if slope_CV is None else slope_CV.add_(p_CV)
     return slope_CV
 
 
-def _add_term(
-    term: Term,
-    log_p_CV: Float[Tensor, "C V"],
-    start: int,
-    factor_C: Float[Tensor, "C"],
-    corrections: list[tuple[Tensor, Tensor, Tensor]],
-) -> Float[Tensor, ""]:
-    """Return one term's sum for this chunk; add to each row's factor of q, and to the corrections at kept ids."""
-    inside = (term.rows_M >= start) & (term.rows_M < start + len(log_p_CV))
-    rows_m, ids_mK = term.rows_M[inside] - start, term.ids_MK[inside]
-    is_there_mK = ids_mK >= 0
-    ids_mK = ids_mK.clamp(min=0)  # where nothing is kept nothing is added below
-    log_q_mK = log_p_CV[rows_m.unsqueeze(-1), ids_mK].masked_fill(~is_there_mK, -torch.inf)
-    rest_m = (1 - log_q_mK.exp().sum(-1)).clamp(min=_SMALLEST_REST)
-    log_q_mB = torch.cat([log_q_mK, rest_m.log().unsqueeze(-1)], -1)
-    value_m, slope_mB = term.formula(log_q_mB, term.log_t_MB[inside].to(log_q_mB))
-    slope_mB = slope_mB * (term.scale * term.temperature)  # T^2 for the loss, 1/T for the logits
-    slope_mB[:, -1] *= rest_m > _SMALLEST_REST  # at the floor the value does not move
-    per_rest_m = slope_mB[:, -1] / rest_m
-    factor_C.index_add_(0, rows_m, per_rest_m - slope_mB.sum(-1))
-    corrections.append((rows_m, ids_mK, slope_mB[:, :-1] - log_q_mK.exp() * per_rest_m.unsqueeze(-1)))
-    return value_m.sum()
+@dataclass
+class _Part:
+    """The entries of a term in one chunk of C positions: their rows, where their logits are, and those."""
+
+    term: Term
+    rows: slice
+    row_E: Int[Tensor, "E"]
+    at_E: Int[Tensor, "E"]
+    z_E: Float[Tensor, "E"]
+    log_t_E: Float[Tensor, "E"]
+    correction_E: Float[Tensor, "E"]
+
+    @classmethod
+    def of(cls, term: Term, z_CV: Float[Tensor, "C V"], start: int) -> _Part:
+        """Take the entries' logits out of all of them."""
+        rows, targets = slice(start, start + len(z_CV)), term.targets
+        first = int(targets.ends_N[start - 1]) if start else 0
+        entries = slice(first, int(targets.ends_N[rows.stop - 1]))
+        row_E = targets.position_E[entries].long() - start
+        at_E = row_E * z_CV.shape[-1] + targets.ids_E[entries]
+        z_E = z_CV.view(-1)[at_E]
+        return cls(term, rows, row_E, at_E, z_E, targets.logprobs_E[entries].to(z_E), z_E)
+
+    def add(self, log_norm_C: Float[Tensor, "C"], factor_C: Float[Tensor, "C"]) -> Float[Tensor, ""]:
+        """Return the term's sum; add to each row's factor of q, and find the corrections at kept ids."""
+        is_used_C = self.term.is_used_N[self.rows]
+        # T^2 for the loss, 1/T for the logits.
+        weight_C = is_used_C.to(factor_C) * (self.term.scale * self.term.temperature)
+        log_q_E = self.z_E - log_norm_C[self.row_E]
+        value_E, slope_E = self.term.formula(log_q_E, self.log_t_E)
+        value_C, slope_C = self._summed(value_E, factor_C), self._summed(slope_E, factor_C)
+        if self.term.targets.tail_N is None:
+            factor_C -= weight_C * slope_C
+        else:
+            q_E = log_q_E.exp()
+            rest_C = (1 - self._summed(q_E, factor_C)).clamp(min=_SMALLEST_REST)
+            log_tail_C = self.term.targets.tail_N[self.rows].to(factor_C).log()
+            rest_value_C, rest_slope_C = self.term.formula(rest_C.log(), log_tail_C)
+            rest_slope_C = rest_slope_C * (rest_C > _SMALLEST_REST)  # at the floor the value does not move
+            per_rest_C = rest_slope_C / rest_C
+            value_C += rest_value_C
+            factor_C += weight_C * (per_rest_C - slope_C - rest_slope_C)
+            slope_E = slope_E - q_E * per_rest_C[self.row_E]
+        self.correction_E = slope_E * weight_C[self.row_E]
+        return value_C.where(is_used_C, 0).sum()
+
+    def _summed(self, value_E: Float[Tensor, "E"], like_C: Float[Tensor, "C"]) -> Float[Tensor, "C"]:
+        return torch.zeros_like(like_C).index_add_(0, self.row_E, value_E)
 
 
 def _collect(

@@ -17,9 +17,10 @@ from distill.cache.shard import packed
 from distill.cache.store import Store
 from distill.fetch import whole_file
 from distill.prompts import Prompts
-from distill.records import SPANS, Annotation, Request, SoftTargets, Span, Target
+from distill.records import SPANS, Annotation, Request, Span, Target
 from distill.teachers import Teacher
 
+Row = tuple[np.ndarray, np.ndarray]  # ids and log-probabilities
 _TOP = 5
 
 
@@ -125,8 +126,8 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
         "span": span,
         "token_ids": list(target.token_ids),
         "tokens": [prompts.piece(token_id) for token_id in target.token_ids],
-        "ids": soft.ids_NK.tolist() if soft else [],
-        "logprobs": soft.logprobs_NK.astype(float).tolist() if soft else [],
+        "ids": [ids.tolist() for ids, _ in soft.rows()] if soft else [],
+        "logprobs": [logprobs.astype(float).tolist() for _, logprobs in soft.rows()] if soft else [],
         "tail": soft.tail_N.astype(float).tolist() if soft else [],
     }
 
@@ -135,11 +136,10 @@ def _expected(target: Target, prompts: Prompts) -> list[str]:
     if target.soft is None:
         return [f"  {prompts.piece(token_id)!r}" for token_id in target.token_ids]
     lines = []
-    for place, token_id in enumerate(target.token_ids):
-        logprobs_K, ids_K = target.soft.logprobs_NK[place], target.soft.ids_NK[place]
-        best = np.argsort(-logprobs_K, kind="stable")[:_TOP]
-        told = [f"{prompts.piece(int(ids_K[k]))!r} {np.exp(logprobs_K[k]):.3f}" for k in best if ids_K[k] >= 0]
-        lines.append(f"  {prompts.piece(token_id)!r:16} {'  '.join(told)}  rest {target.soft.tail_N[place]:.3f}")
+    for token_id, (ids, logprobs), tail in zip(target.token_ids, target.soft.rows(), target.soft.tail_N, strict=True):
+        best = np.argsort(-logprobs, kind="stable")[:_TOP]
+        told = [f"{prompts.piece(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in best]
+        lines.append(f"  {prompts.piece(token_id)!r:16} {'  '.join(told)}  rest {tail:.3f}")
     return lines
 
 
@@ -158,14 +158,11 @@ def _distance(left: Annotation, right: Annotation) -> float:
         if mine is None or theirs is None or mine.token_ids != theirs.token_ids:
             return 1.0
         if mine.soft is not None and theirs.soft is not None:
-            both = mine.soft.buckets(), theirs.soft.buckets()  # draws differ where rounding does
-            worst = max(worst, *(_variation(*both, place) for place in range(len(mine.soft))))
+            both = mine.soft.buckets().rows(), theirs.soft.buckets().rows()  # draws differ where rounding does
+            worst = max(worst, *(_variation(*rows) for rows in zip(*both, strict=True)))
     return worst
 
 
-def _variation(left: SoftTargets, right: SoftTargets, place: int) -> float:
-    mine, theirs = (
-        dict(zip(soft.ids_NK[place].tolist(), np.exp(soft.logprobs_NK[place]).tolist(), strict=True))
-        for soft in (left, right)
-    )
+def _variation(left: Row, right: Row) -> float:
+    mine, theirs = (dict(zip(ids.tolist(), np.exp(logprobs).tolist(), strict=True)) for ids, logprobs in (left, right))
     return 0.5 * math.fsum(abs(mine[token_id] - theirs[token_id]) for token_id in {*mine} & {*theirs})

@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import lightning
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.head import Term, head_loss, predicted_ids
 from distill.losses import Objective
-from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Group, SoftRows, Span
+from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Entries, Group
 from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-Retemper = Callable[[Tensor, float], Tensor]
+Retemper = Callable[[Entries, float], Entries]
 
 
 class NonFiniteLossError(DistillError):
@@ -98,14 +99,14 @@ class StudentModule(lightning.LightningModule):
         found = {}
         for name, objective in self._objectives.items():
             if objective.source == "labels":
-                rows_M, ids_MK, log_t_MB = _gold(batch, objective.span)
+                is_known_N, targets = batch.is_labelled_N, _labels(batch)
             elif batch.soft is not None:
-                rows_M, ids_MK, log_t_MB = self._soft(batch, batch.soft, objective)
+                is_known_N, targets = batch.is_soft_N, self._retemper(batch.soft, objective.temperature)
             else:
                 continue
-            if len(rows_M):
-                scale = objective.weight / _count(batch, objective)
-                found[name] = Term(objective.divergence, rows_M, ids_MK, log_t_MB, objective.temperature, scale)
+            is_used_N = is_known_N & (batch.span_N == SPANS.index(objective.span))
+            scale = objective.weight / _count(batch, objective)
+            found[name] = Term(objective.divergence, targets, is_used_N, objective.temperature, scale)
         return found
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -149,7 +150,7 @@ class StudentModule(lightning.LightningModule):
         terms = self.terms(batch)
         _, sums_L = head_loss(hidden_NH, *head, list(terms.values()))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
-            self._tally(f"val/{name}", sum_, len(term.rows_M))
+            self._tally(f"val/{name}", sum_, int(term.is_used_N.sum()))
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
         is_wrong_M = predicted_ids(hidden_NH[is_answer_N], *head) != batch.label_N[is_answer_N]
         answers_M = batch.sequence_N[is_answer_N]
@@ -172,20 +173,13 @@ class StudentModule(lightning.LightningModule):
         total, number = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
         self._tallies[name] = [total + value.detach().cpu(), number + count]
 
-    def _soft(self, batch: Batch, soft: SoftRows, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, kept ids and bucket log-probabilities of the teacher's targets for a loss."""
-        is_used_M = batch.span_N[soft.rows_M] == SPANS.index(objective.span)
-        kept_MK = self._retemper(soft.logprobs_MK[is_used_M], objective.temperature)
-        log_t_MB = torch.cat([kept_MK, soft.tail_M[is_used_M].log().unsqueeze(-1)], -1)
-        return soft.rows_M[is_used_M], soft.ids_MK[is_used_M], log_t_MB
 
-
-def _gold(batch: Batch, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions and ids of gold labels; all the probability is theirs."""
-    is_used_N = (batch.span_N == SPANS.index(span)) & batch.is_labelled_N
-    rows_M = is_used_N.nonzero().squeeze(-1)
-    certain_MB = torch.tensor([[0.0, -torch.inf]], device=rows_M.device).expand(len(rows_M), 2)
-    return rows_M, batch.label_N[rows_M].unsqueeze(-1), certain_MB
+def _labels(batch: Batch) -> Entries:
+    """All the probability is the next token's."""
+    number, device = len(batch.label_N), batch.label_N.device
+    position_N = torch.arange(number, device=device)
+    certain_N = torch.zeros(number, device=device)
+    return Entries(np.arange(1, number + 1), position_N, batch.label_N, certain_N, None)
 
 
 def _count(batch: Batch, objective: Objective) -> int:

@@ -25,7 +25,7 @@ from distill.cache.dense import Dense
 from distill.cache.rs_kd import RandomSampling
 from distill.cache.sampled import Sampled
 from distill.cache.topk import TopK
-from distill.records import SPANS, Request, SoftTargets
+from distill.records import SPANS, Request, SoftTargets, spread
 from distill.teachers import Teacher
 
 _POSITIONS, _DRAWS, _BATCH = 300, 8, 4
@@ -116,8 +116,8 @@ def table(found: Mapping[str, Fidelity], num_positions: int) -> str:
 def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
     size, sums = 0, np.zeros(5)
     for number, whole in enumerate(wholes):
-        p_NV = np.exp(whole.logprobs_NK.astype(np.float64))
-        logprobs_NV = torch.from_numpy(np.array(whole.logprobs_NK))
+        logprobs_NV = torch.from_numpy(whole.logprobs_E.reshape(len(whole), -1))
+        p_NV = logprobs_NV.double().exp().numpy()
         num_draws = 1 if codec.seed is None else _DRAWS
         drawn = [pass_through(logprobs_NV, codec, f"{number}/{draw}") for draw in range(num_draws)]
         targets = [_spread(kept.back.for_training(), p_NV.shape[1]) for kept in drawn]
@@ -147,12 +147,10 @@ def pass_through(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> K
 
 def _spread(soft: SoftTargets, size: int) -> np.ndarray:
     """Rows over the vocabulary; what is left over lies evenly on the ids that are not kept."""
-    is_kept_NK = soft.ids_NK >= 0
-    row_M, _ = np.nonzero(is_kept_NK)
-    row_NV = np.zeros((len(soft), size))
-    row_NV[row_M, soft.ids_NK[is_kept_NK]] = np.exp(soft.logprobs_NK[is_kept_NK])
+    kept, row_NV = (spread(soft.num_N)[0], soft.ids_E), np.zeros((len(soft), size))
+    row_NV[kept] = np.exp(soft.logprobs_E)
     is_other_NV = np.ones((len(soft), size), bool)
-    is_other_NV[row_M, soft.ids_NK[is_kept_NK]] = False
+    is_other_NV[kept] = False
     num_other_N1 = is_other_NV.sum(1, keepdims=True)
     row_NV += is_other_NV * (soft.tail_N[:, None] / np.maximum(num_other_N1, 1))
     return row_NV

@@ -3,7 +3,7 @@
 Dimensions, used as suffixes of every tensor with two or more of them:
 
     B  example (or sequence) in a batch      V  vocabulary
-    T  token position in a sequence          K  kept entries of a soft target
+    T  token position in a sequence          E  kept entry of a soft target, of all positions one after the other
     N  supervised position                   H  hidden size
 
 Errors (each message says what happened, what was found, what was wanted, what to do):
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -126,71 +126,79 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Next-token distributions: kept ids with their probabilities under the *full* softmax, and the mass left over.
+    """Next-token distributions, one after the other: kept ids with their probabilities under the *full* softmax.
 
     Row n is the distribution from which token n of its span was to be drawn. Its first `num_exact_N[n]` entries
-    (None: all K) are exact, and `tail_N` is what they leave over. Further entries are draws from what is left
-    over, each standing for a weight whose log is in `logprobs_NK`; `is_tail_drawn` says that draws stand for it,
-    also where a row happens to have none. Rows are ragged: an entry that does not exist has id -1 and
-    log-probability -inf. Dense is K = V.
+    are exact, and `tail_N` is what they leave over. The next `num_drawn_N[n]` are draws from what is left over,
+    each standing for a weight whose log is in `logprobs_E`; draws stand for it also where a row happens to have
+    none. Without `num_drawn_N` nothing was drawn: what is left over is one bucket. Dense has V exact entries.
     """
 
-    ids_NK: np.ndarray
-    logprobs_NK: np.ndarray
+    ids_E: np.ndarray
+    logprobs_E: np.ndarray
     tail_N: np.ndarray
-    num_exact_N: np.ndarray = None  # type: ignore[assignment]
-    is_tail_drawn: bool = False
+    num_exact_N: np.ndarray
+    num_drawn_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Shapes agree, and no draw is taken for an exact entry."""
-        given: Any = self.num_exact_N
-        if given is None:
-            every_N = np.full(len(self.tail_N), self.ids_NK.shape[1], np.int32)
-            object.__setattr__(self, "num_exact_N", every_N)
-        if self.ids_NK.shape != self.logprobs_NK.shape or not (
-            len(self.ids_NK) == len(self.tail_N) == len(self.num_exact_N)
-        ):
-            shapes = [x.shape for x in (self.ids_NK, self.logprobs_NK, self.tail_N, self.num_exact_N)]
+        """Shapes agree."""
+        if len(self.num_exact_N) != len(self.tail_N) or {len(self.ids_E), len(self.logprobs_E)} != {self.num_N.sum()}:
+            shapes = [x.shape for x in (self.ids_E, self.logprobs_E, self.tail_N, self.num_N)]
             raise CacheError(f"soft targets of unlike shapes: {', '.join(map(str, shapes))}")
-        is_ragged = (self.num_exact_N < self.ids_NK.shape[1]).any()
-        if is_ragged and not self.is_tail_drawn and (self.ids_NK[~self._is_exact_NK()] >= 0).any():
-            raise CacheError("soft targets hold draws, and do not say so (is_tail_drawn)")
 
     def __len__(self) -> int:
-        """Number of positions."""
+        """Number of rows."""
         return len(self.tail_N)
 
     def __getitem__(self, rows: slice | np.ndarray) -> SoftTargets:
-        """The same targets for some of the positions."""
-        arrays = {name: getattr(self, name)[rows] for name in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N")}
-        return replace(self, **arrays)
+        """The same targets for some of the rows."""
+        num_N = self.num_N[rows]
+        first_N = (np.cumsum(self.num_N) - self.num_N)[rows]
+        row_E, place_E = spread(num_N)
+        entries = first_N[row_E] + place_E
+        drawn = self.num_drawn_N
+        return SoftTargets(
+            self.ids_E[entries],
+            self.logprobs_E[entries],
+            self.tail_N[rows],
+            self.num_exact_N[rows],
+            drawn if drawn is None else drawn[rows],
+        )
 
     @classmethod
     def join(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
-        """Targets one after the other, padded to the largest K."""
-        if len({part.is_tail_drawn for part in parts}) != 1:
+        """Targets one after the other."""
+        if len({part.num_drawn_N is None for part in parts}) != 1:
             raise CacheError("soft targets with draws and without cannot be joined: two codecs made them")
-        shape = sum(map(len, parts)), max(part.ids_NK.shape[1] for part in parts)
-        ids_NK, logprobs_NK = np.full(shape, -1, parts[0].ids_NK.dtype), np.full(shape, -np.inf, np.float32)
-        start = 0
-        for part in parts:
-            rows, columns = slice(start, start + len(part)), slice(part.ids_NK.shape[1])
-            ids_NK[rows, columns], logprobs_NK[rows, columns] = part.ids_NK, part.logprobs_NK
-            start += len(part)
-        tail_N, num_exact_N = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("tail_N", "num_exact_N")
-        )
-        return cls(ids_NK, logprobs_NK, tail_N, num_exact_N, parts[0].is_tail_drawn)
+        columns = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
+        return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+    @property
+    def num_N(self) -> np.ndarray:  # noqa: N802 - a tensor's dimensions stand in its name
+        """Entries of each row."""
+        if self.num_drawn_N is None:
+            return self.num_exact_N
+        num_N: np.ndarray = self.num_exact_N + self.num_drawn_N
+        return num_N
+
+    @property
+    def is_exact_E(self) -> np.ndarray:  # noqa: N802
+        """Whether an entry is exact, or else a draw."""
+        row_E, place_E = spread(self.num_N)
+        is_exact_E: np.ndarray = place_E < self.num_exact_N[row_E]
+        return is_exact_E
+
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and log-probabilities of each row."""
+        cuts = np.cumsum(self.num_N)[:-1]
+        return zip(np.split(self.ids_E, cuts), np.split(self.logprobs_E, cuts), strict=True)
 
     def buckets(self) -> SoftTargets:
         """The bucket reading: exact entries, and one outcome for all the rest. Draws are dropped."""
-        if not self.is_tail_drawn:
+        if self.num_drawn_N is None:
             return self
-        width = int(self.num_exact_N.max(initial=0))
-        is_exact_NK = self._is_exact_NK()[:, :width]
-        ids_NK = np.where(is_exact_NK, self.ids_NK[:, :width], -1)
-        logprobs_NK = np.where(is_exact_NK, self.logprobs_NK[:, :width], -np.inf)
-        return SoftTargets(ids_NK, logprobs_NK, self.tail_N, self.num_exact_N)
+        is_exact_E = self.is_exact_E
+        return SoftTargets(self.ids_E[is_exact_E], self.logprobs_E[is_exact_E], self.tail_N, self.num_exact_N)
 
     def for_training(self) -> SoftTargets:
         """The sampled reading where draws stand for the rest, else the bucket reading.
@@ -198,17 +206,16 @@ class SoftTargets:
         Sampled: exact entries and draws, nothing left over, so that the expected target is the teacher's
         distribution. A row sums to 1 on average only, and is not renormalised: that would bring the bias back.
         """
-        return replace(self, tail_N=np.zeros_like(self.tail_N)) if self.is_tail_drawn else self
+        return self if self.num_drawn_N is None else replace(self, tail_N=np.zeros_like(self.tail_N))
 
     def check(self) -> None:
         """Raise CacheError where a row is no distribution; every writer asks this first."""
-        is_kept_NK, is_exact_NK, p_NK = self.ids_NK >= 0, self._is_exact_NK(), np.exp(self.logprobs_NK)
-        mass_N = np.where(is_exact_NK, p_NK, 0).sum(1) + self.tail_N
+        head = self.buckets()
+        row_E, _ = spread(head.num_exact_N)
+        mass_N = np.bincount(row_E, np.exp(head.logprobs_E.astype(np.float64)), len(self)) + self.tail_N
         wanted = {
-            "entries that exist come first": (is_kept_NK[:, 1:] <= is_kept_NK[:, :-1]).all(),
-            "exact entries exist": (is_kept_NK | ~is_exact_NK).all() and (self.num_exact_N >= 0).all(),
-            "a log-probability is -inf or a number not above 0": (self.logprobs_NK <= _ROUNDING).all(),
-            "an entry that does not exist has no probability": not p_NK[~is_kept_NK].any(),
+            "an entry has an id": (self.ids_E >= 0).all(),
+            "a log-probability is -inf or a number not above 0": (self.logprobs_E <= _ROUNDING).all(),
             "a tail is a probability": ((self.tail_N >= 0) & (self.tail_N <= 1 + _ROUNDING)).all(),
             "a row says something, and claims no more than a whole distribution": (
                 (mass_N > 0) & (mass_N <= 1 + _ROUNDING)
@@ -218,8 +225,11 @@ class SoftTargets:
         if broken:
             raise CacheError(f"soft targets that are none, so they are not written; broken: {'; '.join(broken)}")
 
-    def _is_exact_NK(self) -> np.ndarray:  # noqa: N802 - a tensor's dimensions stand in its name
-        return np.arange(self.ids_NK.shape[1]) < self.num_exact_N[:, None]
+
+def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row, and the place in it, of each entry of rows of these lengths."""
+    row_E = np.repeat(np.arange(len(num_N), dtype=np.int32), num_N)
+    return row_E, np.arange(len(row_E)) - (np.cumsum(num_N, dtype=np.int64) - num_N)[row_E]
 
 
 @dataclass(frozen=True)
@@ -301,20 +311,30 @@ class CheckedRationale:
 
 
 @dataclass(frozen=True)
-class SoftRows:
-    """The soft targets of some supervised positions of a batch: `rows_M` index into its N positions."""
+class Entries:
+    """What is kept of a target at each of N positions, one after the other.
 
-    rows_M: Int[Tensor, "M"]
-    ids_MK: Int[Tensor, "M K"]
-    logprobs_MK: Float[Tensor, "M K"]
-    tail_M: Float[Tensor, "M"]
+    `ends_N` (on the host: chunks are cut by it, and no device is waited for) says where each position's entries
+    end. `tail_N` is what they leave over; None where that is nothing.
+    """
+
+    ends_N: np.ndarray
+    position_E: Int[Tensor, "E"]
+    ids_E: Int[Tensor, "E"]
+    logprobs_E: Float[Tensor, "E"]
+    tail_N: Float[Tensor, "N"] | None
+
+    def to(self, device: torch.device) -> Entries:
+        """The same entries on another device."""
+        return replace(self, **_moved(self, device))
 
 
 @dataclass(frozen=True)
 class Batch:
     """One microbatch. Sequences are padded on the right; no loss looks at padding.
 
-    Position n is predicted from hidden state `[sequence_N[n], before_N[n]]` and should be `label_N[n]`.
+    Position n is predicted from hidden state `[sequence_N[n], before_N[n]]` and should be `label_N[n]`. It has soft
+    targets where `is_soft_N` says so.
     `counts` are positions per (span, source) in the *whole* optimizer step, over all its microbatches
     and processes: what a loss's sum is divided by.
     """
@@ -326,14 +346,16 @@ class Batch:
     label_N: Int[Tensor, "N"]
     is_labelled_N: Bool[Tensor, "N"]
     span_N: Int[Tensor, "N"]
-    soft: SoftRows | None
+    is_soft_N: Bool[Tensor, "N"]
+    soft: Entries | None
     counts: Mapping[tuple[Span, str], int]
     example_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch, its tensors on another device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.split("_")[-1].isupper()}
-        soft = self.soft and replace(
-            self.soft, **{f.name: getattr(self.soft, f.name).to(device) for f in fields(self.soft)}
-        )
-        return replace(self, soft=soft, **tensors)
+        return replace(self, soft=self.soft and self.soft.to(device), **_moved(self, device))
+
+
+def _moved(record: Batch | Entries, device: torch.device) -> dict[str, Any]:
+    found = {f.name: getattr(record, f.name) for f in fields(record)}
+    return {name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)}

@@ -250,6 +250,11 @@ def examples(number: int) -> list[Example]:
     ]
 
 
+def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities of equally long rows, [N, K] each."""
+    return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
+
+
 _IN_MEMORY: dict[Place, SoftTargets] = {}
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import compose, counted, run, shards, start, tiny_overrides
+from conftest import compose, counted, grid, run, shards, start, tiny_overrides
 from omegaconf import DictConfig
 
 from distill.annotate import Share, fill, main, open_source, plan
 from distill.inspection import estimate, rescore
-from distill.records import CacheError, ConfigError, SoftTargets
+from distill.records import CacheError, ConfigError
 
 
 def tiny(root: Path, teacher: Path, *more: str) -> list[str]:
@@ -130,8 +130,8 @@ def test_a_record_that_is_not_the_teachers_own_is_found_though_its_checksums_are
             target = annotation.targets.get("answer")
             if target is None or target.soft is None:
                 continue
-            ids_NK = np.roll(target.soft.ids_NK, 1, axis=1)
-            wrong = replace(target, soft=SoftTargets(ids_NK, target.soft.logprobs_NK, target.soft.tail_N))
+            rolled_NK = np.roll(grid(target.soft)[0], 1, axis=1)
+            wrong = replace(target, soft=replace(target.soft, ids_E=rolled_NK.ravel()))
             writer.add([replace(annotation, targets={"answer": wrong})])
     assert other.store.check() == []
     assert not rescore(other.store, source.teacher, requests, 8, seed=0).is_close

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import compose, counted, environment, shards, tiny_overrides
+from conftest import compose, counted, environment, grid, shards, tiny_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
@@ -111,7 +111,7 @@ def test_soft_targets_of_many_records_are_those_of_each(tmp_path: Path, monkeypa
         chosen = [places[k] for k in rng.permutation(len(places))[:number]]
         wanted = SoftTargets.join([store.read(k).targets[span].soft for k, span in chosen])
         found = store.soft_targets(chosen)
-        for field in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N"):
+        for field in ("ids_E", "logprobs_E", "tail_N", "num_exact_N"):
             assert np.array_equal(getattr(found, field), getattr(wanted, field))
     with pytest.raises(CacheError, match="no soft targets for the rationale of record"):
         store.soft_targets([(key(1), "rationale")])
@@ -624,8 +624,9 @@ def test_stored_targets_are_the_teachers_own(configured: Callable[..., DictConfi
         top_NK, ids_NK = logits_TV.log_softmax(-1).topk(8, -1)
         assert stored.soft is not None
         # What is stored is rounded: probabilities to 1/255 on the scale of their fourth roots.
-        assert np.allclose(np.exp(stored.soft.logprobs_NK), top_NK.exp(), atol=0.01)
-        assert np.array_equal(stored.soft.ids_NK[:, 0], ids_NK[:, 0])
+        stored_ids_NK, stored_logprobs_NK = grid(stored.soft)
+        assert np.allclose(np.exp(stored_logprobs_NK), top_NK.exp(), atol=0.01)
+        assert np.array_equal(stored_ids_NK[:, 0], ids_NK[:, 0])
 
 
 if __name__ == "__main__":

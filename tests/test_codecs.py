@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import codec, conf_names, divergences, lessons, objectives, read
+from conftest import codec, conf_names, divergences, grid, lessons, objectives, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,12 +19,12 @@ from distill.annotate import open_source
 from distill.cache import Codec, compact, uniforms
 from distill.cache.dense import Dense
 from distill.cache.topk import TopK
-from distill.data import collate
+from distill.data import collate, entries
 from distill.evaluate import _divergence
 from distill.head import Term, head_loss
 from distill.losses.forward_kl import ForwardKL
 from distill.prompts import Prompts
-from distill.records import CacheError, ConfigError, SoftTargets, Target
+from distill.records import CacheError, ConfigError, SoftTargets, Target, spread
 from distill.train import check_parts
 
 EVERY = pytest.mark.parametrize("name", conf_names("cache"))
@@ -60,10 +60,9 @@ def whole(soft: SoftTargets, size: int) -> np.ndarray:
     """The target that a loss sees when it trains, as a row over the vocabulary."""
     target_NV = np.zeros((len(soft), size))
     reading = soft.for_training()
-    for row, (ids, logprobs) in enumerate(zip(reading.ids_NK, reading.logprobs_NK, strict=True)):
+    for row, (ids, logprobs) in enumerate(reading.rows()):
         for token, logprob in zip(ids, logprobs, strict=True):
-            if token >= 0:
-                target_NV[row, token] += math.exp(logprob)
+            target_NV[row, token] += math.exp(logprob)
     return target_NV
 
 
@@ -94,9 +93,10 @@ def test_what_is_read_back_makes_the_same_bytes_again(name: str, size: int, spre
     arrays = codec(name).pack(cut)
     soft = codec(name).unpack(arrays)
     assert same(codec(name).pack(soft), arrays)
-    assert np.array_equal(soft.ids_NK, cut.ids_NK)
+    assert np.array_equal(soft.ids_E, cut.ids_E)
     assert np.array_equal(soft.num_exact_N, cut.num_exact_N)
-    assert soft.is_tail_drawn == cut.is_tail_drawn == (codec(name).seed is not None)
+    assert np.array_equal(soft.num_N, cut.num_N)
+    assert (soft.num_drawn_N is None) == (cut.num_drawn_N is None) == (codec(name).seed is None)
     assert np.abs(whole(soft, size) - whole(cut, size)).max() < (0 if name == "dense" else 0.02) + 1e-6
 
 
@@ -108,9 +108,9 @@ def test_ids_of_every_size_of_vocabulary_come_back(name: str, size: int) -> None
     log_p_NV[:, likely] = 0.0
     soft = codec(name).cut(log_p_NV.log_softmax(-1), draws(9))
     arrays = codec(name).pack(soft)
-    assert set(likely.tolist()) <= set(soft.ids_NK.ravel().tolist())
-    assert np.array_equal(codec(name).unpack(arrays).ids_NK, soft.ids_NK)
-    num_ids = int((soft.ids_NK >= 0).sum())
+    assert set(likely.tolist()) <= set(soft.ids_E.tolist())
+    assert np.array_equal(codec(name).unpack(arrays).ids_E, soft.ids_E)
+    num_ids = len(soft.ids_E)
     planes = sum(len(array) for axis, array in arrays.items() if axis.endswith("plane.bits"))
     least = {49_152: 0, 151_936: 2, 262_144: 2}[size] * math.ceil(num_ids / 8)
     assert least <= planes <= least + 2  # heads and draws have planes of their own
@@ -140,9 +140,9 @@ def test_records_can_be_read_back_together(name: str, size: int) -> None:
     lengths = {key.partition(".")[0]: np.array([len(part[key]) for part in parts]) for key in parts[0]}
     joined = SoftTargets.join([codec(name).unpack(part) for part in parts])
     found = codec(name).unpack(together, lengths)
-    for field in ("ids_NK", "logprobs_NK", "tail_N", "num_exact_N"):
+    for field in ("ids_E", "logprobs_E", "tail_N", "num_exact_N", "num_N"):
         assert np.array_equal(getattr(found, field), getattr(joined, field))
-    assert name == "dense" or (joined.ids_NK.max() > 65_535) == (size > 65_535)
+    assert name == "dense" or (joined.ids_E.max() > 65_535) == (size > 65_535)
 
 
 @DRAWING
@@ -253,7 +253,7 @@ def test_a_probability_is_the_fourth_root_of_its_ratio_and_a_tail_that_of_its_od
     soft = TopK(k=12, temperature=1.0).cut(random(40, 60, 4.0), draws(40))
     codes, odds_N = compact.pack_probabilities(soft)
     expected_codes, expected_odds = [], []
-    for logprobs, tail in zip(soft.logprobs_NK.tolist(), soft.tail_N.tolist(), strict=True):
+    for logprobs, tail in zip(grid(soft)[1].tolist(), soft.tail_N.tolist(), strict=True):
         p = [math.exp(logprob) for logprob in logprobs]
         expected_codes += [max(1, round(255 * (x / p[0]) ** 0.25)) for x in p[1:]]
         expected_odds.append(round(255 / (1 + (sum(p) / tail) ** 0.25)))
@@ -263,21 +263,21 @@ def test_a_probability_is_the_fourth_root_of_its_ratio_and_a_tail_that_of_its_od
     for row, (code, odds) in enumerate(zip(np.reshape(expected_codes, (40, 11)), expected_odds, strict=True)):
         ratio = np.array([1.0, *(code / 255) ** 4])
         kept = (255 - odds) ** 4 / ((255 - odds) ** 4 + odds**4)
-        assert np.allclose(np.exp(back.logprobs_NK[row]), kept * ratio / ratio.sum(), rtol=1e-5, atol=0)
+        assert np.allclose(np.exp(grid(back)[1][row]), kept * ratio / ratio.sum(), rtol=1e-5, atol=0)
         assert math.isclose(back.tail_N[row], 1 - kept, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize(("kept", "tail", "odds"), [(1.0, 1e-15, 1), (1e-15, 1.0, 254), (1.0, 0.0, 0)])
 def test_what_is_not_zero_gets_the_least_code_and_not_that_of_zero(kept: float, tail: float, odds: int) -> None:
-    logprobs_NK = np.log([[kept, kept * 1e-20]])
-    codes, odds_N = compact.pack_probabilities(SoftTargets(np.array([[0, 1]], np.int32), logprobs_NK, np.array([tail])))
+    soft = SoftTargets(np.arange(2), np.log([kept, kept * 1e-20]), np.array([tail]), np.array([2]))
+    codes, odds_N = compact.pack_probabilities(soft)
     assert (codes.tolist(), odds_N.tolist()) == ([1], [odds])
 
 
 def test_what_has_no_probability_is_not_kept_to_fill_a_head() -> None:
     log_p_NV = torch.tensor([[0.5, 0.0, 0.5, 0.0]]).log()
     soft = codec("sampled", k_min=4).cut(log_p_NV, draws(1))
-    assert (soft.ids_NK.tolist(), soft.num_exact_N.tolist()) == ([[0, 2]], [2])
+    assert (soft.ids_E.tolist(), soft.num_exact_N.tolist()) == ([0, 2], [2])
 
 
 @pytest.mark.parametrize("name", ["topk", "sampled"])
@@ -289,7 +289,7 @@ def test_a_zero_stays_a_zero_and_what_is_none_never_becomes_one(name: str) -> No
     back = codec(name).unpack(codec(name).pack(codec(name).cut(logits_NV.log_softmax(-1), draws(3))))
     assert back.tail_N[[0, 2]].tolist() == [0.0, 0.0]
     assert 0 < back.tail_N[1] < 2e-6
-    p_NV = whole(replace(back, is_tail_drawn=False).buckets() if name == "topk" else back.buckets(), 50)
+    p_NV = whole(back.buckets(), 50)
     assert np.allclose(p_NV[0, [4, 30]], 0.5)
     assert p_NV[[0, 2]].astype(bool).sum() == 3
     assert p_NV[2, 9] == 1
@@ -304,7 +304,7 @@ def test_rounding_costs_less_than_the_bar(k: int, most_bytes: int, most_nats: fl
     soft = kept.cut(log_p_NV, draws(60))
     arrays = kept.pack(soft)
     back = kept.unpack(arrays)
-    p_NB, q_NB = (np.concatenate([np.exp(s.logprobs_NK), s.tail_N[:, None]], 1).astype(float) for s in (soft, back))
+    p_NB, q_NB = (np.concatenate([np.exp(grid(s)[1]), s.tail_N[:, None]], 1).astype(float) for s in (soft, back))
     divergence_N = np.where(p_NB > 0, p_NB * np.log(np.maximum(p_NB, 1e-30) / np.maximum(q_NB, 1e-30)), 0).sum(1)
     assert num_bytes(arrays) <= most_bytes * 60
     assert divergence_N.mean() < most_nats
@@ -394,8 +394,8 @@ def test_a_token_without_probability_is_never_drawn(name: str) -> None:
     log_p_NV = torch.where(is_possible_V, 0.0, -torch.inf).log_softmax(-1).expand(9, -1)
     lowest_and_highest = torch.tensor([0.0] * 4 + [1 - 2.0**-53] * 5, dtype=torch.float64)
     soft = codec(name, n=3).cut(log_p_NV, lowest_and_highest)
-    assert is_possible_V[torch.from_numpy(soft.ids_NK[soft.ids_NK >= 0]).long()].all()
-    assert (soft.ids_NK >= 0).sum() > 9
+    assert is_possible_V[torch.from_numpy(soft.ids_E)].all()
+    assert len(soft.ids_E) > 9
 
 
 @pytest.mark.parametrize("n", [7, 64])
@@ -438,10 +438,8 @@ def test_the_expected_target_that_is_read_back_is_the_teachers_distribution(name
 
 def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:
     """Gradient of the forward KL to each position's own logits."""
-    reading, rows_N = soft.for_training(), torch.arange(len(soft))
-    tail_N1 = torch.from_numpy(reading.tail_N).unsqueeze(-1)
-    log_t_NB = torch.cat([torch.from_numpy(reading.logprobs_NK), tail_N1.log()], -1)
-    term = Term(ForwardKL(), rows_N, torch.tensor(reading.ids_NK).long(), log_t_NB, 1.0, 1.0)
+    targets = entries(np.ones(len(soft), bool), soft.for_training())
+    term = Term(ForwardKL(), targets, torch.ones(len(soft), dtype=torch.bool), 1.0, 1.0)
     logits_NV = logits_NV.clone().requires_grad_()
     head_loss(logits_NV, torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype), None, [term])[0].backward()
     assert logits_NV.grad is not None
@@ -462,7 +460,7 @@ def test_the_expected_gradient_of_the_forward_kl_is_that_to_the_whole_distributi
 def test_a_row_without_a_draw_has_no_rest_bucket_in_training_either() -> None:
     log_p_NV = torch.tensor([[0.97, 0.02, 0.005, 0.005]]).log()
     soft = codec("sampled", n=64, k_min=1).cut(log_p_NV, torch.tensor([0.99], dtype=torch.float64))
-    assert (soft.num_exact_N == (soft.ids_NK >= 0).sum(1)).all()
+    assert (soft.num_exact_N == soft.num_N).all()
     for found in (soft, codec("sampled").unpack(codec("sampled").pack(soft))):
         assert found.for_training().tail_N.tolist() == [0]
         assert math.isclose(found.buckets().tail_N[0], 0.01, rel_tol=0.1)
@@ -479,13 +477,11 @@ def test_the_bucket_reading_of_a_sampled_target_is_the_cut_distribution() -> Non
     log_p_NV = random(9, 300)
     soft = codec("sampled").cut(log_p_NV, draws(9))
     reading = soft.buckets()
-    assert (soft.ids_NK >= 0).sum() > (reading.ids_NK >= 0).sum() == reading.num_exact_N.sum()
-    kept_NK = log_p_NV.gather(-1, torch.from_numpy(reading.ids_NK).long().clamp(min=0)).numpy()
-    is_kept_NK = reading.ids_NK >= 0
-    assert np.allclose(reading.logprobs_NK[is_kept_NK], kept_NK[is_kept_NK], atol=1e-6)
-    assert (reading.logprobs_NK[~is_kept_NK] == -np.inf).all()
-    assert np.allclose(np.exp(reading.logprobs_NK).sum(1) + reading.tail_N, 1, atol=1e-6)
-    assert not reading.is_tail_drawn
+    assert len(soft.ids_E) > len(reading.ids_E) == reading.num_exact_N.sum()
+    for (ids, logprobs), tail, log_p_V in zip(reading.rows(), reading.tail_N, log_p_NV.numpy(), strict=True):
+        assert np.allclose(logprobs, log_p_V[ids], atol=1e-6)
+        assert math.isclose(np.exp(logprobs).sum() + tail, 1, abs_tol=1e-6)
+    assert reading.num_drawn_N is None
 
 
 # Records.
@@ -494,39 +490,35 @@ def test_the_bucket_reading_of_a_sampled_target_is_the_cut_distribution() -> Non
 def targets(**changes: Any) -> SoftTargets:
     """Two rows: two exact entries and a draw; one exact entry."""
     given_arrays: dict[str, Any] = {
-        "ids_NK": np.array([[3, 1, 7], [2, -1, -1]], np.int32),
-        "logprobs_NK": np.log([[0.6, 0.3, 0.125], [0.9, 1, 1]]).astype(np.float32),
+        "ids_E": np.array([3, 1, 7, 2], np.int32),
+        "logprobs_E": np.log([0.6, 0.3, 0.125, 0.9]).astype(np.float32),
         "tail_N": np.array([0.1, 0.1], np.float32),
         "num_exact_N": np.array([2, 1], np.int32),
-        "is_tail_drawn": True,
+        "num_drawn_N": np.array([1, 0], np.int32),
     }
-    given_arrays["logprobs_NK"][1, 1:] = -np.inf
     return SoftTargets(**given_arrays | changes)
 
 
-def changed(name: str, row: int, column: int, value: float) -> dict[str, np.ndarray]:
+def changed(name: str, place: int, value: float) -> dict[str, np.ndarray]:
     array = getattr(targets(), name).copy()
-    array[(row, column) if array.ndim == 2 else row] = value
+    array[place] = value
     return {name: array}
 
 
 @pytest.mark.parametrize(
     ("change", "law"),
     [
-        (changed("logprobs_NK", 0, 0, math.log(0.7)), "no more than a whole"),
-        (changed("tail_N", 0, 0, 0.2), "no more than a whole"),
-        (changed("logprobs_NK", 0, 1, math.nan), "-inf or a number"),
-        (changed("logprobs_NK", 0, 2, math.nan), "-inf or a number"),
-        (changed("logprobs_NK", 0, 2, math.inf), "-inf or a number"),
-        (changed("logprobs_NK", 0, 2, 0.01), "-inf or a number"),
-        (changed("logprobs_NK", 1, 1, -3.0), "has no probability"),
-        (changed("tail_N", 1, 0, -0.01), "a tail is a probability"),
-        (changed("tail_N", 1, 0, math.nan), "a tail is a probability"),
-        (changed("ids_NK", 1, 2, 5), "come first"),
-        (changed("ids_NK", 1, 0, -1), "exact entries exist"),
-        (changed("num_exact_N", 1, 0, 2), "exact entries exist"),
-        (changed("num_exact_N", 1, 0, -1), "exact entries exist"),
-        (changed("logprobs_NK", 1, 0, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "says something"),
+        (changed("logprobs_E", 0, math.log(0.7)), "no more than a whole"),
+        (changed("tail_N", 0, 0.2), "no more than a whole"),
+        (changed("logprobs_E", 1, math.nan), "-inf or a number"),
+        (changed("logprobs_E", 2, math.nan), "-inf or a number"),
+        (changed("logprobs_E", 2, math.inf), "-inf or a number"),
+        (changed("logprobs_E", 2, 0.01), "-inf or a number"),
+        (changed("tail_N", 1, -0.01), "a tail is a probability"),
+        (changed("tail_N", 1, math.nan), "a tail is a probability"),
+        (changed("ids_E", 3, -1), "an entry has an id"),
+        (changed("logprobs_E", 3, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "says something"),
+        ({"num_exact_N": np.array([3, 0]), "num_drawn_N": np.array([0, 1])}, "no more than a whole"),
     ],
 )
 def test_targets_that_are_no_distributions_are_not_written(change: dict[str, np.ndarray], law: str) -> None:
@@ -539,42 +531,35 @@ def test_targets_that_are_no_distributions_are_not_written(change: dict[str, np.
 def test_every_codec_asks_whether_targets_are_distributions(name: str) -> None:
     soft = codec(name).cut(random(4, 60), draws(4))
     with pytest.raises(CacheError, match="are not written"):
-        codec(name).pack(replace(soft, logprobs_NK=soft.logprobs_NK + 1))
+        codec(name).pack(replace(soft, logprobs_E=soft.logprobs_E + 1))
 
 
-def test_draws_that_do_not_say_so_are_refused() -> None:
-    with pytest.raises(CacheError, match="hold draws, and do not say so"):
-        targets(is_tail_drawn=False)
+def test_entries_that_are_more_than_their_rows_say_are_refused() -> None:
+    with pytest.raises(CacheError, match="unlike shapes"):
+        targets(num_drawn_N=None)
 
 
 @pytest.mark.parametrize("name", ["topk", "sampled"])
 def test_a_row_whose_first_entry_is_not_the_most_probable_is_not_packed(name: str) -> None:
     soft = codec(name).cut(random(4, 60), draws(4))
-    is_first_K = np.arange(soft.ids_NK.shape[1]) == 0
+    is_first_E = np.diff(spread(soft.num_N)[0], prepend=-1) > 0
     with pytest.raises(CacheError, match="not the most probable"):
-        codec(name).pack(replace(soft, logprobs_NK=np.where(is_first_K, np.float32(-9), soft.logprobs_NK)))
+        codec(name).pack(replace(soft, logprobs_E=np.where(is_first_E, np.float32(-9), soft.logprobs_E)))
 
 
-def test_joined_targets_are_padded_with_entries_that_do_not_exist() -> None:
-    wide, narrow = targets(), targets()[1:]
-    narrow = replace(narrow, ids_NK=narrow.ids_NK[:, :1], logprobs_NK=narrow.logprobs_NK[:, :1])
-    joined = SoftTargets.join([narrow, wide, narrow])
-    assert joined.ids_NK.tolist() == [[2, -1, -1], [3, 1, 7], [2, -1, -1], [2, -1, -1]]
-    assert np.array_equal(joined.logprobs_NK[0], targets().logprobs_NK[1])
-    assert joined.num_exact_N.tolist() == [1, 2, 1, 1]
-    assert joined.is_tail_drawn
+def test_joined_targets_stand_one_after_the_other_and_any_of_them_can_be_taken() -> None:
+    joined = SoftTargets.join([targets()[1:], targets(), targets()[:1]])
+    assert joined.ids_E.tolist() == [2, 3, 1, 7, 2, 3, 1, 7]
+    assert np.array_equal(joined.logprobs_E[1:5], targets().logprobs_E)
+    assert (joined.num_exact_N.tolist(), joined.num_drawn_N.tolist()) == ([1, 2, 1, 2], [0, 1, 0, 1])
+    assert joined.is_exact_E.tolist() == [True, True, True, False, True, True, True, False]
     joined.check()
-    part = joined[1:3]
-    assert (part.ids_NK.tolist(), part.num_exact_N.tolist()) == (joined.ids_NK[1:3].tolist(), [2, 1])
-    assert part.is_tail_drawn
+    for part, ids in ((joined[1:3], [3, 1, 7, 2]), (joined[np.array([3, 0])], [3, 1, 7, 2]), (joined[4:], [])):
+        assert part.ids_E.tolist() == ids
+        assert part.num_N.tolist() == [3, 1][: len(part)]
+    assert joined[1:3].buckets().ids_E.tolist() == [3, 1, 2]
     with pytest.raises(CacheError, match="two codecs"):
-        SoftTargets.join([wide, wide.buckets()])
-
-
-def test_targets_of_three_arrays_are_exact_throughout() -> None:
-    soft = SoftTargets(np.zeros((2, 3), np.int32), np.full((2, 3), -2, np.float32), np.full(2, 0.5, np.float32))
-    assert soft.num_exact_N.tolist() == [3, 3]
-    assert soft.buckets() is soft
+        SoftTargets.join([targets(), targets().buckets()])
 
 
 # Readers.
@@ -584,13 +569,16 @@ def test_targets_of_three_arrays_are_exact_throughout() -> None:
 def test_a_batch_holds_the_reading_for_training(name: str, prompts: Prompts) -> None:
     given_lessons = lessons(prompts, 7, codec=codec(name))
     softs = [read([soft.place]) for lesson in given_lessons for s in lesson.sequences for soft in s.soft.values()]
-    assert len({soft.ids_NK.shape[1] for soft in softs}) > 1 or name in ("topk", "dense")
-    rows = collate(given_lessons, {}, 0, read).soft
-    assert rows is not None
+    assert len(np.unique(np.concatenate([soft.num_N for soft in softs]))) > 1 or name in ("topk", "dense")
+    batch = collate(given_lessons, {}, 0, read)
+    assert batch.soft is not None
     wanted = np.concatenate([whole(soft, prompts.vocabulary_size) for soft in softs])
-    found = SoftTargets(rows.ids_MK.numpy(), rows.logprobs_MK.numpy(), rows.tail_M.numpy())
-    assert np.array_equal(whole(found, prompts.vocabulary_size), wanted)
-    assert bool(rows.tail_M.any()) == (name == "topk")
+    found = torch.zeros(len(batch.label_N), prompts.vocabulary_size).double()
+    found[batch.soft.position_E.long(), batch.soft.ids_E.long()] = batch.soft.logprobs_E.double().exp()
+    assert np.allclose(found[batch.is_soft_N], wanted, rtol=1e-12)
+    assert not found[~batch.is_soft_N].any()
+    assert (batch.soft.tail_N is None) == (name in ("sampled", "rs_kd"))
+    assert name != "topk" or bool((batch.soft.tail_N[batch.is_soft_N] > 0).all())
 
 
 @EVERY
@@ -642,7 +630,6 @@ def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
 
 
 def test_a_row_agrees_the_same_beside_longer_ones() -> None:
-    """Where a row has no entry, the first token of the vocabulary is not taken for one."""
     log_q_NV, log_p_NV = random(5, 300), random(5, 300, 4.0)
     log_q_NV[:, 0] += 8
     log_q_NV = log_q_NV.log_softmax(-1)

@@ -33,8 +33,8 @@ from distill.train import prepare, teach
 
 
 def soft(number: int, k: int = 3) -> SoftTargets:
-    ids_NK = np.tile(np.arange(k, dtype=np.int32), (number, 1))
-    return SoftTargets(ids_NK, np.full((number, k), -2, np.float32), np.full(number, 0.5, np.float32))
+    ids_E, every_N = np.tile(np.arange(k, dtype=np.int32), number), np.full(number, 0.5, np.float32)
+    return SoftTargets(ids_E, np.full(number * k, -2, np.float32), every_N, np.full(number, k))
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -73,10 +73,17 @@ def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> No
         for span, soft in s.soft.items()
     ]
     assert batch.soft is not None
-    assert torch.equal(batch.soft.tail_M, torch.cat([torch.tensor(targets.tail_N) for _, _, targets in softs]))
-    assert torch.equal(batch.soft.ids_MK, torch.cat([torch.tensor(targets.ids_NK).long() for _, _, targets in softs]))
+    joined_soft = SoftTargets.join([targets for _, _, targets in softs])
+    assert batch.soft.tail_N is not None
+    assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
+    assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
+    assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
     tokens = [i for prompt, span, targets in softs for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
-    assert batch.label_N[batch.soft.rows_M].tolist() == tokens
+    assert batch.label_N[batch.is_soft_N].tolist() == tokens
+    by_entry = np.repeat(tokens, joined_soft.num_N)
+    assert batch.label_N[batch.soft.position_E.long()].tolist() == by_entry.tolist()
+    assert np.diff(batch.soft.ends_N, prepend=0)[batch.is_soft_N].tolist() == joined_soft.num_N.tolist()
+    assert (np.diff(batch.soft.ends_N, prepend=0) > 0).tolist() == batch.is_soft_N.tolist()
 
 
 def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prompts: Prompts) -> None:
@@ -201,9 +208,9 @@ def test_targets_that_name_a_token_beyond_the_vocabulary_are_refused(prompts: Pr
     made = annotation(prompts, example.answer)
     targets = made.targets["answer"].soft
     for highest in (prompts.vocabulary_size - 1, prompts.vocabulary_size):
-        ids_NK = targets.ids_NK.copy()
-        ids_NK[-1, -1] = highest
-        target = Target(made.targets["answer"].token_ids, replace(targets, ids_NK=ids_NK))
+        ids_E = targets.ids_E.copy()
+        ids_E[-1] = highest
+        target = Target(made.targets["answer"].token_ids, replace(targets, ids_E=ids_E))
         join = joined(
             prompts, tmp_path / str(highest), [example], {example.id: replace(made, targets={"answer": target})}
         )

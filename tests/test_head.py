@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import divergences
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from distill.head import Term, head_loss, predicted_ids
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
+from distill.records import Entries
 
 N, V, H = 12, 30, 6
 EVERY = pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
@@ -25,18 +27,37 @@ def head(num: int = N, *, spread: float = 1.0, dtype: torch.dtype = torch.float6
     return [(spread * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
 
 
-def soft_term(divergence: Any, k: int, temperature: float = 1.0, num: int = N, scale: float = 0.7) -> Term:
+def soft_term(
+    divergence: Any, k: int, temperature: float = 1.0, num: int = N, scale: float = 0.7, shift: int = 0
+) -> Term:
     """A term on every other position, its targets from a random teacher."""
-    rows_M = torch.arange(0, num, 2)
-    log_t_MV = (2 * torch.randn(len(rows_M), V, dtype=torch.float64)).log_softmax(-1)
-    top_MK, ids_MK = log_t_MV.topk(k, -1)
-    tail_M1 = (1 - top_MK.exp().sum(-1, keepdim=True)).clamp(min=0) if k < V else torch.zeros(len(rows_M), 1).double()
-    return Term(divergence, rows_M, ids_MK, torch.cat([top_MK, tail_M1.log()], -1), temperature, scale)
+    is_used_N = torch.arange(num) % 2 == shift
+    log_t_NV = (2 * torch.randn(num, V, dtype=torch.float64)).log_softmax(-1)
+    top_NK, ids_NK = log_t_NV.topk(k, -1)
+    tail_N = (1 - top_NK.exp().sum(-1)).clamp(min=0) if k < V else torch.zeros(num).double()
+    return Term(divergence, rows(ids_NK, top_NK, tail_N), is_used_N, temperature, scale)
 
 
-def label_term(rows_M: Tensor, ids_M: Tensor, scale: float = 1.3) -> Term:
-    certain_MB = torch.tensor([[0.0, -torch.inf]]).double().expand(len(rows_M), 2)
-    return Term(CrossEntropy(), rows_M, ids_M.unsqueeze(-1), certain_MB, 1.0, scale)
+def rows(ids_NK: Tensor, log_t_NK: Tensor, tail_N: Tensor | None) -> Entries:
+    """Equally many entries at each position."""
+    num, k = ids_NK.shape
+    position_E = torch.arange(num).repeat_interleave(k)
+    return Entries(k * np.arange(1, num + 1), position_E, ids_NK.flatten(), log_t_NK.flatten(), tail_N)
+
+
+def at_some(targets: Entries, is_there_N: Tensor) -> Entries:
+    """The same, but for some positions nothing at all."""
+    is_there_E = is_there_N[targets.position_E]
+    ends_N = np.cumsum(np.bincount(targets.position_E[is_there_E], minlength=len(is_there_N)))
+    some = (x[is_there_E] for x in (targets.position_E, targets.ids_E, targets.logprobs_E))
+    return Entries(ends_N, *some, None if targets.tail_N is None else targets.tail_N * is_there_N)
+
+
+def label_term(labels_N: Tensor, scale: float = 1.3, is_used_N: Tensor | None = None) -> Term:
+    certain_N1 = torch.zeros(len(labels_N), 1).double()
+    every_N = torch.ones(len(labels_N), dtype=torch.bool)
+    targets = rows(labels_N.unsqueeze(-1), certain_N1, None)
+    return Term(CrossEntropy(), targets, every_N if is_used_N is None else is_used_N, 1.0, scale)
 
 
 def plain(inputs: list[Tensor], terms: list[Term]) -> Tensor:
@@ -44,11 +65,17 @@ def plain(inputs: list[Tensor], terms: list[Term]) -> Tensor:
     hidden_NH, weight_VH, bias_V = (x.double() for x in inputs)
     total = torch.zeros((), dtype=torch.float64)
     for term in terms:
-        log_p_MV = ((hidden_NH @ weight_VH.T + bias_V) / term.temperature).log_softmax(-1)[term.rows_M]
-        is_kept_MV = torch.zeros_like(log_p_MV, dtype=torch.bool).scatter_(-1, term.ids_MK, True)
-        rest_M1 = log_p_MV.exp().masked_fill(is_kept_MV, 0).sum(-1, keepdim=True).clamp(min=1e-9).log()
-        log_q_MB = torch.cat([log_p_MV.gather(-1, term.ids_MK), rest_M1], -1)
-        total = total + term.scale * term.temperature**2 * term.formula(log_q_MB, term.log_t_MB)[0].sum()
+        log_p_NV = ((hidden_NH @ weight_VH.T + bias_V) / term.temperature).log_softmax(-1)
+        for place in term.is_used_N.nonzero().ravel().tolist():
+            is_here_E = term.targets.position_E == place
+            ids, log_q_V = term.targets.ids_E[is_here_E].long(), log_p_NV[place]
+            log_q_B, log_t_B = log_q_V[ids], term.targets.logprobs_E[is_here_E]
+            if term.targets.tail_N is not None:
+                is_rest_V = torch.ones(V, dtype=torch.bool).scatter(0, ids, False)
+                rest = (log_q_V.exp() * is_rest_V).sum().clamp(min=1e-9).log()
+                log_q_B = torch.cat([log_q_B, rest.unsqueeze(0)])
+                log_t_B = torch.cat([log_t_B, term.targets.tail_N[place].log().unsqueeze(0)])
+            total = total + term.scale * term.temperature**2 * term.formula(log_q_B, log_t_B)[0].sum()
     return total
 
 
@@ -73,60 +100,61 @@ def test_one_loss_in_the_head_equals_the_plain_formula(divergence: Any, k: int, 
 
 def test_many_losses_on_the_same_positions_equal_the_plain_formula() -> None:
     terms = [soft_term(d, k, t) for d in divergences("soft").values() for k in (1, 5) for t in (1.0, 2.0)]
-    also_kept = label_term(terms[0].rows_M, terms[0].ids_MK[:, 0])
-    everywhere = label_term(torch.arange(N), torch.arange(N) % V)
+    also_kept = label_term(terms[0].targets.ids_E, is_used_N=terms[0].is_used_N)
+    everywhere = label_term(torch.arange(N) % V)
     assert_like_plain(head(), [*terms, also_kept, everywhere], 1e-10)
 
 
 @pytest.mark.parametrize("num", [255, 256, 257, 513])
 def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(num: int) -> None:
-    terms = [soft_term(ForwardKL(), 5, 2.0, num), label_term(torch.arange(num), torch.arange(num) % V)]
+    ragged = soft_term(ForwardKL(), 5, 2.0, num)
+    ragged = replace(ragged, targets=at_some(ragged.targets, torch.arange(num) % 3 < 2))
+    terms = [soft_term(ForwardKL(), 5, 2.0, num), ragged, label_term(torch.arange(num) % V)]
     assert_like_plain(head(num), terms, 1e-10)
 
 
 @EVERY
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("num", [1, 7])
-def test_an_entry_that_does_not_exist_is_no_bucket(divergence: Any, temperature: float, num: int) -> None:
-    inputs = head()
-    inputs[2].data[[0, V - 1]] += 3.0  # the student has mass where a wrong index would land
-    exact = soft_term(divergence, 5, temperature)
-    absent_M1 = torch.full_like(exact.ids_MK[:, :1], -1)
-    log_t_MB = exact.log_t_MB
-    padded = Term(
-        divergence,
-        exact.rows_M,
-        torch.cat([exact.ids_MK, *[absent_M1] * num], -1),
-        torch.cat([log_t_MB[:, :-1], *[torch.full_like(log_t_MB[:, :1], -torch.inf)] * num, log_t_MB[:, -1:]], -1),
-        temperature,
-        exact.scale,
-    )
-    assert_like_plain(inputs, [exact], 1e-10)
-    found = [head_loss(*inputs, [term]) for term in (exact, padded)]
+def test_positions_that_have_no_targets_count_nothing_where_they_are_not_used(
+    divergence: Any, temperature: float
+) -> None:
+    inputs, everywhere = head(), soft_term(divergence, 5, temperature)
+    there = replace(everywhere, targets=at_some(everywhere.targets, everywhere.is_used_N))
+    assert_like_plain(inputs, [there], 1e-10)
+    found = [head_loss(*inputs, [term]) for term in (everywhere, there)]
     assert torch.allclose(found[0][1], found[1][1], atol=1e-12)
     for one, other in zip(*(torch.autograd.grad(total, inputs) for total, _ in found), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
 @EVERY
-def test_rows_of_different_lengths_equal_their_own_terms(divergence: Any) -> None:
-    inputs, parts = head(), [soft_term(divergence, k) for k in (2, 6)]
-    parts = [replace(part, rows_M=part.rows_M + shift) for shift, part in enumerate(parts)]
-    short, long = parts
-    absent_M4 = torch.full((len(short.rows_M), 4), -1)
-    ids_MK = torch.cat([torch.cat([short.ids_MK, absent_M4], -1), long.ids_MK])
-    log_t = short.log_t_MB
-    widened_MB = torch.cat([log_t[:, :-1], torch.full(absent_M4.shape, -torch.inf), log_t[:, -1:]], -1)
-    log_t_MB = torch.cat([widened_MB, long.log_t_MB])
-    ragged = Term(divergence, torch.cat([short.rows_M, long.rows_M]), ids_MK, log_t_MB, 1.0, short.scale)
+def test_positions_with_different_numbers_of_entries_equal_their_own_terms(divergence: Any) -> None:
+    inputs, parts = head(), [soft_term(divergence, k, shift=shift) for shift, k in enumerate((2, 6))]
+    parts = [replace(part, targets=at_some(part.targets, part.is_used_N)) for part in parts]
+    position_E, order = torch.cat([part.targets.position_E for part in parts]).sort(stable=True)
+    ids_E, log_t_E = (torch.cat([getattr(p.targets, name) for p in parts])[order] for name in ("ids_E", "logprobs_E"))
+    ends_N = sum(part.targets.ends_N for part in parts)
+    tail_N = sum(part.targets.tail_N for part in parts)
+    together = Entries(ends_N, position_E, ids_E, log_t_E, tail_N)
+    ragged = Term(divergence, together, torch.ones(N, dtype=torch.bool), 1.0, parts[0].scale)
+    assert len(set(np.diff(ends_N))) == 2
+    assert_like_plain(inputs, [ragged], 1e-10)
     expected = torch.autograd.grad(plain(inputs, parts), inputs)
     found = torch.autograd.grad(head_loss(*inputs, [ragged])[0], inputs)
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_targets_whose_draws_stand_for_the_rest_have_no_rest_bucket(temperature: float) -> None:
+    """Their sum is 1 on average only, so that the gradient is sum(t) q - t."""
+    inputs, term = head(), soft_term(ForwardKL(), 5, temperature)
+    drawn = replace(term, targets=replace(term.targets, tail_N=None))
+    assert_like_plain(inputs, [drawn, label_term(torch.arange(N))], 1e-10)
+
+
 def test_autograd_agrees_with_finite_differences() -> None:
     terms = [soft_term(d, 3, 2.0, 3) for d in divergences("soft").values()]
-    terms.append(label_term(torch.arange(3), torch.arange(3)))
+    terms.append(label_term(torch.arange(3)))
     assert torch.autograd.gradcheck(lambda *inputs: head_loss(*inputs, terms)[0], head(3), fast_mode=True)
 
 
@@ -171,9 +199,9 @@ def test_half_precision_states_are_computed_in_float32() -> None:
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_certain_teachers_and_certain_students_give_no_nan(divergence: Any, dtype: Any, spread: float) -> None:
     inputs = head(spread=spread, dtype=dtype)
-    one_hot_MB = torch.tensor([[0.0, -torch.inf, -torch.inf]]).expand(N, 3)
-    ids_MK = torch.stack([torch.arange(N), torch.arange(N) + 1], -1)
-    total, _ = head_loss(*inputs, [Term(divergence, torch.arange(N), ids_MK, one_hot_MB, 1.0, 1.0)])
+    one_hot_NK = torch.tensor([[0.0, -torch.inf]]).expand(N, 2)
+    targets = rows(torch.stack([torch.arange(N), torch.arange(N) + 1], -1), one_hot_NK, torch.zeros(N))
+    total, _ = head_loss(*inputs, [Term(divergence, targets, torch.ones(N, dtype=torch.bool), 1.0, 1.0)])
     total.backward()
     assert total.isfinite()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
@@ -183,9 +211,9 @@ def test_certain_teachers_and_certain_students_give_no_nan(divergence: Any, dtyp
 def test_a_student_sure_of_the_kept_tokens_gets_an_accurate_gradient_in_float32(divergence: Any) -> None:
     hidden_NH, weight_VH = torch.eye(4, H), torch.zeros(V, H)
     weight_VH[:4, :4] = 40 * torch.eye(4)  # each position gives its own token all but 1e-17
-    ids_MK = torch.stack([torch.arange(4), torch.arange(4) + 4], -1)
-    log_t_MB = torch.tensor([[0.7, 0.2, 0.1]]).log().expand(4, 3)
-    term = Term(divergence, torch.arange(4), ids_MK, log_t_MB, 1.0, 1.0)
+    ids_NK = torch.stack([torch.arange(4), torch.arange(4) + 4], -1)
+    targets = rows(ids_NK, torch.tensor([[0.7, 0.2]]).log().expand(4, 2), torch.full((4,), 0.1))
+    term = Term(divergence, targets, torch.ones(4, dtype=torch.bool), 1.0, 1.0)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         bias_V = torch.zeros(V, dtype=dtype, requires_grad=True)
@@ -201,10 +229,9 @@ def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -
     norms = {}
     for t in (1.0, temperature):
         log_t_NV = (teacher_NV / t).log_softmax(-1)
-        log_t_NB = torch.cat([log_t_NV, torch.full((N, 1), -torch.inf)], -1)
-        every_NV = torch.arange(V).expand(N, V)
+        targets = rows(torch.arange(V).expand(N, V), log_t_NV, torch.zeros(N))
         hidden_NV = student_NV.clone().requires_grad_()
-        term = Term(ForwardKL(), torch.arange(N), every_NV, log_t_NB, t, 1.0)
+        term = Term(ForwardKL(), targets, torch.ones(N, dtype=torch.bool), t, 1.0)
         total, _ = head_loss(hidden_NV, torch.eye(V, dtype=torch.float64), None, [term])
         total.backward()
         direct_NV = student_NV.clone().requires_grad_()
@@ -219,7 +246,7 @@ def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -
 
 def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
     inputs, labels_N = head(), torch.randint(V, (N,))
-    total, sums_L = head_loss(*inputs, [label_term(torch.arange(N), labels_N, scale=0.25)])
+    total, sums_L = head_loss(*inputs, [label_term(labels_N, scale=0.25)])
     expected = cross_entropy(inputs[0] @ inputs[1].T + inputs[2], labels_N, reduction="sum")
     assert torch.allclose(sums_L[0], expected)
     assert torch.allclose(total, expected / 4)

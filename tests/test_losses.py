@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import compose, conf_names, divergences
+from conftest import compose, conf_names, divergences, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from distill import config as configuration
 from distill.cache.dense import Dense
 from distill.cache.topk import TopK
+from distill.data import entries
 from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
@@ -42,7 +43,7 @@ def buckets(log_p_NV: Tensor, ids_NK: Tensor) -> Tensor:
 
 def excess(divergence: Any, log_q_NB: Tensor, log_t_NB: Tensor) -> Tensor:
     """By how much the value is above that of a perfect student."""
-    return divergence(log_q_NB, log_t_NB)[0] - divergence(log_t_NB, log_t_NB)[0]
+    return (divergence(log_q_NB, log_t_NB)[0] - divergence(log_t_NB, log_t_NB)[0]).sum(-1)
 
 
 @EVERY
@@ -64,8 +65,8 @@ def test_a_bucket_reading_is_never_negative_and_never_above_the_full_one(
 def test_a_student_that_equals_the_teacher_has_no_divergence(divergence: Any, k: int) -> None:
     log_t_NV = logprobs(3)
     log_t_NB = buckets(log_t_NV, log_t_NV.topk(k, -1).indices)
-    value_N, slope_NB = divergence(log_t_NB, log_t_NB)
-    assert value_N.abs().max() < 1e-12
+    value_NB, slope_NB = divergence(log_t_NB, log_t_NB)
+    assert value_NB.sum(-1).abs().max() < 1e-12
     # At the least value every bucket's slope is the same multiple of its probability.
     assert torch.allclose(slope_NB / log_t_NB.exp(), slope_NB[:, :1] / log_t_NB[:, :1].exp(), atol=1e-12)
 
@@ -86,8 +87,8 @@ def test_a_bucket_reading_grows_to_the_full_one_as_more_is_kept(divergence: Any)
 @EVERY
 def test_a_slope_is_the_derivative_of_the_value(divergence: Any) -> None:
     log_q_NB = logprobs(6).requires_grad_()
-    value_N, slope_NB = divergence(log_q_NB, logprobs(7))
-    (expected_NB,) = torch.autograd.grad(value_N.sum(), log_q_NB)
+    value_NB, slope_NB = divergence(log_q_NB, logprobs(7))
+    (expected_NB,) = torch.autograd.grad(value_NB.sum(), log_q_NB)
     assert torch.allclose(slope_NB, expected_NB, atol=1e-12)
 
 
@@ -97,9 +98,9 @@ def test_values_are_those_of_torch() -> None:
     reverse_N = kl_div(log_t_NV, log_q_NV, log_target=True, reduction="none").sum(-1)
     certain_NV = torch.full_like(log_t_NV, -torch.inf).scatter(-1, labels_N.unsqueeze(-1), 0.0)
     label_N = cross_entropy(log_q_NV, labels_N, reduction="none")
-    assert torch.allclose(ForwardKL()(log_q_NV, log_t_NV)[0], forward_N, atol=1e-12)
-    assert torch.allclose(ReverseKL()(log_q_NV, log_t_NV)[0], reverse_N, atol=1e-12)
-    assert torch.allclose(CrossEntropy()(log_q_NV, certain_NV)[0], label_N, atol=1e-12)
+    assert torch.allclose(ForwardKL()(log_q_NV, log_t_NV)[0].sum(-1), forward_N, atol=1e-12)
+    assert torch.allclose(ReverseKL()(log_q_NV, log_t_NV)[0].sum(-1), reverse_N, atol=1e-12)
+    assert torch.allclose(CrossEntropy()(log_q_NV, certain_NV)[0].sum(-1), label_N, atol=1e-12)
 
 
 @EVERY
@@ -107,11 +108,11 @@ def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
     never = -torch.inf
     log_t_NB = torch.tensor([[0.0, never, never], [np.log(0.5), np.log(0.5), never]], dtype=torch.float64)
     log_q_NB = torch.tensor([[never, 0.0, never], [0.0, -30.0, -20.7]], dtype=torch.float64)
-    value_N, slope_NB = divergence(log_q_NB[1:], log_t_NB[1:])
-    assert value_N.isfinite().all()
+    value_NB, slope_NB = divergence(log_q_NB[1:], log_t_NB[1:])
+    assert value_NB.isfinite().all()
     assert slope_NB.isfinite().all()
-    value_N, slope_NB = divergence(log_q_NB[:1], log_t_NB[:1])
-    assert not value_N.isnan().any()
+    value_NB, slope_NB = divergence(log_q_NB[:1], log_t_NB[:1])
+    assert not value_NB.isnan().any()
     assert not slope_NB.isnan().any()
 
 
@@ -120,11 +121,12 @@ def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
 def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, temperature: float) -> None:
     full_NV = (logprobs(10) / temperature).log_softmax(-1).float()
     soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float(), torch.zeros(16).double())
-    kept_NK = full_NV.gather(-1, torch.from_numpy(soft.ids_NK).long()).numpy()
-    assert soft.ids_NK.shape == (16, min(k, V))
-    assert np.allclose(soft.logprobs_NK, kept_NK, atol=1e-6)
-    assert np.allclose(soft.logprobs_NK[:, 0], full_NV.max(-1).values, atol=1e-6)
-    assert np.allclose(np.exp(soft.logprobs_NK).sum(-1) + soft.tail_N, 1, atol=1e-6)
+    ids_NK, logprobs_NK = grid(soft)
+    kept_NK = full_NV.gather(-1, torch.from_numpy(ids_NK).long()).numpy()
+    assert ids_NK.shape == (16, min(k, V))
+    assert np.allclose(logprobs_NK, kept_NK, atol=1e-6)
+    assert np.allclose(logprobs_NK[:, 0], full_NV.max(-1).values, atol=1e-6)
+    assert np.allclose(np.exp(logprobs_NK).sum(-1) + soft.tail_N, 1, atol=1e-6)
     assert (soft.tail_N >= 0).all()
     if k == 1:
         assert (soft.tail_N > 0.05).any()
@@ -135,8 +137,10 @@ def test_dense_targets_at_a_temperature_are_the_softmax_of_the_logits_at_it(temp
     logits_NV = 3 * torch.randn(8, V)
     soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
     Dense().check_temperature(temperature)
-    at_NV = Dense().at_temperature(torch.tensor(soft.logprobs_NK), temperature)
-    assert torch.allclose(at_NV, (logits_NV / temperature).log_softmax(-1), atol=1e-5)
+    among = np.arange(10) > 1  # positions, of which two have no soft targets
+    at = Dense().at_temperature(entries(among, soft), temperature)
+    wanted_NV = (logits_NV / temperature).log_softmax(-1)
+    assert torch.allclose(at.logprobs_E.unflatten(0, (8, V)), wanted_NV, atol=1e-5)
     assert (soft.tail_N == 0).all()
 
 
@@ -167,4 +171,6 @@ def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...])
 
 def test_soft_targets_of_unlike_shapes_are_refused() -> None:
     with pytest.raises(Exception, match="unlike shapes"):
-        SoftTargets(np.zeros((3, 2), np.int32), np.zeros((3, 2), np.float32), np.zeros(2, np.float32))
+        SoftTargets(np.zeros(6, np.int32), np.zeros(6, np.float32), np.zeros(2, np.float32), np.full(3, 2))
+    with pytest.raises(Exception, match="unlike shapes"):
+        SoftTargets(np.zeros(6, np.int32), np.zeros(5, np.float32), np.zeros(3, np.float32), np.full(3, 2))

@@ -90,10 +90,11 @@ def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Ten
                 if objective.source == "labels" and objective.span in sequence.labelled:
                     value = cross_entropy(logits_TV[place - 1], torch.tensor(sequence.prompt.ids[place]))
                 elif objective.source == "soft" and soft is not None and row < len(soft):
-                    kept_K = log_q_V[torch.tensor(soft.ids_NK[row]).long()]
+                    ids, logprobs = list(soft.rows())[row]
+                    kept_K = log_q_V[torch.tensor(ids)]
                     log_q_B = torch.cat([kept_K, (1 - kept_K.exp().sum(0, keepdim=True)).log()])
                     tail = torch.tensor([soft.tail_N[row]]).log()
-                    log_t_B = torch.cat([torch.tensor(soft.logprobs_NK[row]), tail]).double()
+                    log_t_B = torch.cat([torch.tensor(logprobs), tail]).double()
                     forward = (log_t_B.exp() * (log_t_B - log_q_B)).sum()
                     backward = (log_q_B.exp() * (log_q_B - log_t_B)).sum()
                     value = backward if name == "reverse_kl" else forward
@@ -181,15 +182,8 @@ def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, lis
         hidden_NH, head = module.hidden(batch), module.head()
         found = {}
         for name, term in module.terms(replace(batch, counts={})).items():
-            single = [
-                replace(
-                    term,
-                    rows_M=term.rows_M[m : m + 1],
-                    ids_MK=term.ids_MK[m : m + 1],
-                    log_t_MB=term.log_t_MB[m : m + 1],
-                )
-                for m in range(len(term.rows_M))
-            ]
+            used_N, places = torch.arange(len(term.is_used_N)), term.is_used_N.nonzero().ravel().tolist()
+            single = [replace(term, is_used_N=used_N == place) for place in places]
             found[name] = [float(head_loss(hidden_NH, *head, [t])[1]) for t in single]
     return found
 
@@ -210,11 +204,11 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
     found = divergence_by_position(module, batch)
     assert batch.soft is not None
     is_end_N = batch.label_N == job.prompts.end
-    assert is_end_N[batch.soft.rows_M].sum() == len(given)
+    assert (is_end_N & batch.is_soft_N).sum() == len(given)
     for name in ("kl", "reverse_kl"):
         assert (
             len(found[name])
-            == len(batch.soft.rows_M)
+            == batch.is_soft_N.sum()
             == sum(c for lesson in given for (_, s), c in lesson.counts().items() if s == "soft")
         )
         assert max(map(abs, found[name])) < rounding

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, CountingTeacher, compose, counted, examples, make_tokenizer
+from conftest import LAYOUT, CountingTeacher, compose, counted, examples, grid, make_tokenizer
 from omegaconf import DictConfig
 from test_annotate import tiny
 from test_teacher import asked, opened, same
@@ -58,7 +58,7 @@ def test_sampling_settings_of_a_model_folder_reach_neither_text_nor_distribution
         written = [target.token_ids for annotation in left for target in annotation.targets.values()]
         assert any(len(set(ids)) < len(ids) - 2 for ids in written) or requests[0].span == "answer"
         for soft in softs(right):
-            mass_N = np.exp(soft.logprobs_NK.astype(np.float64)).sum(1)
+            mass_N = np.exp(grid(soft)[1].astype(np.float64)).sum(1)
             assert np.allclose(mass_N, 1, atol=1e-5)
 
 
@@ -85,18 +85,19 @@ def test_a_teacher_in_bfloat16_has_its_softmax_in_float32(
         for request, annotation in zip(requests, made, strict=True):
             soft = annotation.targets["answer"].soft
             kept = store.read(annotation.key).targets["answer"].soft
-            assert soft.logprobs_NK.dtype == kept.logprobs_NK.dtype == np.float32
-            p_NK = np.exp(soft.logprobs_NK.astype(np.float64))
+            assert soft.logprobs_E.dtype == kept.logprobs_E.dtype == np.float32
+            ids_NK, logprobs_NK = grid(soft)
+            p_NK = np.exp(logprobs_NK.astype(np.float64))
             assert np.allclose(p_NK.sum(1), 1, atol=1e-5)
-            assert np.array_equal(soft.ids_NK, kept.ids_NK)
-            assert np.abs(np.exp(kept.logprobs_NK) - p_NK).max() <= atol + 1e-7
+            assert np.array_equal(soft.ids_E, kept.ids_E)
+            assert np.abs(np.exp(grid(kept)[1]) - p_NK).max() <= atol + 1e-7
             ids = annotation.targets["answer"].token_ids
             before = [*prompts.prefix("answer"), *prompts.question(request.example, "answer")]
             with torch.inference_mode():
                 logits_TV = model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1, :320]
             wanted_NV = logits_TV.float().softmax(-1).numpy()
             # The model itself rounds to 8 bits, another way with other shapes; not so what is made of its logits.
-            assert np.abs(np.take_along_axis(wanted_NV, soft.ids_NK.astype(np.int64), 1) - p_NK).max() < 0.05
+            assert np.abs(np.take_along_axis(wanted_NV, ids_NK.astype(np.int64), 1) - p_NK).max() < 0.05
 
 
 @pytest.mark.parametrize("span", ["answer", "rationale"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose, tiny_overrides
+from conftest import compose, grid, tiny_overrides
 
 from distill.annotate import main
 from distill.cache.dense import Dense
@@ -22,7 +22,7 @@ def wholes(size: int = 400, number: int = 30) -> list[SoftTargets]:
 
 def test_figures_are_those_of_the_formulas() -> None:
     given = wholes()
-    p_NV = np.exp(np.concatenate([whole.logprobs_NK for whole in given]).astype(np.float64))
+    p_NV = np.exp(np.concatenate([grid(whole)[1] for whole in given]).astype(np.float64))
     found = compare(given, candidates(1.0))
     label = (1 - np.square(p_NV).sum(1)).mean()
     dense = found["cache=dense"]

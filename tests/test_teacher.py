@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, CountingTeacher, compose, examples
+from conftest import LAYOUT, CountingTeacher, compose, examples, grid
 from omegaconf import DictConfig
 
 from distill import config as configuration
@@ -66,7 +66,7 @@ def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
         a.token_ids == b.token_ids
         and a.soft
         and b.soft
-        and np.allclose(a.soft.logprobs_NK, b.soft.logprobs_NK, atol=tolerance)
+        and np.allclose(a.soft.logprobs_E, b.soft.logprobs_E, atol=tolerance)
         for a, b in pairs
     )
 
@@ -146,8 +146,8 @@ class Echo:
 
     def cut(self, logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> SoftTargets:
         assert len(logprobs_NV) == len(uniform_N)
-        nothing_NK = np.zeros((len(uniform_N), 0))
-        return SoftTargets(nothing_NK.astype(np.int32), nothing_NK, uniform_N.numpy())
+        nothing_E, no_N = np.zeros(0), np.zeros(len(uniform_N), np.int32)
+        return SoftTargets(nothing_E.astype(np.int32), nothing_E, uniform_N.numpy(), no_N)
 
     def unused(self) -> None:
         raise NotImplementedError
@@ -185,8 +185,8 @@ def test_padded_rows_of_the_teachers_head_do_not_matter(prompts: Prompts, teache
     for annotation in before:
         soft = annotation.targets["answer"].soft
         assert soft is not None
-        assert soft.logprobs_NK.shape[1] == prompts.vocabulary_size
-        assert np.allclose(np.exp(soft.logprobs_NK).sum(-1), 1, atol=1e-5)
+        assert (soft.num_exact_N == prompts.vocabulary_size).all()
+        assert np.allclose(np.exp(grid(soft)[1]).sum(-1), 1, atol=1e-5)
 
 
 def test_another_token_in_a_target_moves_only_the_distributions_after_it(
@@ -200,7 +200,7 @@ def test_another_token_in_a_target_moves_only_the_distributions_after_it(
     (place,) = np.flatnonzero(np.array(one.token_ids) != np.array(other.token_ids))
     assert one.soft is not None
     assert other.soft is not None
-    gaps = np.abs(np.exp(one.soft.logprobs_NK) - np.exp(other.soft.logprobs_NK)).max(-1)
+    gaps = np.abs(np.exp(grid(one.soft)[1]) - np.exp(grid(other.soft)[1])).max(-1)
     assert (gaps[: place + 1] < 1e-5).all()
     assert (gaps[place + 1 :] > 1e-3).all()
     assert 0 < place < len(gaps) - 1
@@ -230,10 +230,10 @@ def test_calibration_leaves_the_median_question_undecided(prompts: Prompts, teac
     teacher = opened(teacher_folder, prompts, *given)
     teacher.load()
     softs = [a.targets["answer"].soft for a in teacher.annotate(asked(prompts, given))]
-    gold_NC = np.array([soft.logprobs_NK[0, firsts] for soft in softs])
+    gold_NC = np.array([grid(soft)[1][0, firsts] for soft in softs])
     plain = opened(teacher_folder, prompts)
     plain.load()
-    raw_NC = np.array([a.targets["answer"].soft.logprobs_NK[0, firsts] for a in plain.annotate(asked(prompts, given))])
+    raw_NC = np.array([grid(a.targets["answer"].soft)[1][0, firsts] for a in plain.annotate(asked(prompts, given))])
     moved = (gold_NC - raw_NC) @ [1, -1]
     assert np.allclose(moved, moved[0], atol=1e-4)
     assert abs(moved[0]) > 1e-3

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.records import SoftTargets
+from distill.records import Entries, SoftTargets
 
 Lengths = Mapping[str, np.ndarray]
 
@@ -49,8 +49,8 @@ class Codec(Protocol):
         """Raise ConfigError if targets at this loss temperature cannot be made of what is kept."""
         ...
 
-    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
-        """Kept log-probabilities at a loss temperature that was checked."""
+    def at_temperature(self, entries: Entries, temperature: float) -> Entries:
+        """What is kept, at a loss temperature that was checked."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:

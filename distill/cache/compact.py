@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.records import CacheError, ConfigError, SoftTargets
+from distill.records import CacheError, ConfigError, SoftTargets, spread
 
 LAYOUT = {"ids": "u16 + planes", "probabilities": "u8 fourth root", "tail": "u8 fourth root of odds"}
 _RATIO = (np.arange(256) / 255) ** 4
@@ -127,17 +127,18 @@ def pack_probabilities(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     The first exact entry of a row must be its most probable one, else CacheError.
     """
     head = soft.buckets()
-    log_p_NK = head.logprobs_NK.astype(np.float64)
-    most_N1 = log_p_NK.max(1, keepdims=True, initial=-np.inf)
-    if (log_p_NK[:, :1] < most_N1 - _ROUNDING).any():
+    log_p_E = head.logprobs_E.astype(np.float64)
+    row_E, place_E = spread(head.num_exact_N)
+    most_E = log_p_E[np.arange(len(log_p_E)) - place_E]
+    if (log_p_E > most_E + _ROUNDING).any():
         raise CacheError("soft targets whose first entry is not the most probable one cannot be packed")
-    ratio_NK = np.exp(log_p_NK - np.where(most_N1 > -np.inf, most_N1, 0))
-    code_NK = np.where(ratio_NK > 0, np.rint(255 * _fourth_root(ratio_NK)).clip(1, 255), 0).astype(np.uint8)
-    is_lesser_NK = np.arange(1, 1 + code_NK[:, 1:].shape[1]) < head.num_exact_N[:, None]
-    a_N, b_N = _fourth_root(head.tail_N.astype(np.float64)), _fourth_root(np.exp(log_p_NK).sum(1))
+    ratio_E = np.exp(log_p_E - np.where(most_E > -np.inf, most_E, 0))
+    code_E = np.where(ratio_E > 0, np.rint(255 * _fourth_root(ratio_E)).clip(1, 255), 0).astype(np.uint8)
+    a_N = _fourth_root(head.tail_N.astype(np.float64))
+    b_N = _fourth_root(np.bincount(row_E, np.exp(log_p_E), len(head)))
     odds_N = np.rint(255 * a_N / (a_N + b_N))
     is_both_N = (a_N > 0) & (b_N > 0)
-    return code_NK[:, 1:][is_lesser_NK], np.where(is_both_N, odds_N.clip(1, 254), odds_N).astype(np.uint8)
+    return code_E[place_E > 0], np.where(is_both_N, odds_N.clip(1, 254), odds_N).astype(np.uint8)
 
 
 def unpack_probabilities(
@@ -152,20 +153,29 @@ def unpack_probabilities(
     is_lesser_M = np.ones(len(code_M), bool)
     is_lesser_M[start_N[num_exact_N > 0]] = False
     code_M[is_lesser_M], code_M[~is_lesser_M] = codes, 255
-    totals = np.concatenate([[0.0], np.cumsum(_RATIO[code_M])])
+    totals = np.concatenate([[0.0], np.cumsum(_ratios(code_M), dtype=np.float64)])
     log_scale_N, tail_N = _scale(odds_N, totals[start_N + num_exact_N] - totals[start_N])
-    return _LOG_RATIO[code_M] + np.repeat(log_scale_N, num_exact_N), tail_N
+    logprobs_M = _LOG_RATIO.take(code_M, mode="wrap")
+    logprobs_M += np.repeat(log_scale_N, num_exact_N)
+    return logprobs_M, tail_N
 
 
 def unpack_equal_rows(codes: np.ndarray, odds_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same where all rows are equally long, and none is empty."""
     if (odds_N == 255).any():
         raise misfit("rows of which nothing is kept")
-    log_scale_N, tail_N = _scale(odds_N, 1 + _RATIO[codes].sum(1))
+    log_scale_N, tail_N = _scale(odds_N, 1 + _ratios(codes).sum(1))
     logprobs_NK = np.empty((len(codes), codes.shape[1] + 1), np.float32)
     logprobs_NK[:, 0] = log_scale_N
-    np.add(_LOG_RATIO[codes], log_scale_N[:, None], out=logprobs_NK[:, 1:])
+    np.add(_LOG_RATIO.take(codes, mode="wrap"), log_scale_N[:, None], out=logprobs_NK[:, 1:])
     return logprobs_NK, tail_N
+
+
+def _ratios(codes: np.ndarray) -> np.ndarray:
+    ratios = codes * np.float32(1 / 255)  # multiplied out: faster than to look each up
+    ratios *= ratios
+    ratios *= ratios
+    return ratios
 
 
 def _scale(odds_N: np.ndarray, sum_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -208,13 +218,6 @@ class Cumulative:
         last_M1 = torch.searchsorted(inside_MB, inside_MB[:, -1:].contiguous())  # that has any probability
         ids_NJ[is_within_NJ] = block_M * _BLOCK + place_M1.minimum(last_M1).squeeze(-1)
         return ids_NJ
-
-
-def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The row, and the place in it, of each entry of rows of these lengths."""
-    num_N = num_N.astype(np.int64)
-    row_M = np.repeat(np.arange(len(num_N)), num_N)
-    return row_M, np.arange(len(row_M)) - (np.cumsum(num_N) - num_N)[row_M]
 
 
 def _fourth_root(x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from distill.cache import Lengths
 from distill.cache.compact import check_arrays
-from distill.records import SoftTargets
+from distill.records import Entries, SoftTargets
 
 
 @final
@@ -27,7 +28,7 @@ class Dense:
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
         """Ids are their places."""
         soft.check()
-        return {"position.logprob": np.ascontiguousarray(soft.logprobs_NK, np.float32)}
+        return {"position.logprob": soft.logprobs_E.reshape(len(soft), -1).astype(np.float32)}
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
         """As it was."""
@@ -37,9 +38,13 @@ class Dense:
     def check_temperature(self, temperature: float) -> None:
         """Any will do."""
 
-    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
+    def at_temperature(self, entries: Entries, temperature: float) -> Entries:
         """The whole distribution is there, so its normaliser is too."""
-        return logprobs_MK if temperature == 1 else (logprobs_MK / temperature).log_softmax(-1)
+        if temperature == 1:
+            return entries
+        logprobs_E = entries.logprobs_E / temperature
+        sum_N = logprobs_E.new_zeros(len(entries.ends_N)).index_add(0, entries.position_E, logprobs_E.exp())
+        return replace(entries, logprobs_E=logprobs_E - sum_N.log()[entries.position_E])
 
     def fingerprint(self) -> dict[str, Any]:
         """Nothing to choose."""
@@ -47,6 +52,6 @@ class Dense:
 
 
 def _in_order(logprobs_NV: np.ndarray) -> SoftTargets:
-    num_positions, size = logprobs_NV.shape
-    ids_NV = np.broadcast_to(np.arange(size, dtype=np.int32), (num_positions, size))
-    return SoftTargets(ids_NV, logprobs_NV, np.zeros(num_positions, np.float32))
+    number, size = logprobs_NV.shape
+    ids_E = np.tile(np.arange(size, dtype=np.int32), number)
+    return SoftTargets(ids_E, logprobs_NV.ravel(), np.zeros(number, np.float32), np.full(number, size, np.int32))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.cache import Lengths, compact
-from distill.records import CacheError, ConfigError, SoftTargets
+from distill.records import CacheError, ConfigError, Entries, SoftTargets, spread
 
 
 @final
@@ -47,20 +47,19 @@ class RandomSampling:
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
         """Different tokens in order of id, and their counts."""
         soft.check()
-        is_drawn_NK = soft.ids_NK >= 0
-        counts = np.rint(np.exp(soft.logprobs_NK[is_drawn_NK].astype(np.float64)) * self._n)
-        if is_drawn_NK[:, :1].sum() < len(soft) or counts.sum() != len(soft) * self._n:
+        counts = np.rint(np.exp(soft.logprobs_E.astype(np.float64)) * self._n)
+        if soft.num_exact_N.any() or not soft.num_N.all() or counts.sum() != len(soft) * self._n:
             raise CacheError(f"soft targets that are not {self._n} draws a position cannot be packed as such")
-        low, planes = compact.pack_ids(soft.ids_NK[is_drawn_NK])
+        low, planes = compact.pack_ids(soft.ids_E)
         return {
-            "position.num_draws": is_drawn_NK.sum(1).astype(self._count),
+            "position.num_draws": soft.num_N.astype(self._count),
             "draw.id": low,
             "draw.count": counts.astype(self._count),
             "plane.bits": planes,
         }
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
-        """Rows as long as the longest."""
+        """Draws of each position beside each other."""
         kinds: dict[str, tuple[Any, int]] = {"draw.id": (np.uint16, 1), "plane.bits": (np.uint8, 1)}
         kinds |= dict.fromkeys(("position.num_draws", "draw.count"), (self._count, 1))
         compact.check_arrays(arrays, kinds)
@@ -70,14 +69,14 @@ class RandomSampling:
         if not is_counted or not counts.all():
             raise compact.misfit(f"{len(low)} ids and {len(counts)} counts, counted are {num_draws_N.sum()}")
         ids = compact.unpack_ids(low, planes, draw_R, plane_R)
-        soft = self._targets(num_draws_N.astype(np.int64), ids, counts)
-        if (np.rint(np.exp(soft.logprobs_NK.astype(np.float64)) * self._n).sum(1) != self._n).any():
+        row_E, _ = spread(num_draws_N)
+        if (np.bincount(row_E, counts, len(num_draws_N)) != self._n).any():
             raise compact.misfit(f"a position has not {self._n} draws")
-        return soft
+        return self._targets(num_draws_N, ids, counts)
 
-    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
+    def at_temperature(self, entries: Entries, temperature: float) -> Entries:
         """As stored."""
-        return logprobs_MK
+        return entries
 
     def check_temperature(self, temperature: float) -> None:
         """Only the one it was made for."""
@@ -89,11 +88,9 @@ class RandomSampling:
         return {"codec": "rs_kd", **settings, "stored": compact.LAYOUT["ids"]}
 
     def _targets(self, num_draws_N: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> SoftTargets:
-        drawn, shape = compact.spread(num_draws_N), (len(num_draws_N), int(num_draws_N.max(initial=0)))
-        ids_NK, logprobs_NK = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
-        ids_NK[drawn], logprobs_NK[drawn] = ids, np.log(counts / self._n)
+        logprobs_E = np.log(counts / self._n).astype(np.float32)
         every_N, no_N = np.ones(len(num_draws_N), np.float32), np.zeros(len(num_draws_N), np.int32)
-        return SoftTargets(ids_NK, logprobs_NK, every_N, no_N, is_tail_drawn=True)
+        return SoftTargets(ids.astype(np.int32), logprobs_E, every_N, no_N, num_draws_N.astype(np.int32))
 
 
 def _more(uniform_N: Float[Tensor, "N"], number: int) -> Float[Tensor, "N J"]:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.cache import Lengths, compact
-from distill.records import ConfigError, SoftTargets
+from distill.records import ConfigError, Entries, SoftTargets
 
 _POSITIONS = ("position.num_exact", "position.num_draws", "position.tail")
 _BYTES = (*_POSITIONS, "lesser.code", "head_plane.bits", "draw_plane.bits")
@@ -73,15 +73,13 @@ class Sampled:
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
         """Head and draws apart; the first probability of a head follows from the others."""
         soft.check()
-        place_K = np.arange(soft.ids_NK.shape[1])
-        is_head_NK = place_K < soft.num_exact_N[:, None]
-        is_drawn_NK = (soft.ids_NK >= 0) & ~is_head_NK
-        head, head_planes = compact.pack_ids(soft.ids_NK[is_head_NK])
-        draws, draw_planes = compact.pack_ids(soft.ids_NK[is_drawn_NK])
+        is_head_E, num_draws_N = soft.is_exact_E, soft.num_N - soft.num_exact_N
+        head, head_planes = compact.pack_ids(soft.ids_E[is_head_E])
+        draws, draw_planes = compact.pack_ids(soft.ids_E[~is_head_E])
         codes, odds_N = compact.pack_probabilities(soft)
         return {
             "position.num_exact": soft.num_exact_N.astype(np.uint8),
-            "position.num_draws": is_drawn_NK.sum(1).astype(np.uint8),
+            "position.num_draws": num_draws_N.astype(np.uint8),
             "position.tail": odds_N,
             "head.id": head,
             "head_plane.bits": head_planes,
@@ -91,7 +89,7 @@ class Sampled:
         }
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
-        """Rows as long as the longest."""
+        """Heads and draws of each position beside each other."""
         kinds: dict[str, tuple[Any, int]] = dict.fromkeys(_BYTES, (np.uint8, 1))
         compact.check_arrays(arrays, kinds | {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)})
         num_exact_N, num_draws_N, odds_N, codes, head_planes, draw_planes = (arrays[name] for name in _BYTES)
@@ -106,9 +104,9 @@ class Sampled:
         logprobs, tail_N = compact.unpack_probabilities(codes, odds_N, num_exact_N)
         return self._targets(num_exact_N, num_draws_N, head, logprobs, draws, tail_N)
 
-    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
+    def at_temperature(self, entries: Entries, temperature: float) -> Entries:
         """As stored."""
-        return logprobs_MK
+        return entries
 
     def check_temperature(self, temperature: float) -> None:
         """Only the one it was made for."""
@@ -129,11 +127,8 @@ class Sampled:
         tail_N: np.ndarray,
     ) -> SoftTargets:
         """Rows made of heads, with their log-probabilities, and of draws, each row after row."""
-        num_exact_N = num_exact_N.astype(np.int32)
-        heads, (row_M, place_M) = compact.spread(num_exact_N), compact.spread(num_draws_N)
-        drawn = row_M, place_M + num_exact_N[row_M]
-        shape = len(tail_N), int((num_exact_N + num_draws_N).max(initial=0))
-        ids_NK, logprobs_NK = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
-        ids_NK[heads], ids_NK[drawn] = head, draws
-        logprobs_NK[heads], logprobs_NK[drawn] = logprobs, -math.log(self._n)
-        return SoftTargets(ids_NK, logprobs_NK, tail_N.astype(np.float32), num_exact_N, is_tail_drawn=True)
+        num_N2 = np.stack([num_exact_N, num_draws_N], 1).astype(np.int32)
+        is_head_E = np.repeat(np.arange(num_N2.size) % 2 == 0, num_N2.ravel())
+        ids_E, logprobs_E = np.empty(len(is_head_E), np.int32), np.full(len(is_head_E), -math.log(self._n), np.float32)
+        ids_E[is_head_E], ids_E[~is_head_E], logprobs_E[is_head_E] = head, draws, logprobs
+        return SoftTargets(ids_E, logprobs_E, tail_N.astype(np.float32), *num_N2.T)

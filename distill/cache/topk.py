@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.cache import Lengths, compact
-from distill.records import ConfigError, SoftTargets
+from distill.records import ConfigError, Entries, SoftTargets
 
 
 @final
@@ -33,16 +33,16 @@ class TopK:
         logprobs_NV = compact.retempered(logprobs_NV, self._temperature)
         top_NK, ids_NK = logprobs_NV.topk(min(self._k, logprobs_NV.shape[-1]), -1)
         tail_N = (1 - top_NK.exp().sum(-1)).clamp(min=0)
-        return SoftTargets(ids_NK.int().cpu().numpy(), top_NK.cpu().numpy(), tail_N.cpu().numpy())
+        return _equal_rows(ids_NK.int().cpu().numpy(), top_NK.cpu().numpy(), tail_N.cpu().numpy())
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
         """Ids row after row; the first probability of a row follows from the others."""
         soft.check()
-        low, planes = compact.pack_ids(soft.ids_NK.ravel())
+        low, planes = compact.pack_ids(soft.ids_E)
         codes, odds_N = compact.pack_probabilities(soft)
         return {
-            "position.id": low.reshape(soft.ids_NK.shape),
-            "position.code": codes.reshape(len(soft), soft.ids_NK.shape[1] - 1),
+            "position.id": low.reshape(len(soft), -1),
+            "position.code": codes.reshape(len(soft), -1),
             "position.tail": odds_N,
             "plane.bits": planes,
         }
@@ -58,11 +58,11 @@ class TopK:
         length_R, plane_R = compact.lengths_of(("position.id", "plane.bits"), arrays, lengths)
         ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"], length_R * width, plane_R)
         logprobs_NK, tail_N = compact.unpack_equal_rows(codes, odds_N)
-        return SoftTargets(ids.reshape(low_NK.shape), logprobs_NK, tail_N)
+        return _equal_rows(ids.reshape(low_NK.shape), logprobs_NK, tail_N)
 
-    def at_temperature(self, logprobs_MK: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
+    def at_temperature(self, entries: Entries, temperature: float) -> Entries:
         """As stored."""
-        return logprobs_MK
+        return entries
 
     def check_temperature(self, temperature: float) -> None:
         """Only the one it was made for."""
@@ -71,3 +71,8 @@ class TopK:
     def fingerprint(self) -> dict[str, Any]:
         """k, temperature and the bytes' meaning."""
         return {"codec": "topk", "k": self._k, "temperature": self._temperature, "stored": compact.LAYOUT}
+
+
+def _equal_rows(ids_NK: np.ndarray, logprobs_NK: np.ndarray, tail_N: np.ndarray) -> SoftTargets:
+    num_exact_N = np.full(len(ids_NK), ids_NK.shape[1], np.int32)
+    return SoftTargets(ids_NK.ravel(), logprobs_NK.ravel(), tail_N, num_exact_N)

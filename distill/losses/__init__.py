@@ -1,9 +1,9 @@
 """Losses: one formula each, on probabilities in buckets.
 
-At a supervised position the vocabulary falls into K kept ids and one bucket for all the rest. A divergence
-sees the student's and the teacher's log-probabilities of these K + 1 buckets (the rest comes last) and
-returns its value and its slope; the head makes logit gradients of that. It knows neither its weight nor
-where a target came from. A new loss is one file here and one in conf/loss/.
+At a supervised position the vocabulary falls into kept ids and one bucket for all the rest. A divergence is a sum
+over buckets: it sees the student's and the teacher's log-probability of each and returns what that bucket adds, and
+its slope; the head sums, and makes logit gradients of that. It knows neither its weight nor where a target came
+from. A new loss is one file here and one in conf/loss/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.records import ConfigError, Span
 
 @runtime_checkable
 class Divergence(Protocol):
-    """A function of two distributions over the same buckets, least where they are equal.
+    """A sum over buckets of a function of the two probabilities, least where the distributions are equal.
 
     `needs_rest` says that it reads the rest bucket as what it is, also where the student alone has something
     there; so it is not linear in the target, and draws cannot stand for the rest.
@@ -28,9 +28,9 @@ class Divergence(Protocol):
     needs_rest: ClassVar[bool]
 
     def __call__(
-        self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]
-    ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M B"]]:
-        """Value D per position, and its slope dD/d(log q) per bucket, where each q moves by itself."""
+        self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
+    ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
+        """What each bucket adds to D, and its slope dD/d(log q), where each q moves by itself."""
         ...
 
 

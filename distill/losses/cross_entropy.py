@@ -17,8 +17,8 @@ class CrossEntropy:
     needs_rest: ClassVar[bool] = False
 
     def __call__(
-        self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]
-    ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M B"]]:
+        self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
+    ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
         """Buckets the target gives nothing to count nothing, also where the student gives them nothing."""
-        t_MB = log_t_MB.exp()
-        return -torch.where(t_MB > 0, t_MB * log_q_MB, 0).sum(-1), -t_MB
+        t = log_t.exp()
+        return -torch.where(t > 0, t * log_q, 0), -t

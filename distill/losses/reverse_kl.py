@@ -19,9 +19,9 @@ class ReverseKL:
     needs_rest: ClassVar[bool] = True
 
     def __call__(
-        self, log_q_MB: Float[Tensor, "M B"], log_t_MB: Float[Tensor, "M B"]
-    ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M B"]]:
+        self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
+    ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
         """dD/d(log q) = q (log q - log t + 1)."""
-        q_MB = log_q_MB.exp()
-        ratio_MB = torch.where(q_MB > 0, log_q_MB, 0) - log_t_MB.clamp(min=_FLOOR)
-        return (q_MB * ratio_MB).sum(-1), q_MB * (ratio_MB + 1)
+        q = log_q.exp()
+        ratio = torch.where(q > 0, log_q, 0) - log_t.clamp(min=_FLOOR)
+        return q * ratio, q * (ratio + 1)
