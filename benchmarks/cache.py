@@ -187,7 +187,7 @@ def reading(folder: Path, texts: Texts, repetitions: int) -> Iterator[Row]:
 
 def _read_rows(name: str, store: Store, length: int, ways: Mapping[str, peers.Read], repetitions: int) -> Iterator[Row]:
     rng = random.Random(0)
-    batches = [[rng.randrange(len(store)) for _ in range(rng.randint(8, 32))] for _ in range(1000 // length)]
+    batches = [[rng.randrange(len(store)) for _ in range(rng.randint(8, 32))] for _ in range(5000 // length)]
     read = {"ours": partial(_training_tensors, store), **ways}
     expected = _training_tensors(store, batches[0])[:2]
     for way, tensors in ways.items():  # the same positions and ids come out, so the same work was done

@@ -80,14 +80,14 @@ def _bytes_per_token(found: Sequence[Kept]) -> float:
 
 def _rounding(one: Kept) -> float:
     """Sum over positions of the KL from what was cut to what is read back, the rest being one outcome."""
-    before_NB, after_NB = _buckets(one.cut), _buckets(one.back)
-    is_there_NB = before_NB > 0
-    return float((before_NB[is_there_NB] * np.log(before_NB[is_there_NB] / after_NB[is_there_NB])).sum())
+    before, after = _buckets(one.cut), _buckets(one.back)
+    is_there = before > 0
+    return float((before[is_there] * np.log(before[is_there] / after[is_there])).sum())
 
 
 def _buckets(soft: SoftTargets) -> np.ndarray:
-    head = soft.buckets()  # of equally long rows
-    return np.concatenate([np.exp(head.logprobs_E.astype(np.float64)).reshape(len(head), -1), head.tail_N[:, None]], 1)
+    head = soft.buckets()
+    return np.concatenate([np.exp(head.logprobs_E.astype(np.float64)), head.tail_N])
 
 
 def _squared_error(one: Kept, logprobs_NV: Float[Tensor, "N V"]) -> float:

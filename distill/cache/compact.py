@@ -149,10 +149,10 @@ def unpack_probabilities(
     if len(codes) != np.maximum(num_exact_N - 1, 0).sum() or ((odds_N == 255) != (num_exact_N == 0)).any():
         raise misfit(f"{len(codes)} probabilities for rows of {num_exact_N}")
     start_N = np.cumsum(num_exact_N) - num_exact_N
-    code_M = np.empty(num_exact_N.sum(), np.uint8)
+    code_M = np.full(num_exact_N.sum(), 255, np.uint8)
     is_lesser_M = np.ones(len(code_M), bool)
     is_lesser_M[start_N[num_exact_N > 0]] = False
-    code_M[is_lesser_M], code_M[~is_lesser_M] = codes, 255
+    code_M[is_lesser_M] = codes
     totals = np.concatenate([[0.0], np.cumsum(_ratios(code_M), dtype=np.float64)])
     log_scale_N, tail_N = _scale(odds_N, totals[start_N + num_exact_N] - totals[start_N])
     logprobs_M = _LOG_RATIO.take(code_M, mode="wrap")

@@ -32,24 +32,24 @@ class Index:
         """Add keys of 16 bytes each; they are numbered on."""
         self._keys += keys
 
-    def find(self, key: bytes) -> int | None:
-        """Return the number of a key."""
+    def find(self, keys: bytes) -> np.ndarray:
+        """Return the number of each of many keys, -1 for one that is not there."""
         self._settle()
-        number = self._recent.get(key)
-        return self._find_sorted(key) if number is None else number
-
-    def has(self, keys: bytes) -> np.ndarray:
-        """Whether each of many keys is there."""
-        self._settle()
-        wanted_M2 = np.frombuffer(keys, np.uint64).reshape(-1, 2)
-        place_M = np.searchsorted(self._sorted_S, wanted_M2[:, 0].byteswap(), side="right") - 1
-        is_there_M = np.zeros(len(wanted_M2), bool)
+        number_M = np.full(len(keys) // KEY_BYTES, -1)
         if len(self._number_S):
-            every_E2 = np.frombuffer(self._keys, np.uint64).reshape(-1, 2)
-            is_there_M = (every_E2[self._number_S[place_M]] == wanted_M2).all(1) & (place_M >= 0)
-        for number in np.flatnonzero(~is_there_M).tolist():  # recent ones, or such as share their first half
-            is_there_M[number] = self.find(keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]) is not None
-        return is_there_M
+            wanted_M2 = np.frombuffer(keys, np.uint64).reshape(-1, 2)
+            place_M = np.searchsorted(self._sorted_S, wanted_M2[:, 0].byteswap(), side="right") - 1
+            every_S2 = np.frombuffer(self._keys, np.uint64).reshape(-1, 2)
+            is_there_M = (every_S2[self._number_S[place_M]] == wanted_M2).all(1) & (place_M >= 0)
+            number_M[is_there_M] = self._number_S[place_M[is_there_M]]
+            for place in np.flatnonzero(~is_there_M).tolist():  # such as share their first half
+                number = self._find_sorted(keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])
+                number_M[place] = -1 if number is None else number
+        if self._recent:
+            each = (keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
+            recent_M = np.array([self._recent.get(key, -1) for key in each], np.int64)
+            number_M = np.where(recent_M < 0, number_M, recent_M)
+        return number_M
 
     def _find_sorted(self, key: bytes) -> int | None:
         first = np.frombuffer(key, ">u8", 1).astype(np.uint64)[0]

@@ -78,10 +78,10 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
 class Arrays:
     """The numbers of a shard, in a memory map: tokens of all targets, and by axis the codec's arrays."""
 
-    lengths: Mapping[Span, np.ndarray]
-    token: np.ndarray
-    token_end_R: np.ndarray
-    axes: tuple[tuple[list[int], dict[str, np.ndarray]], ...]  # where each record ends, and what goes along
+    lengths: Mapping[Span, list[int]]
+    token: tuple[list[int], np.ndarray]  # where each record begins and ends, and what is along that axis
+    axes: tuple[tuple[list[int], tuple[np.ndarray, ...]], ...]
+    names: tuple[str, ...]  # of what is along them, one after the other
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
@@ -101,32 +101,30 @@ class Arrays:
         is_right = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0 and is_complete_R.all()
         if not is_right or not all(_is_along(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
             raise ValueError("its lengths do not fit")
-        token = by_axis.pop("token")["token"]
-        axes = tuple((ends[axis].tolist(), by_axis[axis]) for axis in sorted(by_axis))
-        return cls(lengths, token, token_end_R, axes)
+        bounds = {axis: [0, *end_R.tolist()] for axis, end_R in ends.items()}
+        token = bounds["token"], by_axis.pop("token")["token"]
+        names = {axis: sorted(along) for axis, along in sorted(by_axis.items())}
+        axes = tuple((bounds[axis], tuple(by_axis[axis][name] for name in along)) for axis, along in names.items())
+        of_each = {span: length_R.tolist() for span, length_R in lengths.items()}
+        return cls(of_each, token, axes, tuple(name for along in names.values() for name in along))
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Of all targets of one record."""
-        start = int(self.token_end_R[row - 1]) if row else 0
-        return tuple(self.token[start : int(self.token_end_R[row])].tolist())
+        bounds, token = self.token
+        return tuple(token[bounds[row] : bounds[row + 1]].tolist())
 
     def spans(self, row: int) -> dict[Span, slice]:
         """Where each target of a record lies among its tokens, and so among its positions."""
         found, start = dict[Span, slice](), 0
-        for span, length_R in self.lengths.items():
-            if length_R[row]:
-                found[span] = slice(start, start + int(length_R[row]))
-                start = found[span].stop
+        for span, lengths in self.lengths.items():
+            if lengths[row]:
+                found[span] = slice(start, start + lengths[row])
+                start += lengths[row]
         return found
 
-    def soft(self, row: int) -> dict[str, np.ndarray]:
-        """The codec's arrays for one record; empty ones where it has no soft targets."""
-        found = {}
-        for ends, along in self.axes:
-            part = slice(ends[row - 1] if row else 0, ends[row])
-            for name, array in along.items():
-                found[name] = array[part]
-        return found
+    def soft(self, row: int) -> list[np.ndarray]:
+        """The codec's arrays for one record, in the order of `names`; empty ones where it has no soft targets."""
+        return [array[bounds[row] : bounds[row + 1]] for bounds, along in self.axes for array in along]
 
 
 @final
@@ -152,7 +150,7 @@ class Shard:
         if self._texts is None:
             self._texts = self._whole(self._checked_texts, "parquet")
         text = {name: self._texts.column(name)[row].as_py() for name in _SCHEMA.names}
-        kept, token_ids = arrays.soft(row), arrays.token_ids(row)
+        kept, token_ids = dict(zip(arrays.names, arrays.soft(row), strict=True)), arrays.token_ids(row)
         soft = self._codec.unpack(kept) if any(map(len, kept.values())) else None
         targets = {
             span: Target(token_ids[part], soft[part] if soft else None) for span, part in arrays.spans(row).items()

@@ -94,17 +94,17 @@ class Store:
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a record for this request key."""
-        return self._index.find(bytes.fromhex(key)) is not None
+        return self._number(key) >= 0
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
         """Requests that have no record yet, each key once."""
         asked = distinct(requests)
-        is_there = self._index.has(bytes.fromhex("".join(request.key for request in asked)))
-        return [request for request, there in zip(asked, is_there.tolist(), strict=True) if not there]
+        numbers = self._index.find(bytes.fromhex("".join(request.key for request in asked)))
+        return [request for request, number in zip(asked, numbers.tolist(), strict=True) if number < 0]
 
     def read(self, key: str) -> Annotation:
         """Return one record; raises CacheError where there is none, or its shard is damaged."""
-        shard, row = self._place(key)
+        shard, row = self._place(key, self._number(key))
         return shard.read(row)
 
     def soft_targets(self, places: Sequence[Place]) -> SoftTargets:
@@ -112,26 +112,27 @@ class Store:
 
         Raises CacheError where there are none, or a shard is damaged. Safe in forked processes.
         """
-        parts, wanted, start = [], list[slice](), 0
-        for key, span in places:
-            shard, row = self._place(key)
+        parts, wanted, total = [], list[range](), 0
+        numbers = self._index.find(bytes.fromhex("".join(key for key, _ in places)))
+        for (key, span), number in zip(places, numbers.tolist(), strict=True):
+            shard, row = self._place(key, number)
             arrays = shard.arrays()
-            part, positions = arrays.soft(row), arrays.spans(row)
-            if span not in positions or not any(map(len, part.values())):
+            part, spans = arrays.soft(row), arrays.spans(row)
+            if span not in spans or not any(map(len, part)):
                 raise CacheError(f"{self.folder} holds no soft targets for the {span} of record {key}")
             parts.append(part)
-            wanted.append(slice(start + positions[span].start, start + positions[span].stop))
-            start += max(where.stop for where in positions.values())
-        columns = {name: [part[name] for part in parts] for name in parts[0]}
+            wanted.append(range(total + spans[span].start, total + spans[span].stop))
+            total += sum(arrays.lengths[each][row] for each in spans)
+        columns = dict(zip(arrays.names, zip(*parts, strict=True), strict=True))
         lengths = {axis_of(name): np.array(list(map(len, column))) for name, column in columns.items()}
         soft = self._codec.unpack({name: np.concatenate(column) for name, column in columns.items()}, lengths)
-        if sum(where.stop - where.start for where in wanted) == len(soft):
-            return soft
-        return soft[np.concatenate([np.arange(where.start, where.stop) for where in wanted])]
+        return soft if sum(map(len, wanted)) == total else soft[np.concatenate(wanted)]
 
-    def _place(self, key: str) -> tuple[Shard, int]:
-        number = self._index.find(bytes.fromhex(key))
-        if number is None:
+    def _number(self, key: str) -> int:
+        return int(self._index.find(bytes.fromhex(key))[0])
+
+    def _place(self, key: str, number: int) -> tuple[Shard, int]:
+        if number < 0:
             raise CacheError(f"{self.folder} holds no record {key}; annotate first: python -m distill.annotate")
         place = bisect_right(self._starts, number) - 1
         shard = self._in_order[place]
