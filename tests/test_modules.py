@@ -23,6 +23,7 @@ import torch
 from conftest import (
     LAYOUT,
     compose,
+    conf_names,
     environment,
     examples,
     keep,
@@ -76,6 +77,26 @@ def counts_of(given: Sequence[Lesson]) -> Counter[Any]:
     return sum((lesson.counts() for lesson in given), Counter())
 
 
+def plain_divergence(name: str, log_q_B: Tensor, log_t_B: Tensor) -> Tensor:
+    """By the textbook, with the settings of conf/loss/."""
+    q_B, t_B = log_q_B.exp(), log_t_B.exp()
+
+    def kl(p_B: Tensor, r_B: Tensor) -> Tensor:
+        return (p_B * (p_B / r_B).log()).sum()
+
+    half_B = (q_B + t_B) / 2
+    found = {
+        "kl": kl(t_B, q_B),
+        "rationale_kl": kl(t_B, q_B),
+        "reverse_kl": kl(q_B, t_B),
+        "skew_kl": kl(t_B, 0.1 * t_B + 0.9 * q_B),
+        "skew_reverse_kl": kl(q_B, 0.9 * t_B + 0.1 * q_B),
+        "jensen_shannon": (kl(t_B, half_B) + kl(q_B, half_B)) / 2,
+        "total_variation": (q_B - t_B).abs().sum() / 2,
+    }
+    return found[name]
+
+
 def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Tensor:
     """A second, slow implementation: each sequence by itself, each position by itself, then means per loss."""
     sums: dict[str, Tensor] = {}
@@ -95,9 +116,7 @@ def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Ten
                     log_q_B = torch.cat([kept_K, (1 - kept_K.exp().sum(0, keepdim=True)).log()])
                     tail = torch.tensor([soft.tail_N[row]]).log()
                     log_t_B = torch.cat([torch.tensor(logprobs), tail]).double()
-                    forward = (log_t_B.exp() * (log_t_B - log_q_B)).sum()
-                    backward = (log_q_B.exp() * (log_q_B - log_t_B)).sum()
-                    value = backward if name == "reverse_kl" else forward
+                    value = plain_divergence(name, log_q_B, log_t_B)
                 else:
                     continue
                 sums[name] = sums.get(name, torch.zeros(())) + value
@@ -307,7 +326,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if v and k.startswith(("train/", "val/"))} for row in rows]
 
 
-ALL_LOSSES = "loss=[answer,kl,rationale,rationale_kl,reverse_kl]"
+ALL_LOSSES = f"loss=[{','.join(conf_names('loss'))}]"
 CUT = [ALL_LOSSES, f"batch_size={BATCH}", f"trainer.max_steps={STEPS}", "trainer.gradient_clip_val=null"]
 CUT += [
     "trainer.log_every_n_steps=1",
