@@ -289,7 +289,7 @@ def _student(source: Source, config: Any) -> tuple[StudentModule, torch.optim.Op
 def _step(module: StudentModule, optimizer: torch.optim.Optimizer, batch: Any) -> None:
     """What Lightning does of a step, without Lightning."""
     with torch.autocast("cpu", torch.bfloat16, enabled=native_dtype() == torch.bfloat16):
-        loss, _ = head_loss(module.hidden(batch), *module.head(), list(module.terms(batch).values()))
+        loss, _ = head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(module.model.parameters(), 1.0)

@@ -282,7 +282,7 @@ def _matched(teacher: Teacher, texts: Sequence[Text]) -> RandomSampling:
 
 def _cached_loss(module: StudentModule, batch: Batch, texts: Sequence[Text]) -> Tensor:  # noqa: ARG001
     """As the project computes it."""
-    total, _ = head_loss(_hidden(module, batch), *module.head(), list(module.terms(batch).values()))
+    total, _ = head_loss(_hidden(module, batch), module.head(), list(module.terms(batch).values()))
     return total
 
 
@@ -293,7 +293,7 @@ def _dense_loss(teacher: Teacher, module: StudentModule, batch: Batch, texts: Se
     """
     hidden_NH = _hidden(module, batch)
     p_NV = teacher.logprobs(torch.cat([text.hidden_NH for text in texts])).exp_()
-    return cross_entropy(hidden_NH @ module.head()[0].T, p_NV)
+    return cross_entropy(hidden_NH @ module.head().weight_VH.T, p_NV)
 
 
 def _module(model: Any, objective: Objective, settings: Settings) -> StudentModule:
@@ -356,7 +356,7 @@ def _figures(
 ) -> dict[str, float]:
     """Means over all positions of the texts that the student did not see."""
     module.eval()
-    weight_VH, _ = module.head()
+    weight_VH = module.head().weight_VH
     kl: list[Tensor] = []
     agrees: list[Tensor] = []
     confidence: list[Tensor] = []

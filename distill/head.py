@@ -23,8 +23,45 @@ from torch import Tensor
 from distill.records import Entries
 
 Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_CHUNK = 256
+_CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**26}  # of logits that exist at a time: enough for a fast matrix product
 _SMALLEST_REST = 1e-9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model makes of its head's outputs z: softcap * tanh(scale * z / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Shape:
+        """By the names that transformers gives it: of Cohere, Granite, Gemma 2."""
+        settings = model.config.get_text_config()
+        scale = getattr(settings, "logit_scale", None) or 1 / (getattr(settings, "logits_scaling", None) or 1)
+        return cls(scale, getattr(settings, "final_logit_softcapping", None))
+
+    def __call__(self, z: Float[Tensor, "... V"]) -> Float[Tensor, "... V"]:
+        """Logits of the head's outputs."""
+        if self.scale != 1:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = shape(W h + b), without padded rows."""
+
+    weight_VH: Float[Tensor, "V H"]
+    bias_V: Float[Tensor, "V"] | None = None
+    shape: Shape = Shape()
+
+    @classmethod
+    def of(cls, model: Any, vocabulary_size: int) -> Head:
+        """Rows from `vocabulary_size` on are padding, and are cut off."""
+        head = model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        return cls(head.weight[:vocabulary_size], None if bias_V is None else bias_V[:vocabulary_size], Shape.of(model))
 
 
 @dataclass(frozen=True)
@@ -39,10 +76,7 @@ class Term:
 
 
 def head_loss(
-    hidden_NH: Float[Tensor, "N H"],
-    weight_VH: Float[Tensor, "V H"],
-    bias_V: Float[Tensor, "V"] | None,
-    terms: Sequence[Term],
+    hidden_NH: Float[Tensor, "N H"], head: Head, terms: Sequence[Term]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "L"]]:
     """Return the scaled total, which can be differentiated once, and the plain sum of each term.
 
@@ -51,22 +85,27 @@ def head_loss(
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
         precise = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+        scale, bias_V = head.shape.scale, head.bias_V
         inputs = (
-            hidden_NH.to(precise),
-            weight_VH.to(precise),
-            None if bias_V is None else bias_V.to(precise),
+            hidden_NH.to(precise) if scale == 1 else hidden_NH.to(precise) * scale,
+            head.weight_VH.to(precise),
+            None if bias_V is None else bias_V.to(precise) * scale,
         )
-        total, sums_L = _HeadLoss.apply(*inputs, tuple(terms))  # type: ignore[no-untyped-call]
+        total, sums_L = _HeadLoss.apply(*inputs, head.shape.softcap, tuple(terms))  # type: ignore[no-untyped-call]
     return total, sums_L
 
 
 @torch.no_grad()
-def predicted_ids(
-    hidden_NH: Float[Tensor, "N H"], weight_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None
-) -> Int[Tensor, "N"]:
-    """The most probable token at each position."""
-    chunks = [_logits(h.to(weight_VH.dtype), weight_VH, bias_V).argmax(-1) for h in hidden_NH.split(_CHUNK)]
-    return torch.cat(chunks)
+def predicted_ids(hidden_NH: Float[Tensor, "N H"], head: Head) -> Int[Tensor, "N"]:
+    """The most probable token at each position; a shape keeps the order of logits."""
+    weight_VH = head.weight_VH
+    parts = hidden_NH.to(weight_VH.dtype).split(_rows_at_once(weight_VH))
+    return torch.cat([_logits(part_CH, weight_VH, head.bias_V).argmax(-1) for part_CH in parts])
+
+
+def _rows_at_once(weight_VH: Float[Tensor, "V H"]) -> int:
+    most = _CHUNK_BYTES.get(weight_VH.device.type, _CHUNK_BYTES["cuda"])
+    return max(1, most // (weight_VH.element_size() * len(weight_VH)))
 
 
 def _logits(
@@ -79,20 +118,32 @@ def _logits(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, terms: tuple[Term, ...]
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        softcap: float | None,
+        terms: tuple[Term, ...],
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         gradients = [
             torch.zeros_like(x) if needed and x is not None else None
             for x, needed in ((hidden_NH, needs_hidden), (weight_VH, needs_weight), (bias_V, needs_bias))
         ]
         sums_L = hidden_NH.new_zeros(len(terms))
-        for start in range(0, len(hidden_NH), _CHUNK):
-            hidden_CH = hidden_NH[start : start + _CHUNK]
-            logits_CV = _logits(hidden_CH, weight_VH, bias_V)
-            slope_CV = _chunk(logits_CV, start, terms, sums_L, any(g is not None for g in gradients))
-            if slope_CV is not None:
-                _collect(gradients, slope_CV, hidden_CH, weight_VH, start)
+        wanted, num_rows = any(g is not None for g in gradients), _rows_at_once(weight_VH)
+        for start in range(0, len(hidden_NH), num_rows):
+            hidden_CH = hidden_NH[start : start + num_rows]
+            logits_CV, tanh_CV = _logits(hidden_CH, weight_VH, bias_V), None
+            if softcap is not None:
+                tanh_CV = (logits_CV / softcap).tanh_()
+                logits_CV = tanh_CV * softcap
+            slope_CV = _chunk(logits_CV, start, terms, sums_L, wanted)
+            if slope_CV is None:
+                continue
+            if tanh_CV is not None:
+                slope_CV.mul_(1 - tanh_CV.square_())
+            _collect(gradients, slope_CV, hidden_CH, weight_VH, start)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(sums_L)
         factors = [term.scale * term.temperature**2 for term in terms]
@@ -101,7 +152,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else g * outer[0] for g in ctx.saved_tensors), None)
+        return (*(None if g is None else g * outer[0] for g in ctx.saved_tensors), None, None)
 
 
 def _chunk(

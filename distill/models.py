@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import GgufConfig
 
 from distill.fetch import from_pypi, sha256
+from distill.head import Shape
 from distill.records import ConfigError
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -145,13 +146,13 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
 
 @torch.inference_mode()
 def _check_seam(model: Any) -> None:
-    """Refuse a model whose logits are not head(body(ids)): soft-capped or scaled ones, for example."""
+    """Refuse a model whose logits are not shape(head(body(ids))), in a way that `Shape` does not know."""
     ids_BT = torch.arange(1, 5).unsqueeze(0)
     logits_V = model(ids_BT).logits[0, -1].float()
     hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
-    gap = (logits_V - model.get_output_embeddings()(hidden_H).float()).abs().max()
+    gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
     if gap > 1e-2 * logits_V.abs().max():
         raise ConfigError(
-            f"{type(model).__name__} does more to its logits than one linear head (difference {gap:.3g}); "
-            "such models are not supported"
+            f"{type(model).__name__} makes its logits in another way than by one linear head, a scale and a soft cap "
+            f"(difference {gap:.3g}); such models are not supported"
         )

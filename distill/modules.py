@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.head import Term, head_loss, predicted_ids
+from distill.head import Head, Term, head_loss, predicted_ids
 from distill.losses import Objective
 from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Entries, Group
 from distill.teachers import Teacher
@@ -87,12 +87,9 @@ class StudentModule(lightning.LightningModule):
         hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
         return hidden_NH
 
-    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, "V"] | None]:
-        """Weight and bias of the language-model head, padded rows cut off."""
-        head = self.model.get_output_embeddings()
-        bias_V = getattr(head, "bias", None)
-        size = self._vocabulary_size
-        return head.weight[:size], None if bias_V is None else bias_V[:size]
+    def head(self) -> Head:
+        """The language-model head, padded rows cut off."""
+        return Head.of(self.model, self._vocabulary_size)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The losses that have positions in this batch, each scaled by weight / count."""
@@ -114,7 +111,7 @@ class StudentModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         terms = self.terms(batch)
-        total, sums_L = head_loss(self.hidden(batch), *self.head(), list(terms.values()))
+        total, sums_L = head_loss(self.hidden(batch), self.head(), list(terms.values()))
         if not math.isfinite(total.item()):
             raise NonFiniteLossError(
                 f"the loss is {total.item()} at step {self.global_step} on the examples "
@@ -148,11 +145,11 @@ class StudentModule(lightning.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         hidden_NH, head = self.hidden(batch), self.head()
         terms = self.terms(batch)
-        _, sums_L = head_loss(hidden_NH, *head, list(terms.values()))
+        _, sums_L = head_loss(hidden_NH, head, list(terms.values()))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             self._tally(f"val/{name}", sum_, int(term.is_used_N.sum()))
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-        is_wrong_M = predicted_ids(hidden_NH[is_answer_N], *head) != batch.label_N[is_answer_N]
+        is_wrong_M = predicted_ids(hidden_NH[is_answer_N], head) != batch.label_N[is_answer_N]
         answers_M = batch.sequence_N[is_answer_N]
         num_answers, wrong = len(answers_M.unique()), answers_M[is_wrong_M].unique()
         if num_answers:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from distill.head import Shape
 from distill.records import ConfigError
 
 _SHARED = "distill_shared_prefix"
@@ -42,7 +43,7 @@ class PrefixedReader:
         """
         self.vocabulary_size = vocabulary_size
         self.device: torch.device = model.device
-        self._model = model
+        self._model, self._shape = model, Shape.of(model)
         self._prefix_ids = tuple(prefix_ids)
         layers = DynamicCache(config=model.config).layers
         windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
@@ -94,8 +95,7 @@ class PrefixedReader:
 
     def _head(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         head: nn.Module = self._model.get_output_embeddings()
-        logits: Tensor = head(hidden)[..., : self.vocabulary_size]
-        return logits
+        return self._shape(head(hidden)[..., : self.vocabulary_size])
 
     def new_cache(self, num_rows: int) -> DynamicCache:
         """Keys and values for so many rows that have read the prefix and nothing else."""

@@ -21,7 +21,7 @@ from distill.cache.dense import Dense
 from distill.cache.topk import TopK
 from distill.data import collate, entries
 from distill.evaluate import _divergence
-from distill.head import Term, head_loss
+from distill.head import Head, Term, head_loss
 from distill.losses.forward_kl import ForwardKL
 from distill.prompts import Prompts
 from distill.records import CacheError, ConfigError, SoftTargets, Target, spread
@@ -441,7 +441,7 @@ def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:
     targets = entries(np.ones(len(soft), bool), soft.for_training())
     term = Term(ForwardKL(), targets, torch.ones(len(soft), dtype=torch.bool), 1.0, 1.0)
     logits_NV = logits_NV.clone().requires_grad_()
-    head_loss(logits_NV, torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype), None, [term])[0].backward()
+    head_loss(logits_NV, Head(torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype)), [term])[0].backward()
     assert logits_NV.grad is not None
     return logits_NV.grad
 

@@ -11,13 +11,15 @@ import torch
 from conftest import divergences
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.head import Term, head_loss, predicted_ids
+from distill.head import Head, Shape, Term, head_loss, predicted_ids
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.records import Entries
 
 N, V, H = 12, 30, 6
+LINEAR = Shape()
 EVERY = pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
 
 
@@ -60,12 +62,12 @@ def label_term(labels_N: Tensor, scale: float = 1.3, is_used_N: Tensor | None = 
     return Term(CrossEntropy(), targets, every_N if is_used_N is None else is_used_N, 1.0, scale)
 
 
-def plain(inputs: list[Tensor], terms: list[Term]) -> Tensor:
+def plain(inputs: list[Tensor], terms: list[Term], shape: Shape = LINEAR) -> Tensor:
     """The same total by the plain formula: whole softmax, then buckets, and autograd for the rest."""
     hidden_NH, weight_VH, bias_V = (x.double() for x in inputs)
     total = torch.zeros((), dtype=torch.float64)
     for term in terms:
-        log_p_NV = ((hidden_NH @ weight_VH.T + bias_V) / term.temperature).log_softmax(-1)
+        log_p_NV = (shape(hidden_NH @ weight_VH.T + bias_V) / term.temperature).log_softmax(-1)
         for place in term.is_used_N.nonzero().ravel().tolist():
             is_here_E = term.targets.position_E == place
             ids, log_q_V = term.targets.ids_E[is_here_E].long(), log_p_NV[place]
@@ -79,10 +81,10 @@ def plain(inputs: list[Tensor], terms: list[Term]) -> Tensor:
     return total
 
 
-def assert_like_plain(inputs: list[Tensor], terms: list[Term], tolerance: float) -> None:
-    expected = plain(inputs, terms)
+def assert_like_plain(inputs: list[Tensor], terms: list[Term], tolerance: float, shape: Shape = LINEAR) -> None:
+    expected = plain(inputs, terms, shape)
     expected_gradients = torch.autograd.grad(expected, inputs)
-    total, sums_L = head_loss(*inputs, terms)
+    total, sums_L = head_loss(inputs[0], Head(*inputs[1:], shape), terms)
     gradients = torch.autograd.grad(total, inputs)
     assert abs(total - expected) <= tolerance * max(1, abs(expected))
     assert len(sums_L) == len(terms)
@@ -98,6 +100,49 @@ def test_one_loss_in_the_head_equals_the_plain_formula(divergence: Any, k: int, 
     assert_like_plain(head(), [soft_term(divergence, k, temperature)], 1e-10)
 
 
+@EVERY
+@pytest.mark.parametrize("shape", [Shape(softcap=2.0), Shape(scale=0.3), Shape(scale=3.0, softcap=1.5)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_capped_and_scaled_logits_equal_the_plain_formula(divergence: Any, shape: Shape, temperature: float) -> None:
+    terms = [soft_term(divergence, 5, temperature), label_term(torch.arange(N) % V)]
+    assert_like_plain(head(spread=2.0), terms, 1e-10, shape)
+
+
+def tiny(kind: str) -> Any:
+    """A model of this kind with random weights, padded rows in its head, and a shape where the kind has one."""
+    size = {"vocab_size": V + 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    special: dict[str, dict[str, Any]] = {
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+        "gemma2": {"final_logit_softcapping": 0.4},
+        "cohere": {"logit_scale": 0.0625},
+        "granite": {"logits_scaling": 8.0},
+        "phi": {"tie_word_embeddings": False},  # its head has a bias
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(size | special.get(kind, {})))
+    model = AutoModelForCausalLM.from_config(config).double().eval()  # without dropout
+    for parameter in model.parameters():  # nothing is left at 0 or 1
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "cohere", "granite", "phi", "qwen3"])
+def test_the_loss_of_a_real_model_has_the_gradients_of_its_own_logits(kind: str) -> None:
+    model, ids_BT = tiny(kind), torch.randint(1, V, (2, 7))
+    out = model(ids_BT).logits
+    before, label_N = out[:, :-1, :V].flatten(0, 1), ids_BT[:, 1:].flatten()
+    cross_entropy(before, label_N, reduction="sum").backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    hidden_NH = model.base_model(ids_BT).last_hidden_state[:, :-1].flatten(0, 1)
+    head_loss(hidden_NH, Head.of(model, V), [label_term(label_N, scale=1.0)])[0].backward()
+    assert len(wanted) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, wanted[name], atol=1e-9), name
+    assert Shape.of(model) != Shape() or kind not in ("gemma2", "cohere", "granite")
+
+
 def test_many_losses_on_the_same_positions_equal_the_plain_formula() -> None:
     terms = [soft_term(d, k, t) for d in divergences("soft").values() for k in (1, 5) for t in (1.0, 2.0)]
     also_kept = label_term(terms[0].targets.ids_E, is_used_N=terms[0].is_used_N)
@@ -105,8 +150,11 @@ def test_many_losses_on_the_same_positions_equal_the_plain_formula() -> None:
     assert_like_plain(head(), [*terms, also_kept, everywhere], 1e-10)
 
 
-@pytest.mark.parametrize("num", [255, 256, 257, 513])
-def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(num: int) -> None:
+@pytest.mark.parametrize("num", [31, 32, 33, 65])
+def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(
+    num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.head._CHUNK_BYTES", {"cpu": 32 * V * 8, "cuda": 1})
     ragged = soft_term(ForwardKL(), 5, 2.0, num)
     ragged = replace(ragged, targets=at_some(ragged.targets, torch.arange(num) % 3 < 2))
     terms = [soft_term(ForwardKL(), 5, 2.0, num), ragged, label_term(torch.arange(num) % V)]
@@ -121,7 +169,7 @@ def test_positions_that_have_no_targets_count_nothing_where_they_are_not_used(
     inputs, everywhere = head(), soft_term(divergence, 5, temperature)
     there = replace(everywhere, targets=at_some(everywhere.targets, everywhere.is_used_N))
     assert_like_plain(inputs, [there], 1e-10)
-    found = [head_loss(*inputs, [term]) for term in (everywhere, there)]
+    found = [head_loss(inputs[0], Head(*inputs[1:]), [term]) for term in (everywhere, there)]
     assert torch.allclose(found[0][1], found[1][1], atol=1e-12)
     for one, other in zip(*(torch.autograd.grad(total, inputs) for total, _ in found), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
@@ -140,7 +188,7 @@ def test_positions_with_different_numbers_of_entries_equal_their_own_terms(diver
     assert len(set(np.diff(ends_N))) == 2
     assert_like_plain(inputs, [ragged], 1e-10)
     expected = torch.autograd.grad(plain(inputs, parts), inputs)
-    found = torch.autograd.grad(head_loss(*inputs, [ragged])[0], inputs)
+    found = torch.autograd.grad(head_loss(inputs[0], Head(*inputs[1:]), [ragged])[0], inputs)
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, expected, strict=True))
 
 
@@ -155,7 +203,12 @@ def test_targets_whose_draws_stand_for_the_rest_have_no_rest_bucket(temperature:
 def test_autograd_agrees_with_finite_differences() -> None:
     terms = [soft_term(d, 3, 2.0, 3) for d in divergences("soft").values()]
     terms.append(label_term(torch.arange(3)))
-    assert torch.autograd.gradcheck(lambda *inputs: head_loss(*inputs, terms)[0], head(3), fast_mode=True)
+    for shape in (Shape(), Shape(0.5, 2.0)):
+        assert torch.autograd.gradcheck(
+            lambda hidden_NH, *rest, shape=shape: head_loss(hidden_NH, Head(*rest, shape), terms)[0],
+            head(3),
+            fast_mode=True,
+        )
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (1, 2)])
@@ -164,7 +217,7 @@ def test_a_frozen_head_changes_no_other_gradient(frozen: tuple[int, ...]) -> Non
     wanted = torch.autograd.grad(plain(inputs, terms), inputs)
     for index in frozen:
         inputs[index].requires_grad_(False)
-    head_loss(*inputs, terms)[0].backward()
+    head_loss(inputs[0], Head(*inputs[1:]), terms)[0].backward()
     for index, (tensor, gradient) in enumerate(zip(inputs, wanted, strict=True)):
         assert (tensor.grad is None) == (index in frozen)
         assert tensor.grad is None or torch.allclose(tensor.grad, gradient, atol=1e-10)
@@ -173,9 +226,9 @@ def test_a_frozen_head_changes_no_other_gradient(frozen: tuple[int, ...]) -> Non
 @EVERY
 def test_the_value_is_the_same_where_no_gradient_is_wanted(divergence: Any) -> None:
     inputs, terms = head(), [soft_term(divergence, 5, 2.0)]
-    total, sums_L = head_loss(*inputs, terms)
+    total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), terms)
     with torch.no_grad():
-        quiet, quiet_sums_L = head_loss(*inputs, terms)
+        quiet, quiet_sums_L = head_loss(inputs[0], Head(*inputs[1:]), terms)
     assert torch.equal(total, quiet)
     assert torch.equal(sums_L, quiet_sums_L)
 
@@ -189,9 +242,9 @@ def test_float32_is_within_1e_5_of_float64(divergence: Any, k: int) -> None:
 def test_half_precision_states_are_computed_in_float32() -> None:
     inputs, terms = head(dtype=torch.bfloat16), [soft_term(ForwardKL(), 5)]
     with torch.autocast("cpu", torch.bfloat16):
-        total, sums_L = head_loss(*inputs, terms)
+        total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), terms)
     assert total.dtype == sums_L.dtype == torch.float32
-    assert torch.equal(total, head_loss(*(x.float() for x in inputs), terms)[0])
+    assert torch.equal(total, head_loss(inputs[0].float(), Head(*(x.float() for x in inputs[1:])), terms)[0])
 
 
 @EVERY
@@ -201,7 +254,9 @@ def test_certain_teachers_and_certain_students_give_no_nan(divergence: Any, dtyp
     inputs = head(spread=spread, dtype=dtype)
     one_hot_NK = torch.tensor([[0.0, -torch.inf]]).expand(N, 2)
     targets = rows(torch.stack([torch.arange(N), torch.arange(N) + 1], -1), one_hot_NK, torch.zeros(N))
-    total, _ = head_loss(*inputs, [Term(divergence, targets, torch.ones(N, dtype=torch.bool), 1.0, 1.0)])
+    total, _ = head_loss(
+        inputs[0], Head(*inputs[1:]), [Term(divergence, targets, torch.ones(N, dtype=torch.bool), 1.0, 1.0)]
+    )
     total.backward()
     assert total.isfinite()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
@@ -217,7 +272,7 @@ def test_a_student_sure_of_the_kept_tokens_gets_an_accurate_gradient_in_float32(
     gradients = []
     for dtype in (torch.float32, torch.float64):
         bias_V = torch.zeros(V, dtype=dtype, requires_grad=True)
-        head_loss(hidden_NH.to(dtype), weight_VH.to(dtype), bias_V, [term])[0].backward()
+        head_loss(hidden_NH.to(dtype), Head(weight_VH.to(dtype), bias_V), [term])[0].backward()
         gradients.append(bias_V.grad.double())
     assert torch.allclose(*gradients, atol=1e-4), f"off by {(gradients[0] - gradients[1]).abs().max():.3g}"
 
@@ -232,7 +287,7 @@ def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -
         targets = rows(torch.arange(V).expand(N, V), log_t_NV, torch.zeros(N))
         hidden_NV = student_NV.clone().requires_grad_()
         term = Term(ForwardKL(), targets, torch.ones(N, dtype=torch.bool), t, 1.0)
-        total, _ = head_loss(hidden_NV, torch.eye(V, dtype=torch.float64), None, [term])
+        total, _ = head_loss(hidden_NV, Head(torch.eye(V, dtype=torch.float64)), [term])
         total.backward()
         direct_NV = student_NV.clone().requires_grad_()
         log_q_NV = (direct_NV / t).log_softmax(-1)
@@ -246,7 +301,7 @@ def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -
 
 def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
     inputs, labels_N = head(), torch.randint(V, (N,))
-    total, sums_L = head_loss(*inputs, [label_term(labels_N, scale=0.25)])
+    total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), [label_term(labels_N, scale=0.25)])
     expected = cross_entropy(inputs[0] @ inputs[1].T + inputs[2], labels_N, reduction="sum")
     assert torch.allclose(sums_L[0], expected)
     assert torch.allclose(total, expected / 4)
@@ -255,4 +310,4 @@ def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
 def test_the_predicted_ids_are_the_largest_logits() -> None:
     inputs = head(300)
     expected_N = (inputs[0] @ inputs[1].T + inputs[2]).argmax(-1)
-    assert torch.equal(predicted_ids(*inputs), expected_N)
+    assert torch.equal(predicted_ids(inputs[0], Head(*inputs[1:])), expected_N)

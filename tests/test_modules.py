@@ -61,7 +61,7 @@ def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any,
     """The training loss of one microbatch and what it asks of each weight."""
     module.zero_grad()
     terms = module.terms(batch if counts is None else replace(batch, counts=counts))
-    total, _ = head_loss(module.hidden(batch), *module.head(), list(terms.values()))
+    total, _ = head_loss(module.hidden(batch), module.head(), list(terms.values()))
     total.backward()
     return {"loss": total.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
@@ -203,7 +203,7 @@ def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, lis
         for name, term in module.terms(replace(batch, counts={})).items():
             used_N, places = torch.arange(len(term.is_used_N)), term.is_used_N.nonzero().ravel().tolist()
             single = [replace(term, is_used_N=used_N == place) for place in places]
-            found[name] = [float(head_loss(hidden_NH, *head, [t])[1]) for t in single]
+            found[name] = [float(head_loss(hidden_NH, head, [t])[1]) for t in single]
     return found
 
 
@@ -279,9 +279,8 @@ def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompt
     module = student_module(model, prompts, "answer")
     batch = collate(lessons(prompts, 12), {}, 0, read)
     is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-    weight_VH, bias_V = module.head()
     with torch.no_grad():
-        likeliest_N = predicted_ids(module.hidden(batch), weight_VH, bias_V)
+        likeliest_N = predicted_ids(module.hidden(batch), module.head())
     answered = batch.sequence_N[is_answer_N].unique().tolist()
     # All tokens of the first answer are made right, of the second but the last, of the others none.
     label_N = torch.where(batch.sequence_N == answered[0], likeliest_N, likeliest_N + 1)
