@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from distill.reading import PrefixedReader
 from distill.records import ConfigError
@@ -30,6 +39,8 @@ CONFIGS = {
     "ungrouped": LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
     "normed": Qwen3Config(**SIZES, head_dim=16),
     "windowed": MistralConfig(**SIZES, sliding_window=40),
+    "capped": Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0, attn_logit_softcapping=None),
+    "scaled": GraniteConfig(**SIZES, logits_scaling=0.2),
     "absolute": GPT2Config(vocab_size=VOCABULARY + 32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25),
 }
 
