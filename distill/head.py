@@ -12,7 +12,7 @@ so any number of losses costs one softmax per temperature and a few scattered ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from distill.records import Entries
 
 Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**26}  # of logits that exist at a time: enough for a fast matrix product
+_CHUNK_BYTES, _CPU_CHUNK_BYTES = 2**29, 2**26  # of logits that exist at a time
+_FEWEST_ROWS = 256  # but so many rows at least: with fewer a matrix product is slow
 _SMALLEST_REST = 1e-9
 
 
@@ -99,20 +100,22 @@ def head_loss(
 def predicted_ids(hidden_NH: Float[Tensor, "N H"], head: Head) -> Int[Tensor, "N"]:
     """The most probable token at each position; a shape keeps the order of logits."""
     weight_VH = head.weight_VH
-    parts = hidden_NH.to(weight_VH.dtype).split(_rows_at_once(weight_VH))
-    return torch.cat([_logits(part_CH, weight_VH, head.bias_V).argmax(-1) for part_CH in parts])
+    hidden_NH = hidden_NH.to(weight_VH.dtype)
+    return torch.cat([logits_CV.argmax(-1) for _, logits_CV in _chunks(hidden_NH, weight_VH, head.bias_V)])
 
 
-def _rows_at_once(weight_VH: Float[Tensor, "V H"]) -> int:
-    most = _CHUNK_BYTES.get(weight_VH.device.type, _CHUNK_BYTES["cuda"])
-    return max(1, most // (weight_VH.element_size() * len(weight_VH)))
-
-
-def _logits(
-    hidden_CH: Float[Tensor, "C H"], weight_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None
-) -> Float[Tensor, "C V"]:
-    logits_CV = hidden_CH @ weight_VH.T
-    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+def _chunks(
+    hidden_NH: Float[Tensor, "N H"], weight_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None
+) -> Iterator[tuple[int, Float[Tensor, "C V"]]]:
+    """The first position of each chunk, and its logits, which are gone when the next ones come."""
+    most = _CPU_CHUNK_BYTES if weight_VH.device.type == "cpu" else _CHUNK_BYTES
+    num_chunks = -(-len(hidden_NH) // max(_FEWEST_ROWS, most // (weight_VH.element_size() * len(weight_VH))))
+    num_rows = -(-len(hidden_NH) // max(1, num_chunks))
+    buffer_CV = hidden_NH.new_empty(num_rows, len(weight_VH))  # new memory for each chunk would cost more than a pass
+    for start in range(0, len(hidden_NH), max(1, num_rows)):
+        hidden_CH = hidden_NH[start : start + num_rows]
+        logits_CV = torch.mm(hidden_CH, weight_VH.T, out=buffer_CV[: len(hidden_CH)])
+        yield start, logits_CV if bias_V is None else logits_CV.add_(bias_V)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -126,15 +129,16 @@ class _HeadLoss(torch.autograd.Function):
         terms: tuple[Term, ...],
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        new_weight = torch.empty_like if len(hidden_NH) else torch.zeros_like
         gradients = [
-            torch.zeros_like(x) if needed and x is not None else None
-            for x, needed in ((hidden_NH, needs_hidden), (weight_VH, needs_weight), (bias_V, needs_bias))
+            torch.empty_like(hidden_NH) if needs_hidden else None,
+            new_weight(weight_VH) if needs_weight else None,
+            torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None,
         ]
         sums_L = hidden_NH.new_zeros(len(terms))
-        wanted, num_rows = any(g is not None for g in gradients), _rows_at_once(weight_VH)
-        for start in range(0, len(hidden_NH), num_rows):
-            hidden_CH = hidden_NH[start : start + num_rows]
-            logits_CV, tanh_CV = _logits(hidden_CH, weight_VH, bias_V), None
+        wanted = any(g is not None for g in gradients)
+        for start, logits_CV in _chunks(hidden_NH, weight_VH, bias_V):
+            tanh_CV = None
             if softcap is not None:
                 tanh_CV = (logits_CV / softcap).tanh_()
                 logits_CV = tanh_CV * softcap
@@ -142,9 +146,9 @@ class _HeadLoss(torch.autograd.Function):
             if slope_CV is None:
                 continue
             if tanh_CV is not None:
-                slope_CV.mul_(1 - tanh_CV.square_())
-            _collect(gradients, slope_CV, hidden_CH, weight_VH, start)
-        ctx.save_for_backward(*gradients)
+                slope_CV.addcmul_(slope_CV, tanh_CV.square_(), value=-1)
+            _collect(gradients, slope_CV, hidden_NH[start : start + len(slope_CV)], weight_VH, start)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(sums_L)
         factors = [term.scale * term.temperature**2 for term in terms]
         total = (sums_L * sums_L.new_tensor(factors)).sum()
@@ -152,7 +156,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else g * outer[0] for g in ctx.saved_tensors), None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("this loss was differentiated already, and its gradients were given away")
+        given, ctx.gradients = ctx.gradients, None  # in place: another gradient of the head's size is not held
+        if outer[0].device.type != "cpu" or outer[0] != 1:  # looked at where nothing has to wait for it
+            given = [None if g is None else g.mul_(outer[0]) for g in given]
+        return (*given, None, None)
 
 
 def _chunk(
@@ -242,8 +251,8 @@ def _collect(
 ) -> None:
     for_hidden, for_weight, for_bias = gradients
     if for_hidden is not None:
-        for_hidden[start : start + len(slope_CV)] = slope_CV @ weight_VH
+        torch.mm(slope_CV, weight_VH, out=for_hidden[start : start + len(slope_CV)])
     if for_weight is not None:
-        for_weight.addmm_(slope_CV.T, hidden_CH)
+        for_weight.addmm_(slope_CV.T, hidden_CH, beta=1 if start else 0)  # at first there is nothing to add to
     if for_bias is not None:
         for_bias.add_(slope_CV.sum(0))
