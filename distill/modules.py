@@ -147,7 +147,8 @@ class StudentModule(lightning.LightningModule):
         terms = self.terms(batch)
         _, sums_L = head_loss(hidden_NH, head, list(terms.values()))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
-            self._tally(f"val/{name}", sum_, int(term.is_used_N.sum()))
+            if number := int(term.is_used_N.sum()):
+                self._tally(f"val/{name}", sum_, number)
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
         is_wrong_M = predicted_ids(hidden_NH[is_answer_N], head) != batch.label_N[is_answer_N]
         answers_M = batch.sequence_N[is_answer_N]

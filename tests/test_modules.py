@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,6 +293,21 @@ def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompt
     right, number = module._tallies["val/accuracy"]
     assert (float(right), float(number)) == (1, len(answered))
     assert len(second) > 1
+
+
+def test_a_loss_that_no_validation_example_has_is_not_logged(
+    prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = student_module(opened(student_folder, torch.float32).eval(), prompts, "answer", "kl", "rationale")
+    logged_: dict[str, Any] = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged_.update(values))
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(world_size=1))
+    plain_answers = [lesson for lesson in lessons(prompts, 12) if lesson.counts()["rationale", "labels"] == 0]
+    with torch.no_grad():
+        module.validation_step(collate(plain_answers, {}, 0, read))
+    module.on_validation_epoch_end()
+    assert set(logged_) == {"val/answer", "val/kl", "val/accuracy"}
+    assert all(math.isfinite(value) for value in logged_.values())
 
 
 def test_evaluation_sees_what_a_model_has_learned_meanwhile(prompts: Prompts, student_folder: Path) -> None:
