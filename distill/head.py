@@ -101,7 +101,8 @@ def predicted_ids(hidden_NH: Float[Tensor, "N H"], head: Head) -> Int[Tensor, "N
     """The most probable token at each position; a shape keeps the order of logits."""
     weight_VH = head.weight_VH
     hidden_NH = hidden_NH.to(weight_VH.dtype)
-    return torch.cat([logits_CV.argmax(-1) for _, logits_CV in _chunks(hidden_NH, weight_VH, head.bias_V)])
+    none = torch.zeros(0, dtype=torch.int64, device=hidden_NH.device)
+    return torch.cat([none, *(logits_CV.argmax(-1) for _, logits_CV in _chunks(hidden_NH, weight_VH, head.bias_V))])
 
 
 def _chunks(
@@ -129,10 +130,10 @@ class _HeadLoss(torch.autograd.Function):
         terms: tuple[Term, ...],
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        new_weight = torch.empty_like if len(hidden_NH) else torch.zeros_like
+        new_like = torch.empty_like if len(hidden_NH) and terms else torch.zeros_like  # that is written as a whole
         gradients = [
-            torch.empty_like(hidden_NH) if needs_hidden else None,
-            new_weight(weight_VH) if needs_weight else None,
+            new_like(hidden_NH) if needs_hidden else None,
+            new_like(weight_VH) if needs_weight else None,
             torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None,
         ]
         sums_L = hidden_NH.new_zeros(len(terms))

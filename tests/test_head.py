@@ -315,6 +315,23 @@ def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
     assert torch.allclose(total, expected / 4)
 
 
+@pytest.mark.parametrize("num", [0, N])
+def test_where_nothing_is_to_be_learned_all_gradients_are_zero(num: int) -> None:
+    inputs = head(num)
+    junk = [torch.full((V, H), torch.nan, dtype=torch.float64) for _ in range(9)]  # what new memory may hold
+    del junk
+    terms = [] if num else [soft_term(ForwardKL(), 5, num=0), label_term(torch.zeros(0, dtype=torch.int64))]
+    total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), terms)
+    assert total == 0
+    assert len(sums_L) == len(terms)
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(total, inputs))
+
+
+def test_no_positions_have_no_predictions() -> None:
+    inputs = head(0)
+    assert predicted_ids(inputs[0], Head(*inputs[1:])).tolist() == []
+
+
 def test_the_predicted_ids_are_the_largest_logits() -> None:
     inputs = head(300)
     expected_N = (inputs[0] @ inputs[1].T + inputs[2]).argmax(-1)
