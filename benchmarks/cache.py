@@ -29,7 +29,6 @@ from benchmarks import material, peers
 from benchmarks.fidelity import Texts, kept, sizes
 from benchmarks.material import Asked
 from benchmarks.measure import Row, keep, medians
-from distill import config as configuration
 from distill.annotate import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
@@ -39,7 +38,6 @@ from distill.models import native_dtype
 from distill.modules import StudentModule
 from distill.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
-from distill.student import open_student
 
 _POSITIONS = 1000
 _SOLUTIONS, _REVIEWS, _BATCH = 24, 16, 8  # examples that are annotated, and how many at a time
@@ -263,27 +261,11 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
             for part in sampler
         ]
 
-    module, optimizer = _student(source, config)
+    module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
     batch = batches()[0]
     seconds = medians({"batches": batches, "step": partial(_step, module, optimizer, batch)}, repetitions)
     yield Row("training: default step, seconds", seconds["step"], None, "lower")
     yield Row("training: making a batch / step", seconds["batches"] / len(sampler) / seconds["step"], 0.01, "lower")
-
-
-def _student(source: Source, config: Any) -> tuple[StudentModule, torch.optim.Optimizer]:
-    settings = config.student
-    student = open_student(
-        source.folder, keep_layers=settings.keep_layers, freeze=list(settings.freeze), from_scratch=False
-    )
-    module = StudentModule(
-        student,
-        objectives={name: configuration.build(node) for name, node in config.loss.items()},
-        vocabulary_size=source.prompts.vocabulary_size,
-        retemper=source.codec.at_temperature,
-        make_optimizer=configuration.build(config.optim.optimizer),
-        make_schedule=configuration.build(config.optim.schedule),
-    )
-    return module, module.configure_optimizers()["optimizer"]
 
 
 def _step(module: StudentModule, optimizer: torch.optim.Optimizer, batch: Any) -> None:

@@ -20,10 +20,11 @@ from distill import config as configuration
 from distill.annotate import Source, open_source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.modules import TeacherModule
+from distill.modules import StudentModule, TeacherModule
 from distill.prompts import Layout, Prompts
 from distill.reading import PrefixedReader
 from distill.records import Example, Request, Span, Splits
+from distill.student import open_student
 from distill.teachers.causal_lm import CausalLMTeacher
 
 _TOKENS_OF_A_TEXT = 200
@@ -99,6 +100,23 @@ def codec(cache: str, **changes: int) -> Codec:
     node = compose(f"cache={cache}").cache.codec
     made: Codec = configuration.build(node, **changes)
     return made
+
+
+def student(
+    folder: Path, config: DictConfig, vocabulary_size: int, kept: Codec
+) -> tuple[StudentModule, torch.optim.Optimizer]:
+    """The student of a configuration, its losses and its optimizer."""
+    settings = config.student
+    model = open_student(folder, keep_layers=settings.keep_layers, freeze=list(settings.freeze), from_scratch=False)
+    module = StudentModule(
+        model,
+        objectives={name: configuration.build(node) for name, node in config.loss.items()},
+        vocabulary_size=vocabulary_size,
+        retemper=kept.at_temperature,
+        make_optimizer=configuration.build(config.optim.optimizer),
+        make_schedule=configuration.build(config.optim.schedule),
+    )
+    return module, module.configure_optimizers()["optimizer"]
 
 
 def default_source(folder: Path) -> Source:

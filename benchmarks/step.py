@@ -13,6 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,6 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from benchmarks import material
 from benchmarks.measure import Row, keep, medians
-from distill import config as configuration
 from distill.cache.store import Store
 from distill.data import Join, Lesson, collate
 from distill.head import Head, Term, head_loss
@@ -35,8 +35,7 @@ from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.models import flush_denormals, native_dtype
 from distill.modules import StudentModule
-from distill.records import Batch, Entries, Example
-from distill.student import open_student
+from distill.records import Batch, Entries
 
 Run = Callable[[], object]
 _EXAMPLES = 8
@@ -193,7 +192,7 @@ class Texts:
 
 def _steps(case: str, folder: Path, data: Path) -> dict[str, Run]:
     """The default student's step on a batch of solutions, from the batch's making to the optimizer's step."""
-    config = material.compose("cache=topk", "cache.codec.k=64")
+    config = material.compose("student.freeze=[]", "loss=[answer,kl]")
     source = material.default_source(folder)
     ask = material.solutions_asked if case == "solutions" else material.texts_asked
     asked = ask(source, material.solutions(data)[:_EXAMPLES], "topk", _EXAMPLES)
@@ -251,26 +250,12 @@ def _steps(case: str, folder: Path, data: Path) -> dict[str, Run]:
 def _texts(config: Any, folder: Path, asked: material.Asked, store: Store) -> Texts:
     by_place = {(request.example.id, request.span): request for request in asked.requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
-    zero_shot = asked.prompts
-    join = Join(prompts=zero_shot, store=store, requests=by_place, rationales={}, answer="direct", needed=needed)
-    examples: list[Example] = [request.example for request in asked.requests]
-    lessons = join.lessons(examples)
-    settings = config.student
-    student = open_student(folder, keep_layers=settings.keep_layers, freeze=[], from_scratch=False)
-    module = StudentModule(
-        student,
-        objectives={name: configuration.build(config.loss[name]) for name in ("answer", "kl")},
-        vocabulary_size=asked.prompts.vocabulary_size,
-        retemper=asked.codec.at_temperature,
-        make_optimizer=configuration.build(config.optim.optimizer),
-        make_schedule=configuration.build(config.optim.schedule),
-    )
-    counts: dict[Any, int] = {}
-    for lesson in lessons:
-        for place, number in lesson.counts().items():
-            counts[place] = counts.get(place, 0) + number
+    join = Join(prompts=asked.prompts, store=store, requests=by_place, rationales={}, answer="direct", needed=needed)
+    lessons = join.lessons([request.example for request in asked.requests])
+    module, optimizer = material.student(folder, config, asked.prompts.vocabulary_size, asked.codec)
+    counts = sum((lesson.counts() for lesson in lessons), Counter[Any]())
     batch = collate(lessons, counts, 0, store.soft_targets)
-    return Texts(module, module.configure_optimizers()["optimizer"], lessons, store, counts, batch)
+    return Texts(module, optimizer, lessons, store, counts, batch)
 
 
 # Memory

@@ -183,17 +183,20 @@ def _chunk(
         p_CV = z_CV.sub_(most_C.unsqueeze(-1)).exp_()
         norm_C = p_CV.sum(-1)
         factor_C = torch.zeros_like(norm_C)
+        corrections = []
         for index, part in parts:
-            sums_L[index] += part.add(most_C + norm_C.log(), factor_C)
+            sum_, correction_E = part.add(most_C + norm_C.log(), factor_C)
+            sums_L[index] += sum_
+            corrections.append((part.at_E, correction_E))
         if wanted:
             p_CV.mul_((factor_C / norm_C).unsqueeze(-1))
-            for _, part in parts:
-                p_CV.view(-1).index_add_(0, part.at_E, part.correction_E)
+            for at_E, correction_E in corrections:
+                p_CV.view(-1).index_add_(0, at_E, correction_E)
             slope_CV = p_CV if slope_CV is None else slope_CV.add_(p_CV)
     return slope_CV
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
     """The entries of a term in one chunk of C positions: their rows, where their logits are, and those."""
 
@@ -203,7 +206,6 @@ class _Part:
     at_E: Int[Tensor, "E"]
     z_E: Float[Tensor, "E"]
     log_t_E: Float[Tensor, "E"]
-    correction_E: Float[Tensor, "E"]
 
     @classmethod
     def of(cls, term: Term, z_CV: Float[Tensor, "C V"], start: int) -> _Part:
@@ -214,10 +216,12 @@ class _Part:
         row_E = targets.position_E[entries].long() - start
         at_E = row_E * z_CV.shape[-1] + targets.ids_E[entries]
         z_E = z_CV.view(-1)[at_E]
-        return cls(term, rows, row_E, at_E, z_E, targets.logprobs_E[entries].to(z_E), z_E)
+        return cls(term, rows, row_E, at_E, z_E, targets.logprobs_E[entries].to(z_E))
 
-    def add(self, log_norm_C: Float[Tensor, "C"], factor_C: Float[Tensor, "C"]) -> Float[Tensor, ""]:
-        """Return the term's sum; add to each row's factor of q, and find the corrections at kept ids."""
+    def add(
+        self, log_norm_C: Float[Tensor, "C"], factor_C: Float[Tensor, "C"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "E"]]:
+        """Return the term's sum and the corrections at kept ids; add to each row's factor of q."""
         is_used_C = self.term.is_used_N[self.rows]
         # T^2 for the loss, 1/T for the logits.
         weight_C = is_used_C.to(factor_C) * (self.term.scale * self.term.temperature)
@@ -236,8 +240,7 @@ class _Part:
             value_C += rest_value_C
             factor_C += weight_C * (per_rest_C - slope_C - rest_slope_C)
             slope_E = slope_E - q_E * per_rest_C[self.row_E]
-        self.correction_E = slope_E * weight_C[self.row_E]
-        return value_C.where(is_used_C, 0).sum()
+        return value_C.where(is_used_C, 0).sum(), slope_E * weight_C[self.row_E]
 
     def _summed(self, value_E: Float[Tensor, "E"], like_C: Float[Tensor, "C"]) -> Float[Tensor, "C"]:
         return torch.zeros_like(like_C).index_add_(0, self.row_E, value_E)

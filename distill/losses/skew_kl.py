@@ -15,21 +15,20 @@ from torch import Tensor
 from distill.records import ConfigError
 
 
-def _check(alpha: float) -> None:
-    if not 0 < alpha < 1:
-        raise ConfigError(f"alpha={alpha}: a mixture lies between 0 and 1; without one it is ForwardKL or ReverseKL")
-
-
 @dataclass(frozen=True)
-class SkewKL:
-    """D = KL(t || alpha t + (1 - alpha) q); the forward KL as alpha goes to 0."""
-
+class _Skew:
     alpha: float
     needs_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        _check(self.alpha)
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"alpha={self.alpha}: a mixture lies between 0 and 1; without it: ForwardKL, ReverseKL")
+
+
+@dataclass(frozen=True)
+class SkewKL(_Skew):
+    """D = KL(t || alpha t + (1 - alpha) q); the forward KL as alpha goes to 0."""
 
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
@@ -42,15 +41,8 @@ class SkewKL:
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(_Skew):
     """D = KL(q || (1 - alpha) t + alpha q); the reverse KL as alpha goes to 0."""
-
-    alpha: float
-    needs_rest: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse what is no share."""
-        _check(self.alpha)
 
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
