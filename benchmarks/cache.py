@@ -253,7 +253,9 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
         prompts=prompts, store=store, requests=by_place, rationales={}, answer=config.task.answer, needed=needed
     )
     lessons = join.lessons([request.example for request in requests])
-    sampler = StepSampler(lessons, batch_size=config.batch_size, num_microbatches=1, num_steps=20, seed=0)
+    sampler = StepSampler(
+        lessons, batch_size=config.batch_size, batch_unit="examples", num_microbatches=1, num_steps=20, seed=0
+    )
 
     def batches() -> list[Any]:
         return [

@@ -17,6 +17,7 @@ is not repeated: whoever was stopped goes on.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -324,12 +325,12 @@ def _train(module: StudentModule, arm: Arm, train: Sequence[Text], seed: int, se
     sampler = StepSampler(
         [_lesson(text, None) for text in train],
         batch_size=settings.batch_size,
+        batch_unit="examples",
         num_microbatches=1,
         num_steps=settings.num_steps,
         seed=seed,
     )
-    for step in range(settings.num_steps):
-        indices = sampler.step_indices(step)
+    for indices in itertools.islice(sampler.steps(), settings.num_steps):
         soft = {} if arm.cache is None else {train[index].id: arm.cache[index] for index in indices}
         lessons = [_lesson(train[index], soft.get(train[index].id)) for index in indices]
         counts = sum((lesson.counts() for lesson in lessons), Counter[Any]())

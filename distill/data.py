@@ -6,6 +6,7 @@ before it begins; so a loss is divided by its true count whatever the number of 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from distill.records import (
 )
 
 AnswerMode = Literal["direct", "reasoned"]
+BatchUnit = Literal["examples", "tokens"]
 Needed = frozenset[tuple[Span, str]]
 Read = Callable[[Sequence[Place]], SoftTargets]
 _WINDOW_STEPS = 20
@@ -74,6 +76,33 @@ class Lesson:
 
     example_id: str
     sequences: tuple[TrainingSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """In a batch of lessons like this one, padding included."""
+        return len(self.sequences) * max(len(sequence.prompt.ids) for sequence in self.sequences)
+
+    def branched(self) -> Lesson:
+        """The same lesson as one sequence: what its sequences begin with, and the rest of each as a branch of that."""
+        prompts = [sequence.prompt for sequence in self.sequences]
+        # The token before a target is in its branch, as hidden states are found one place before what they predict.
+        limit = min(start for prompt in prompts for start, _ in prompt.spans.values()) - 1
+        columns = zip(*(prompt.ids[:limit] for prompt in prompts), strict=True)
+        shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+        if len(prompts) == 1 or not shared:
+            return self
+        branches = [prompt.ids[shared:] for prompt in prompts]
+        starts = np.cumsum([shared, *map(len, branches)])[:-1].tolist()
+        spans: dict[Span, tuple[int, int]] = {
+            span: (start - shared + first, stop - shared + first)
+            for prompt, first in zip(prompts, starts, strict=True)
+            for span, (start, stop) in prompt.spans.items()
+        }
+        ids = (*prompts[0].ids[:shared], *itertools.chain.from_iterable(branches))
+        labelled = frozenset[Span]().union(*(sequence.labelled for sequence in self.sequences))
+        soft = {span: place for sequence in self.sequences for span, place in sequence.soft.items()}
+        whole = TrainingSequence(Prompt(ids, spans, tuple(starts)), labelled, soft)
+        return Lesson(self.example_id, (whole,))
 
     def counts(self) -> Counter[tuple[Span, str]]:
         """Supervised positions per (span, source)."""
@@ -179,7 +208,7 @@ class Microbatch:
 
 @final
 class StepSampler(Sampler[Microbatch]):
-    """Endless passes over the lessons, each in a new order that (seed, pass) alone decides, cut into steps.
+    """Endless epochs of the lessons, each in a new order that (seed, epoch) alone decides, cut into steps.
 
     A step is cut into `world_size * num_microbatches` parts of nearly equal size, dealt to the processes in
     turn. The position in the stream is the number of steps done, so any step can be resumed from.
@@ -190,6 +219,7 @@ class StepSampler(Sampler[Microbatch]):
         lessons: Sequence[Lesson],
         *,
         batch_size: int,
+        batch_unit: BatchUnit,
         num_microbatches: int,
         num_steps: int,
         seed: int,
@@ -197,13 +227,20 @@ class StepSampler(Sampler[Microbatch]):
         world_size: int = 1,
         start_step: int = 0,
     ) -> None:
-        """`batch_size` counts the examples of one optimizer step over all microbatches and processes."""
-        if batch_size < world_size * num_microbatches:
+        """`batch_size` is of one optimizer step over all microbatches and processes.
+
+        It counts examples, or tokens with their padding: then as many lessons of like length as it holds make a
+        step, but at least one for each microbatch.
+        """
+        self._num_parts = world_size * num_microbatches
+        if batch_size < self._num_parts:
             raise ConfigError(
                 f"batch_size={batch_size} leaves some of {world_size} processes x {num_microbatches} microbatches "
-                f"without an example; make it at least {world_size * num_microbatches}, or microbatch_size larger"
+                f"without an example; make it at least {self._num_parts}, or microbatch_size larger"
             )
         self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
+        self._num_tokens = [lesson.num_tokens for lesson in lessons]
+        self._sizes = self._num_tokens if batch_unit == "tokens" else [1] * len(lessons)
         self._num_steps, self._seed, self._start_step = num_steps, seed, start_step
         self._rank, self._world_size = rank, world_size
 
@@ -213,34 +250,49 @@ class StepSampler(Sampler[Microbatch]):
 
     def __iter__(self) -> Iterator[Microbatch]:
         """Yield this process's microbatches from the first step that is to be done."""
-        for step in range(self._start_step, self._num_steps):
-            indices = self.step_indices(step)
+        for indices in itertools.islice(self.steps(), self._start_step, self._num_steps):
             counts = sum((self._lessons[index].counts() for index in indices), Counter[tuple[Span, str]]())
-            parts = np.array_split(np.array(indices), self._world_size * self._num_microbatches)
+            parts = np.array_split(np.array(indices), self._num_parts)
             for part in parts[self._rank :: self._world_size]:
                 yield Microbatch(tuple(part.tolist()), counts)
 
-    def step_indices(self, step: int) -> list[int]:
-        """Lessons of one optimizer step."""
-        size = len(self._lessons)
-        first, last = step * self._batch_size, (step + 1) * self._batch_size
-        orders = {epoch: self._order(epoch) for epoch in range(first // size, (last - 1) // size + 1)}
-        return [orders[place // size][place % size] for place in range(first, last)]
+    def steps(self) -> Iterator[list[int]]:
+        """Lessons of one optimizer step after the other, without an end."""
+        last: list[int] = []
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self._lessons), generator=generator).tolist()
+            # What the last epoch left over is filled up first, so that no other step is of unlike lengths.
+            while last and order and self._fits(len(last) + 1, max(self._sizes[i] for i in (*last, order[-1]))):
+                last.append(order.pop())
+            if last and order:
+                yield last
+                last = []
+            if not order:
+                continue
+            steps = list(self._cut(order))
+            if self._fits(len(steps[-1]) + 1, self._sizes[steps[-1][-1]]):
+                last = steps.pop()
+            for place in torch.randperm(len(steps), generator=generator).tolist():
+                yield steps[place]
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._lessons), generator=generator).tolist()
-        # Lessons of like length share a step, so there is little padding: windows of many steps are sorted.
-        window = self._batch_size * _WINDOW_STEPS
-        for start in range(0, len(order), window):
-            order[start : start + window] = sorted(order[start : start + window], key=self._length)
-        steps = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        last = steps.pop() if len(steps[-1]) < self._batch_size else []
-        shuffled = [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]
-        return [index for step in (*shuffled, last) for index in step]
+    def _cut(self, order: Sequence[int]) -> Iterator[list[int]]:
+        """Lessons of like length share a step, so there is little padding: windows of many steps are sorted."""
+        before = np.cumsum([0, *(self._sizes[index] for index in order[:-1])])
+        window = before // (self._batch_size * _WINDOW_STEPS)
+        step: list[int] = []
+        for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(window, prepend=-1)), len(order)]):
+            # The last of a window's steps is seldom full, so its lessons go on into the next window.
+            near, step = sorted([*step, *order[start:stop]], key=self._num_tokens.__getitem__), []
+            for index in near:
+                if step and not self._fits(len(step) + 1, self._sizes[index]):
+                    yield step
+                    step = []
+                step.append(index)
+        yield step
 
-    def _length(self, index: int) -> int:
-        return max(len(sequence.prompt.ids) for sequence in self._lessons[index].sequences)
+    def _fits(self, number: int, largest: int) -> bool:
+        return number <= self._num_parts or number * largest <= self._batch_size
 
 
 @final
@@ -265,17 +317,18 @@ class DistillData(lightning.LightningDataModule):
         read: Read,
         batch_size: int,
         microbatch_size: int,
+        batch_unit: BatchUnit,
         num_steps: int,
         seed: int,
         padding_id: int,
     ) -> None:
-        """`batch_size` counts examples per optimizer step, `microbatch_size` per forward pass.
+        """`batch_size` counts examples or tokens per optimizer step, `microbatch_size` per forward pass.
 
         `read` gives the soft targets of places in the cache, one after the other.
         """
         super().__init__()
         self._train, self._validation, self._read = train, validation, read
-        self._batch_size, self._microbatch_size = batch_size, microbatch_size
+        self._batch_size, self._microbatch_size, self._batch_unit = batch_size, microbatch_size, batch_unit
         self._num_steps, self._seed, self._padding_id = num_steps, seed, padding_id
 
     def num_microbatches(self, world_size: int) -> int:
@@ -288,6 +341,7 @@ class DistillData(lightning.LightningDataModule):
         sampler = StepSampler(
             self._train,
             batch_size=self._batch_size,
+            batch_unit=self._batch_unit,
             num_microbatches=self.num_microbatches(trainer.world_size),
             num_steps=self._num_steps,
             seed=self._seed,
@@ -298,7 +352,8 @@ class DistillData(lightning.LightningDataModule):
         return self._loader(self._train, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        indices = np.array_split(np.arange(len(self._validation)), max(1, len(self._validation) // 32))
+        order = np.argsort([lesson.num_tokens for lesson in self._validation], kind="stable")
+        indices = np.array_split(order, max(1, len(order) // 32))
         batches = [Microbatch(tuple(part.tolist()), {}) for part in indices]
         return self._loader(self._validation, batches)
 
@@ -314,6 +369,11 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     mask_BT = np.arange(length_B.max()) < length_B[:, None]
     ids_BT = np.full(mask_BT.shape, padding_id)
     ids_BT[mask_BT] = np.concatenate([sequence.prompt.ids for sequence in sequences])
+    branch_BT, position_BT = np.zeros_like(ids_BT), np.where(mask_BT, np.arange(mask_BT.shape[1]), 0)
+    for row, prompt in enumerate(sequence.prompt for sequence in sequences):
+        for branch, start in enumerate(prompt.branches, 1):
+            branch_BT[row, start:] = branch
+            position_BT[row, start : len(prompt.ids)] = prompt.branches[0] + np.arange(len(prompt.ids) - start)
     spans = [
         (row, span, where, sequence.soft.get(span), span in sequence.labelled)
         for row, sequence in enumerate(sequences)
@@ -332,6 +392,8 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
+        position_BT=torch.from_numpy(position_BT),
+        branch_BT=torch.from_numpy(branch_BT) if branch_BT.any() else None,
         sequence_N=torch.from_numpy(sequence_N),
         before_N=torch.from_numpy(at_N - 1),
         label_N=torch.from_numpy(ids_BT[sequence_N, at_N]),

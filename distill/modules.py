@@ -9,7 +9,7 @@ from typing import Any, final
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.head import Head, Term, head_loss, predicted_ids
@@ -19,6 +19,8 @@ from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+_ROUNDING = 1e-4  # by which float32 hidden states may differ for another order of summation, relative to the largest
+
 Retemper = Callable[[Entries, float], Entries]
 
 
@@ -83,9 +85,27 @@ class StudentModule(lightning.LightningModule):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
         """Hidden state that predicts each supervised position."""
-        out = self.model.base_model(batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+        if batch.branch_BT is None:
+            seen = {"attention_mask": batch.mask_BT}
+        else:
+            mask_B1TT = branch_mask(batch.branch_BT, self.model.dtype)
+            seen = {"attention_mask": mask_B1TT, "position_ids": batch.position_BT}
+        out = self.model.base_model(batch.input_ids_BT, **seen, use_cache=False)
         hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
         return hidden_NH
+
+    @torch.no_grad()
+    def sees_alike(self, left: Batch, right: Batch) -> bool:
+        """Whether the model makes of two batches the same hidden states, to rounding in float32."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            left_NH, right_NH = self.hidden(left), self.hidden(right)
+        except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such mask, or no positions
+            return False
+        finally:
+            self.model.train(was_training)
+        return bool((left_NH - right_NH).abs().max() <= _ROUNDING * left_NH.abs().max())
 
     def head(self) -> Head:
         """The language-model head, padded rows cut off."""
@@ -170,6 +190,18 @@ class StudentModule(lightning.LightningModule):
     def _tally(self, name: str, value: Tensor, count: int) -> None:
         total, number = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
         self._tallies[name] = [total + value.detach().cpu(), number + count]
+
+
+def branch_mask(branch_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
+    """What is added to attention scores: 0 where a token sees another, else the least number.
+
+    A token sees what is not behind it in branch 0 and in its own branch. No token sees the padding, which is on the
+    right.
+    """
+    is_near_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+    hidden_BTT = ~is_near_BTT.tril()
+    added_BTT = torch.zeros(hidden_BTT.shape, dtype=dtype, device=branch_BT.device)
+    return added_BTT.masked_fill_(hidden_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _labels(batch: Batch) -> Entries:

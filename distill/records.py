@@ -112,10 +112,15 @@ class Splits:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and the half-open ranges of them that are to be learned, in order of position."""
+    """Token ids and the half-open ranges of them that are to be learned, in order of position.
+
+    With `branches`, the places where they begin, what stands before the first of them goes on in more than one way:
+    each branch follows it directly, and none sees another.
+    """
 
     ids: tuple[int, ...]
     spans: Mapping[Span, tuple[int, int]] = field(default_factory=dict)
+    branches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """A token at position 0 has nothing before it, so nothing can predict it."""
@@ -334,13 +339,16 @@ class Batch:
     """One microbatch. Sequences are padded on the right; no loss looks at padding.
 
     Position n is predicted from hidden state `[sequence_N[n], before_N[n]]` and should be `label_N[n]`. It has soft
-    targets where `is_soft_N` says so.
+    targets where `is_soft_N` says so. A token sees what stands before it in its own branch and in branch 0, which
+    all go on from: `position_BT` is its place there. Without branches `branch_BT` is None.
     `counts` are positions per (span, source) in the *whole* optimizer step, over all its microbatches
     and processes: what a loss's sum is divided by.
     """
 
     input_ids_BT: Int[Tensor, "B T"]
     mask_BT: Int[Tensor, "B T"]
+    position_BT: Int[Tensor, "B T"]
+    branch_BT: Int[Tensor, "B T"] | None
     sequence_N: Int[Tensor, "N"]
     before_N: Int[Tensor, "N"]
     label_N: Int[Tensor, "N"]

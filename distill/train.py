@@ -22,7 +22,7 @@ from torch import nn
 from distill import config as configuration
 from distill import models
 from distill.annotate import Filled, Source, check_rationales, fill, open_source, without_answers
-from distill.data import DistillData, Join, Lesson, Read
+from distill.data import DistillData, Join, Lesson, Read, collate
 from distill.evaluate import Evaluation, row_of, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
@@ -202,16 +202,6 @@ def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
 def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> float:
     """Train the student in place; return the seconds it took."""
     config = job.config
-    data = DistillData(
-        train=curriculum.train,
-        validation=curriculum.validation,
-        read=curriculum.read,
-        batch_size=config.batch_size,
-        microbatch_size=config.microbatch_size,
-        num_steps=config.trainer.max_steps,
-        seed=config.seed,
-        padding_id=job.prompts.end,
-    )
     module = StudentModule(
         student,
         objectives=job.objectives,
@@ -219,6 +209,19 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
         retemper=job.source.codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
+    )
+    if config.share_prompt:
+        curriculum = _with_shared_prompts(curriculum, module, job.prompts.end)
+    data = DistillData(
+        train=curriculum.train,
+        validation=curriculum.validation,
+        read=curriculum.read,
+        batch_size=config.batch_size,
+        microbatch_size=config.microbatch_size,
+        batch_unit=config.batch_unit,
+        num_steps=config.trainer.max_steps,
+        seed=config.seed,
+        padding_id=job.prompts.end,
     )
     per_step = data.num_microbatches(config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
     checkpoint = ModelCheckpoint(job.run_dir / "checkpoints", save_last=True, save_top_k=0, save_on_exception=True)
@@ -243,6 +246,21 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
         say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
         raise KeyboardInterrupt from None
     return time.monotonic() - start
+
+
+def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_id: int) -> Curriculum:
+    """One sequence for answer and rationale, where this student makes of it what it makes of two."""
+    train, validation = ([lesson.branched() for lesson in part] for part in (curriculum.train, curriculum.validation))
+    pairs = [pair for pair in zip(curriculum.train, train, strict=True) if pair[0] is not pair[1]]
+    if not pairs:
+        return curriculum
+    pairs.sort(key=lambda pair: pair[1].num_tokens)
+    # The longest would show a window of attention, the shortest beside it what padding does.
+    apart, branched = (collate(part, {}, padding_id, curriculum.read) for part in zip(pairs[0], pairs[-1], strict=True))
+    if not module.sees_alike(apart, branched):
+        say("this student cannot read answer and rationale behind one prompt; each has a sequence of its own")
+        return curriculum
+    return replace(curriculum, train=train, validation=validation)
 
 
 def _precision(asked: str) -> Any:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from distill.cache.store import Store
 from distill.cache.topk import TopK
-from distill.data import Join, StepSampler, collate
+from distill.data import Join, Lesson, StepSampler, TrainingSequence, collate
 from distill.prompts import Prompts
 from distill.records import (
     SPANS,
@@ -26,6 +26,7 @@ from distill.records import (
     CheckedRationale,
     ConfigError,
     Example,
+    Prompt,
     SoftTargets,
     Target,
 )
@@ -98,6 +99,12 @@ def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prom
     assert (batch.before_N[is_end_N] + 2).tolist() == lengths
 
 
+def sampler(given: list[Lesson], **settings: Any) -> StepSampler:
+    """Steps of four examples, where nothing else is said."""
+    plain = {"batch_size": 4, "batch_unit": "examples", "num_microbatches": 1, "num_steps": 1, "seed": 0}
+    return StepSampler(given, **plain | settings)
+
+
 @pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
 def test_a_step_is_the_same_examples_however_it_is_cut(
     prompts: Prompts, num_microbatches: int, world_size: int
@@ -107,8 +114,15 @@ def test_a_step_is_the_same_examples_however_it_is_cut(
     def dealt(number: int, size: int, **start: int) -> list[list[Any]]:
         ranks = [
             list(
-                StepSampler(
-                    given, batch_size=8, num_microbatches=number, num_steps=4, seed=3, rank=r, world_size=size, **start
+                sampler(
+                    given,
+                    batch_size=8,
+                    num_microbatches=number,
+                    num_steps=4,
+                    seed=3,
+                    rank=r,
+                    world_size=size,
+                    **start,
                 )
             )
             for r in range(size)
@@ -131,17 +145,14 @@ def test_a_step_is_the_same_examples_however_it_is_cut(
 
 def test_another_seed_is_another_order(prompts: Prompts) -> None:
     given = lessons(prompts, 11)
-    orders = [
-        StepSampler(given, batch_size=3, num_microbatches=1, num_steps=1, seed=s).step_indices(0) for s in (0, 0, 1)
-    ]
+    orders = [next(sampler(given, batch_size=3, seed=seed).steps()) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
     given = lessons(prompts, 48)
-    lengths = [max(len(sequence.prompt.ids) for sequence in lesson.sequences) for lesson in given]
-    sampler = StepSampler(given, batch_size=4, num_microbatches=1, num_steps=12, seed=0)
-    steps = [[lengths[index] for index in sampler.step_indices(step)] for step in range(12)]
+    lengths = [lesson.num_tokens for lesson in given]
+    steps = [[lengths[index] for index in step] for step in itertools.islice(sampler(given).steps(), 12)]
     assert sorted(length for step in steps for length in step) == sorted(lengths)
     by_length = sorted(sorted(step) for step in steps)
     assert all(former[-1] <= latter[0] for former, latter in itertools.pairwise(by_length))
@@ -150,7 +161,89 @@ def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
 
 def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> None:
     with pytest.raises(ConfigError, match="batch_size=3 leaves some of 2 processes x 2 microbatches without"):
-        StepSampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, num_steps=1, seed=0, world_size=2)
+        sampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, world_size=2)
+
+
+def test_only_the_step_between_two_epochs_mixes_lengths(prompts: Prompts) -> None:
+    given = lessons(prompts, 50)
+    steps = list(itertools.islice(sampler(given).steps(), 50))  # four epochs of twelve and a half steps
+    assert all(len(step) == 4 for step in steps)
+    assert set(Counter(index for step in steps for index in step).values()) == {4}
+    spreads = [max(x) - min(x) for x in ([given[index].num_tokens for index in step] for step in steps)]
+    assert sum(spread > 40 for spread in spreads) <= 4
+
+
+@pytest.mark.parametrize("batch_size", [100, 400, 1600])
+def test_a_step_of_tokens_is_as_full_as_like_lengths_allow(batch_size: int, prompts: Prompts) -> None:
+    given = lessons(prompts, 48)
+    steps = list(itertools.islice(sampler(given, batch_size=batch_size, batch_unit="tokens").steps(), 60))
+    whole = Counter(index for step in steps for index in step)
+    assert max(whole.values()) - min(whole.values()) <= 1
+    sizes = [len(step) * max(given[index].num_tokens for index in step) for step in steps]
+    assert all(size <= batch_size or len(step) == 1 for size, step in zip(sizes, steps, strict=True))
+    assert len({len(step) for step in steps}) > 1
+    dealt = list(sampler(given, batch_size=batch_size, batch_unit="tokens", num_steps=60))
+    resumed = sampler(given, batch_size=batch_size, batch_unit="tokens", num_steps=60, start_step=17)
+    assert [list(part.indices) for part in dealt] == steps
+    assert list(resumed) == dealt[17:]
+
+
+def test_every_microbatch_of_a_step_of_tokens_has_an_example(prompts: Prompts) -> None:
+    given = lessons(prompts, 48)
+    settings = {"batch_size": 100, "batch_unit": "tokens", "num_microbatches": 2, "world_size": 2, "num_steps": 40}
+    parts = [part for rank in (0, 1) for part in sampler(given, rank=rank, **settings)]
+    assert len(parts) == 160
+    assert all(part.indices for part in parts)
+
+
+def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:
+    for lesson in lessons(prompts, 7):
+        one = lesson.branched()
+        assert one.counts() == lesson.counts()
+        (whole,) = one.sequences
+        if len(lesson.sequences) == 1:
+            assert one is lesson
+            continue
+        assert one.num_tokens < sum(len(sequence.prompt.ids) for sequence in lesson.sequences)
+        first, *_ = whole.prompt.branches
+        ends = (*whole.prompt.branches[1:], len(whole.prompt.ids))
+        for sequence, start, end in zip(lesson.sequences, whole.prompt.branches, ends, strict=True):
+            assert whole.prompt.ids[:first] + whole.prompt.ids[start:end] == sequence.prompt.ids
+            ((span, place),) = sequence.prompt.spans.items()
+            assert whole.prompt.spans[span] == tuple(start + p - first for p in place)
+            assert start < whole.prompt.spans[span][0]  # the token before a target is in its branch
+            assert (span in whole.labelled) == (span in sequence.labelled)
+            assert whole.soft.get(span) == sequence.soft.get(span)
+
+
+@pytest.mark.parametrize("last", [7, 8])
+def test_a_target_that_begins_like_another_is_not_shared(last: int) -> None:
+    answer, rationale = Prompt((5, 6, 7), {"answer": (2, 3)}), Prompt((5, 6, last), {"rationale": (2, 3)})
+    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    (one,) = lesson.branched().sequences
+    assert one.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
+
+
+def test_sequences_without_a_common_beginning_stay_apart() -> None:
+    answer, rationale = Prompt((5, 6), {"answer": (1, 2)}), Prompt((5, 6, 8), {"rationale": (2, 3)})
+    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    assert lesson.branched() is lesson
+
+
+def test_positions_go_on_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
+    given = [lesson.branched() for lesson in lessons(prompts, 9)]
+    batch = collate(given, {}, 9, read)
+    assert batch.branch_BT is not None
+    for row, lesson in enumerate(given):
+        prompt = lesson.sequences[0].prompt
+        starts, length = prompt.branches or (len(prompt.ids),), len(prompt.ids)
+        wanted = [*range(starts[0])]
+        for start, end in itertools.pairwise((*starts, length)):
+            wanted += range(starts[0], starts[0] + end - start)
+        assert batch.position_BT[row, :length].tolist() == wanted
+        assert (batch.position_BT[row, length:] == 0).all()  # no place beyond those that a model has learned
+        assert int(batch.branch_BT[row].max()) == len(prompt.branches)
+    assert collate(lessons(prompts, 9), {}, 9, read).branch_BT is None
 
 
 def test_counts_are_per_span_and_source(prompts: Prompts) -> None:

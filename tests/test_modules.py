@@ -39,10 +39,24 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from distill import config as configuration
+from distill import data, modules
 from distill.cache.dense import Dense
-from distill.data import Lesson, StepSampler, TrainingSequence, collate
+from distill.data import Lesson, TrainingSequence, collate
 from distill.evaluate import Evaluation
 from distill.head import head_loss, predicted_ids
 from distill.modules import NonFiniteLossError, StudentModule
@@ -195,6 +209,75 @@ def test_padded_rows_of_the_students_head_do_not_matter(prompts: Prompts, studen
     after = loss_and_gradients(module, batch)
     assert_same(after, before, 0.0)
     assert (after["model.lm_head.weight"][prompts.vocabulary_size :] == 0).all()
+
+
+SMALL = {"vocab_size": 352, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8}
+PLAIN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+GPT2 = {"vocab_size": 352, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}
+BLOOM = {"vocab_size": 352, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, SMALL),
+    "qwen2": (Qwen2Config, SMALL),
+    "qwen3": (Qwen3Config, SMALL),
+    "gemma": (GemmaConfig, SMALL),
+    "gemma2": (Gemma2Config, SMALL | {"sliding_window": 128, "query_pre_attn_scalar": 8}),  # has no fused attention
+    "gpt2": (GPT2Config, GPT2),
+    "short window": (MistralConfig, SMALL | {"sliding_window": 16}),
+    "slopes": (BloomConfig, BLOOM),
+    "states": (MambaConfig, {"vocab_size": 352, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+}
+TWO_SEQUENCES = {"short window", "slopes", "states"}
+
+
+def of_family(name: str) -> Any:
+    """A random model whose attention, and so whose mask, matters."""
+    torch.manual_seed(0)
+    config, settings = FAMILIES[name]
+    model = AutoModelForCausalLM.from_config(config(**settings, **PLAIN_IDS, initializer_range=0.25))
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - TWO_SEQUENCES))
+def test_one_sequence_for_both_tasks_teaches_what_two_do(name: str, dtype: torch.dtype, prompts: Prompts) -> None:
+    given = lessons(prompts, BATCH)
+    branched = [lesson.branched() for lesson in given]
+    counts = counts_of(given)
+    apart, one = (collate(part, counts, 1, read) for part in (given, branched))
+    assert len(one.input_ids_BT) == BATCH < len(apart.input_ids_BT)
+    module = student_module(of_family(name).to(dtype), prompts)
+    assert module.sees_alike(apart, one)
+    found, wanted = loss_and_gradients(module, one), loss_and_gradients(module, apart)
+    assert set(found) == set(wanted)
+    for key, value in wanted.items():
+        # Rotary angles are computed in float32 whatever the model's type.
+        assert (found[key] - value).abs().max() <= 1e-4 * value.abs().max(), key
+
+
+@pytest.mark.parametrize("name", sorted(TWO_SEQUENCES))
+def test_a_model_that_cannot_share_a_prompt_is_found_out(name: str, prompts: Prompts) -> None:
+    given = lessons(prompts, 15)
+    apart, one = (collate(part, {}, 1, read) for part in (given, [lesson.branched() for lesson in given]))
+    module = student_module(of_family(name), prompts)
+    assert not module.sees_alike(apart, one)
+    assert module.sees_alike(apart, apart)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - TWO_SEQUENCES))
+def test_no_branch_sees_another(name: str, prompts: Prompts) -> None:
+    (given,) = [lesson.branched() for lesson in lessons(prompts, 3) if len(lesson.sequences) > 1]
+    batch, module = collate([given], {}, 1, read), student_module(of_family(name), prompts)
+    prompt = given.sequences[0].prompt
+    assert batch.branch_BT is not None
+    branch_N = batch.branch_BT[0, batch.before_N]
+    before_NH = module.hidden(batch)
+    for branch, place in enumerate((prompt.branches[0] - 1, *prompt.branches)):
+        changed_BT = batch.input_ids_BT.clone()
+        changed_BT[0, place] = 300
+        after_NH = module.hidden(replace(batch, input_ids_BT=changed_BT))
+        has_moved_N = (before_NH != after_NH).any(1)
+        assert torch.equal(has_moved_N, torch.ones_like(has_moved_N) if branch == 0 else branch_N == branch)
 
 
 def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, list[float]]:
@@ -382,16 +465,40 @@ def test_one_step_is_plain_gradient_descent_on_the_plain_loss(
         *tiny_overrides(root, teacher_folder, student_folder),
         *CUT,
         "trainer.max_steps=1",
+        "batch_size=11",
         "microbatch_size=2",
     ]
     after = trained(compose(*overrides), root / "one-step")
     given = lessons(prepare(compose(*overrides), root).prompts, 11)
-    (chosen,) = StepSampler(given, batch_size=BATCH, num_microbatches=1, num_steps=1, seed=0)
     model = opened(student_folder)
-    loss = plain_loss(model, [given[index] for index in chosen.indices], prompts.vocabulary_size)
+    loss = plain_loss(model, given, prompts.vocabulary_size)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     wanted = {n: (p - RATE * g).detach() for (n, p), g in zip(model.named_parameters(), gradients, strict=True)}
     assert_same(after, wanted, 1e-7)
+
+
+def test_a_shared_prompt_makes_the_same_student(
+    uncut: tuple[Path, Values],
+    teacher_folder: Path,
+    student_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, weights = uncut
+    rows: list[int] = []
+    collated = data.collate
+    monkeypatch.setattr(data, "collate", lambda *a: rows.append(len((b := collated(*a)).input_ids_BT)) or b)
+    overrides = [*tiny_overrides(root, teacher_folder, student_folder), *CUT, f"microbatch_size={BATCH}"]
+    assert_same(trained(compose(*overrides), root / "shared"), weights)
+    assert max(rows) == BATCH
+    # A Llama's norms and angles are in float32 also where its weights are in float64.
+    assert_same(trained(compose(*overrides, "share_prompt=false"), root / "apart"), weights, 1e-7)
+    assert max(rows) > BATCH
+    monkeypatch.setattr(modules, "branch_mask", lambda *_: None)  # as a model that looks at no mask
+    rows.clear()
+    assert_same(trained(compose(*overrides), root / "refused"), weights, 1e-7)
+    assert max(rows) > BATCH
+    assert "a sequence of its own" in capsys.readouterr().err
 
 
 def run_together(command: list[str], seconds: float) -> None:
