@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -81,6 +80,7 @@ class StudentModule(lightning.LightningModule):
         self._retemper = retemper
         self._make_optimizer, self._make_schedule = make_optimizer, make_schedule
         self._step_sums: dict[str, Tensor] = {}
+        self._totals: list[tuple[Tensor, tuple[str, ...]]] = []
         self._tallies: dict[str, list[Tensor]] = {}
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
@@ -132,12 +132,7 @@ class StudentModule(lightning.LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         terms = self.terms(batch)
         total, sums_L = head_loss(self.hidden(batch), self.head(), list(terms.values()))
-        if not math.isfinite(total.item()):
-            raise NonFiniteLossError(
-                f"the loss is {total.item()} at step {self.global_step} on the examples "
-                f"{', '.join(batch.example_ids)}; the last checkpoint is from before. Lower optim.optimizer.lr "
-                "or look at these examples"
-            )
+        self._totals.append((total.detach(), batch.example_ids))
         for name, sum_ in zip(terms, sums_L, strict=True):
             self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
         # Lightning divides by the number of microbatches and averages over processes; the counts already
@@ -155,12 +150,22 @@ class StudentModule(lightning.LightningModule):
             nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Every process names every loss, also one that had no position in its microbatches.
-        nothing = torch.zeros((), device=self.device)
-        values = {f"train/{name}": self._step_sums.get(name, nothing).float() for name in self._objectives}
-        self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self._step_sums = {}
+        totals, self._totals = self._totals, []
+        sums, self._step_sums = self._step_sums, {}
+        # The one time in a step that the host waits for the device.
+        if not torch.stack([total for total, _ in totals]).isfinite().all():
+            total, example_ids = next(each for each in totals if not each[0].isfinite())
+            raise NonFiniteLossError(
+                f"the loss is {total.item()} at step {self.global_step} on the examples {', '.join(example_ids)}; the "
+                "last checkpoint is from before. Lower optim.optimizer.lr or look at these examples"
+            )
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:
+            # Every process names every loss, also one that had no position in its microbatches.
+            nothing = torch.zeros((), device=self.device)
+            values = {f"train/{name}": sums.get(name, nothing).float() for name in self._objectives}
+            self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch) -> None:
         hidden_NH, head = self.hidden(batch), self.head()

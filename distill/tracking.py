@@ -203,7 +203,7 @@ class ProgressLines(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._done += len(batch.requests)
-        self._line(self._total, "")
+        self._line(self._total, {})
 
     def on_train_batch_end(
         self,
@@ -214,8 +214,7 @@ class ProgressLines(Callback):
         batch_idx: int,
     ) -> None:
         self._done = trainer.global_step
-        losses = [f"{k.removeprefix('train/')} {v:.3f}" for k, v in trainer.logged_metrics.items() if "train/" in k]
-        self._line(self._total, ", ".join(loss for loss in losses if "rate" not in loss))
+        self._line(self._total, {k: v for k, v in trainer.logged_metrics.items() if "train/" in k and "rate" not in k})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -226,7 +225,7 @@ class ProgressLines(Callback):
         self._start = self._last = time.monotonic()
         self._done = 0
 
-    def _line(self, total: int, more: str) -> None:
+    def _line(self, total: int, losses: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if now - self._last < self._every and self._done < total:
             return
@@ -234,7 +233,8 @@ class ProgressLines(Callback):
         rate = self._done / max(1e-9, now - self._start)
         left = (total - self._done) / max(1e-9, rate)
         told = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
-        say(f"{told}{', ' + more if more else ''}")
+        # Only here are the values read, for which the host waits for the device.
+        say(", ".join([told, *(f"{name.removeprefix('train/')} {float(value):.3f}" for name, value in losses.items())]))
 
 
 def provenance() -> dict[str, Any]:

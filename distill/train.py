@@ -232,7 +232,11 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
         val_check_interval=config.validate_every * per_step,
         check_val_every_n_epoch=None,
         enable_progress_bar=sys.stderr.isatty(),
-        callbacks=[checkpoint, progress("steps", config.trainer.max_steps)],
+        callbacks=[
+            checkpoint,
+            progress("steps", config.trainer.max_steps),
+            *(configuration.build(node) for node in config.get("callback", {}).values()),
+        ],
         logger=[CSVLogger(job.run_dir, name="", version=""), *loggers],
     )
     # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.

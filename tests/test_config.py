@@ -17,7 +17,7 @@ from distill.records import ConfigError
 from distill.train import prepare
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
-GROUPS = ("task", "teacher", "student", "prompt", "cache", "optim", "trainer", "tracking")
+GROUPS = ("task", "teacher", "student", "prompt", "cache", "optim", "trainer", "callback", "tracking")
 
 
 def problems(*overrides: str) -> tuple[str, ...]:

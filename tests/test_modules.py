@@ -547,6 +547,59 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
 
 
+def test_the_averaged_student_is_the_average_of_its_steps(
+    uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = uncut
+    passed: list[Values] = []
+    finish = StudentModule.on_train_batch_end
+
+    def noted(module: StudentModule, *arguments: Any) -> None:
+        passed.append({name: value.clone() for name, value in module.model.state_dict().items()})
+        finish(module, *arguments)
+
+    monkeypatch.setattr(StudentModule, "on_train_batch_end", noted)
+    steps = ["trainer.max_steps=4", "validate_every=2", "callback=[ema]", "callback.ema.decay=0.75"]
+    overrides = [*tiny_overrides(root, teacher_folder, student_folder), *CUT, *steps]
+    found = trained(compose(*overrides, "callback.ema.update_starting_at_step=1"), root / "averaged")
+    assert len(passed) == 4
+    for name, value in found.items():
+        first, second, third = (weights[name] for weights in passed[1:])
+        assert torch.allclose(value, 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third, rtol=0, atol=1e-12)
+    assert any((found[name] - value).abs().max() > 1e-4 for name, value in passed[-1].items())
+
+
+def test_training_stops_where_validation_no_longer_gains(
+    uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
+) -> None:
+    root, _ = uncut
+    still = [
+        "trainer.max_steps=9",
+        "validate_every=1",
+        "callback=[early_stopping]",
+        "callback.early_stopping.patience=2",
+    ]
+    for delta, steps in ((100.0, 3), (0.0, 9)):
+        more = [*still, f"callback.early_stopping.min_delta={delta}", "loss=[answer]"]
+        folder = root / f"stopped-{delta}"
+        trained(compose(*tiny_overrides(root, teacher_folder, student_folder), *CUT[1:], *more), folder)
+        assert sum("val/answer" in row for row in logged(folder)) == steps
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_losses_are_logged_every_so_many_steps(
+    every: int, uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = uncut
+    calls: list[Any] = []
+    log = StudentModule.log_dict
+    monkeypatch.setattr(StudentModule, "log_dict", lambda *a, **k: calls.append(a[1]) or log(*a, **k))
+    overrides = [*tiny_overrides(root, teacher_folder, student_folder), *CUT, "trainer.max_steps=6", "validate_every=6"]
+    trained(compose(*overrides, f"trainer.log_every_n_steps={every}"), root / f"logged-{every}")
+    assert sum("train/answer" in values for values in calls) == 6 // every
+    assert sum("train/answer" in row for row in logged(root / f"logged-{every}")) == 6 // every
+
+
 if __name__ == "__main__":
     weights = trained(compose(*sys.argv[2:]), Path(sys.argv[1]))
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
