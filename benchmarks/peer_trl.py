@@ -10,10 +10,9 @@ It prints `ready`, and then answers lines on its input until they end:
     peak     takes one too, and answers with the bytes by which resident memory grew at its peak
 
 All is the library's: its loop, its loss on full logits, its clipping, its optimizer. Nothing is generated (lmbda=0);
-the divergence is the forward KL (beta=0) at temperature 1. The teacher is in memory, and reads every batch. Three
-settings are not the library's defaults, so that the step is the one that others are measured by: activations are not
-computed a second time, the teacher's weights are bfloat16 where the machine is fast in it, and numbers below 1e-38
-count as zero.
+the divergence is the forward KL (beta=0) at temperature 1; the teacher, in memory, reads every batch. Three settings
+are not the library's defaults, to make the step like those that it stands beside: activations are kept, the teacher's
+weights are bfloat16 where the machine is fast in it, and numbers below 1e-38 count as zero.
 """
 
 from __future__ import annotations
@@ -89,12 +88,10 @@ def _trainer(folder: Path, batch: dict[str, Tensor], protocol: TrainerCallback, 
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
         learning_rate=4e-4,
-        lr_scheduler_type="constant",
         max_grad_norm=1.0,
         max_steps=10**6,
         per_device_train_batch_size=1,  # rows of the data set below
         use_cpu=True,
-        dataloader_pin_memory=False,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
