@@ -48,6 +48,11 @@ def keep(name: str, rows: Sequence[Row]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {_cores()}"
     content = {"device": device, "commit": _commit(), "rows": [asdict(row) for row in rows]}
     (HERE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    show(rows)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the rows, each with its bar and whether it is met."""
     for row in rows:
         bar = "" if row.bar is None else f"{'<=' if row.better == 'lower' else '>='} {row.bar:g}"
         print(f"{row.name:72} {row.value:12.4g}  {bar:10} {_verdict(row)}")

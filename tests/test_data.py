@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from distill.cache.store import Store
 from distill.cache.topk import TopK
-from distill.data import Join, Lesson, StepSampler, TrainingSequence, collate
+from distill.data import DistillData, Join, Lesson, StepSampler, TrainingSequence, collate
 from distill.prompts import Prompts
 from distill.records import (
     SPANS,
@@ -194,6 +194,26 @@ def test_every_microbatch_of_a_step_of_tokens_has_an_example(prompts: Prompts) -
     parts = [part for rank in (0, 1) for part in sampler(given, rank=rank, **settings)]
     assert len(parts) == 160
     assert all(part.indices for part in parts)
+
+
+def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts) -> None:
+    given = lessons(prompts, 75)
+    data = DistillData(
+        train=given,
+        validation=given,
+        read=read,
+        batch_size=8,
+        microbatch_size=8,
+        batch_unit="examples",
+        num_steps=1,
+        seed=0,
+        padding_id=1,
+    )
+    batches = list(data.val_dataloader())
+    assert len(batches) == 2
+    assert sorted(i for batch in batches for i in batch.example_ids) == sorted(lesson.example_id for lesson in given)
+    widths = [batch.mask_BT.shape[1] for batch in batches]
+    assert widths[0] < widths[1] == max(len(s.prompt.ids) for lesson in given for s in lesson.sequences)
 
 
 def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:

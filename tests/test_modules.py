@@ -247,7 +247,10 @@ def test_one_sequence_for_both_tasks_teaches_what_two_do(name: str, dtype: torch
     apart, one = (collate(part, counts, 1, read) for part in (given, branched))
     assert len(one.input_ids_BT) == BATCH < len(apart.input_ids_BT)
     module = student_module(of_family(name).to(dtype), prompts)
+    module.model.train()  # some have dropout, under which nothing is alike
     assert module.sees_alike(apart, one)
+    assert module.model.training
+    module.model.eval()
     found, wanted = loss_and_gradients(module, one), loss_and_gradients(module, apart)
     assert set(found) == set(wanted)
     for key, value in wanted.items():

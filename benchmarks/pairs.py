@@ -1,0 +1,359 @@
+"""What is stepped: students with a batch of lessons, their teachers, and the ways in which one step can be taken."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import material
+from distill import config as configuration
+from distill.cache.store import Store
+from distill.data import Join, Lesson, StepSampler, TrainingSequence, collate
+from distill.head import head_loss
+from distill.models import native_dtype
+from distill.modules import StudentModule
+from distill.prompts import Layout, Prompts
+from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
+from distill.tracking import progress
+
+Run = Callable[[], object]
+_EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
+_WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers
+_WIDE_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+_WIDE_LAYERS = {"student": 6, "teacher": 16}
+_LOOP_STEPS, _LOOP_START = 12, 2  # of a run that measures a loop; the first are not counted
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student with one batch of lessons, whose soft targets are in a store, and the teacher that gave them."""
+
+    module: StudentModule
+    optimizer: torch.optim.Optimizer
+    teacher: Any
+    tokenizer: Any
+    lessons: Sequence[Lesson]
+    store: Store
+    vocabulary_size: int
+
+    @property
+    def counts(self) -> Counter[Any]:
+        """Positions of the whole step."""
+        return sum((lesson.counts() for lesson in self.lessons), Counter[Any]())
+
+    def batch(self) -> Batch:
+        """Made anew from the store."""
+        return collate(self.lessons, self.counts, 0, self.store.soft_targets)
+
+    def save(self, folder: Path) -> None:
+        """As files that anyone can read."""
+        batch = self.batch()
+        for name, model in (("student", self.module.model), ("teacher", self.teacher)):
+            model.save_pretrained(folder / name)
+            self.tokenizer.save_pretrained(folder / name)
+        tensors = {"input_ids": batch.input_ids_BT, "attention_mask": batch.mask_BT, "labels": labels(batch)}
+        save_file(tensors, folder / "batch.safetensors")
+
+
+def labels(batch: Batch) -> Int[Tensor, "B T"]:
+    """As Hugging Face wants them: -100 where nothing is to be learned."""
+    labels_BT = torch.full_like(batch.input_ids_BT, -100)
+    labels_BT[batch.sequence_N, batch.before_N + 1] = batch.label_N
+    return labels_BT
+
+
+def _default_pair(kind: Literal["solutions", "texts"], folder: Path, data: Path) -> Pair:
+    """The default teacher and student on GSM8K: solutions behind their questions, or every token of both."""
+    source = material.default_source(folder)
+    ask = material.solutions_asked if kind == "solutions" else material.texts_asked
+    asked = ask(source, material.solutions(data)[:_EXAMPLES], "topk", _EXAMPLES)
+    config = material.compose("student.freeze=[]", "loss=[answer,kl]")
+    module, optimizer = material.student(source.folder, config, asked.prompts.vocabulary_size, asked.codec)
+    tokenizer, store = source.prompts.tokenizer, asked.fill(folder)
+    lessons = _lessons(asked.prompts, asked.requests, store)
+    return Pair(module, optimizer, asked.model, tokenizer, lessons, store, asked.prompts.vocabulary_size)
+
+
+def _wide_pair(folder: Path, data: Path) -> Pair:
+    """The same texts for models of a large vocabulary, with random weights and random soft targets."""
+    source = material.default_source(folder)
+    asked = material.solutions_asked(source, material.solutions(data)[:_WIDE_EXAMPLES], "topk", _WIDE_EXAMPLES)
+    torch.manual_seed(0)
+    student, teacher = (
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=_WIDE, num_hidden_layers=layers, tie_word_embeddings=True, **_WIDE_SHAPE)
+        )
+        for layers in (_WIDE_LAYERS["student"], _WIDE_LAYERS["teacher"])
+    )
+    student.save_pretrained(folder / "wide")
+    config = material.compose("student.freeze=[]", "student.keep_layers=null", "loss=[answer,kl]")
+    module, optimizer = material.student(folder / "wide", config, _WIDE, asked.codec)
+    store = Store(folder / "wide-cache", {"made": "for a measurement"}, asked.codec)
+    with store.writing() as writer:
+        writer.add([_random_annotation(asked, request) for request in asked.requests])
+    teacher = teacher.to(native_dtype()).eval()
+    return Pair(
+        module,
+        optimizer,
+        teacher,
+        source.prompts.tokenizer,
+        _lessons(asked.prompts, asked.requests, store),
+        store,
+        _WIDE,
+    )
+
+
+def _random_annotation(asked: material.Asked, request: Request) -> Annotation:
+    target = asked.target(request)
+    n, k = len(target), 64
+    logprobs_NK = torch.randn(n, k).log_softmax(-1) + np.log(0.9)
+    ids_NK = torch.stack([torch.randperm(_WIDE)[:k] for _ in range(n)]).int()
+    order_NK = logprobs_NK.argsort(-1, descending=True)
+    entries = (ids_NK.gather(-1, order_NK), logprobs_NK.gather(-1, order_NK))
+    ids_E, logprobs_E = (x.flatten().numpy() for x in entries)
+    soft = SoftTargets(ids_E, logprobs_E, np.full(n, 0.1, np.float32), np.full(n, k))
+    return Annotation(request.key, {"answer": Target(target, soft)}, request.example.answer)
+
+
+def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Sequence[Lesson]:
+    wide = Prompts(prompts.tokenizer, prompts.layout, (), max_length=prompts.max_length, too_long=prompts.too_long)
+    wide.__dict__["vocabulary_size"] = _WIDE  # random soft targets name ids that this tokenizer does not have
+    needed = frozenset({("answer", "labels"), ("answer", "soft")})
+    by_place = {(request.example.id, request.span): request for request in requests}
+    join = Join(prompts=wide, store=store, requests=by_place, rationales={}, answer="direct", needed=needed)
+    return join.lessons([request.example for request in requests])
+
+
+PAIRS: Mapping[str, Callable[[Path, Path], Pair]] = {
+    "step on solutions": partial(_default_pair, "solutions"),
+    "step on texts": partial(_default_pair, "texts"),
+    "step at V=151936": _wide_pair,
+}
+
+
+def ways(pair: Pair) -> dict[str, Run]:
+    """One optimizer step, from the batch's making to the new weights; each way as its users would write it."""
+    model, batch, labels_BT = pair.module.model, pair.batch(), labels(pair.batch())
+    stepped = partial(_stepped, pair.module, pair.optimizer)
+
+    def plain(logprobs: Callable[[], Float[Tensor, "N V"]]) -> Tensor:
+        out = model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT)
+        log_q_NV = out.logits.float().log_softmax(-1)[batch.sequence_N, batch.before_N]
+        total: Tensor = out.loss + kl_div(log_q_NV, logprobs(), log_target=True, reduction="batchmean")
+        return total
+
+    def cached() -> Float[Tensor, "N V"]:
+        made = pair.batch().soft
+        assert made is not None
+        whole_NV = torch.full((len(batch.label_N), pair.vocabulary_size), -30.0)
+        whole_NV[made.position_E, made.ids_E] = made.logprobs_E
+        return whole_NV
+
+    def online() -> Float[Tensor, "N V"]:
+        with torch.no_grad():
+            logits_BTV = pair.teacher(batch.input_ids_BT, attention_mask=batch.mask_BT).logits
+            log_t_NV: Tensor = logits_BTV.float().log_softmax(-1)[batch.sequence_N, batch.before_N]
+        return log_t_NV
+
+    def body() -> Tensor:
+        total: Tensor = model.base_model(batch.input_ids_BT, attention_mask=batch.mask_BT).last_hidden_state.sum()
+        return total
+
+    return {
+        "ours": stepped(lambda: _loss(pair.module, pair.batch())),
+        "CE alone": stepped(lambda: model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT).loss),
+        "KD from the cache, full logits": stepped(partial(plain, cached)),
+        "online KD": stepped(partial(plain, online)),
+        "body alone": stepped(body),
+    }
+
+
+def _loss(module: StudentModule, batch: Batch) -> Tensor:
+    return head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))[0]
+
+
+def _stepped(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Run:
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_dtype() == torch.bfloat16):
+            value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    return run
+
+
+# Answer and rationale
+
+
+TWO_TASKS = ("two tasks, default", "two tasks, long prompts")
+
+
+def two_tasks(case: str, folder: Path, data: Path) -> dict[str, Run]:
+    """Cross-entropy on answers and on rationales: ours, ours without a shared prompt, and two passes of the model."""
+    source = material.default_source(folder)
+    config = material.compose("loss=[answer,rationale]")
+    module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
+    prompts = source.prompts.zero_shot(source.prompts.tokenizer)
+    if case == "two tasks, default":
+        examples = _explained_reviews(source)
+    else:
+        layout = Layout("", "Question:", "Solution:", "Answer:")
+        prompts = Prompts(prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
+        examples = _long_questions(data)
+    pairs = [_two_sequences(prompts, example) for example in examples]
+    apart = [Lesson(example.id, pair) for example, pair in zip(examples, pairs, strict=True)]
+    counts = sum((lesson.counts() for lesson in apart), Counter[Any]())
+    whole = [lesson.branched() for lesson in apart]
+    tasks = [[Lesson("", (pair[task],)) for pair in pairs] for task in (0, 1)]
+    passes = [collate(part, {}, 0, _nothing) for part in tasks]
+
+    def ours(lessons: Sequence[Lesson]) -> Tensor:
+        return _loss(module, collate(lessons, counts, 0, _nothing))
+
+    def two_passes() -> Tensor:
+        losses = [
+            module.model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels(batch)).loss
+            for batch in passes
+        ]
+        total: Tensor = torch.stack(losses).sum()
+        return total
+
+    loss = {"ours": partial(ours, whole), "ours in two": partial(ours, apart), "two passes": two_passes}
+    return {way: _stepped(module, optimizer, each) for way, each in loss.items()}
+
+
+def _nothing(places: Sequence[Any]) -> SoftTargets:
+    raise AssertionError(f"no soft targets are asked for, but {len(places)} are read")
+
+
+def _two_sequences(prompts: Prompts, example: Example) -> tuple[TrainingSequence, TrainingSequence]:
+    assert example.answer is not None
+    assert example.rationale is not None
+    return (
+        TrainingSequence(prompts.answer_prompt(example, example.answer), frozenset({"answer"}), {}),
+        TrainingSequence(prompts.rationale_prompt(example, example.rationale, None), frozenset({"rationale"}), {}),
+    )
+
+
+def _explained_reviews(source: Any) -> list[Example]:
+    """A step of the default task: reviews of like and middling length, with the rationales of its demonstrations."""
+    shots = source.prompts.shots
+    reviews = sorted(source.splits.train[:160], key=lambda example: len(source.prompts.encode(example.question)))
+    middle = reviews[len(reviews) // 2 :][:_EXAMPLES]
+    return [
+        replace(review, answer=shot.answer, rationale=shot.rationale)
+        for review, shot in zip(middle, [*shots, *shots], strict=False)
+    ]
+
+
+def _long_questions(data: Path) -> list[Example]:
+    """Questions behind three solved ones."""
+    given = material.solutions(data)[: 4 * _EXAMPLES]
+    found = []
+    for start in range(0, len(given), 4):
+        *solved, asked = given[start : start + 4]
+        before = "\n\n".join(f"{example.question}\n{example.answer}" for example in solved)
+        rationale, _, answer = str(asked.answer).rpartition("####")
+        found.append(Example(f"{before}\n\n{asked.question}", answer.strip(), rationale.strip()))
+    return found
+
+
+# The loop around the step
+
+
+def per_step(pair: Pair, folder: Path) -> dict[str, Callable[[], list[float]]]:
+    """Seconds of each step of a short run: in Lightning's loop, as the train command sets it up, and in a plain one."""
+
+    def batches() -> DataLoader[Batch]:
+        sampler = StepSampler(
+            pair.lessons,
+            batch_size=_EXAMPLES,
+            batch_unit="examples",
+            num_microbatches=1,
+            num_steps=_LOOP_STEPS,
+            seed=0,
+        )
+        collated: Any = _Collated(pair)
+        return DataLoader(collated, sampler=sampler, batch_size=None)
+
+    def plain() -> list[float]:
+        ends = [time.perf_counter()]
+        for batch in batches():
+            _stepped(pair.module, pair.optimizer, partial(_loss, pair.module, batch))()
+            ends.append(time.perf_counter())
+        return np.diff(ends)[_LOOP_START:].tolist()
+
+    def in_lightning() -> list[float]:
+        clock = _Clock()
+        fast = native_dtype() == torch.bfloat16
+        trainer: lightning.Trainer = configuration.build(
+            material.compose(f"trainer.max_steps={_LOOP_STEPS}").trainer,
+            precision="bf16-mixed" if fast else "32-true",
+            callbacks=[progress("steps", _LOOP_STEPS), clock],
+            logger=CSVLogger(folder / "loop", name="", version=""),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        trainer.fit(pair.module, batches())
+        torch.use_deterministic_algorithms(False)
+        return np.diff(clock.ends)[_LOOP_START - 1 :].tolist()
+
+    return {"plain": plain, "Lightning": in_lightning}
+
+
+class _Clock(lightning.Callback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+class _Collated:
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+
+    def __getitem__(self, part: Any) -> Batch:
+        lessons = [self._pair.lessons[index] for index in part.indices]
+        return collate(lessons, part.counts, 0, self._pair.store.soft_targets)
+
+
+def padding(folder: Path) -> float:
+    """Share of padding in what the student of the default task reads in 220 steps of examples."""
+    config = material.compose()
+    source = material.default_source(folder)
+    prompts = source.prompts.zero_shot(source.prompts.tokenizer)
+    lessons = [Lesson(e.id, (_answered(prompts, e),)) for e in source.splits.train]
+    sampler = StepSampler(
+        lessons,
+        batch_size=config.batch_size,
+        batch_unit="examples",
+        num_microbatches=1,
+        num_steps=config.trainer.max_steps,
+        seed=0,
+    )
+    steps = [[lessons[index].num_tokens for index in part.indices] for part in sampler]
+    return 1 - sum(map(sum, steps)) / sum(len(step) * max(step) for step in steps)
+
+
+def _answered(prompts: Prompts, example: Example) -> TrainingSequence:
+    return TrainingSequence(prompts.answer_prompt(example, example.answer or "positive"), frozenset({"answer"}), {})
