@@ -12,7 +12,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        v
   cache/store.py  ==  shards (arrays: safetensors; text: Parquet) + manifest (fingerprint, hashes)
        |                                     \\
-       |  same ids, any order, any rank       `--> data.py   join by key, sample, collate -> Batch
+       |  same ids, any order, any rank       `--> data.py   join by key, share prompts, sample, collate -> Batch
        |                                                |
        |                                       student.py  hidden_NH -> head.py  logits_NV, a chunk at a time
        |                                                |
