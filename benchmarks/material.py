@@ -107,7 +107,14 @@ def student(
 ) -> tuple[StudentModule, torch.optim.Optimizer]:
     """The student of a configuration, its losses and its optimizer."""
     settings = config.student
-    model = open_student(folder, keep_layers=settings.keep_layers, freeze=list(settings.freeze), from_scratch=False)
+    model = open_student(
+        folder,
+        keep_layers=settings.keep_layers,
+        freeze=list(settings.freeze),
+        from_scratch=False,
+        lora=configuration.build(settings.lora),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     module = StudentModule(
         model,
         objectives={name: configuration.build(node) for name, node in config.loss.items()},

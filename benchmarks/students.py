@@ -166,7 +166,14 @@ def _new_runs(places: Sequence[tuple[str, int]], data: Path, root: Path, setting
     whole = [teacher.logprobs(text.hidden_NH) for text in held_out]
     for name, seed in places:
         start, arm = time.perf_counter(), arms[name]
-        model = open_student(folder, keep_layers=student["keep_layers"], freeze=student["freeze"], from_scratch=False)
+        model = open_student(
+            folder,
+            keep_layers=student["keep_layers"],
+            freeze=student["freeze"],
+            from_scratch=False,
+            lora=None,
+            gradient_checkpointing=False,
+        )
         module = _module(model, arm.objective, settings)
         _train(module, arm, train, seed, settings)
         figures = _figures(module, held_out, whole, settings)

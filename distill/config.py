@@ -130,8 +130,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError(*problems)
 
 
-def build(node: DictConfig, **arguments: Any) -> Any:
-    """Call what a node's `_target_` names with the node's values and `arguments`."""
+def build(node: DictConfig | None, **arguments: Any) -> Any:
+    """Call what a node's `_target_` names with the node's values and `arguments`; no node builds None."""
     return hydra.utils.instantiate(node, _convert_="all", **arguments)
 
 
@@ -272,7 +272,8 @@ def _check_target(node: Mapping[str, Any]) -> list[str]:
     try:
         target = _locate(name)
     except (ImportError, AttributeError) as error:
-        return [f"_target_ {name} does not exist: {error}"]
+        hint = "; pip install 'distill[lora]'" if error.name == "peft" else ""
+        return [f"_target_ {name} does not exist: {error}{hint}"]
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from distill.modules import StudentModule
 from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
 from distill.records import Annotation, CheckedRationale, ConfigError, Example, Span
 from distill.report import to_text, write_report
-from distill.student import open_student, save_student, size_bytes, weights_hash
+from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
 from distill.tracking import Tracking, progress, provenance, say
 
 Json = dict[str, Any]
@@ -137,6 +138,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         keep_layers=settings.keep_layers,
         freeze=list(settings.freeze),
         from_scratch=settings.from_scratch,
+        lora=configuration.build(settings.lora),
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
     run |= {"start": weights_hash(student), "cache": _cache_card(job, curriculum), "counts": _counts(job, curriculum)}
     _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
@@ -149,7 +152,9 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     if job.config.evaluate_before:
         say(f"evaluating the student before training on {len(test)} test examples ...")
         rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
-    seconds = fit(job, curriculum, student, loggers)
+    with compiled(student) if settings.compile else nullcontext():
+        seconds = fit(job, curriculum, student, loggers)
+    merge_adapters(student)
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
     say(f"evaluating the student on {len(test)} test examples ...")

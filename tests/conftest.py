@@ -46,6 +46,13 @@ from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 
 LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32
+WHOLE_STUDENT = {
+    "keep_layers": None,
+    "freeze": [],
+    "from_scratch": False,
+    "lora": None,
+    "gradient_checkpointing": False,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run, tiny_overrides
+from conftest import WHOLE_STUDENT, run, tiny_overrides
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.evaluate import Evaluation
 from distill.student import open_student, weights_hash
 from distill.train import fit, prepare, teach
 
@@ -54,7 +55,7 @@ def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
     # The same configuration, trained in this process, gives the weights that the run saved.
     config = OmegaConf.load(folder / "config.yaml")
     job = prepare(config, tmp_path / "again")
-    trained = open_student(job.student_folder, keep_layers=[0, 2], freeze=[], from_scratch=False)
+    trained = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": [0, 2]})
     started = weights_hash(trained)
     fit(job, teach(job), trained, [])
     opened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
@@ -64,6 +65,25 @@ def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
         assert torch.allclose(opened(ids).logits, trained.eval()(ids).logits, atol=1e-5)
     assert facts["start"] == started != weights_hash(opened)
     assert opened.config.num_hidden_layers == 2
+
+
+def test_an_adapted_student_is_evaluated_as_it_is_saved(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=3", "batch_size=4"]
+    tiny += ["student.lora={_target_: peft.LoraConfig, r: 4, lora_alpha: 8, target_modules: all-linear}"]
+    tiny += ["student.gradient_checkpointing=true", "optim.optimizer.lr=0.05", "optim.schedule.num_warmup_steps=0"]
+    done = run(tmp_path, *tiny, "loss=[answer,kl]", "max_new_tokens=6")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    written = [
+        json.loads(line)["student_rationale"] for line in (folder / "predictions.jsonl").read_text().splitlines()
+    ]
+    job = prepare(OmegaConf.load(folder / "config.yaml"), tmp_path / "again")
+    for start, is_same in ((folder / "student", True), (student_folder, False)):
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 6)
+        assert (evaluation.rationales(job.source.splits.test) == written) == is_same
 
 
 def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:

@@ -97,6 +97,13 @@ def test_a_needed_value_that_is_left_out_is_named() -> None:
         configuration.check(config)
 
 
+def test_a_package_of_an_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (problem,) = problems("student=smollm2_lora")
+    assert problem.startswith("student.lora: ")
+    assert problem.endswith("pip install 'distill[lora]'")
+
+
 def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     """Exit code and message of the train command, stopped before its work."""
 

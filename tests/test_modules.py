@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import (
     LAYOUT,
+    WHOLE_STUDENT,
     compose,
     conf_names,
     environment,
@@ -70,7 +71,7 @@ BATCH, STEPS, RATE = 8, 2, 0.05
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    return open_student(folder, keep_layers=None, freeze=[], from_scratch=False).to(dtype)
+    return open_student(folder, **WHOLE_STUDENT).to(dtype)
 
 
 def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any, int] | None = None) -> Values:

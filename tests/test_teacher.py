@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, CountingTeacher, compose, examples, grid
+from conftest import LAYOUT, WHOLE_STUDENT, CountingTeacher, compose, examples, grid
 from omegaconf import DictConfig
 
 from distill import config as configuration
@@ -90,10 +90,7 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     teacher = CountingTeacher(job.source.teacher)
     job = replace(job, source=replace(job.source, teacher=teacher))
     curriculum = teach(job)
-    num_asked, student = (
-        len(teacher.asked),
-        open_student(job.student_folder, keep_layers=None, freeze=[], from_scratch=False),
-    )
+    num_asked, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
     fit(job, curriculum, student, [])
     assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
     (file,) = (tmp_path / "run" / "checkpoints").glob("last.ckpt")
