@@ -92,11 +92,9 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 def _checkpoint(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
-        raise ConfigError(f"{type(model).__name__} cannot; set student.gradient_checkpointing=false")
+        raise ConfigError(f"{type(model).__name__} keeps all activations; set student.gradient_checkpointing=false")
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its older name
-    enable({"use_reentrant": False})
-    # That makes the embedding's output ask for a gradient, which only the reentrant kind needs.
-    model.disable_input_require_grads()
+    enable({"use_reentrant": False})  # the reentrant kind loses the gradients behind an input that needs none
 
 
 def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:

@@ -308,6 +308,7 @@ def test_a_model_that_cannot_checkpoint_is_refused(student_folder: Path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_body_computes_the_same_and_is_itself_again_afterwards(
     student_folder: Path, prompts: Prompts
 ) -> None:
