@@ -37,7 +37,7 @@ _EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
 _WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers
 _WIDE_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 _WIDE_LAYERS = {"student": 6, "teacher": 16}
-_LOOP_STEPS, _LOOP_START = 12, 2  # of a run that measures a loop; the first are not counted
+_LOOP_STEPS, _LOOP_START = 40, 4  # of a run that measures a loop; the first are not counted
 
 
 @dataclass(frozen=True)
@@ -279,25 +279,20 @@ def _long_questions(data: Path) -> list[Example]:
 # The loop around the step
 
 
-def per_step(pair: Pair, folder: Path) -> dict[str, Callable[[], list[float]]]:
+def per_step(folder: Path) -> dict[str, Callable[[], list[float]]]:
     """Seconds of each step of a short run: in Lightning's loop, as the train command sets it up, and in a plain one."""
+    source, config = material.default_source(folder), material.compose("loss=[answer]")
+    module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
+    lessons = _answers(source)
 
     def batches() -> DataLoader[Batch]:
-        sampler = StepSampler(
-            pair.lessons,
-            batch_size=_EXAMPLES,
-            batch_unit="examples",
-            num_microbatches=1,
-            num_steps=_LOOP_STEPS,
-            seed=0,
-        )
-        collated: Any = _Collated(pair)
-        return DataLoader(collated, sampler=sampler, batch_size=None)
+        collated: Any = _Collated(lessons)
+        return DataLoader(collated, sampler=_sampler(lessons, config, _LOOP_STEPS), batch_size=None)
 
     def plain() -> list[float]:
         ends = [time.perf_counter()]
         for batch in batches():
-            _stepped(pair.module, pair.optimizer, partial(_loss, pair.module, batch))()
+            _stepped(module, optimizer, partial(_loss, module, batch))()
             ends.append(time.perf_counter())
         return np.diff(ends)[_LOOP_START:].tolist()
 
@@ -313,7 +308,7 @@ def per_step(pair: Pair, folder: Path) -> dict[str, Callable[[], list[float]]]:
             enable_progress_bar=False,
         )
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        trainer.fit(pair.module, batches())
+        trainer.fit(module, batches())
         torch.use_deterministic_algorithms(False)
         return np.diff(clock.ends)[_LOOP_START - 1 :].tolist()
 
@@ -329,31 +324,29 @@ class _Clock(lightning.Callback):
 
 
 class _Collated:
-    def __init__(self, pair: Pair) -> None:
-        self._pair = pair
+    def __init__(self, lessons: Sequence[Lesson]) -> None:
+        self._lessons = lessons
 
     def __getitem__(self, part: Any) -> Batch:
-        lessons = [self._pair.lessons[index] for index in part.indices]
-        return collate(lessons, part.counts, 0, self._pair.store.soft_targets)
+        return collate([self._lessons[index] for index in part.indices], part.counts, 0, _nothing)
 
 
 def padding(folder: Path) -> float:
-    """Share of padding in what the student of the default task reads in 220 steps of examples."""
+    """Share of padding in what the student of the default task reads in a run."""
     config = material.compose()
-    source = material.default_source(folder)
-    prompts = source.prompts.zero_shot(source.prompts.tokenizer)
-    lessons = [Lesson(e.id, (_answered(prompts, e),)) for e in source.splits.train]
-    sampler = StepSampler(
-        lessons,
-        batch_size=config.batch_size,
-        batch_unit="examples",
-        num_microbatches=1,
-        num_steps=config.trainer.max_steps,
-        seed=0,
-    )
+    lessons = _answers(material.default_source(folder))
+    sampler = _sampler(lessons, config, config.trainer.max_steps)
     steps = [[lessons[index].num_tokens for index in part.indices] for part in sampler]
     return 1 - sum(map(sum, steps)) / sum(len(step) * max(step) for step in steps)
 
 
-def _answered(prompts: Prompts, example: Example) -> TrainingSequence:
-    return TrainingSequence(prompts.answer_prompt(example, example.answer or "positive"), frozenset({"answer"}), {})
+def _sampler(lessons: Sequence[Lesson], config: Any, num_steps: int) -> StepSampler:
+    size = config.batch_size
+    return StepSampler(lessons, batch_size=size, batch_unit="examples", num_microbatches=1, num_steps=num_steps, seed=0)
+
+
+def _answers(source: Any) -> Sequence[Lesson]:
+    """The examples of the default task, each with an answer."""
+    prompts = source.prompts.zero_shot(source.prompts.tokenizer)
+    targets = [(e, prompts.answer_prompt(e, e.answer or "positive")) for e in source.splits.train]
+    return [Lesson(e.id, (TrainingSequence(target, frozenset({"answer"}), {}),)) for e, target in targets]

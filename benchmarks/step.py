@@ -66,9 +66,9 @@ def _measured(folder: Path, settings: Settings) -> Iterator[Row]:
     if settings.data.is_file():
         parts |= {case: lambda c=case: _step_rows(c, folder, settings) for case in PAIRS}
         parts |= {case: lambda c=case: _two_task_rows(c, folder, settings) for case in TWO_TASKS}
-        parts["the training loop"] = lambda: _loop_rows(folder, settings)
     else:
         print(f"data={settings.data} is no file: rows on GSM8K are left out", file=sys.stderr)
+    parts["the training loop"] = lambda: _loop_rows(folder, settings)
     parts["padding"] = lambda: iter([Row("default task: padding, share of all tokens", padding(folder), 0.05, "lower")])
     for case, rows in parts.items():
         if settings.only in case:
@@ -138,7 +138,7 @@ def _two_task_rows(case: str, folder: Path, settings: Settings) -> Iterator[Row]
 
 def _loop_rows(folder: Path, settings: Settings) -> Iterator[Row]:
     """Both loops take the same steps; which of them begins changes from one repetition to the next."""
-    loops = per_step(PAIRS["step on solutions"](folder, settings.data), folder)
+    loops = per_step(folder)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for repetition in range(settings.repetitions + 1):
         for name in sorted(loops, reverse=repetition % 2 == 1):

@@ -190,6 +190,13 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
     ]
 
 
+def reviews(root: Path) -> list[str]:
+    """What makes the task one of two choices, with sentences made up here."""
+    lines = [f"{i}\t{2.5 if i % 2 else -2.5}\tSentence number {i} is rated." for i in range(40)]
+    (root / "ratings.tsv").write_text("\n".join(lines))
+    return ["task=movie_reviews", f"task.examples.file={root / 'ratings.tsv'}"]
+
+
 def environment(**more: str) -> dict[str, str]:
     """What a process of its own needs to find the code that is tested here; nothing of W&B."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}

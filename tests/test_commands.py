@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import WHOLE_STUDENT, run, tiny_overrides
+from conftest import WHOLE_STUDENT, compose, reviews, run, tiny_overrides
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.evaluate import Evaluation
+from distill.prompts import load_tokenizer
+from distill.records import ConfigError
 from distill.student import open_student, weights_hash
 from distill.train import fit, prepare, teach
 
@@ -84,6 +87,24 @@ def test_an_adapted_student_is_evaluated_as_it_is_saved(
         model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
         evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 6)
         assert (evaluation.rationales(job.source.splits.test) == written) == is_same
+
+
+def test_a_student_of_another_vocabulary_takes_no_soft_targets_and_is_not_compared_with_any(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    other = shutil.copytree(student_folder, tmp_path / "other")
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(other)
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, other)[1:], *reviews(tmp_path), "teacher.calibrate=0"]
+    with pytest.raises(ConfigError, match="cannot share soft targets"):
+        prepare(compose(*tiny, "loss=[answer,kl]"), tmp_path)
+    few = ["loss=[answer]", "trainer.max_steps=2", "batch_size=4", "max_new_tokens=4", "num_samples=0"]
+    done = run(tmp_path, *tiny, *few)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((only_run(tmp_path) / "results.json").read_text())["rows"]
+    assert rows["student"]["agreement"] is not None
+    assert rows["before"]["kl"] is rows["student"]["kl"] is None
 
 
 def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:

@@ -369,6 +369,15 @@ def test_what_no_loss_reads_makes_no_lesson_and_what_is_too_long_is_listed(promp
     assert "over max_length=256" in join.skipped[long.id]
 
 
+def test_a_student_learns_from_train_and_is_watched_on_validation_alone(configured: Callable[..., DictConfig]) -> None:
+    job = prepare(configured("loss=[answer,kl,rationale]"), Path("unused"))
+    curriculum, splits = teach(job), job.source.splits
+    taught, watched = ({lesson.example_id for lesson in part} for part in (curriculum.train, curriculum.validation))
+    assert taught
+    assert taught <= {example.id for example in splits.train}
+    assert watched == {example.id for example in splits.validation}
+
+
 def test_test_questions_reach_the_teacher_without_their_answers(configured: Callable[..., DictConfig]) -> None:
     job = prepare(configured("loss=[answer,kl,rationale,rationale_kl]"), Path("unused"))
     teacher = CountingTeacher(job.source.teacher)

@@ -39,7 +39,7 @@ from conftest import (
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -62,7 +62,7 @@ from distill.evaluate import Evaluation
 from distill.head import head_loss, predicted_ids
 from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
-from distill.records import SPANS, Batch, Example, Splits
+from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.student import open_student
 from distill.train import fit, prepare, teach
 
@@ -363,6 +363,20 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
     assert max(map(abs, found["kl"] + found["rationale_kl"])) < 1e-5
 
 
+def test_a_model_that_is_the_teacher_is_measured_to_be_no_distance_from_it(
+    prompts: Prompts, teacher_folder: Path
+) -> None:
+    kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
+    settings = {"codec": Dense(), "task": Sevens(), "calibration": (), "max_new_tokens": 6}
+    teacher, given = kind(folder=teacher_folder, prompts=prompts, **settings), examples(18)
+    teacher.load()
+    made = teacher.annotate([prompts.request(example, "answer") for example in given])
+    left = {example.id: annotation for example, annotation in zip(given, made, strict=True)}
+    assert len({len(annotation.targets["answer"].token_ids) for annotation in made}) > 1
+    evaluation = Evaluation(opened(teacher_folder, torch.float32).eval(), prompts, Sevens(), "direct", 6)
+    assert max(abs(prediction.kl) for prediction in evaluation.predict(given, left)) < 1e-5
+
+
 def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
     model = opened(student_folder, torch.float32).eval()
     module = student_module(model, prompts, "answer")
@@ -380,6 +394,21 @@ def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompt
     right, number = module._tallies["val/accuracy"]
     assert (float(right), float(number)) == (1, len(answered))
     assert len(second) > 1
+
+
+def test_validation_has_the_same_means_however_it_is_cut(prompts: Prompts, student_folder: Path) -> None:
+    module, given = student_module(opened(student_folder).eval(), prompts), lessons(prompts, 12)
+    found = []
+    for size in (12, 5, 1):
+        with torch.no_grad():
+            for start in range(0, len(given), size):
+                module.validation_step(collate(given[start : start + size], {}, 0, read))
+        found.append({name: float(total / number) for name, (total, number) in module._tallies.items()})
+        module._tallies = {}
+    assert set(found[0]) == {"val/accuracy", *(f"val/{name}" for name in objectives())}
+    assert all(means == pytest.approx(found[0], rel=1e-6) for means in found[1:])
+    weighted = sum(objective.weight * found[0][f"val/{name}"] for name, objective in objectives().items())
+    assert weighted == pytest.approx(plain_loss(module.model, given, prompts.vocabulary_size).item(), rel=1e-5)
 
 
 def test_a_loss_that_no_validation_example_has_is_not_logged(
@@ -411,13 +440,38 @@ def test_evaluation_sees_what_a_model_has_learned_meanwhile(prompts: Prompts, st
     assert [p.choice_probabilities for p in after] != [p.choice_probabilities for p in before]
 
 
-def trained(config: DictConfig, folder: Path) -> Values:
+def test_padded_rows_do_not_matter_in_validation_and_evaluation(prompts: Prompts, student_folder: Path) -> None:
+    model, asked, ids = opened(student_folder, torch.float32).eval(), examples(5), prompts.answer_ids("7")
+    batch, module = collate(lessons(prompts, 12), {}, 0, read), student_module(model, prompts)
+    with torch.no_grad():
+        batch = replace(batch, label_N=predicted_ids(module.hidden(batch), module.head()))
+    log_t_NV = torch.randn(len(ids), prompts.vocabulary_size).log_softmax(-1)
+    target = Target(ids, Dense().cut(log_t_NV, torch.zeros(len(ids), dtype=torch.float64)))
+    teacher = {example.id: Annotation("", {"answer": target}, "7") for example in asked}
+
+    def measured() -> list[Any]:
+        with torch.no_grad():
+            module.validation_step(batch)
+        tallies = {name: [float(number) for number in tally] for name, tally in module._tallies.items()}
+        module._tallies = {}
+        evaluation = Evaluation(model, prompts, Sevens(), "direct", 6)
+        return [tallies, evaluation.predict(asked, teacher), evaluation.rationales(asked)]
+
+    before = measured()
+    model.lm_head.weight.data[prompts.vocabulary_size :] += 50
+    assert measured() == before
+    assert before[0]["val/accuracy"] == [8, 8]
+    assert all(prediction.kl for prediction in before[1])
+
+
+def trained(config: DictConfig, folder: Path, *, codec: Any = None) -> Values:
     """Fit the student that `config` names on uneven lessons, in float64; return its weights."""
     OmegaConf.update(
         config, "optim.optimizer", {"_target_": "torch.optim.SGD", "_partial_": True, "lr": RATE}, merge=False
     )
     job = prepare(config, folder)
-    curriculum = replace(teach(job), train=lessons(job.prompts, 11), validation=lessons(job.prompts, 4), read=read)
+    train, validation = (lessons(job.prompts, number, codec=codec) for number in (11, 4))
+    curriculum = replace(teach(job), train=train, validation=validation, read=read)
     student = opened(job.student_folder)
     fit(job, curriculum, student, [])
     return {name: value.detach().clone() for name, value in student.state_dict().items()}
@@ -503,6 +557,35 @@ def test_a_shared_prompt_makes_the_same_student(
     assert_same(trained(compose(*overrides), root / "refused"), weights, 1e-7)
     assert max(rows) > BATCH
     assert "a sequence of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_temperature_divides_both_sides_and_its_square_is_in_the_step_but_not_in_the_log(
+    temperature: float, tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [o for o in (*tiny_overrides(tmp_path, teacher_folder, student_folder), *CUT) if "cache" not in o]
+    tiny = [o for o in tiny if not o.startswith("loss")] + [
+        "cache=dense",
+        "trainer.max_steps=1",
+        "batch_size=11",
+        "microbatch_size=3",
+    ]
+    config = compose(*tiny, "loss=[kl]", f"loss.kl.temperature={temperature}")
+    after = trained(config, tmp_path / "run", codec=Dense())
+    prompts = prepare(config, tmp_path).prompts
+    given = lessons(prompts, 11, codec=Dense())
+    batch, model = collate(given, {}, 0, read), opened(student_folder)
+    is_used_N = batch.is_soft_N & (batch.span_N == SPANS.index("answer"))
+    logits_BTV = model(batch.input_ids_BT, attention_mask=batch.mask_BT).logits[..., : prompts.vocabulary_size]
+    logits_NV = logits_BTV[batch.sequence_N, batch.before_N][is_used_N]
+    assert batch.soft is not None
+    log_t_NV = batch.soft.logprobs_E.double().view(-1, prompts.vocabulary_size)[is_used_N[batch.is_soft_N]]
+    both_NV = ((x_NV / temperature).log_softmax(-1) for x_NV in (logits_NV, log_t_NV))
+    mean = kl_div(*both_NV, log_target=True, reduction="sum") / is_used_N.sum()
+    gradients = torch.autograd.grad(temperature**2 * mean, list(model.parameters()))
+    wanted = {n: (p - RATE * g).detach() for (n, p), g in zip(model.named_parameters(), gradients, strict=True)}
+    assert_same(after, wanted, 1e-7)
+    assert logged(tmp_path / "run")[0]["train/kl"] == pytest.approx(mean.item(), rel=1e-5)
 
 
 def run_together(command: list[str], seconds: float) -> None:

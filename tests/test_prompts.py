@@ -144,6 +144,10 @@ def test_a_reply_is_taken_apart_at_the_answer_cue(prompts: Prompts) -> None:
     assert (without.rationale, without.answer) == ("Since so.", "")
 
 
+def test_the_vocabulary_is_every_token_and_no_padded_row(prompts: Prompts) -> None:
+    assert sorted(prompts.tokenizer.get_vocab().values()) == list(range(prompts.vocabulary_size))
+
+
 def test_two_tokenizers_that_are_alike_share_soft_targets(teacher_folder: Path, student_folder: Path) -> None:
     check_shared_vocabulary(load_tokenizer(teacher_folder), load_tokenizer(student_folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUT, WHOLE_STUDENT, CountingTeacher, compose, examples, grid
+from conftest import (
+    LAYOUT,
+    WHOLE_STUDENT,
+    CountingTeacher,
+    compose,
+    examples,
+    grid,
+    make_tokenizer,
+    reviews,
+    tiny_overrides,
+)
 from omegaconf import DictConfig
 
 from distill import config as configuration
@@ -22,6 +33,7 @@ from distill.cache.dense import Dense
 from distill.cache.store import Store
 from distill.modules import TeacherModule
 from distill.prompts import Prompts
+from distill.reading import PrefixedReader
 from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
 from distill.train import fit, prepare, teach
@@ -99,6 +111,20 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     assert all(torch.equal(saved["state_dict"][f"model.{name}"], value) for name, value in student.state_dict().items())
     bytes_of_student = sum(value.nbytes for value in student.state_dict().values())
     assert file.stat().st_size < 3.3 * bytes_of_student  # weights and AdamW's two moments
+
+
+def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    few = ["trainer.max_steps=1", "trainer.log_every_n_steps=1", "optim.schedule.num_warmup_steps=0"]
+    job = prepare(configured(*few, "loss=[answer]"), tmp_path / "run")
+    student = open_student(job.student_folder, **WHOLE_STUDENT | {"freeze": ["embed_tokens"]})
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    fit(job, teach(job), student, [])
+    (state,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert sum(len(group["params"]) for group in state["param_groups"]) == len(state["state"]) == len(trained)
+    assert {n for n, value in student.state_dict().items() if not torch.equal(value, before[n])} == trained
 
 
 def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Callable[..., DictConfig]) -> None:
@@ -238,11 +264,38 @@ def test_calibration_leaves_the_median_question_undecided(prompts: Prompts, teac
         opened(teacher_folder, prompts, *given, task=type("Alike", (Verbs,), {"choices": ("gets", "gets back")})())
 
 
+def test_choices_are_calibrated_on_train_questions_alone(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    teacher, options = shutil.copytree(teacher_folder, tmp_path / "teacher"), reviews(tmp_path)
+    make_tokenizer(teacher, texts=["Sentiment: negative", "Sentiment: positive"] * 500)  # two tokens to begin with
+    tiny = tiny_overrides(tmp_path, teacher, student_folder)
+    source = open_source(compose(*tiny[1:], *options, "teacher.calibrate=5"))
+    assert source.teacher.fingerprint()["calibration"] == [example.id for example in source.splits.train[:5]]
+
+
 def test_a_teacher_that_loads_nothing_has_a_fingerprint(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = opened(teacher_folder, prompts, examples(1)[0])
     assert teacher.fingerprint() == opened(teacher_folder, prompts, examples(1)[0]).fingerprint()
     assert teacher.fingerprint() != opened(teacher_folder, prompts).fingerprint()
     assert not hasattr(teacher, "_model")
+
+
+def test_reasoning_counts_as_cut_off_only_where_it_did_not_come_to_its_end(
+    prompts: Prompts, teacher_folder: Path
+) -> None:
+    requests = [prompts.request(example, "rationale") for example in examples(5)]
+    model = opened(teacher_folder, prompts).load()
+    reader = PrefixedReader(model, prompts.prefix("rationale"), prompts.vocabulary_size)
+    written = reader.read([request.question_ids for request in requests]).greedy(max_new_tokens=6, stop=-1)
+    for end in (written[0][-1], written[1][2]):
+        ending = Prompts(prompts.tokenizer, LAYOUT, (), max_length=256, too_long="drop")
+        ending.end = end
+        teacher = opened(teacher_folder, ending, max_new_tokens=6)
+        teacher.load()
+        found = [annotation.is_truncated for annotation in teacher.annotate(requests)]
+        assert found == [end not in ids for ids in written]
+        assert set(found) == {True, False}
 
 
 REASONED = {  # what the teacher left: rationale, answer after it, cut off at the limit
