@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"{__doc__}\nfound: {' '.join(arguments)}")
     repetitions, data = int(given.get("repetitions", "5")), Path(given.get("data", "gsm8k.jsonl"))
     with tempfile.TemporaryDirectory(prefix="distill-benchmark-") as name:
-        keep("cache", list(_measured(Path(name), repetitions, data)))
+        keep("cache", _measured(Path(name), repetitions, data))
 
 
 def _measured(folder: Path, repetitions: int, data: Path) -> Iterator[Row]:

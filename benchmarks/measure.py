@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,19 +43,20 @@ def medians(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def keep(name: str, rows: Sequence[Row]) -> None:
-    """Print the rows, and write them to `<name>.json` with the device and the commit that they are of."""
+def keep(name: str, rows: Iterable[Row]) -> None:
+    """Print the rows as they come, and write them to `<name>.json` with the device and the commit that they are of."""
+    rows = list(shown(rows))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {_cores()}"
     content = {"device": device, "commit": _commit(), "rows": [asdict(row) for row in rows]}
     (HERE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    show(rows)
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print the rows, each with its bar and whether it is met."""
+def shown(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows; each is printed as it comes, with its bar and whether it is met."""
     for row in rows:
         bar = "" if row.bar is None else f"{'<=' if row.better == 'lower' else '>='} {row.bar:g}"
-        print(f"{row.name:72} {row.value:12.4g}  {bar:10} {_verdict(row)}")
+        print(f"{row.name:72} {row.value:12.4g}  {bar:10} {_verdict(row)}", flush=True)
+        yield row
 
 
 def _verdict(row: Row) -> str:

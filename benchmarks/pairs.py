@@ -36,7 +36,7 @@ Run = Callable[[], object]
 _EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
 _WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers
 _WIDE_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
-_WIDE_LAYERS = {"student": 6, "teacher": 16}
+_WIDE_LAYERS = {"student": 4, "teacher": 12}
 _LOOP_STEPS, _LOOP_START = 40, 4  # of a run that measures a loop; the first are not counted
 
 
@@ -121,7 +121,7 @@ def _wide_pair(folder: Path, data: Path) -> Pair:
 
 def _random_annotation(asked: material.Asked, request: Request) -> Annotation:
     target = asked.target(request)
-    n, k = len(target), 64
+    n, k = len(target), asked.codec.fingerprint()["k"]
     logprobs_NK = torch.randn(n, k).log_softmax(-1) + np.log(0.9)
     ids_NK = torch.stack([torch.randperm(_WIDE)[:k] for _ in range(n)]).int()
     order_NK = logprobs_NK.argsort(-1, descending=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, final
 
 from benchmarks.heads import HEADS
-from benchmarks.measure import Row, keep, medians, show
+from benchmarks.measure import Row, keep, medians, shown
 from benchmarks.pairs import PAIRS, TWO_TASKS, padding, per_step, two_tasks, ways
 from distill.models import flush_denormals
 
@@ -56,9 +56,9 @@ def main(settings: Settings) -> None:
             case, _, way = settings.peak.partition("/")
             print(_peak_bytes(_ways(case, Path(name), settings.data)[way]))
         elif settings.only:
-            show(list(_measured(Path(name), settings)))
+            list(shown(_measured(Path(name), settings)))
         else:
-            keep("step", list(_measured(Path(name), settings)))
+            keep("step", _measured(Path(name), settings))
 
 
 def _measured(folder: Path, settings: Settings) -> Iterator[Row]:
@@ -118,13 +118,14 @@ def _step_rows(case: str, folder: Path, settings: Settings) -> Iterator[Row]:
             runs["TRL's GKD"] = stack.enter_context(Peer(settings.trl, folder / "peer")).step
         seconds = medians(runs, settings.repetitions)
     del pair, runs
-    peaks |= {way: _peak(case, way, settings.data) for way in seconds if way not in peaks}
+    peaks |= {way: _peak(case, way, settings.data) for way in seconds if way not in (*peaks, "body alone")}
     yield Row(f"{case}: ours, seconds", seconds["ours"], None, "lower")
     yield Row(f"{case}: ours, peak, MB", peaks["ours"] / 2**20, None, "lower")
     for way in [way for way in seconds if way != "ours"]:
         time_bar, peak_bar = _BARS[way].get(case, _BARS[way][""])
         yield Row(f"{case}: time, ours / {way}", seconds["ours"] / seconds[way], time_bar, "lower")
-        yield Row(f"{case}: peak, ours / {way}", peaks["ours"] / peaks[way], peak_bar, "lower")
+        if way in peaks:
+            yield Row(f"{case}: peak, ours / {way}", peaks["ours"] / peaks[way], peak_bar, "lower")
 
 
 def _two_task_rows(case: str, folder: Path, settings: Settings) -> Iterator[Row]:
