@@ -99,7 +99,7 @@ def median_milliseconds(answer: Callable[[T], object], questions: Sequence[T]) -
     return round(statistics.median(times), 3) if times else None
 
 
-def _ratio(total: float, number: int) -> float | None:
+def _ratio(total: int | float, number: int) -> float | None:
     return total / number if number else None
 
 

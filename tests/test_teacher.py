@@ -36,7 +36,7 @@ from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
-from distill.train import fit, prepare, teach
+from distill.train import distill, fit, prepare, teach
 
 
 class Verbs:
@@ -148,6 +148,18 @@ def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Ca
     second = fill(replace(again, teacher=unused), wanted)
     assert (unused.num_loads, unused.asked) == (0, [])
     assert (second.num_reused, second.num_annotated) == (first.num_annotated, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the command has written there before
+def test_training_and_evaluation_ask_the_teacher_nothing(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
+    short = ["trainer.max_steps=1", "max_new_tokens=4", "num_samples=2", "loss=[answer,kl,rationale]"]
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    job = prepare(configured(*short), run_dir)
+    teach(job)
+    unused = CountingTeacher(job.source.teacher)
+    distill(replace(job, source=replace(job.source, teacher=unused)), [], {})
+    assert (unused.num_loads, unused.asked) == (0, [])
 
 
 @pytest.mark.parametrize("shots", [0, 2])
