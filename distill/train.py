@@ -260,10 +260,10 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
 def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_id: int) -> Curriculum:
     """One sequence for answer and rationale, where this student makes of it what it makes of two."""
     train, validation = ([lesson.branched() for lesson in part] for part in (curriculum.train, curriculum.validation))
-    pairs = [pair for pair in zip(curriculum.train, train, strict=True) if pair[0] is not pair[1]]
+    every = zip([*curriculum.train, *curriculum.validation], [*train, *validation], strict=True)
+    pairs = sorted((pair for pair in every if pair[0] is not pair[1]), key=lambda pair: pair[1].num_tokens)
     if not pairs:
         return curriculum
-    pairs.sort(key=lambda pair: pair[1].num_tokens)
     # The longest would show a window of attention, the shortest beside it what padding does.
     apart, branched = (collate(part, {}, padding_id, curriculum.read) for part in zip(pairs[0], pairs[-1], strict=True))
     if not module.sees_alike(apart, branched):

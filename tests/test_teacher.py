@@ -152,7 +152,13 @@ def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Ca
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the command has written there before
 def test_training_and_evaluation_ask_the_teacher_nothing(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
-    short = ["trainer.max_steps=1", "max_new_tokens=4", "num_samples=2", "loss=[answer,kl,rationale]"]
+    short = [
+        "trainer.max_steps=1",
+        "trainer.log_every_n_steps=1",
+        "max_new_tokens=4",
+        "num_samples=2",
+        "loss=[answer,kl,rationale]",
+    ]
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     job = prepare(configured(*short), run_dir)
