@@ -627,7 +627,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     student = opened(student_folder)
     student.lm_head.weight.data[5, 0] = torch.nan
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH), read=read)
+    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH), validation=[], read=read)
     with pytest.raises(NonFiniteLossError) as raised:
         fit(job, curriculum, student, [])
     assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
