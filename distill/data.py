@@ -84,12 +84,14 @@ class Lesson:
 
     def branched(self) -> Lesson:
         """The same lesson as one sequence: what its sequences begin with, and the rest of each as a branch of that."""
+        if len(self.sequences) == 1:
+            return self
         prompts = [sequence.prompt for sequence in self.sequences]
         # The token before a target is in its branch, as hidden states are found one place before what they predict.
         limit = min(start for prompt in prompts for start, _ in prompt.spans.values()) - 1
         columns = zip(*(prompt.ids[:limit] for prompt in prompts), strict=True)
         shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        if len(prompts) == 1 or not shared:
+        if not shared:
             return self
         branches = [prompt.ids[shared:] for prompt in prompts]
         starts = np.cumsum([shared, *map(len, branches)])[:-1].tolist()
