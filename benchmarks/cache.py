@@ -23,19 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks import material, peers
 from benchmarks.fidelity import Texts, kept, sizes
 from benchmarks.material import Asked
 from benchmarks.measure import Row, keep, medians
+from benchmarks.pairs import loss_of, stepped
 from distill.annotate import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
 from distill.data import Join, StepSampler, collate, entries
-from distill.head import head_loss
-from distill.models import native_dtype
-from distill.modules import StudentModule
 from distill.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 
@@ -265,19 +262,11 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
 
     module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
     batch = batches()[0]
-    seconds = medians({"batches": batches, "step": partial(_step, module, optimizer, batch)}, repetitions)
+    seconds = medians(
+        {"batches": batches, "step": stepped(module, optimizer, partial(loss_of, module, batch))}, repetitions
+    )
     yield Row("training: default step, seconds", seconds["step"], None, "lower")
     yield Row("training: making a batch / step", seconds["batches"] / len(sampler) / seconds["step"], 0.01, "lower")
-
-
-def _step(module: StudentModule, optimizer: torch.optim.Optimizer, batch: Any) -> None:
-    """What Lightning does of a step, without Lightning."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=native_dtype() == torch.bfloat16):
-        loss, _ = head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.model.parameters(), 1.0)
-    optimizer.step()
 
 
 # Opening

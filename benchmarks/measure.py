@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 HERE = Path(__file__).parent
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Row:
 
 
 def medians(
-    variants: Mapping[str, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+    variants: Mapping[str, Run], repetitions: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Median seconds of each variant by `clock`, all variants in each repetition; a first one is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}

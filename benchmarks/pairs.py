@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import material
+from benchmarks.measure import Run
 from distill import config as configuration
 from distill.cache.store import Store
 from distill.data import Join, Lesson, StepSampler, TrainingSequence, collate
@@ -32,7 +33,6 @@ from distill.prompts import Layout, Prompts
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.tracking import progress
 
-Run = Callable[[], object]
 _EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
 _WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers
 _WIDE_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -150,7 +150,7 @@ PAIRS: Mapping[str, Callable[[Path, Path], Pair]] = {
 def ways(pair: Pair) -> dict[str, Run]:
     """One optimizer step, from the batch's making to the new weights; each way as its users would write it."""
     model, batch, labels_BT = pair.module.model, pair.batch(), labels(pair.batch())
-    stepped = partial(_stepped, pair.module, pair.optimizer)
+    step = partial(stepped, pair.module, pair.optimizer)
 
     def plain(logprobs: Callable[[], Float[Tensor, "N V"]]) -> Tensor:
         out = model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT)
@@ -176,19 +176,22 @@ def ways(pair: Pair) -> dict[str, Run]:
         return total
 
     return {
-        "ours": stepped(lambda: _loss(pair.module, pair.batch())),
-        "CE alone": stepped(lambda: model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT).loss),
-        "KD from the cache, full logits": stepped(partial(plain, cached)),
-        "online KD": stepped(partial(plain, online)),
-        "body alone": stepped(body),
+        "ours": step(lambda: loss_of(pair.module, pair.batch())),
+        "CE alone": step(lambda: model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT).loss),
+        "KD from the cache, full logits": step(partial(plain, cached)),
+        "online KD": step(partial(plain, online)),
+        "body alone": step(body),
     }
 
 
-def _loss(module: StudentModule, batch: Batch) -> Tensor:
+def loss_of(module: StudentModule, batch: Batch) -> Tensor:
+    """All losses of a batch."""
     return head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))[0]
 
 
-def _stepped(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Run:
+def stepped(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Run:
+    """One optimizer step, as Lightning takes it, without Lightning."""
+
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=native_dtype() == torch.bfloat16):
             value = loss()
@@ -226,7 +229,7 @@ def two_tasks(case: str, folder: Path, data: Path) -> dict[str, Run]:
     passes = [collate(part, {}, 0, _nothing) for part in tasks]
 
     def ours(lessons: Sequence[Lesson]) -> Tensor:
-        return _loss(module, collate(lessons, counts, 0, _nothing))
+        return loss_of(module, collate(lessons, counts, 0, _nothing))
 
     def two_passes() -> Tensor:
         losses = [
@@ -237,7 +240,7 @@ def two_tasks(case: str, folder: Path, data: Path) -> dict[str, Run]:
         return total
 
     loss = {"ours": partial(ours, whole), "ours in two": partial(ours, apart), "two passes": two_passes}
-    return {way: _stepped(module, optimizer, each) for way, each in loss.items()}
+    return {way: stepped(module, optimizer, each) for way, each in loss.items()}
 
 
 def _nothing(places: Sequence[Any]) -> SoftTargets:
@@ -292,7 +295,7 @@ def per_step(folder: Path) -> dict[str, Callable[[], list[float]]]:
     def plain() -> list[float]:
         ends = [time.perf_counter()]
         for batch in batches():
-            _stepped(module, optimizer, partial(_loss, module, batch))()
+            stepped(module, optimizer, partial(loss_of, module, batch))()
             ends.append(time.perf_counter())
         return np.diff(ends)[_LOOP_START:].tolist()
 

@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any, final
 
 from benchmarks.heads import HEADS
-from benchmarks.measure import Row, keep, medians, shown
+from benchmarks.measure import Row, Run, keep, medians, shown
 from benchmarks.pairs import PAIRS, TWO_TASKS, padding, per_step, two_tasks, ways
 from distill.models import flush_denormals
-
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
