@@ -247,7 +247,7 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
     by_place = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     join = Join(
-        prompts=prompts, store=store, requests=by_place, rationales={}, answer=config.task.answer, needed=needed
+        prompts=prompts, store=store, requests=by_place, rationales={}, answer=config.task.answer_mode, needed=needed
     )
     lessons = join.lessons([request.example for request in requests])
     sampler = StepSampler(

@@ -165,8 +165,8 @@ def plan(requests: Sequence[Request], size: int) -> list[Group]:
 
 
 def _length(request: Request) -> int:
-    """About how many tokens will be read for it; a token has some four characters."""
-    return len(request.question_ids) + len(request.example.answer or "") // 4
+    """How many tokens will be read for it behind the shared prefix."""
+    return len(request.question_ids) + len(request.given_ids)
 
 
 def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:

@@ -100,14 +100,26 @@ class Evaluation:
                 gold=example.answer or "",
                 answer=best[k],
                 written_answer=answers[k],
-                is_written=True,
+                is_correct=_is_same(self._task, best[k], example.answer),
+                is_written_correct=_is_same(self._task, answers[k], example.answer),
                 choice_probabilities=probabilities[k],
-                teacher_answer=annotation.answer if annotation else None,
                 kl=kls[k],
                 rationale=rationales[k],
+                **self._beside(best[k], example, annotation),
             )
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
+
+    def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
+        """What the teacher said to the same question, and how it compares."""
+        if annotation is None or annotation.answer is None:
+            return {}
+        return {
+            "teacher_answer": annotation.answer,
+            "teacher_confidence": max(_probabilities(annotation), default=None),
+            "is_teacher_correct": _is_same(self._task, annotation.answer, example.answer),
+            "agrees": _is_same(self._task, answer, annotation.answer),
+        }
 
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
         """The model's own reasoning, behind which its answer's likelihood is read."""
@@ -146,6 +158,10 @@ class Evaluation:
             return None
 
 
+def _is_same(task: Task, left: str | None, right: str | None) -> bool:
+    return left is not None and right is not None and task.value(left) == task.value(right)
+
+
 def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
     """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     if target is None or target.soft is None:
@@ -178,9 +194,9 @@ def teacher_row(
             gold=example.answer or "",
             answer=annotations[example.id].answer,
             written_answer=None,
-            is_written=False,
+            is_correct=_is_same(task, annotations[example.id].answer, example.answer),
+            is_written_correct=None,
             choice_probabilities=_probabilities(annotations[example.id]),
-            teacher_answer=None,
             kl=None,
         )
         for example in examples
@@ -205,7 +221,7 @@ def main(config: DictConfig) -> float:
     shots = list(task.shots())[: limits.pop("num_shots")]
     prompts = Prompts(load_tokenizer(folder), layout, shots, **limits)
     model = models.load(folder, torch.float32).eval()
-    evaluation = Evaluation(model, prompts, task, config.task.answer, config.max_new_tokens)
+    evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)
     row = row_of(evaluation.predict(examples, {}), task, model)
     row |= {"size_bytes": size_bytes(folder), "ms_per_example": evaluation.milliseconds(examples)}

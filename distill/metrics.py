@@ -21,7 +21,8 @@ class Prediction:
     """What a model said to one question.
 
     `answer` is what it is judged by: the most likely choice where there are choices, else what it wrote.
-    None stands for a text without a readable answer. `kl` is KL(teacher || model) in nats per answer token.
+    None stands for a text without a readable answer. Whether answers are the same is the task's to say. `kl` is
+    KL(teacher || model) in nats per answer token. What is said of the teacher is None where it was not asked.
     """
 
     example_id: str
@@ -29,16 +30,15 @@ class Prediction:
     gold: str
     answer: str | None
     written_answer: str | None
-    is_written: bool
+    is_correct: bool
+    is_written_correct: bool | None
     choice_probabilities: tuple[float, ...]
-    teacher_answer: str | None
     kl: float | None
+    teacher_answer: str | None = None
+    teacher_confidence: float | None = None
+    is_teacher_correct: bool | None = None
+    agrees: bool | None = None
     rationale: str | None = None
-
-    @property
-    def is_correct(self) -> bool:
-        """Whether the answer is the gold one."""
-        return self.answer == self.gold
 
     @property
     def confidence(self) -> float | None:
@@ -52,12 +52,15 @@ class Prediction:
             "question": self.question,
             "gold": self.gold,
             "teacher_answer": self.teacher_answer,
+            "teacher_confidence": self.teacher_confidence,
             "teacher_rationale": None,
             "student_answer": self.answer,
             "student_written_answer": self.written_answer,
             "student_confidence": self.confidence,
             "student_rationale": self.rationale,
             "is_correct": self.is_correct,
+            "is_teacher_correct": self.is_teacher_correct,
+            "agrees": self.agrees,
         }
 
 
@@ -65,16 +68,16 @@ def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str
     """Accuracy with its interval, agreement, KL, calibration; None where a thing was not measured."""
     number = len(predictions)
     right = sum(p.is_correct for p in predictions)
-    written = [p for p in predictions if p.is_written]
-    asked = [p for p in predictions if p.teacher_answer is not None]
+    written = [p for p in predictions if p.is_written_correct is not None]
+    asked = [p.agrees for p in predictions if p.agrees is not None]
     kls = [p.kl for p in predictions if p.kl is not None]
     return {
         "accuracy": right / number,
         "interval": list(wilson_interval(right, number)),
         "num_examples": number,
-        "generated_accuracy": _ratio(sum(p.written_answer == p.gold for p in written), len(written)),
+        "generated_accuracy": _ratio(sum(bool(p.is_written_correct) for p in written), len(written)),
         "num_unreadable": sum(p.written_answer is None for p in written),
-        "agreement": _ratio(sum(p.answer == p.teacher_answer for p in asked), len(asked)),
+        "agreement": _ratio(sum(asked), len(asked)),
         "kl": _ratio(math.fsum(kls), len(kls)),
         "ece": _calibration_error(predictions, choices),
         "reliability": _reliability(predictions),

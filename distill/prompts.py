@@ -204,12 +204,21 @@ class Prompts:
         """What stands between a rationale and the answer after it."""
         return self._cue("\n") + self._cue(self.layout.answer_cue)
 
-    def request(self, example: Example, span: Span) -> Request:
-        """A request whose key is the hash of the token ids that the teacher will be asked to read."""
-        given = self.answer_ids(example.answer) if span == "answer" and example.answer is not None else ()
+    def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
+        """A request whose key is the hash of the token ids that the teacher will be asked to read.
+
+        An example's gold answer is given to the teacher, and so is what is `given` in its place.
+        """
+        ids: tuple[int, ...] = ()
+        if span == "answer":
+            text = example.answer if given is None else given
+            ids = self.answer_ids(text) if text is not None else ()
+        elif given is not None:
+            ids = self.rationale_ids(given)
         question = self.question(example, span)
-        content = json.dumps([span, self.prefix(span), question, given])
-        return Request(hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), span, example, question)
+        content = json.dumps([span, self.prefix(span), question, ids, *([sample] if sample else [])])
+        key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return Request(key, span, example, question, ids, sample)
 
     def take_apart(self, token_ids: Sequence[int]) -> Reply:
         """Decode what was generated behind a rationale cue into its two pieces."""

@@ -31,7 +31,21 @@ from torch import Tensor
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
 Place = tuple[str, Span]  # where soft targets are: the key of a request, and which of its targets
-Reason = Literal["disagrees", "unreadable", "truncated", "empty"]
+Reason = Literal[
+    "disagrees",
+    "outvoted",
+    "unreadable",
+    "truncated",
+    "empty",
+    "wrong arithmetic",
+    "too short",
+    "too long",
+    "repetitive",
+    "foreign",
+    "leaks the answer",
+    "near duplicate",
+    "surplus",
+]
 _ROUNDING = 1e-4  # by which a sum of float32 probabilities may exceed 1
 
 
@@ -258,13 +272,17 @@ class Request:
     """A question to the teacher: `answer` asks for the answer, `rationale` for reasoning and then the answer.
 
     `question_ids` stand between the shared prefix and what the teacher says; `key` is the hash of everything
-    in the request that the teacher's targets depend on.
+    in the request that the teacher's targets depend on. With `given_ids` the teacher reads these in the place of
+    words of its own. A rationale may be asked for several times: `sample` 0 is the most likely words, others are
+    drawn.
     """
 
     key: str
     span: Span
     example: Example
     question_ids: tuple[int, ...]
+    given_ids: tuple[int, ...] = ()
+    sample: int = 0
 
 
 def distinct(requests: Iterable[Request]) -> list[Request]:
@@ -305,14 +323,16 @@ class Annotation:
 class CheckedRationale:
     """A teacher's rationale, and how the answer that it led to compares with what is known.
 
-    Compared with the gold answer, or where there is none with the teacher's direct answer; `reason` says
-    why it is not to be learned from, and is None for one that is.
+    Compared with the gold answer, or where there is none with what most samples led to, or with the teacher's direct
+    answer; `reason` says why it is not to be learned from, and is None for one that is. `confidence` is the share of
+    the example's samples that led to the same answer.
     """
 
     example_id: str
     annotation: Annotation
-    compared_with: Literal["gold", "teacher"]
+    compared_with: Literal["gold", "votes", "teacher"]
     reason: Reason | None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def prepare(config: DictConfig, run_dir: Path) -> Job:
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
     source = open_source(config)
-    check_parts(objectives, source, config.task.answer)
+    check_parts(objectives, source, config.task.answer_mode)
     folder = models.resolve(config.student.model, configuration.local_root(config.root))
     tokenizer = load_tokenizer(folder)
     is_shared = True
@@ -123,7 +123,7 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
     if not objectives:
         problems.append("loss is empty: name at least one, for example loss=[answer,kl]")
     if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
-        problems.append("task.answer=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
+        problems.append("task.answer_mode=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
     if problems:
         raise ConfigError(*problems)
 
@@ -147,7 +147,9 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     teacher = _annotations(job, curriculum, test, "answer")
     if not job.is_vocabulary_shared:
         teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
-    evaluation = Evaluation(student, job.prompts, job.source.task, job.config.task.answer, job.config.max_new_tokens)
+    evaluation = Evaluation(
+        student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
+    )
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
     if job.config.evaluate_before:
         say(f"evaluating the student before training on {len(test)} test examples ...")
@@ -180,7 +182,7 @@ def teach(job: Job) -> Curriculum:
         store=source.store,
         requests=filled.requests,
         rationales={rationale.example_id: rationale for rationale in checked if rationale.reason is None},
-        answer=job.config.task.answer,
+        answer=job.config.task.answer_mode,
         needed=frozenset((objective.span, objective.source) for objective in job.objectives.values()),
     )
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)

@@ -83,7 +83,7 @@ def test_groups_are_a_function_of_the_examples(configured: Callable[..., DictCon
     groups = plan(requests, 4)
     assert [len(group.requests) for group in groups] == [4, 4, 4]
     assert plan([*requests[::-1], requests[0]], 4) == groups
-    lengths = [len(request.question_ids) for group in groups for request in group.requests]
+    lengths = [len(r.question_ids) + len(r.given_ids) for group in groups for r in group.requests]
     assert lengths == sorted(lengths)
 
 

@@ -109,7 +109,9 @@ def test_a_student_of_another_vocabulary_takes_no_soft_targets_and_is_not_compar
 
 def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
-    done = run(tmp_path, *tiny, "task.answer=reasoned", "loss=[answer,rationale]", "max_new_tokens=6", "num_samples=2")
+    done = run(
+        tmp_path, *tiny, "task.answer_mode=reasoned", "loss=[answer,rationale]", "max_new_tokens=6", "num_samples=2"
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
     assert all(isinstance(row["student_rationale"], str) for row in rows)

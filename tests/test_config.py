@@ -159,11 +159,13 @@ def test_right_words_on_the_command_line_are_taken(
 def test_parts_that_do_not_work_together_are_refused_before_anything_loads(configured: Any, tmp_path: Path) -> None:
     assert prepare(configured("cache.codec.temperature=2.0", "loss.kl.temperature=2.0"), tmp_path)
     with pytest.raises(ConfigError) as raised:
-        prepare(configured("loss=[answer,kl,reverse_kl]", "loss.kl.temperature=2.0", "task.answer=reasoned"), tmp_path)
+        prepare(
+            configured("loss=[answer,kl,reverse_kl]", "loss.kl.temperature=2.0", "task.answer_mode=reasoned"), tmp_path
+        )
     first, second = raised.value.problems
     assert first.startswith("loss.kl: a loss has temperature 2")
     assert "cache=dense" in first
-    assert second.startswith("task.answer=reasoned needs a loss on rationales")
+    assert second.startswith("task.answer_mode=reasoned needs a loss on rationales")
 
 
 def test_a_run_without_a_loss_is_refused(configured: Any, tmp_path: Path) -> None:

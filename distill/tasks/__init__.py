@@ -29,3 +29,7 @@ class Task(Protocol):
     def read_answer(self, text: str) -> str:
         """Canonical answer in a generated text; raises AnswerError where there is none."""
         ...
+
+    def value(self, answer: str) -> str:
+        """What a canonical answer comes to: two answers with one value are the same answer in other words."""
+        ...

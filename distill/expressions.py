@@ -1,0 +1,37 @@
+"""Arithmetic in text, worked out exactly and without running anything: numbers, + - * / and brackets."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from fractions import Fraction
+
+_MOST_CHARACTERS = 200
+_PLAIN = re.compile(r"[0-9.+\-*/() ]+")
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")", ",": None, "$": None})
+
+
+def value_of(text: str) -> Fraction:
+    """The value of an expression; ValueError where the text is none. `7,000` is one number, × is *, $ is left out."""
+    plain = text.translate(_SIGNS).strip()
+    if len(plain) > _MOST_CHARACTERS:
+        raise ValueError(f"an expression of {len(plain)} characters; at most {_MOST_CHARACTERS} are worked out")
+    if not _PLAIN.fullmatch(plain):
+        raise ValueError(f"{text[:60]!r} is no arithmetic")
+    try:
+        return _value(ast.parse(plain, mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{text[:60]!r} cannot be worked out: {error}") from None
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        return _value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        result: Fraction = _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+        return result
+    raise ValueError(f"{ast.unparse(node)[:60]!r} is no arithmetic")
