@@ -17,6 +17,7 @@ from typing import Any, final
 import lightning
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from distill import config as configuration
@@ -48,7 +49,7 @@ from distill.tasks import Task
 from distill.teachers import Teacher
 from distill.tracking import progress, say
 
-_LATENCY_REQUESTS = 5
+_LATENCY_REQUESTS = 6
 _RESCORED = 32
 _POLL_SECONDS = 1.0
 
@@ -187,7 +188,9 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
             records=writer.num_written,
             seconds=round(time.monotonic() - start, 3),
             parameters=sum(p.numel() for p in module.model.parameters()),
-            ms_per_example=median_milliseconds(lambda one: source.teacher.annotate([one]), asked[:_LATENCY_REQUESTS]),
+            ms_per_example=median_milliseconds(
+                {"teacher": lambda one: source.teacher.annotate([one])}, asked[:_LATENCY_REQUESTS]
+            )["teacher"],
         )
     finally:
         source.teacher.close()
@@ -375,7 +378,7 @@ def _estimated(source: Source, requests: Sequence[Request]) -> str:
     told = f"{source.store.place}\n{len(requests) - len(missing)} records are there, {len(missing)} are missing"
     if not missing:
         return told
-    with _loaded(source.teacher):
+    with loaded(source.teacher):
         found = estimate(source.teacher, source.codec, missing, source.batch_size)
     return (
         f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
@@ -386,7 +389,7 @@ def _estimated(source: Source, requests: Sequence[Request]) -> str:
 def _probed(config: DictConfig, source: Source, requests: Sequence[Request]) -> str:
     teacher = source.teacher_with(codec=Dense())
     say(f"reading a few hundred of {len(requests)} targets whole, and what each codec makes of them; nothing is stored")
-    with _loaded(teacher):
+    with loaded(teacher):
         wholes = sample(teacher, requests, config.seed)
     if not wholes:
         raise ConfigError("this teacher gives no soft targets, so there is nothing that a codec could keep")
@@ -399,7 +402,7 @@ def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
     if problems:
         raise CacheError("\n".join(problems))
     told = [f"{source.store.place}\n{len(source.store)} records: all checksums are right"]
-    with _loaded(source.teacher):
+    with loaded(source.teacher):
         for span in SPANS:
             asked = [request for request in requests if request.span == span]
             found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
@@ -413,10 +416,10 @@ def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
 
 
 @contextmanager
-def _loaded(teacher: Teacher) -> Iterator[None]:
-    teacher.load()
+def loaded(teacher: Teacher) -> Iterator[nn.Module]:
+    """The teacher's model, in memory for as long as the block runs."""
     try:
-        yield
+        yield teacher.load()
     finally:
         teacher.close()
 

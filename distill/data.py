@@ -52,7 +52,7 @@ class SoftPlace:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One prompt with its targets: what of it is a gold label, and where there is what the teacher expected.
+    """One prompt with its targets: what of it is a gold label (the rest the teacher said), and where soft targets are.
 
     Soft targets stay in the cache until their batch is made.
     """
@@ -66,6 +66,7 @@ class TrainingSequence:
         found: Counter[tuple[Span, str]] = Counter()
         for span, (start, stop) in self.prompt.spans.items():
             found[span, "labels"] = (stop - start) * (span in self.labelled)
+            found[span, "teacher"] = (stop - start) * (span not in self.labelled)
             found[span, "soft"] = self.soft[span].num_positions if span in self.soft else 0
         return found
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +18,7 @@ from distill import models
 from distill.cache.store import Store
 from distill.data import AnswerMode
 from distill.losses.forward_kl import ForwardKL
-from distill.metrics import Prediction, median_milliseconds, score
+from distill.metrics import Prediction, extra_bytes, median_milliseconds, score
 from distill.prompts import Prompts, Reply, load_tokenizer
 from distill.reading import PrefixedReader, Reading
 from distill.records import Annotation, AnswerError, Example, Span, Target, spread
@@ -25,7 +26,7 @@ from distill.student import size_bytes
 from distill.tasks import Task
 
 _BATCH = 32
-_LATENCY_EXAMPLES = 5
+_LATENCY_EXAMPLES = 6
 
 
 @final
@@ -67,9 +68,23 @@ class Evaluation:
         written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
         return [self._prompts.take_apart(ids).rationale for ids in written]
 
-    def milliseconds(self, examples: Sequence[Example]) -> float | None:
-        """Median time to answer one question alone."""
-        return median_milliseconds(lambda example: self.predict([example], {}), examples[:_LATENCY_EXAMPLES])
+    @property
+    def weights_bytes(self) -> int:
+        """What the model's weights take in memory."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def answering(self) -> Callable[[Example], object]:
+        """What answers one question in the way that is judged, and does nothing else; the prefix is read now."""
+        reader = self._reader(self._span)
+
+        @torch.inference_mode()
+        def answer(example: Example) -> object:
+            reading = reader.read([self._prompts.question(example, self._span)])
+            if self._choices and self._answer == "direct":
+                return self._choose(reading, [None])
+            return reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+
+        return answer
 
     def _reader(self, span: Span) -> PrefixedReader:
         # A new one each time: the model may have learned since.
@@ -177,6 +192,15 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
     return float(ForwardKL()(log_q, log_t)[0].sum()) / len(soft)
 
 
+def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, float | None]]:
+    """How long each model takes to answer one question alone, and the memory for it, all of them in turn."""
+    answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
+    times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
+    extras = {name: extra_bytes(partial(answer, examples[0])) for name, answer in answering.items()}
+    peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
+    return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
+
+
 def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
     """A table's row for a model, as far as its predictions and its parameters tell it."""
     row = score(predictions, task.choices)
@@ -224,7 +248,7 @@ def main(config: DictConfig) -> float:
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)
     row = row_of(evaluation.predict(examples, {}), task, model)
-    row |= {"size_bytes": size_bytes(folder), "ms_per_example": evaluation.milliseconds(examples)}
+    row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
     out.write_text(json.dumps(row, indent=1))
     low, high = row["interval"]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 _BINS = 10
+_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 T = TypeVar("T")
 
 
@@ -92,14 +94,37 @@ def wilson_interval(right: int, number: int, z: float = 1.959964) -> tuple[float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def median_milliseconds(answer: Callable[[T], object], questions: Sequence[T]) -> float | None:
-    """Median time to answer one question alone; None where there is none."""
-    times = []
+def median_milliseconds(
+    answering: Mapping[str, Callable[[T], object]], questions: Sequence[T]
+) -> dict[str, float | None]:
+    """Median time of each to answer one question alone, in turn at each question; the first is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in answering}
     for question in questions:
-        start = time.perf_counter()
-        answer(question)
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 3) if times else None
+        for name, answer in answering.items():
+            start = time.perf_counter()
+            answer(question)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(statistics.median(each[1:] or each), 3) if each else None for name, each in times.items()}
+
+
+def extra_bytes(work: Callable[[], object]) -> int | None:
+    """How far memory rises above what is held already; None where the system does not tell."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        _RESET_PEAK.write_text("5")  # see proc(5): the highest resident size becomes the present one
+        before = _resident_bytes("VmRSS")
+        work()
+        return max(0, _resident_bytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident_bytes(name: str) -> int:
+    return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(name))
 
 
 def _ratio(total: int | float, number: int) -> float | None:

@@ -115,8 +115,8 @@ class StudentModule(lightning.LightningModule):
         """The losses that have positions in this batch, each scaled by weight / count."""
         found = {}
         for name, objective in self._objectives.items():
-            if objective.source == "labels":
-                is_known_N, targets = batch.is_labelled_N, _labels(batch)
+            if objective.source in ("labels", "teacher"):
+                is_known_N, targets = batch.is_labelled_N == (objective.source == "labels"), _labels(batch)
             elif batch.soft is not None:
                 is_known_N, targets = batch.is_soft_N, self._retemper(batch.soft, objective.temperature)
             else:

@@ -22,9 +22,9 @@ from torch import nn
 
 from distill import config as configuration
 from distill import models
-from distill.annotate import Filled, Source, check_rationales, fill, open_source, without_answers
+from distill.annotate import Filled, Source, check_rationales, fill, loaded, open_source, without_answers
 from distill.data import DistillData, Join, Lesson, Read, collate
-from distill.evaluate import Evaluation, row_of, teacher_row
+from distill.evaluate import Evaluation, row_of, speeds, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
 from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
@@ -163,13 +163,27 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
     rows["student"] = row_of(predictions, job.source.task, student) | {"training_seconds": seconds}
-    shape = {"size_bytes": size_bytes(job.run_dir / "student"), "ms_per_example": evaluation.milliseconds(test)}
-    rows |= {name: rows[name] | shape for name in ("before", "student") if name in rows}
+    rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
+    for name, measured in _speeds(job, evaluation).items():
+        rows[name] |= measured
+    shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
+    rows |= {"before": rows["before"] | shape} if "before" in rows else {}
     told = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
     run["seconds"] = {"annotate": curriculum.filled.seconds, "train": seconds, "evaluate": time.monotonic() - start}
     _write_lines(job.run_dir / "predictions.jsonl", told)
     (job.run_dir / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
     return {"rows": rows, "predictions": told}
+
+
+def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
+    """Time and memory of an answer: the student's, and where it was asked for the teacher's beside it."""
+    test, source = job.source.splits.test, job.source
+    if not job.config.time_teacher:
+        return speeds({"student": student}, test)
+    say("timing teacher and student in turn ...")
+    with loaded(source.teacher) as model:
+        asked = job.config.task.answer_mode, job.config.max_new_tokens
+        return speeds({"teacher": Evaluation(model, source.prompts, source.task, *asked), "student": student}, test)
 
 
 def teach(job: Job) -> Curriculum:
@@ -201,7 +215,7 @@ def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
         unexplained = [example for example in explained if example.rationale is None]
         wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
         wanted["answer"] = [*wanted["answer"], *unexplained]
-    if any(objective.source == "soft" for objective in objectives):
+    if any(objective.source != "labels" for objective in objectives):
         wanted["answer"] = [*wanted["answer"], *splits.train, *splits.validation]
     return wanted
 

@@ -279,7 +279,7 @@ def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
     assert lessons(prompts, 1)[0].counts()["answer", "labels"] == 0
 
 
-EVERY_PLACE = frozenset((span, source) for span in SPANS for source in ("labels", "soft"))
+EVERY_PLACE = frozenset((span, source) for span in SPANS for source in ("labels", "teacher", "soft"))
 
 
 def joined(

@@ -198,7 +198,8 @@ def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "temperature", "source"), [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels")]
+    ("weight", "temperature", "source"),
+    [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels"), (1.0, 2.0, "teacher")],
 )
 def test_an_objective_without_meaning_is_refused(weight: float, temperature: float, source: Any) -> None:
     with pytest.raises(ConfigError):

@@ -125,7 +125,11 @@ def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Ten
             soft = read([sequence.soft[objective.span].place]) if objective.span in sequence.soft else None
             for row, place in enumerate(range(start, stop)):
                 log_q_V = logits_TV[place - 1].log_softmax(-1)
-                if objective.source == "labels" and objective.span in sequence.labelled:
+                is_given = {
+                    "labels": objective.span in sequence.labelled,
+                    "teacher": objective.span not in sequence.labelled,
+                }
+                if is_given.get(objective.source, False):
                     value = cross_entropy(logits_TV[place - 1], torch.tensor(sequence.prompt.ids[place]))
                 elif objective.source == "soft" and soft is not None and row < len(soft):
                     ids, logprobs = list(soft.rows())[row]

@@ -38,14 +38,15 @@ class Divergence(Protocol):
 class Objective:
     """One term of the training loss: a divergence, where it applies and how much it counts.
 
-    `source` names what it learns from: `labels` (tokens that are given) or `soft` (the teacher's
-    distributions). `temperature` divides the logits of student and teacher, and the term is multiplied by
-    its square (Hinton et al. 2015, section 2). It has nothing to do with sampling.
+    `source` names what it learns from: `labels` (tokens that are given), `teacher` (the teacher's answer as if it
+    were a label, where there is none) or `soft` (the teacher's distributions). `temperature` divides the logits of
+    student and teacher, and the term is multiplied by its square (Hinton et al. 2015, section 2). It has nothing to
+    do with sampling.
     """
 
     divergence: Divergence
     span: Span
-    source: Literal["labels", "soft"]
+    source: Literal["labels", "teacher", "soft"]
     weight: float
     temperature: float
 
@@ -56,5 +57,5 @@ class Objective:
                 f"a loss has weight={self.weight} and temperature={self.temperature}; "
                 "the weight must not be negative and the temperature must be positive"
             )
-        if self.source == "labels" and self.temperature != 1:
-            raise ConfigError("a loss on labels has temperature 1; temperature belongs to soft targets")
+        if self.source != "soft" and self.temperature != 1:
+            raise ConfigError(f"a loss on {self.source} has temperature 1; temperature belongs to soft targets")
