@@ -32,7 +32,7 @@ from benchmarks.pairs import loss_of, stepped
 from distill.annotate import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.data import Join, StepSampler, collate, entries
+from distill.data import Join, Records, StepSampler, collate, entries
 from distill.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 
@@ -246,9 +246,8 @@ def data_wait(source: Source, store: Store, requests: Sequence[Request], repetit
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     by_place = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
-    join = Join(
-        prompts=prompts, store=store, requests=by_place, rationales={}, answer=config.task.answer_mode, needed=needed
-    )
+    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
+    join = Join(prompts=prompts, teacher=Records(store, by_place), **settings)
     lessons = join.lessons([request.example for request in requests])
     sampler = StepSampler(
         lessons, batch_size=config.batch_size, batch_unit="examples", num_microbatches=1, num_steps=20, seed=0

@@ -25,7 +25,7 @@ from benchmarks import material
 from benchmarks.measure import Run
 from distill import config as configuration
 from distill.cache.store import Store
-from distill.data import Join, Lesson, StepSampler, TrainingSequence, collate
+from distill.data import Join, Lesson, Records, StepSampler, TrainingSequence, collate
 from distill.head import head_loss
 from distill.models import native_dtype
 from distill.modules import StudentModule
@@ -119,7 +119,7 @@ def _wide_pair(folder: Path, data: Path) -> Pair:
     )
 
 
-def _random_annotation(asked: material.Asked, request: Request) -> Annotation:
+def _random_annotation(asked: material.Records, request: Request) -> Annotation:
     target = asked.target(request)
     n, k = len(target), asked.codec.fingerprint()["k"]
     logprobs_NK = torch.randn(n, k).log_softmax(-1) + np.log(0.9)
@@ -136,7 +136,8 @@ def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Seq
     wide.__dict__["vocabulary_size"] = _WIDE  # random soft targets name ids that this tokenizer does not have
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     by_place = {(request.example.id, request.span): request for request in requests}
-    join = Join(prompts=wide, store=store, requests=by_place, rationales={}, answer="direct", needed=needed)
+    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    join = Join(prompts=wide, teacher=Records(store, by_place), **settings)
     return join.lessons([request.example for request in requests])
 
 

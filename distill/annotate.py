@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -31,15 +31,14 @@ from distill.metrics import median_milliseconds
 from distill.modules import TeacherModule
 from distill.probe import candidates, compare, sample, table
 from distill.prompts import Prompts, load_tokenizer
+from distill.rationales import Checks, check
 from distill.records import (
     SPANS,
-    Annotation,
     CacheError,
     CheckedRationale,
     ConfigError,
     Example,
     Group,
-    Reason,
     Request,
     Span,
     Splits,
@@ -66,9 +65,11 @@ class Source:
     teacher: Teacher
     teacher_with: Callable[..., Teacher]  # the same teacher with another codec
     store: Store
+    checks: Checks
     batch_size: int
     group_size: int
     num_rationales: int
+    rationales_each: int
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,24 @@ class Share:
 
 @dataclass(frozen=True)
 class Filled:
-    """Requests by example id and span, and how many of them the cache already held."""
+    """Requests by example id and span, all samples of rationales, and how many of them the cache already held."""
 
     requests: Mapping[tuple[str, Span], Request]
+    samples: Mapping[str, Sequence[Request]]
     too_long: Mapping[str, str]
     num_reused: int
     num_annotated: int
     seconds: float
 
 
-def open_source(config: DictConfig) -> Source:
+def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> Source:
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
     models.flush_denormals()
+    settings = config[name]
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
     splits = task.splits()
-    folder = models.resolve(config.teacher.model, root)
+    folder = models.resolve(settings.model, root)
     layout = configuration.build(config.task.layout)
     shots = list(task.shots())[: config.prompt.num_shots]
     prompts = Prompts(
@@ -109,11 +112,11 @@ def open_source(config: DictConfig) -> Source:
     )
     codec: Codec = configuration.build(config.cache.codec)
     teacher_with = partial(
-        configuration.build(config.teacher.kind),
+        configuration.build(settings.kind),
         folder=folder,
         prompts=prompts,
         task=task,
-        calibration=[Example(example.question) for example in splits.train[: config.teacher.calibrate]],
+        calibration=[Example(example.question) for example in splits.train[: settings.calibrate]],
     )
     teacher: Teacher = teacher_with(codec=codec)
     fingerprint = {
@@ -121,35 +124,40 @@ def open_source(config: DictConfig) -> Source:
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
     }
-    folder_of_cache, url = _cache_dir(config, root, fingerprint)
+    folder_of_cache, url = _cache_dir(config, root, fingerprint, name)
     if config.get("rebuild"):
         drop_shard(folder_of_cache, str(config.rebuild), url=url)
     store = Store(folder_of_cache, fingerprint, codec, url=url)
-    sizes = config.teacher.batch_size, config.teacher.group_size
-    rationales = config.teacher.num_rationales
-    return Source(folder, task, splits, prompts, codec, teacher, teacher_with, store, *sizes, rationales)
+    checks: Checks = configuration.build(config.rationales)
+    sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
+    return Source(folder, task, splits, prompts, codec, teacher, teacher_with, store, checks, *sizes)
 
 
-def fill(source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Share = Share()) -> Filled:
+def fill(
+    source: Source, wanted: Mapping[Span, Sequence[Example]], *, share: Share = Share(), are_given: bool = False
+) -> Filled:
     """Have every wanted example annotated; the teacher is loaded only if some record is missing.
 
     Other processes may fill the same cache at once: each takes groups that no other has taken, and waits at the end
     for what the others are still making. A `share` of the groups is nobody's business but its own.
+    Where words `are_given`, the teacher reads the examples' own rationales and does not write any.
     """
-    requests, too_long = _requests(source.prompts, wanted)
+    requests, too_long = _requests(source.prompts, wanted, are_given)
     start = time.monotonic()
-    groups = plan(list(requests.values()), source.group_size)[share.part - 1 :: share.num_parts]
+    samples = _samples(source, requests)
+    every = [*requests.values(), *(request for each in samples.values() for request in each)]
+    groups = plan(every, source.group_size)[share.part - 1 :: share.num_parts]
     missing = source.store.missing(_asked(groups))
     reused = len(_asked(groups)) - len(missing)
     if not missing:
         say(f"cache {source.store.place}: all {reused} records are there; the teacher is not loaded (0 calls)")
-        return Filled(requests, too_long, reused, 0, 0.0)
+        return Filled(requests, samples, too_long, reused, 0, 0.0)
     say(f"cache {source.store.place}: {reused} records are there, {len(missing)} are to be annotated")
     if not len(source.store):
         _say_why(source.store)
     with source.store.writing() as writer:
         _annotate(source, groups, writer, share.num_devices)
-    return Filled(requests, too_long, reused, len(missing), time.monotonic() - start)
+    return Filled(requests, samples, too_long, reused, len(missing), time.monotonic() - start)
 
 
 def plan(requests: Sequence[Request], size: int) -> list[Group]:
@@ -214,43 +222,38 @@ def _asked(groups: Sequence[Group]) -> list[Request]:
     return [request for group in groups for request in group.requests]
 
 
-def check_rationales(
-    examples: Sequence[Example], requests: Mapping[tuple[str, Span], Request], store: Store
-) -> list[CheckedRationale]:
-    """Compare the answer each rationale led to with the gold one, or else with the teacher's direct answer."""
-    found = []
-    for example in examples:
-        if (example.id, "rationale") not in requests:
-            continue
-        annotation = store.read(requests[example.id, "rationale"].key)
-        if example.answer is not None:
-            reason = _reason(annotation, example.answer)
-            found.append(CheckedRationale(example.id, annotation, "gold", reason))
-        elif (example.id, "answer") in requests:
-            direct = store.read(requests[example.id, "answer"].key)
-            found.append(CheckedRationale(example.id, annotation, "teacher", _reason(annotation, direct.answer)))
+def check_rationales(source: Source, filled: Filled) -> list[CheckedRationale]:
+    """The teacher's rationales of train examples, each with the reason against it where there is one."""
+    store = source.store
+    examples = [example for example in source.splits.train if example.id in filled.samples]
+    samples = {e.id: [store.read(r.key) for r in filled.samples[e.id] if r.key in store] for e in examples}
+    asked = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
+    direct = {id_: store.read(r.key).answer for id_, r in asked.items() if r and r.key in store}
+    known = {id_: answer for id_, answer in direct.items() if answer is not None}
+    return check(examples, samples, known, source.task.value, source.checks)
+
+
+def _samples(source: Source, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:
+    """All requests for a rationale of each train example; only these are asked for several times."""
+    found = {}
+    for example in source.splits.train:
+        first = requests.get((example.id, "rationale"))
+        if first and not first.given_ids:
+            again = range(1, source.rationales_each)
+            found[example.id] = [first, *(source.prompts.request(example, "rationale", sample=k) for k in again)]
     return found
 
 
-def _reason(annotation: Annotation, known: str | None) -> Reason | None:
-    if not annotation.rationale:
-        return "empty"
-    if annotation.is_truncated:
-        return "truncated"
-    if annotation.answer is None:
-        return "unreadable"
-    return None if annotation.answer == known else "disagrees"
-
-
 def _requests(
-    prompts: Prompts, wanted: Mapping[Span, Sequence[Example]]
+    prompts: Prompts, wanted: Mapping[Span, Sequence[Example]], are_given: bool = False
 ) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
     requests: dict[tuple[str, Span], Request] = {}
     too_long: dict[str, str] = {}
     for span, examples in wanted.items():
         for example in examples:
             try:
-                requests[example.id, span] = prompts.request(example, span)
+                given = example.rationale if are_given and span == "rationale" else None
+                requests[example.id, span] = prompts.request(example, span, given=given)
             except ValueError as error:
                 too_long[example.id] = str(error)
     return requests, too_long
@@ -311,10 +314,11 @@ def _say_why(store: Store) -> None:
         say("\n".join(found[1]))
 
 
-def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any]) -> tuple[Path, str | None]:
+def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:
     """The folder of the cache, and where it is a copy, of what."""
     name = f"{config.root.rstrip('/')}/cache/{config.task.name}-{fingerprint_digest(fingerprint)}"
-    place = config.cache.dir or name
+    named = config.cache.dir and str(config.cache.dir) + ("" if teacher == "teacher" else f"-{teacher}")
+    place = named or name
     if is_url(place):
         return root / "copies" / re.sub(r"[^A-Za-z0-9._-]+", "-", place), place
     return Path(place).resolve(), None
@@ -360,14 +364,13 @@ def _share(config: DictConfig) -> Share:
 
 def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Share) -> float:
     filled = fill(source, wanted, share=share)
-    there = {place: request for place, request in filled.requests.items() if request.key in source.store}
-    checked = check_rationales(source.splits.train, there, source.store)
+    checked = check_rationales(source, filled)
     kept = sum(rationale.reason is None for rationale in checked)
     if int(os.environ.get("LOCAL_RANK", "0")):  # the first of several processes speaks for all
         return float(filled.num_annotated)
     print(
         f"{source.store.place}\n{len(source.store)} records, {filled.num_annotated} of them new in "
-        f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales agree with the answer; "
+        f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales are kept; "
         f"{len(filled.too_long)} examples too long"
     )
     return float(filled.num_annotated)

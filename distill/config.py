@@ -110,10 +110,11 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
         raise ConfigError(f"{str(error).splitlines()[0]}. Overrides read group=option or key=value") from None
-    groups = [(o.key_or_group, v) for o in overrides for v in _choices(o) if _is_group(o.key_or_group)]
-    problems = [problem for group, option in groups for problem in _check_option(group, option)]
+    groups = [(_place(o), o.key_or_group, v) for o in overrides for v in _choices(o) if _is_group(o.key_or_group)]
+    problems = [problem for _, group, option in groups for problem in _check_option(group, option)]
     if not problems:
-        selected = [f"{group}={_written(option)}" for group, option in dict(groups).items()]
+        options = {place: option for place, _, option in groups}
+        selected = [f"{place}={_written(option)}" for place, option in options.items()]
         known = _keys(compose(name, selected))
         problems += [problem for override in overrides for problem in _check_key(override, known)]
     if problems:
@@ -184,6 +185,11 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
             return hydra.compose(name, overrides, return_hydra_config=False)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def _place(override: Any) -> str:
+    """A group, with the key that it fills where that has another name."""
+    return f"{override.key_or_group}@{override.package}" if override.package else str(override.key_or_group)
 
 
 def _is_group(key: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import lightning
@@ -73,10 +73,12 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What there is to learn from one example."""
+    """What there is to learn from one example: the answer in it, and how sure the teacher is of its own."""
 
     example_id: str
     sequences: tuple[TrainingSequence, ...]
+    answer: str | None = None
+    confidence: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,11 +107,24 @@ class Lesson:
         labelled = frozenset[Span]().union(*(sequence.labelled for sequence in self.sequences))
         soft = {span: place for sequence in self.sequences for span, place in sequence.soft.items()}
         whole = TrainingSequence(Prompt(ids, spans, tuple(starts)), labelled, soft)
-        return Lesson(self.example_id, (whole,))
+        return replace(self, sequences=(whole,))
 
     def counts(self) -> Counter[tuple[Span, str]]:
         """Supervised positions per (span, source)."""
         return sum((sequence.counts() for sequence in self.sequences), Counter())
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a teacher was asked about examples, by example id and span, and where it left what it said."""
+
+    store: Store
+    requests: Mapping[tuple[str, Span], Request]
+
+    def find(self, example_id: str, span: Span) -> Annotation | None:
+        """What it said, if it was asked."""
+        request = self.requests.get((example_id, span))
+        return self.store.read(request.key) if request else None
 
 
 @final
@@ -120,14 +135,17 @@ class Join:
         self,
         *,
         prompts: Prompts,
-        store: Store,
-        requests: Mapping[tuple[str, Span], Request],
+        teacher: Records,
+        soft_teacher: Records | None,
         rationales: Mapping[str, CheckedRationale],
         answer: AnswerMode,
         needed: Needed,
     ) -> None:
-        """`rationales` are those to learn from; `needed` says which (span, source) the losses read."""
-        self._prompts, self._store, self._requests = prompts, store, requests
+        """`rationales` are those to learn from; `needed` says which (span, source) the losses read.
+
+        Soft targets are the teacher's own, or with a `soft_teacher`, which read the same words, all of them that one's.
+        """
+        self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
         self.skipped: dict[str, str] = {}
 
@@ -141,8 +159,18 @@ class Join:
                 self.skipped[example.id] = str(error)
                 continue
             if sequences:
-                found.append(Lesson(example.id, tuple(sequences)))
+                annotation = self._teacher.find(example.id, "answer")
+                answer = example.answer or (annotation.answer if annotation else None)
+                found.append(Lesson(example.id, tuple(sequences), answer, self._confidence(example, annotation)))
         return found
+
+    def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
+        """The probability of the teacher's choice, or the share of its samples that agree."""
+        if annotation and annotation.choice_logprobs:
+            scores = np.exp(annotation.choice_logprobs)
+            return float(scores.max() / scores.sum())
+        rationale = self._rationales.get(example.id)
+        return rationale.confidence if rationale else None
 
     def _sequences(self, example: Example) -> Iterator[TrainingSequence]:
         if self._answer == "direct":
@@ -150,11 +178,13 @@ class Join:
         yield from self._reasoning(example)
 
     def _answer_alone(self, example: Example) -> Iterator[TrainingSequence]:
-        annotation = self._annotation(example, "answer")
+        annotation = self._teacher.find(example.id, "answer")
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is None:
             return
-        soft = self._matching(annotation, "answer", self._prompts.answer_ids(answer)) if annotation else {}
+        soft = self._matching(
+            self._expecting(example, "answer", annotation), "answer", self._prompts.answer_ids(answer)
+        )
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
         yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
 
@@ -165,25 +195,23 @@ class Join:
             return
         by_teacher = checked.annotation if checked and example.rationale is None else None
         answer = example.answer or (by_teacher.answer if by_teacher else None)
-        soft: dict[Span, SoftPlace] = {}
-        if by_teacher:
-            soft = self._matching(by_teacher, "rationale", self._prompts.rationale_ids(text))
+        expecting = self._expecting(example, "rationale", by_teacher)
+        soft = self._matching(expecting, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
         elif answer is not None:
-            if by_teacher:
-                soft |= self._matching(by_teacher, "answer", self._prompts.answer_ids(answer))
+            soft |= self._matching(expecting, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
-    def _annotation(self, example: Example, span: Span) -> Annotation | None:
-        request = self._requests.get((example.id, span))
-        return self._store.read(request.key) if request else None
+    def _expecting(self, example: Example, span: Span, own: Annotation | None) -> Annotation | None:
+        """The record whose soft targets belong to the words that are learned."""
+        return self._soft_teacher.find(example.id, span) if self._soft_teacher else own
 
-    def _matching(self, annotation: Annotation, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
-        target = annotation.targets.get(span)
-        if (span, "soft") not in self._needed or target is None or target.soft is None:
+    def _matching(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
+        target = annotation.targets.get(span) if annotation else None
+        if (span, "soft") not in self._needed or annotation is None or target is None or target.soft is None:
             return {}
         if target.token_ids != ids:
             raise CacheError(
@@ -199,6 +227,49 @@ class Join:
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(number and place in self._needed for place, number in sequence.counts().items())
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Which lessons come first, and which come more often.
+
+    The first epoch can go from easy to hard (Bengio et al. 2009, "Curriculum Learning"): short lessons first, or those
+    whose answer the teacher is sure of. Balanced, an epoch goes through rarer answers, or rarer degrees of the
+    teacher's confidence (fifths), again until each is as frequent as the most frequent.
+    """
+
+    order: Literal["shuffled", "short_first", "confident_first"] = "shuffled"
+    balance: Literal["none", "answer", "confidence"] = "none"
+
+    def check(self, lessons: Sequence[Lesson]) -> None:
+        """Raise ConfigError where the lessons lack what they would be arranged by."""
+        is_asked = self.order == "confident_first" or self.balance == "confidence"
+        lacking = sum(lesson.confidence is None for lesson in lessons) if is_asked else 0
+        if lacking:
+            raise ConfigError(
+                f"{lacking} of {len(lessons)} lessons have no confidence of the teacher's: it has answers to choose "
+                "from in no other task, and votes only where teacher.rationales_each is above 1. Set "
+                "order=shuffled or order=short_first, and balance=none or balance=answer"
+            )
+
+    def epoch(self, lessons: Sequence[Lesson]) -> list[int]:
+        """Indices of the lessons of one epoch, in no order that means anything."""
+        strata: dict[object, list[int]] = {}
+        for index, lesson in enumerate(lessons):
+            strata.setdefault(self._stratum(lesson), []).append(index)
+        most = max(map(len, strata.values()), default=0)
+        return sorted(
+            index for members in strata.values() for index in itertools.islice(itertools.cycle(members), most)
+        )
+
+    def difficulty(self, lesson: Lesson) -> float:
+        """What the first epoch is sorted by."""
+        return float(lesson.num_tokens) if self.order == "short_first" else -(lesson.confidence or 0.0)
+
+    def _stratum(self, lesson: Lesson) -> object:
+        if self.balance == "none":
+            return None
+        return lesson.answer if self.balance == "answer" else min(4, int(5 * (lesson.confidence or 0.0)))
 
 
 @dataclass(frozen=True)
@@ -226,6 +297,7 @@ class StepSampler(Sampler[Microbatch]):
         num_microbatches: int,
         num_steps: int,
         seed: int,
+        arrangement: Arrangement = Arrangement(),
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -246,6 +318,7 @@ class StepSampler(Sampler[Microbatch]):
         self._sizes = self._num_tokens if batch_unit == "tokens" else [1] * len(lessons)
         self._num_steps, self._seed, self._start_step = num_steps, seed, start_step
         self._rank, self._world_size = rank, world_size
+        self._epoch, self._arrangement = arrangement.epoch(lessons), arrangement
 
     def __len__(self) -> int:
         """Number of this process's microbatches in the whole run."""
@@ -264,7 +337,10 @@ class StepSampler(Sampler[Microbatch]):
         last: list[int] = []
         for epoch in itertools.count():
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self._lessons), generator=generator).tolist()
+            order = [self._epoch[place] for place in torch.randperm(len(self._epoch), generator=generator).tolist()]
+            is_graded = not epoch and self._arrangement.order != "shuffled"
+            if is_graded:
+                order.sort(key=lambda index: self._arrangement.difficulty(self._lessons[index]))
             # What the last epoch left over is filled up first, so that no other step is of unlike lengths.
             while last and order and self._fits(len(last) + 1, max(self._sizes[i] for i in (*last, order[-1]))):
                 last.append(order.pop())
@@ -276,8 +352,8 @@ class StepSampler(Sampler[Microbatch]):
             steps = list(self._cut(order))
             if self._fits(len(steps[-1]) + 1, self._sizes[steps[-1][-1]]):
                 last = steps.pop()
-            for place in torch.randperm(len(steps), generator=generator).tolist():
-                yield steps[place]
+            places = range(len(steps)) if is_graded else torch.randperm(len(steps), generator=generator).tolist()
+            yield from (steps[place] for place in places)
 
     def _cut(self, order: Sequence[int]) -> Iterator[list[int]]:
         """Lessons of like length share a step, so there is little padding: windows of many steps are sorted."""
@@ -285,7 +361,10 @@ class StepSampler(Sampler[Microbatch]):
         window = before // (self._batch_size * _WINDOW_STEPS)
         step: list[int] = []
         for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(window, prepend=-1)), len(order)]):
-            # The last of a window's steps is seldom full, so its lessons go on into the next window.
+            # Where the last of a window's steps is not full, its lessons go on into the next window.
+            if step and not self._fits(len(step) + 1, self._sizes[step[-1]]):
+                yield step
+                step = []
             near, step = sorted([*step, *order[start:stop]], key=self._num_tokens.__getitem__), []
             for index in near:
                 if step and not self._fits(len(step) + 1, self._sizes[index]):
@@ -321,6 +400,7 @@ class DistillData(lightning.LightningDataModule):
         batch_size: int,
         microbatch_size: int,
         batch_unit: BatchUnit,
+        arrangement: Arrangement,
         num_steps: int,
         seed: int,
         padding_id: int,
@@ -333,6 +413,8 @@ class DistillData(lightning.LightningDataModule):
         self._train, self._validation, self._read = train, validation, read
         self._batch_size, self._microbatch_size, self._batch_unit = batch_size, microbatch_size, batch_unit
         self._num_steps, self._seed, self._padding_id = num_steps, seed, padding_id
+        self._arrangement = arrangement
+        arrangement.check(train)
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches per process and optimizer step."""
@@ -345,6 +427,7 @@ class DistillData(lightning.LightningDataModule):
             self._train,
             batch_size=self._batch_size,
             batch_unit=self._batch_unit,
+            arrangement=self._arrangement,
             num_microbatches=self.num_microbatches(trainer.world_size),
             num_steps=self._num_steps,
             seed=self._seed,

@@ -23,7 +23,7 @@ from torch import nn
 from distill import config as configuration
 from distill import models
 from distill.annotate import Filled, Source, check_rationales, fill, loaded, open_source, without_answers
-from distill.data import DistillData, Join, Lesson, Read, collate
+from distill.data import Arrangement, DistillData, Join, Lesson, Read, Records, collate
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
@@ -43,6 +43,7 @@ class Job:
     config: DictConfig
     run_dir: Path
     source: Source
+    soft_source: Source | None  # a second teacher, whose soft targets are learned from in the place of the first's
     objectives: Mapping[str, Objective]
     student_folder: Path
     prompts: Prompts
@@ -54,6 +55,7 @@ class Curriculum:
     """What a student is taught, and what was left out of it."""
 
     filled: Filled
+    soft_filled: Filled | None
     train: Sequence[Lesson]
     validation: Sequence[Lesson]
     read: Read
@@ -91,17 +93,19 @@ def prepare(config: DictConfig, run_dir: Path) -> Job:
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
     source = open_source(config)
-    check_parts(objectives, source, config.task.answer_mode)
+    soft_source = open_source(config, name="soft_teacher") if config.get("soft_teacher") else None
+    check_parts(objectives, soft_source or source, config.task.answer_mode)
     folder = models.resolve(config.student.model, configuration.local_root(config.root))
     tokenizer = load_tokenizer(folder)
     is_shared = True
     try:
-        check_shared_vocabulary(source.prompts.tokenizer, tokenizer)
+        check_shared_vocabulary((soft_source or source).prompts.tokenizer, tokenizer)
     except ConfigError:
         is_shared = False
         if any(objective.source == "soft" for objective in objectives.values()):
             raise
-    return Job(config, run_dir, source, objectives, folder, source.prompts.zero_shot(tokenizer), is_shared)
+    prompts = source.prompts.zero_shot(tokenizer)
+    return Job(config, run_dir, source, soft_source, objectives, folder, prompts, is_shared)
 
 
 def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
@@ -110,7 +114,10 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
     for name, objective in objectives.items():
         if objective.source == "soft":
             if not source.teacher.gives_soft_targets:
-                problems.append(f"loss.{name} needs soft targets, and this teacher gives none")
+                problems.append(
+                    f"loss.{name} needs soft targets, and this teacher gives none; leave the loss out, or name a "
+                    "second teacher, of the student's vocabulary, to read its words: teacher@soft_teacher=smollm2_135m"
+                )
             if objective.divergence.needs_rest and source.codec.seed is not None:
                 problems.append(
                     f"loss.{name} needs what the teacher leaves over as one bucket, and this cache has draws in its "
@@ -143,8 +150,13 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     )
     run |= {"start": weights_hash(student), "cache": _cache_card(job, curriculum), "counts": _counts(job, curriculum)}
     _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
+    _write_lines(job.run_dir / "rationales.jsonl", _rationales(job, curriculum))
     test = job.source.splits.test
     teacher = _annotations(job, curriculum, test, "answer")
+    if job.soft_source and curriculum.soft_filled:
+        soft = Records(job.soft_source.store, curriculum.soft_filled.requests)
+        read = {id_: soft.find(id_, "answer") for id_ in teacher}
+        teacher = {id_: replace(a, targets=s.targets if (s := read[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
         teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
     evaluation = Evaluation(
@@ -169,7 +181,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
     rows |= {"before": rows["before"] | shape} if "before" in rows else {}
     told = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
-    run["seconds"] = {"annotate": curriculum.filled.seconds, "train": seconds, "evaluate": time.monotonic() - start}
+    seconds_read = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
+    run["seconds"] = {
+        "annotate": curriculum.filled.seconds + seconds_read,
+        "train": seconds,
+        "evaluate": time.monotonic() - start,
+    }
     _write_lines(job.run_dir / "predictions.jsonl", told)
     (job.run_dir / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
     return {"rows": rows, "predictions": told}
@@ -190,21 +207,44 @@ def teach(job: Job) -> Curriculum:
     """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
     source, splits = job.source, job.source.splits
     filled = fill(source, _wanted(job))
-    checked = check_rationales(splits.train, filled.requests, source.store)
+    checked = check_rationales(source, filled)
+    kept = {rationale.example_id: rationale for rationale in reversed(checked) if rationale.reason is None}
+    soft_filled = _read_by_soft_teacher(job, filled, kept)
     join = Join(
         prompts=job.prompts,
-        store=source.store,
-        requests=filled.requests,
-        rationales={rationale.example_id: rationale for rationale in checked if rationale.reason is None},
+        teacher=Records(source.store, filled.requests),
+        soft_teacher=Records(job.soft_source.store, soft_filled.requests) if job.soft_source and soft_filled else None,
+        rationales=kept,
         answer=job.config.task.answer_mode,
-        needed=frozenset((objective.span, objective.source) for objective in job.objectives.values()),
+        needed=_needed(job),
     )
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
         raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
-    return Curriculum(
-        filled, train, validation, source.store.soft_targets, checked, {**filled.too_long, **join.skipped}
-    )
+    read = (job.soft_source or source).store.soft_targets
+    return Curriculum(filled, soft_filled, train, validation, read, checked, {**filled.too_long, **join.skipped})
+
+
+def _needed(job: Job) -> frozenset[tuple[Span, str]]:
+    return frozenset((objective.span, objective.source) for objective in job.objectives.values())
+
+
+def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, CheckedRationale]) -> Filled | None:
+    """Have the second teacher read what is learned: gold words, else the first one's; its own are not asked for."""
+    if job.soft_source is None:
+        return None
+    said = Records(job.source.store, filled.requests)
+    splits, wanted = job.source.splits, dict[Span, list[Example]]()
+    for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
+        annotation = said.find(example.id, "answer")
+        answer = example.answer or (annotation.answer if annotation else None)
+        if answer is not None:
+            wanted.setdefault("answer", []).append(replace(example, answer=answer))
+        rationale = example.rationale or (kept[example.id].annotation.rationale if example.id in kept else None)
+        if rationale is not None:
+            wanted.setdefault("rationale", []).append(replace(example, rationale=rationale))
+    read = {span: examples for span, examples in wanted.items() if (span, "soft") in _needed(job)}
+    return fill(job.soft_source, read, are_given=True)
 
 
 def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
@@ -240,6 +280,7 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
         batch_size=config.batch_size,
         microbatch_size=config.microbatch_size,
         batch_unit=config.batch_unit,
+        arrangement=Arrangement(config.order, config.balance),
         num_steps=config.trainer.max_steps,
         seed=config.seed,
         padding_id=job.prompts.end,
@@ -337,6 +378,26 @@ def _rejected(curriculum: Curriculum) -> list[Json]:
     return rows + [{"id": i, "reason": "too long", "text": why} for i, why in curriculum.too_long.items()]
 
 
+def _rationales(job: Job, curriculum: Curriculum) -> list[Json]:
+    """Every rationale of the teacher's, kept or not, beside the question and what is known of it."""
+    examples = {example.id: example for example in job.source.splits.train}
+    return [
+        {
+            "id": c.example_id,
+            "question": examples[c.example_id].question,
+            "gold": examples[c.example_id].answer,
+            "gold_rationale": examples[c.example_id].rationale,
+            "answer": c.annotation.answer,
+            "rationale": c.annotation.rationale,
+            "is_sampled": c.annotation.is_sampled,
+            "confidence": c.confidence,
+            "compared_with": c.compared_with,
+            "reason": c.reason,
+        }
+        for c in curriculum.rationales
+    ]
+
+
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
     requests = {example.id: curriculum.filled.requests.get((example.id, span)) for example in examples}
     return {example_id: job.source.store.read(request.key) for example_id, request in requests.items() if request}
@@ -349,6 +410,7 @@ def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluati
     for row, example, text in zip(rows, chosen, evaluation.rationales(chosen), strict=False):
         row["student_rationale"] = row["student_rationale"] or text
         row["teacher_rationale"] = theirs[example.id].rationale if example.id in theirs else None
+        row["gold_rationale"] = example.rationale
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 from distill.cache.store import Store
 from distill.cache.topk import TopK
-from distill.data import DistillData, Join, Lesson, StepSampler, TrainingSequence, collate
+from distill.data import Arrangement, DistillData, Join, Lesson, Records, StepSampler, TrainingSequence, collate
 from distill.prompts import Prompts
 from distill.records import (
     SPANS,
@@ -164,6 +165,58 @@ def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> N
         sampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, world_size=2)
 
 
+def graded(prompts: Prompts, number: int) -> list[Lesson]:
+    """Lessons whose teacher is ever less sure, in an order of their own; every fifth has another answer."""
+    given = lessons(prompts, number)
+    return [
+        replace(x, answer="no" if i % 5 else "yes", confidence=((7 * i) % number) / number) for i, x in enumerate(given)
+    ]
+
+
+@pytest.mark.parametrize("order", ["short_first", "confident_first"])
+def test_the_first_epoch_goes_from_easy_to_hard_and_the_second_is_shuffled(order: Any, prompts: Prompts) -> None:
+    given = graded(prompts, 200)
+    steps = list(itertools.islice(sampler(given, batch_size=2, arrangement=Arrangement(order=order)).steps(), 200))
+    first, second = steps[:100], steps[100:]
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(200))
+    hardness = [x.num_tokens if order == "short_first" else -x.confidence for x in given]
+    sorted_ = sorted(hardness)
+
+    def displaced(epoch: list[list[int]]) -> int:
+        """How far, at most, a lesson is from where it would be if all were sorted."""
+        seen = [hardness[index] for step in epoch for index in step]
+        bounds = [(bisect.bisect_left(sorted_, x), bisect.bisect_right(sorted_, x) - 1) for x in seen]
+        return max(max(first - at, at - last, 0) for at, (first, last) in enumerate(bounds))
+
+    assert displaced(first) <= 2 * 20 + 2 < 100 < displaced(second)  # lengths are sorted in windows of twenty steps
+    resumed = list(sampler(given, batch_size=2, arrangement=Arrangement(order=order), num_steps=150, start_step=60))
+    assert [list(part.indices) for part in resumed] == steps[60:150]
+
+
+GROUPS = {"answer": lambda lesson: lesson.answer, "confidence": lambda lesson: int(5 * lesson.confidence)}
+
+
+@pytest.mark.parametrize(("balance", "group"), GROUPS.items(), ids=GROUPS)
+def test_balanced_every_group_is_equally_frequent_and_every_lesson_is_there(
+    balance: Any, group: Callable[[Lesson], Any], prompts: Prompts
+) -> None:
+    given = [lesson for i, lesson in enumerate(graded(prompts, 40)) if i % 3 or lesson.confidence > 0.5]
+    epoch = Arrangement(balance=balance).epoch(given)
+    seen = Counter(group(given[index]) for index in epoch)
+    assert len(seen) > 1
+    assert len(set(seen.values())) == 1
+    assert set(epoch) == set(range(len(given)))
+    assert len(set(Counter(group(lesson) for lesson in given).values())) > 1  # they were not from the start
+    steps = sampler(given, batch_size=1, arrangement=Arrangement(balance=balance)).steps()
+    assert Counter(index for (index,) in itertools.islice(steps, len(epoch))) == Counter(epoch)
+
+
+def test_an_order_by_a_confidence_that_nobody_has_is_refused(prompts: Prompts) -> None:
+    with pytest.raises(ConfigError, match="7 of 7 lessons have no confidence"):
+        Arrangement(order="confident_first").check(lessons(prompts, 7))
+    Arrangement(order="short_first", balance="answer").check(lessons(prompts, 7))
+
+
 def test_only_the_step_between_two_epochs_mixes_lengths(prompts: Prompts) -> None:
     given = lessons(prompts, 50)
     steps = list(itertools.islice(sampler(given).steps(), 50))  # four epochs of twelve and a half steps
@@ -205,6 +258,7 @@ def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts)
         batch_size=8,
         microbatch_size=8,
         batch_unit="examples",
+        arrangement=Arrangement(),
         num_steps=1,
         seed=0,
         padding_id=1,
@@ -290,8 +344,8 @@ def joined(
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given if e.id in annotations}
     with store.writing() as writer:
         writer.add([replace(annotations[i], key=request.key) for (i, _), request in requests.items()])
-    settings = {"rationales": {}, "answer": "direct", "needed": EVERY_PLACE} | more
-    return Join(prompts=prompts, store=store, requests=requests, **settings)
+    settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": EVERY_PLACE} | more
+    return Join(prompts=prompts, teacher=Records(store, requests), **settings)
 
 
 def annotation(prompts: Prompts, answer: str) -> Annotation:

@@ -35,7 +35,7 @@ from distill.annotate import Share, fill, main, open_source, plan
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
 from distill.cache.topk import TopK
-from distill.data import Join, collate
+from distill.data import Join, Records, collate
 from distill.fetch import whole_file
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
@@ -915,7 +915,8 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in given}
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
-    join = Join(prompts=prompts, store=store, requests=requests, rationales={}, answer="direct", needed=needed)
+    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    join = Join(prompts=prompts, teacher=Records(store, requests), **settings)
     loaders = [DataLoader(Steps(join, store, given), batch_size=None, num_workers=number) for number in (2, 0)]
     there, here = (list(loader) for loader in loaders)
     assert len(there) == len(here) == 6

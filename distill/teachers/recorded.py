@@ -1,0 +1,84 @@
+"""Answers and rationales that were given elsewhere, by a model that is not here, in files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from distill.cache import Codec
+from distill.prompts import Prompts
+from distill.records import Annotation, AnswerError, ConfigError, Example, Request, content_id
+from distill.tasks import Task
+from distill.tasks.files import read_rows
+
+
+@final
+class RecordedTeacher:
+    """What stands in files, a row for each question; several rows of one question are its samples.
+
+    There are no distributions in a text, so there are no soft targets. A question that is in no row gets neither
+    answer nor rationale.
+    """
+
+    gives_soft_targets = False
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        prompts: Prompts,
+        task: Task,
+        calibration: Sequence[Example],
+        codec: Codec,
+        files: list[str],
+        question: str,
+        answer: str,
+        rationale: str | None,
+    ) -> None:
+        """`question`, `answer` and `rationale` name columns; the rest is what every teacher is given."""
+        self._prompts, self._task = prompts, task
+        self._files = [Path(file) for file in files]
+        self._columns = {"question": question, "answer": answer, "rationale": rationale}
+        self._rows: dict[str, list[dict[str, str | None]]] = {}
+        absent = [str(file) for file in self._files if not file.is_file()]
+        if absent or not files:
+            found = f"there is no file {', '.join(absent)}" if absent else "none is named"
+            raise ConfigError(f"teacher.kind.files: {found}; wanted those with the teacher's answers")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The files' content, how they are read, and the prompts that requests are made with."""
+        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files]
+        return {"recorded": content, "columns": self._columns, "prompts": self._prompts.fingerprint()}
+
+    def load(self) -> nn.Module:
+        """Read the files; there is no model."""
+        for file in self._files:
+            for row in read_rows(file, self._columns):
+                self._rows.setdefault(content_id(str(row["question"])), []).append(row)
+        return nn.Module()
+
+    def close(self) -> None:
+        """Let go of the rows."""
+        self._rows = {}
+
+    def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
+        """What stands in the files."""
+        return [self._found(request) for request in requests]
+
+    def _found(self, request: Request) -> Annotation:
+        rows = self._rows.get(request.example.id, [])
+        if request.sample >= len(rows):
+            return Annotation(request.key, {}, None)
+        row = rows[request.sample]
+        rationale = row["rationale"] if request.span == "rationale" else None
+        return Annotation(request.key, {}, self._canonical(row["answer"]), rationale)
+
+    def _canonical(self, text: str | None) -> str | None:
+        try:
+            return self._task.read_answer(text) if text else None
+        except AnswerError:
+            return None
