@@ -227,8 +227,12 @@ def teacher_row(
         if example.id in annotations
     ]
     cost: dict[str, Any] = next((cost for cost in reversed(store.costs) if cost["ms_per_example"]), {})
-    measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
-    return score(predictions, task.choices) | measured | {"size_bytes": size_bytes(folder), "training_seconds": None}
+    is_here = bool(
+        cost.get("parameters")
+    )  # answers that were recorded elsewhere come from no model that can be weighed
+    measured = {key: cost.get(key) if is_here else None for key in ("parameters", "ms_per_example")}
+    measured |= {"size_bytes": size_bytes(folder) if is_here else None, "training_seconds": None}
+    return score(predictions, task.choices) | measured
 
 
 def _probabilities(annotation: Annotation) -> tuple[float, ...]:

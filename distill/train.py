@@ -195,7 +195,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
     """Time and memory of an answer: the student's, and where it was asked for the teacher's beside it."""
     test, source = job.source.splits.test, job.source
-    if not job.config.time_teacher:
+    if not job.config.time_teacher or not source.teacher.gives_soft_targets:
         return speeds({"student": student}, test)
     say("timing teacher and student in turn ...")
     with loaded(source.teacher) as model:
