@@ -1,0 +1,555 @@
+"""Tasks from your own files: columns of JSON lines, CSV, Parquet or a saved data set, and how an answer is read.
+
+A file is read into rows, each with the place that an error names; rows become examples; what is not held out for
+validation and test is trained on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import hashlib
+import json
+import math
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, final
+
+from distill.expressions import value_of
+from distill.records import AnswerError, ConfigError, Example, Splits
+
+Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
+Rows = dict[str, dict[str, Any]]  # the columns of each row, under the place that an error names
+Read = Callable[[str], tuple[str, str]]  # a text to its canonical answer, and what stands behind that
+
+_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_SIGNED = re.compile(rf"((?<![\w).])-)?\$?({_NUMBER})")
+_PIECE = re.compile(rf"\s*({_NUMBER}|[-+*/()])")
+_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")", "$": None})
+_MARKS = " \t\r\n.!\"'*_()[]“”‘’«»"  # may stand around an answer without being of it
+_MOST_TOLD = 3  # problems of one file that a message shows
+_WHOLE_BELOW = 10**15  # numbers that a float tells from their neighbours
+_HELD_OUT = 10  # one labelled row in so many is held out where no number is given
+
+
+@final
+class AnswerFormat:
+    """How an answer is read out of text."""
+
+    def __init__(self, *, kind: Kind | None, pattern: str | None, choices: list[str | bool | int | float]) -> None:
+        """Without a `kind`: by the pattern where there is one, else by the choices, else the first line.
+
+        `choice` is the one that the text begins with, `number` the first number, `expression` what can be worked out
+        at the beginning of the first line, `pattern` the one group of a regular expression, wherever it is found.
+        """
+        self.choices = tuple(text_of(choice) for choice in choices)
+        self.kind: Kind = kind or ("pattern" if pattern is not None else "choice" if choices else "line")
+        folded = {choice.casefold(): choice for choice in self.choices}
+        if len(folded) < len(choices) or "" in folded:
+            raise ConfigError(f"task.choices={list(choices)}: some are empty, or the same but for case")
+        if self.kind == "choice" and not choices:
+            raise ConfigError("task.read.kind=choice needs the choices: task.choices=[yes,no]")
+        if pattern is not None and self.kind != "pattern":
+            raise ConfigError(f"task.read.pattern={pattern!r} goes with task.read.kind=pattern, not {self.kind}")
+        readings: dict[Kind, Callable[[], Read]] = {
+            "choice": lambda: partial(_choice, _begins_with(folded), folded),
+            "number": lambda: partial(_number, 0),
+            "last_number": lambda: partial(_number, -1),
+            "expression": lambda: _expression,
+            "line": lambda: _line,
+            "pattern": lambda: partial(_group, _compiled(pattern)),
+        }
+        self._read = readings[self.kind]()
+
+    def read(self, text: str) -> str:
+        """The canonical answer in a text; AnswerError where there is none."""
+        return self._checked(self._read(text)[0])
+
+    def read_gold(self, text: str) -> str:
+        """The canonical form of an answer that somebody gave: nothing may stand behind it."""
+        answer, rest = self._read(text)
+        if rest.strip(_MARKS):
+            raise AnswerError(f"{text[:60]!r} goes on behind {answer!r}")
+        return self._checked(answer)
+
+    def value(self, answer: str) -> str:
+        """What a canonical answer comes to: of an expression its exact value, else the answer itself."""
+        return str(value_of(answer)) if self.kind == "expression" else answer
+
+    def _checked(self, answer: str) -> str:
+        if self.choices and answer not in self.choices:
+            raise AnswerError(f"{answer[:60]!r} is none of {', '.join(self.choices)}")
+        return answer
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the pieces of an example are; `question` is a column, or a text with {columns} in it."""
+
+    question: str
+    answer: str
+    rationale: str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file."""
+
+    name: str
+    rows: Rows
+
+
+@final
+class FileTask:
+    """A task that needs no code: its examples from files of yours or of the hub."""
+
+    version = "1"
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        path: str,
+        test_path: str | None,
+        validation_path: str | None,
+        question: str,
+        answer: str,
+        rationale: str | None,
+        read: AnswerFormat,
+        shots: list[dict[str, Any]],
+        num_labelled: int | None,
+        num_unlabelled: int | None,
+        num_validation: int | None,
+        num_test: int | None,
+        split_seed: int,
+    ) -> None:
+        """What the hub sends is kept below `root`; files of yours are only read."""
+        self.choices = read.choices
+        self._root, self._path = Path(root), path
+        self._own = {"validation": validation_path, "test": test_path}
+        self._columns = Columns(question, answer, rationale)
+        self._format = read
+        self._shots = [_shot(shot, read) for shot in shots]
+        self._sizes = {"labelled": num_labelled, "unlabelled": num_unlabelled}
+        self._sizes |= {"validation": num_validation, "test": num_test}
+        self._split_seed = split_seed
+        if wrong := [f"num_{name}={size}" for name, size in self._sizes.items() if size is not None and size < 0]:
+            raise ConfigError(f"task.examples: {', '.join(wrong)}: wanted a number from 0 on, or null")
+
+    def splits(self) -> Splits:
+        """Hold out validation and test, then take labelled and unlabelled ones, as the seed and the content decide.
+
+        A question that stands in two places counts once: in test before validation before train.
+        """
+        tables = self._tables()
+        found = self._found(tables)
+        labelled = [example for example in found.train if example.answer is not None]
+        share = len(labelled) // _HELD_OUT
+        test, labelled = self._hold_out("test", found.test if "test" in tables else None, labelled, share)
+        own = found.validation if "validation" in tables else None
+        validation, labelled = self._hold_out("validation", own, labelled, share)
+        labelled, surplus = self._take("labelled", labelled, len(labelled))
+        ids = {example.id for example in surplus}
+        rest = [Example(e.question) for e in found.train if e.answer is None or e.id in ids]
+        unlabelled, _ = self._take("unlabelled", rest, len(rest))
+        if not labelled and not unlabelled:
+            raise ConfigError(f"{self._path}: nothing is left to train on; hold out less (task.examples.num_test=…)")
+        return Splits((*labelled, *unlabelled), tuple(validation), tuple(test), found.dropped)
+
+    def shots(self) -> Sequence[Example]:
+        """Those of the configuration."""
+        return self._shots
+
+    def read_answer(self, text: str) -> str:
+        """Canonical answer in a text, as `task.read` says."""
+        return self._format.read(text)
+
+    def value(self, answer: str) -> str:
+        """What the answer comes to, as `task.read` says."""
+        return self._format.value(answer)
+
+    def _tables(self) -> dict[str, Table]:
+        """A table to train on, and those of the splits that have one of their own."""
+        tables = _open(self._path, self._root)
+        own = {name: tables[name] for name in self._own if name in tables and "train" in tables}
+        own |= {name: _pick(_open(path, self._root), name) for name, path in self._own.items() if path}
+        return {"train": _pick(tables, "train"), **own}
+
+    def _found(self, tables: Mapping[str, Table]) -> Splits:
+        """Every example there is, in an order that the seed and the content decide, not the order of the files."""
+        read = {name: self._examples(name, table) for name, table in tables.items()}
+        found = Splits.disjoint(read["train"], read.get("validation", []), read.get("test", []))
+        every = {example.id for part in read.values() for example in part}
+        if shown := [shot.question for shot in self._shots if shot.id in every]:
+            raise ConfigError(
+                f"task.examples.shots: {shown[0][:60]!r} is a question of the data too; write one of your own"
+            )
+        return found
+
+    def _examples(self, name: str, table: Table) -> list[Example]:
+        columns = self._columns if name == "train" else replace(self._columns, rationale=None)
+        examples = examples_of(table, columns, self._format)
+        bare = sum(example.answer is None for example in examples)
+        if bare and name != "train":
+            raise ConfigError(f"{table.name}: {bare} rows for {name} have no {columns.answer!r}; each needs one")
+        return sorted(examples, key=self._rank)
+
+    def _rank(self, example: Example) -> tuple[bytes, bool, str, str]:
+        drawn = hashlib.blake2b(f"{self._split_seed} {example.id}".encode(), digest_size=16).digest()
+        return drawn, example.answer is None, example.answer or "", example.rationale or ""
+
+    def _hold_out(
+        self, name: str, own: Sequence[Example] | None, labelled: Sequence[Example], share: int
+    ) -> tuple[list[Example], list[Example]]:
+        """Examples for a split, and the labelled ones that are left; from the latter where it has none of its own."""
+        if own is None:
+            return self._take(name, labelled, share)
+        return self._take(name, own, len(own))[0], list(labelled)
+
+    def _take(self, name: str, among: Sequence[Example], default: int) -> tuple[list[Example], list[Example]]:
+        asked = self._sizes[name]
+        number = default if asked is None else asked
+        if number > len(among):
+            raise ConfigError(
+                f"task.examples.num_{name}={number}: {self._own.get(name) or self._path} has {len(among)} different "
+                "examples left for it; ask for fewer, or give more rows"
+            )
+        return list(among[:number]), list(among[number:])
+
+
+def examples_of(table: Table, columns: Columns, answers: AnswerFormat) -> list[Example]:
+    """The examples of a table in its order; ConfigError names the first rows that are none."""
+    pieces = _pieces(table, columns.question)
+    _check_columns(table, (columns.answer, columns.rationale or columns.answer))
+    examples: list[Example] = []
+    problems: list[str] = []
+    for place, row in table.rows.items():
+        try:
+            examples.append(_example(row, pieces, columns, answers))
+        except (ValueError, AnswerError) as error:
+            problems.append(f"{place}: {error}")
+    _refuse(table.name, problems, f"a question, and an answer of the kind {answers.kind} or none")
+    return examples
+
+
+def text_of(value: Any) -> str:
+    """A value of a column as text, empty where there is none; ValueError where it has no text of its own."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return " ".join(text_of(item) for item in value)
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) < _WHOLE_BELOW:
+        return str(int(value))
+    if not isinstance(value, str | int | float | Decimal | date):
+        raise ValueError(f"{value!r:.60} is a {type(value).__name__}, wanted a text or a number")
+    text = str(value)
+    text.encode()  # half a surrogate pair, which JSON can spell, is no text: UnicodeEncodeError, a ValueError
+    return text
+
+
+def _example(
+    row: Mapping[str, Any], pieces: Sequence[tuple[str, str | None]], columns: Columns, answers: AnswerFormat
+) -> Example:
+    values = {name: text_of(row.get(name)).strip(" \t\r\n") for _, name in pieces if name is not None}
+    if not any(values.values()):
+        raise ValueError(f"{', '.join(values)} is empty")
+    question = "".join(literal + (values[name] if name is not None else "") for literal, name in pieces)
+    answer = text_of(row.get(columns.answer)).strip(" \t\r\n")
+    if not answer:
+        return Example(question)
+    rationale = text_of(row.get(columns.rationale)).strip(" \t\r\n") if columns.rationale else ""
+    return Example(question, answers.read_gold(answer), rationale or None)
+
+
+def _pieces(table: Table, question: str) -> list[tuple[str, str | None]]:
+    """The texts of a question, and the column behind each; a template's words in braces are columns, nothing else."""
+    names = _columns_of(table)
+    if question in names or "{" not in question:
+        _check_columns(table, (question,))
+        return [("", question)]
+    try:
+        parsed = list(string.Formatter().parse(question))
+    except ValueError as error:
+        raise ConfigError(f"task.question={question!r}: {error}; wanted words and {{columns}}") from None
+    if any(how or conversion for _, _, how, conversion in parsed):
+        raise ConfigError(f"task.question={question!r}: wanted nothing but columns in braces, as in {{{names[0]}}}")
+    _check_columns(table, [name for _, name, _, _ in parsed if name is not None])
+    return [(literal, name) for literal, name, _, _ in parsed]
+
+
+def _columns_of(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows.values() for name in row))
+
+
+def _check_columns(table: Table, wanted: Iterable[str]) -> None:
+    names = _columns_of(table)
+    problems = []
+    for name in dict.fromkeys(wanted):
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{table.name} has no column {name!r}, but {', '.join(map(repr, names))}{hint}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _shot(shot: Mapping[str, Any], answers: AnswerFormat) -> Example:
+    if not {"question", "answer"} <= set(shot) <= {"question", "rationale", "answer"}:
+        raise ConfigError(f"task.examples.shots: {dict(shot)!r:.80}: wanted question, rationale and answer")
+    try:
+        return Example(
+            text_of(shot["question"]),
+            answers.read_gold(text_of(shot["answer"])),
+            text_of(shot.get("rationale")) or None,
+        )
+    except (ValueError, AnswerError) as error:
+        raise ConfigError(f"task.examples.shots: {error}") from None
+
+
+def _refuse(name: str, problems: Sequence[str], wanted: str) -> None:
+    """Raise ConfigError with the first problems of a file, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
+        raise ConfigError(f"{name}: {'; '.join(problems[:_MOST_TOLD])}{more}; wanted {wanted}")
+
+
+def _open(path: str, root: Path) -> dict[str, Table]:
+    """The tables that a path names, by split; a single file's is called train."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        tables = _saved(file)
+    elif file.is_file():
+        tables = {"train": _read_file(file)}
+    elif file.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"{path} does not exist; wanted a file, a folder saved by datasets, or owner/name of the hub")
+    else:
+        tables = _from_hub(path, root)
+    for table in tables.values():
+        _refuse(table.name, [] if table.rows else ["it holds no rows"], "at least one")
+    return tables
+
+
+def _pick(tables: Mapping[str, Table], name: str) -> Table:
+    """The table of this name, or the only one."""
+    if name not in tables and len(tables) != 1:
+        table = next(iter(tables.values()))
+        raise ConfigError(f"{table.name} has no split {name!r}, but {', '.join(tables)}")
+    return tables[name] if name in tables else next(iter(tables.values()))
+
+
+def _read_file(file: Path) -> Table:
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".jsonl": _read_json_lines,
+        ".json": _read_json,
+        ".csv": partial(_read_csv, delimiter=","),
+        ".tsv": partial(_read_csv, delimiter="\t"),
+        ".parquet": _read_parquet,
+    }
+    if file.suffix.lower() not in readers:
+        raise ConfigError(f"{file}: wanted a file that ends in {', '.join(readers)}")
+    return Table(str(file), readers[file.suffix.lower()](file))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file with their ends; a byte order mark at the beginning is left out."""
+    lines: list[str] = []
+    problems: list[str] = []
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True), start=1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            problems.append(f"line {number}: {error.reason} at byte {error.start}")
+    _refuse(str(file), problems, "UTF-8")
+    return lines
+
+
+def _read_json_lines(file: Path) -> Rows:
+    rows: Rows = {}
+    problems: list[str] = []
+    for number, line in enumerate(_lines(file), start=1):
+        try:
+            if line.strip():
+                rows[f"line {number}"] = _object(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {error}")
+    _refuse(str(file), problems, "one JSON object on each line")
+    return rows
+
+
+def _read_json(file: Path) -> Rows:
+    """One array of objects, or JSON lines under another name."""
+    text = "".join(_lines(file))
+    if not text.lstrip().startswith("["):
+        return _read_json_lines(file)
+    try:
+        return {f"row {number}": _object(row) for number, row in enumerate(json.loads(text), start=1)}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: {error}; wanted one array of JSON objects") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60} is no object")
+    return value
+
+
+def _read_csv(file: Path, *, delimiter: str) -> Rows:
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    rows: Rows = {}
+    problems: list[str] = []
+    try:
+        names = next(reader, [])
+        for fields in reader:
+            if len(fields) == len(names):
+                rows[f"line {reader.line_num}"] = dict(zip(names, fields, strict=True))
+            elif fields:
+                problems.append(f"line {reader.line_num}: {len(fields)} fields, the first line has {len(names)}")
+    except csv.Error as error:
+        problems.append(f"line {reader.line_num}: {error}")
+    _refuse(str(file), problems, "the columns' names on the first line, then as many fields on each")
+    return rows
+
+
+def _read_parquet(file: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.ParquetFile(file).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{file} does not open as Parquet: {error}") from None
+    return {f"row {number}": row for number, row in enumerate(rows, start=1)}
+
+
+def _saved(folder: Path) -> dict[str, Table]:
+    """What `datasets` saved in a folder."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} was not saved by datasets.save_to_disk: {error}") from None
+    return _tables(str(folder), found)
+
+
+def _from_hub(name: str, root: Path) -> dict[str, Table]:
+    """A data set of the hub, `owner/name` or `owner/name/configuration`; no code of it is run."""
+    import datasets
+
+    owner, short, *configuration = name.split("/")
+    try:
+        found = datasets.load_dataset(f"{owner}/{short}", *configuration, cache_dir=str(root / "sources" / "datasets"))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{name} is no file or folder here, and is not to be had from the hub as a data set ({reason}). "
+            "Check the name and the network, or give a file"
+        ) from None
+    return _tables(name, found)
+
+
+def _tables(name: str, found: Any) -> dict[str, Table]:
+    splits = found if isinstance(found, dict) else {"train": found}
+    return {split: Table(f"{name} ({split})", _rows(dataset)) for split, dataset in splits.items()}
+
+
+def _rows(dataset: Any) -> Rows:
+    """Rows of a `datasets.Dataset`; labels that are numbers there get their names back, and -1 is none."""
+    import datasets
+
+    rows = {f"row {number}": dict(row) for number, row in enumerate(dataset, start=1)}
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            for row in rows.values():
+                row[name] = None if row[name] in (None, -1) else feature.int2str(row[name])
+    return rows
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"task.read.pattern={pattern!r} is no regular expression: {error}") from None
+    if compiled.groups != 1:
+        raise ConfigError(f"task.read.pattern={pattern!r} has {compiled.groups} groups, wanted one: the answer")
+    return compiled
+
+
+def _group(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
+    found = pattern.search(text)
+    answer = (found[1] or "").strip() if found else ""
+    if not answer:
+        raise AnswerError(f"{text[:60]!r} holds nothing that the pattern finds")
+    return answer, ""
+
+
+def _begins_with(choices: Iterable[str]) -> re.Pattern[str]:
+    """Longer choices first, and none that only begins a longer word or number."""
+    words = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
+    return re.compile(rf"[{re.escape(_MARKS)}]*?({words})(?!\w|[-.,]\w)")
+
+
+def _choice(pattern: re.Pattern[str], choices: Mapping[str, str], text: str) -> tuple[str, str]:
+    folded = text.casefold()
+    found = pattern.match(folded)
+    if found is None:
+        raise AnswerError(f"{text[:60]!r} begins with none of {', '.join(choices.values())}")
+    return choices[found[1]], folded[found.end() :]
+
+
+def _line(text: str) -> tuple[str, str]:
+    line, _, rest = text.strip().partition("\n")
+    if not line:
+        raise AnswerError("the text is empty")
+    return line.strip(), rest
+
+
+def _number(which: int, text: str) -> tuple[str, str]:
+    found = _SIGNED.findall(text.replace("−", "-"))
+    if not found:
+        raise AnswerError(f"{text[:60]!r} holds no number")
+    sign, digits = found[which]
+    plain = _plain(digits)
+    return (plain if plain == "0" else sign + plain), ""
+
+
+def _plain(number: str) -> str:
+    """The shortest way to write a number: no thousands, no zeros that say nothing."""
+    whole, _, part = number.replace(",", "").partition(".")
+    part = part.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{part}" if part else "")
+
+
+def _expression(text: str) -> tuple[str, str]:
+    first, rest = _line(text)
+    line, end, pieces = first.translate(_SIGNS), 0, []
+    while found := _PIECE.match(line, end):
+        pieces.append(_plain(found[1]) if found[1][-1].isdigit() else found[1])
+        end = found.end()
+    tidy = _tidy(pieces)
+    try:
+        value_of(tidy)
+    except ValueError as error:
+        raise AnswerError(f"{first[:60]!r} begins with no expression: {error}") from None
+    return tidy, line[end:] + rest
+
+
+def _tidy(pieces: Iterable[str]) -> str:
+    """Single spaces around operators, none inside brackets or behind a sign."""
+    text, before = "", "("
+    for piece in pieces:
+        text += piece if before in ("(", "sign") or piece == ")" else f" {piece}"
+        is_sign = piece in ("+", "-") and before in ("(", "sign", "operator")
+        before = "sign" if is_sign else "operator" if piece in ("+", "-", "*", "/") else piece
+    return text
