@@ -25,6 +25,7 @@ from distill import models
 from distill.cache import Codec
 from distill.cache.dense import Dense
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
+from distill.contamination import Overlap, decontaminated, overlaps
 from distill.fetch import is_url
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
@@ -60,6 +61,7 @@ class Source:
     folder: Path
     task: Task
     splits: Splits
+    overlaps: Sequence[Overlap]
     prompts: Prompts
     codec: Codec
     teacher: Teacher
@@ -99,7 +101,7 @@ def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] 
     settings = config[name]
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
-    splits = task.splits()
+    splits, found = _without_overlap(task.splits(), config.overlap.words, config.overlap.action)
     folder = models.resolve(settings.model, root)
     layout = configuration.build(config.task.layout)
     shots = list(task.shots())[: config.prompt.num_shots]
@@ -130,7 +132,15 @@ def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] 
     store = Store(folder_of_cache, fingerprint, codec, url=url)
     checks: Checks = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
-    return Source(folder, task, splits, prompts, codec, teacher, teacher_with, store, checks, *sizes)
+    return Source(folder, task, splits, found, prompts, codec, teacher, teacher_with, store, checks, *sizes)
+
+
+def _without_overlap(splits: Splits, num_words: int, action: str) -> tuple[Splits, Sequence[Overlap]]:
+    """Find train examples that share words with what is measured on; leave them out only where that is asked for."""
+    if action not in ("report", "drop"):
+        raise ConfigError(f"overlap.action={action}: wanted report or drop")
+    found = overlaps(splits, num_words)
+    return (decontaminated(splits, found) if action == "drop" else splits), found
 
 
 def fill(

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from distill.student import compiled, merge_adapters, open_student, save_student
 from distill.tracking import Tracking, progress, provenance, say
 
 Json = dict[str, Any]
+_MOST_OVERLAPS = 200
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     run |= {"start": weights_hash(student), "cache": _cache_card(job, curriculum), "counts": _counts(job, curriculum)}
+    run["contamination"] = _contamination(job)
     _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
     _write_lines(job.run_dir / "rationales.jsonl", _rationales(job, curriculum))
     test = job.source.splits.test
@@ -370,6 +372,15 @@ def _counts(job: Job, curriculum: Curriculum) -> Json:
         "rationales_kept": sum(c.reason is None for c in curriculum.rationales),
         "rationales_rejected": dict(Counter(c.reason for c in curriculum.rationales if c.reason)),
     }
+
+
+def _contamination(job: Job) -> Json:
+    """Train questions that share words with one of validation or test; the first of them by name."""
+    found, overlap = job.source.overlaps, job.config.overlap
+    num_train = len({each.train_id for each in found})
+    is_dropped = overlap.action == "drop"
+    told = [asdict(each) for each in found[:_MOST_OVERLAPS]]
+    return {"n": overlap.words, "num_train": num_train, "num_dropped": num_train if is_dropped else 0, "found": told}
 
 
 def _rejected(curriculum: Curriculum) -> list[Json]:
