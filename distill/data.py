@@ -137,11 +137,11 @@ class Join:
         prompts: Prompts,
         teacher: Records,
         soft_teacher: Records | None,
-        rationales: Mapping[str, CheckedRationale],
+        rationales: Mapping[str, Sequence[CheckedRationale]],
         answer: AnswerMode,
         needed: Needed,
     ) -> None:
-        """`rationales` are those to learn from; `needed` says which (span, source) the losses read.
+        """`rationales` are those to learn from, by example id; `needed` says which (span, source) the losses read.
 
         Soft targets are the teacher's own, or with a `soft_teacher`, which read the same words, all of them that one's.
         """
@@ -158,10 +158,10 @@ class Join:
             except ValueError as error:
                 self.skipped[example.id] = str(error)
                 continue
-            if sequences:
-                annotation = self._teacher.find(example.id, "answer")
-                answer = example.answer or (annotation.answer if annotation else None)
-                found.append(Lesson(example.id, tuple(sequences), answer, self._confidence(example, annotation)))
+            annotation = self._teacher.find(example.id, "answer")
+            answer = example.answer or (annotation.answer if annotation else None)
+            confidence = self._confidence(example, annotation)
+            found += [Lesson(example.id, part, answer, confidence) for part in _dealt(sequences)]
         return found
 
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
@@ -169,8 +169,8 @@ class Join:
         if annotation and annotation.choice_logprobs:
             scores = np.exp(annotation.choice_logprobs)
             return float(scores.max() / scores.sum())
-        rationale = self._rationales.get(example.id)
-        return rationale.confidence if rationale else None
+        rationales = self._rationales.get(example.id)
+        return rationales[0].confidence if rationales else None
 
     def _sequences(self, example: Example) -> Iterator[TrainingSequence]:
         if self._answer == "direct":
@@ -183,19 +183,26 @@ class Join:
         if answer is None:
             return
         soft = self._matching(
-            self._expecting(example, "answer", annotation), "answer", self._prompts.answer_ids(answer)
+            self._expecting(example.id, "answer", annotation), "answer", self._prompts.answer_ids(answer)
         )
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
         yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
 
     def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
-        checked = self._rationales.get(example.id)
-        text = example.rationale or (checked.annotation.rationale if checked else None)
-        if text is None:
+        if example.rationale is not None:
+            yield from self._reason(example, example.rationale, None, self._expecting(example.id, "rationale", None))
             return
-        by_teacher = checked.annotation if checked and example.rationale is None else None
-        answer = example.answer or (by_teacher.answer if by_teacher else None)
-        expecting = self._expecting(example, "rationale", by_teacher)
+        for place, checked in enumerate(self._rationales.get(example.id, ())):
+            said, text = checked.annotation, checked.annotation.rationale
+            if text is not None:
+                expecting = self._expecting(example.id, "rationale", said)
+                # A second teacher reads the first of an example's rationales alone.
+                yield from self._reason(example, text, said.answer, None if place and self._soft_teacher else expecting)
+
+    def _reason(
+        self, example: Example, text: str, led_to: str | None, expecting: Annotation | None
+    ) -> Iterator[TrainingSequence]:
+        answer = example.answer or led_to
         soft = self._matching(expecting, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
@@ -205,9 +212,9 @@ class Join:
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
-    def _expecting(self, example: Example, span: Span, own: Annotation | None) -> Annotation | None:
+    def _expecting(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
         """The record whose soft targets belong to the words that are learned."""
-        return self._soft_teacher.find(example.id, span) if self._soft_teacher else own
+        return self._soft_teacher.find(example_id, span) if self._soft_teacher else own
 
     def _matching(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
         target = annotation.targets.get(span) if annotation else None
@@ -227,6 +234,14 @@ class Join:
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(number and place in self._needed for place, number in sequence.counts().items())
+
+
+def _dealt(sequences: Sequence[TrainingSequence]) -> list[tuple[TrainingSequence, ...]]:
+    """One lesson's sequences, then each further rationale as a lesson of its own."""
+    reasoned = [sequence for sequence in sequences if "rationale" in sequence.prompt.spans]
+    further = reasoned[1:]
+    first = tuple(sequence for sequence in sequences if sequence not in further)
+    return [part for part in (first, *((sequence,) for sequence in further)) if part]
 
 
 @dataclass(frozen=True)

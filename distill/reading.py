@@ -13,7 +13,7 @@ prefix's keys and values for each row. Attention windows must hold a whole text:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, final
@@ -30,6 +30,7 @@ from distill.records import ConfigError
 _SHARED = "distill_shared_prefix"
 _HEAD_ROWS, _FEW_ROWS = 256, 32
 Blocks = list[tuple[Tensor, Tensor]]
+Pick = Callable[[Tensor, int], Tensor]  # a token [B, 1] for each row, from its logits [B, V] and its place in the text
 
 
 @final
@@ -193,13 +194,46 @@ class Reading:
 
     def greedy(self, *, max_new_tokens: int, stop: int) -> list[list[int]]:
         """Continue each prompt with the most likely tokens, up to and including `stop` or to the limit."""
-        written_BT = self.reader.logits(self.last_BH).argmax(-1, keepdim=True)
+        return self._continued(lambda logits_BV, _: logits_BV.argmax(-1, keepdim=True), max_new_tokens, stop)
+
+    def sampled(
+        self, *, uniforms_BN: Float[Tensor, "B N"], stop: int, temperature: float, top_p: float
+    ) -> list[list[int]]:
+        """Continue each prompt with drawn tokens, up to and including `stop`; the n-th is drawn by the n-th number.
+
+        At most as many as there are numbers. A row of zeros gets the most likely tokens.
+        """
+        uniforms_BN = uniforms_BN.to(self.reader.device)
+
+        def pick(logits_BV: Float[Tensor, "B V"], place: int) -> Int[Tensor, "B 1"]:
+            return draw(logits_BV, uniforms_BN[:, place], temperature=temperature, top_p=top_p).unsqueeze(-1)
+
+        return self._continued(pick, uniforms_BN.shape[1], stop)
+
+    def _continued(self, pick: Pick, max_new_tokens: int, stop: int) -> list[list[int]]:
+        written_BT = pick(self.reader.logits(self.last_BH), 0)
         while written_BT.shape[1] < max_new_tokens and not (written_BT == stop).any(1).all():
             last_BH = self.feed(written_BT[:, -1:])[:, -1]
-            written_BT = torch.cat([written_BT, self.reader.logits(last_BH).argmax(-1, keepdim=True)], 1)
+            written_BT = torch.cat([written_BT, pick(self.reader.logits(last_BH), written_BT.shape[1])], 1)
         self.rewind(written_BT.shape[1] - 1)
         rows: list[list[int]] = written_BT.tolist()
         return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+
+
+def draw(
+    logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, "B"], *, temperature: float, top_p: float
+) -> Int[Tensor, "B"]:
+    """A token for each row by its number in [0, 1), from softmax(logits / temperature) cut to the nucleus.
+
+    The nucleus is the smallest set of the most probable tokens that has `top_p` of the mass (Holtzman et al. 2020,
+    arXiv 1904.09751, eq. 2). The distribution function runs from the most probable token down, so 0 draws that one.
+    """
+    ordered_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    # From the greatest down, so that no temperature is too low; summed in double, so that no token is lost.
+    mass_BV = ((ordered_BV - ordered_BV[:, :1]).double() / temperature).softmax(-1).cumsum(-1)
+    last_B1 = (mass_BV < top_p).sum(-1, keepdim=True).clamp(max=mass_BV.shape[1] - 1)
+    point_B1 = uniform_B.unsqueeze(-1) * mass_BV.gather(-1, last_B1)
+    return ids_BV.gather(-1, torch.searchsorted(mass_BV, point_B1)).squeeze(-1)
 
 
 def _causal(mask_BS: Bool[Tensor, "B S"], num_new: int) -> Bool[Tensor, "B 1 T S"]:

@@ -210,7 +210,10 @@ def teach(job: Job) -> Curriculum:
     source, splits = job.source, job.source.splits
     filled = fill(source, _wanted(job))
     checked = check_rationales(source, filled)
-    kept = {rationale.example_id: rationale for rationale in reversed(checked) if rationale.reason is None}
+    kept: dict[str, list[CheckedRationale]] = {}
+    for rationale in checked:
+        if rationale.reason is None:
+            kept.setdefault(rationale.example_id, []).append(rationale)
     soft_filled = _read_by_soft_teacher(job, filled, kept)
     join = Join(
         prompts=job.prompts,
@@ -231,7 +234,7 @@ def _needed(job: Job) -> frozenset[tuple[Span, str]]:
     return frozenset((objective.span, objective.source) for objective in job.objectives.values())
 
 
-def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, CheckedRationale]) -> Filled | None:
+def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, Sequence[CheckedRationale]]) -> Filled | None:
     """Have the second teacher read what is learned: gold words, else the first one's; its own are not asked for."""
     if job.soft_source is None:
         return None
@@ -242,7 +245,7 @@ def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, CheckedRa
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is not None:
             wanted.setdefault("answer", []).append(replace(example, answer=answer))
-        rationale = example.rationale or (kept[example.id].annotation.rationale if example.id in kept else None)
+        rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
         if rationale is not None:
             wanted.setdefault("rationale", []).append(replace(example, rationale=rationale))
     read = {span: examples for span, examples in wanted.items() if (span, "soft") in _needed(job)}

@@ -394,7 +394,7 @@ def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: P
     every = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
     ids = prompts.rationale_ids("By the teacher.")
     reasoned = Annotation("", {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
-    checked = {kept.id: CheckedRationale(kept.id, reasoned, "gold", None)}
+    checked = {kept.id: [CheckedRationale(kept.id, reasoned, "gold", None)]}
     join = joined(prompts, tmp_path, [kept, rejected, explained], every, rationales=checked)
     found = {lesson.example_id: lesson.sequences for lesson in join.lessons([kept, rejected, explained])}
     spans = {name: [set(s.prompt.spans) for s in sequences] for name, sequences in found.items()}
@@ -403,6 +403,25 @@ def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: P
     assert found[kept.id][1].prompt == prompts.rationale_prompt(kept, "By the teacher.", None)
     assert found[kept.id][1].soft["rationale"].num_positions == len(ids)
     assert found[explained.id][1].soft == {}
+
+
+def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_path: Path) -> None:
+    (example,) = (Example(e.question, e.answer) for e in examples(1))
+    texts = ("By the teacher.", "In other words.", "Once more.")
+    said = [Annotation("", {}, example.answer, text, is_sampled=bool(place)) for place, text in enumerate(texts)]
+    checked = {example.id: [CheckedRationale(example.id, one, "gold", None, 0.75) for one in said]}
+    join = joined(prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, rationales=checked)
+    found = join.lessons([example])
+    assert [[set(s.prompt.spans) for s in lesson.sequences] for lesson in found] == [
+        [{"answer"}, {"rationale"}],
+        [{"rationale"}],
+        [{"rationale"}],
+    ]
+    wanted = [prompts.rationale_prompt(example, text, None) for text in texts]
+    assert [lesson.sequences[-1].prompt for lesson in found] == wanted
+    assert {(lesson.example_id, lesson.answer, lesson.confidence) for lesson in found} == {
+        (example.id, example.answer, 0.75)
+    }
 
 
 def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ taken after them: its soft targets carry them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ from distill.tasks import Task
 
 @final
 class CausalLMTeacher:
-    """Soft targets and greedy rationales from a model of the transformers library."""
+    """Soft targets and rationales from a model of the transformers library."""
 
     gives_soft_targets = True
 
@@ -44,11 +45,22 @@ class CausalLMTeacher:
         constrain: bool,
         dtype: Literal["auto", "float32", "bfloat16", "float16"],
         max_new_tokens: int,
+        sampling_temperature: float,
+        top_p: float,
     ) -> None:
-        """`calibration` is what choices are calibrated on (empty: not at all), `codec` cuts distributions down."""
+        """`calibration` is what choices are calibrated on (empty: not at all), `codec` cuts distributions down.
+
+        Rationales after the first are drawn at `sampling_temperature` from the nucleus of mass `top_p`.
+        """
+        if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
+            raise ConfigError(
+                f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: the temperature is "
+                "positive, and top_p above 0 and at most 1; for the most likely words ask for one rationale"
+            )
         self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
         self._dtype = models.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
+        self._sampling_temperature, self._top_p = sampling_temperature, top_p
         self._calibration = tuple(calibration) if task.choices else ()
         self._choices = tuple(prompts.encode(f" {choice}") for choice in task.choices)
         self._readers: dict[Span, PrefixedReader] = {}
@@ -69,7 +81,11 @@ class CausalLMTeacher:
             "choices": list(self._task.choices),
             "calibration": [example.id for example in self._calibration],
             "is_constrained": self._constrain,
-            "generation": {"sampling": "greedy", "max_new_tokens": self._max_new_tokens},
+            "generation": {
+                "max_new_tokens": self._max_new_tokens,
+                "sampling_temperature": self._sampling_temperature,
+                "top_p": self._top_p,
+            },
         }
 
     def load(self) -> nn.Module:
@@ -131,7 +147,7 @@ class CausalLMTeacher:
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        written = self._written(requests, reading)
         replies = [self._prompts.take_apart(ids) for ids in written]
         answers = [self._canonical(reply.answer) for reply in replies]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
@@ -146,10 +162,22 @@ class CausalLMTeacher:
                 _targets(rationales[k], lasts[k], softs[k]),
                 answers[k],
                 replies[k].rationale,
+                is_sampled=request.sample > 0,
                 is_truncated=written[k][-1] != self._prompts.end,
             )
             for k, request in enumerate(requests)
         ]
+
+    def _written(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
+        """The most likely words, or for a further sample words drawn by numbers that are the request's own."""
+        if not any(request.sample for request in requests):
+            return reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        # Other numbers than those of the codec: what it draws must not depend on the word that was drawn.
+        keys = [f"{request.key}/words" for request in requests]
+        uniforms_BN = torch.stack([torch.from_numpy(uniforms(key, self._max_new_tokens, 0)) for key in keys])
+        uniforms_BN[[request.sample == 0 for request in requests]] = 0.0
+        temperature, top_p = self._sampling_temperature, self._top_p
+        return reading.sampled(uniforms_BN=uniforms_BN, stop=self._prompts.end, temperature=temperature, top_p=top_p)
 
     def _reader(self, span: Span) -> PrefixedReader:
         if span not in self._readers:
