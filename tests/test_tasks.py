@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import arithmetic, compose, conf_names
+from omegaconf import DictConfig, OmegaConf
 
 from distill import config as configuration
 from distill.records import AnswerError, ConfigError, Example, Splits, content_id
 from distill.tasks.movie_reviews import read_ratings
 
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}
+GIVEN = {  # by the user, where a task stands for any
+    "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"]
+}
 
 
 def built(name: str, tmp_path: Path, **sizes: int) -> Any:
     """A task of conf/task/, small; one that reads a file gets a generated one."""
-    node = compose(f"task={name}").task.examples
+    task = compose(f"task={name}", *GIVEN.get(name, [])).task
+    node = task.examples
     for key, value in (SMALL | sizes).items():
         assert key in node
         node[key] = value
@@ -25,9 +31,20 @@ def built(name: str, tmp_path: Path, **sizes: int) -> Any:
         node.file = str(tmp_path / "ratings.tsv")
         lines = [f"{i}\t{2.5 if i % 2 else -2.5}\tSentence number {i} is rated." for i in range(90)]
         Path(node.file).write_text("\n".join([*lines, lines[5].upper().replace("5\t", "91\t", 1)]))
+    if OmegaConf.is_missing(task, "path"):
+        task.path = str(tmp_path / "rows.jsonl")
+        Path(task.path).write_text("\n".join(json.dumps(row_of(task, i)) for i in range(90)))
     if "root" in node:
         node.root = str(tmp_path)
     return configuration.build(node)
+
+
+def row_of(task: DictConfig, number: int) -> dict[str, Any]:
+    """A row such as the task's file has."""
+    kinds = {"expression": f"( {number}.0 + 2.0 )", "number": f"{number},000"}
+    answer = task.choices[number % 2] if task.choices else kinds[task.read.kind]
+    row = {task.question: f"Question number {number} is asked.", task.answer: answer}
+    return row | ({task.rationale: [f"Because of {number}."]} if task.rationale else {})
 
 
 @pytest.mark.parametrize("name", conf_names("task"))

@@ -72,23 +72,29 @@ class AnswerFormat:
 
     def read(self, text: str) -> str:
         """The canonical answer in a text; AnswerError where there is none."""
-        return self._checked(self._read(text)[0])
+        answer, _ = self._read(text)
+        if self.choices and answer not in self.choices:
+            raise AnswerError(f"{answer[:60]!r} is none of {', '.join(self.choices)}")
+        return answer
 
     def read_gold(self, text: str) -> str:
-        """The canonical form of an answer that somebody gave: nothing may stand behind it."""
-        answer, rest = self._read(text)
+        """The canonical form of an answer that somebody gave: nothing may stand behind it, and it reads as itself."""
+        answer, (_, rest) = self.read(text), self._read(text)
         if rest.strip(_MARKS):
             raise AnswerError(f"{text[:60]!r} goes on behind {answer!r}")
-        return self._checked(answer)
+        if self._reads_otherwise(answer):
+            raise AnswerError(f"{answer[:60]!r} is not read as itself; wanted a pattern such as '(?s)(?:.*####)?(.+)'")
+        return answer
+
+    def _reads_otherwise(self, answer: str) -> bool:
+        try:
+            return self.read(answer) != answer
+        except AnswerError:
+            return True
 
     def value(self, answer: str) -> str:
         """What a canonical answer comes to: of an expression its exact value, else the answer itself."""
         return str(value_of(answer)) if self.kind == "expression" else answer
-
-    def _checked(self, answer: str) -> str:
-        if self.choices and answer not in self.choices:
-            raise AnswerError(f"{answer[:60]!r} is none of {', '.join(self.choices)}")
-        return answer
 
 
 @dataclass(frozen=True)
@@ -249,8 +255,9 @@ def text_of(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return " ".join(text_of(item) for item in value)
-    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) < _WHOLE_BELOW:
-        return str(int(value))
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        whole = int(value)
+        return str(whole) if whole == value and abs(whole) < _WHOLE_BELOW else str(value)
     if not isinstance(value, str | int | float | Decimal | date):
         raise ValueError(f"{value!r:.60} is a {type(value).__name__}, wanted a text or a number")
     text = str(value)
