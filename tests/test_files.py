@@ -242,8 +242,8 @@ def test_what_is_no_file_is_told(tmp_path: Path) -> None:
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_one_clear_error() -> None:
     """In a process of its own, since datasets reads once whether it may use the network."""
     code = (
-        "from pathlib import Path; from distill.records import ConfigError; from distill.tasks import files\n"
-        "try: files._open('nobody/nothing', Path('root'))\n"
+        "from pathlib import Path; from distill.records import ConfigError; from distill import tables\n"
+        "try: tables.open_tables('nobody/nothing', Path('root'))\n"
         "except ConfigError as error: print(error)"
     )
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

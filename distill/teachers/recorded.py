@@ -12,8 +12,8 @@ from torch import nn
 from distill.cache import Codec
 from distill.prompts import Prompts
 from distill.records import Annotation, AnswerError, ConfigError, Example, Request, content_id
+from distill.tables import check_columns, composed, pieces_of, read_file, text_of
 from distill.tasks import Task
-from distill.tasks.files import read_rows
 
 
 @final
@@ -43,7 +43,7 @@ class RecordedTeacher:
         self._prompts, self._task = prompts, task
         self._files = [Path(file) for file in files]
         self._columns = {"question": question, "answer": answer, "rationale": rationale}
-        self._rows: dict[str, list[dict[str, str | None]]] = {}
+        self._rows: dict[str, list[dict[str, str]]] = {}
         absent = [str(file) for file in self._files if not file.is_file()]
         if absent or not files:
             found = f"there is no file {', '.join(absent)}" if absent else "none is named"
@@ -56,9 +56,13 @@ class RecordedTeacher:
 
     def load(self) -> nn.Module:
         """Read the files; there is no model."""
-        for file in self._files:
-            for row in read_rows(file, self._columns):
-                self._rows.setdefault(content_id(str(row["question"])), []).append(row)
+        question, *others = self._columns.values()
+        for table in map(read_file, self._files):
+            check_columns(table, [name for name in others if name])
+            pieces = pieces_of(table, str(question))
+            for row in table.rows.values():
+                texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
+                self._rows.setdefault(content_id(composed(row, pieces)), []).append(texts)
         return nn.Module()
 
     def close(self) -> None:
