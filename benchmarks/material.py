@@ -160,6 +160,8 @@ def _given(source: Source, layout: Layout, examples: Sequence[Example], cache: s
         codec=kept,
         constrain=False,
         dtype="auto",
+        sampling_temperature=0.7,
+        top_p=0.95,
         max_new_tokens=1,  # an own answer is always asked for; here it is the first token after the prompt
     )
     requests = tuple(prompts.request(example, "answer") for example in examples)

@@ -240,7 +240,11 @@ def check_rationales(source: Source, filled: Filled) -> list[CheckedRationale]:
     asked = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
     direct = {id_: store.read(r.key).answer for id_, r in asked.items() if r and r.key in store}
     known = {id_: answer for id_, answer in direct.items() if answer is not None}
-    return check(examples, samples, known, source.task.value, source.checks)
+    found = check(examples, samples, known, source.task.value, source.checks)
+    # Where the teacher's direct answer cannot be read, no reasoning of its leads to it.
+    judged = {checked.example_id for checked in found}
+    left = [id_ for id_ in samples if id_ not in judged and id_ in direct]
+    return [*found, *(CheckedRationale(id_, a, "teacher", "disagrees") for id_ in left for a in samples[id_])]
 
 
 def _samples(source: Source, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:

@@ -27,6 +27,7 @@ from distill.data import Arrangement, DistillData, Join, Lesson, Read, Records, 
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
 from distill.losses import Objective
 from distill.modules import StudentModule
+from distill.preflight import Plan, preflight, table
 from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
 from distill.records import Annotation, CheckedRationale, ConfigError, Example, Span
 from distill.report import to_text, write_report
@@ -64,6 +65,16 @@ class Curriculum:
     too_long: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Training:
+    """All that trains a student, put together and not yet started."""
+
+    module: StudentModule
+    data: DistillData
+    trainer: lightning.Trainer
+    curriculum: Curriculum
+
+
 def main(config: DictConfig) -> float:
     """Run the main job; return the student's accuracy on the test split."""
     configuration.check(config)
@@ -77,11 +88,15 @@ def main(config: DictConfig) -> float:
     try:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
         results = distill(job, tracking.loggers(), run)
-        _track(tracking, results, run, job)
+        if results:
+            _track(tracking, results, run, job)
         exit_code = 0
     finally:
         run["tracking"] = tracking.finish(exit_code)
         (run_dir / "run.json").write_text(json.dumps(run, indent=1))
+    if not results:
+        print("preflight: nothing stands against this run; leave out preflight=true to start it")
+        return 0.0
     print(f"\n{to_text(write_report([run_dir], run_dir))}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
@@ -137,7 +152,10 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
-    """Annotate, train, evaluate; write the student and all figures to the run folder, and return these."""
+    """Annotate, train, evaluate; write the student and all figures to the run folder, and return these.
+
+    Returns nothing where only the preflight was asked for.
+    """
     curriculum = teach(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     settings = job.config.student
@@ -165,11 +183,15 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
     )
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
-    if job.config.evaluate_before:
+    if job.config.evaluate_before and job.config.preflight is not True:
         say(f"evaluating the student before training on {len(test)} test examples ...")
         rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
+    training = arrange(job, curriculum, student, loggers)
+    run["preflight"] = look_ahead(job, training)
+    if job.config.preflight is True:
+        return {}
     with compiled(student) if settings.compile else nullcontext():
-        seconds = fit(job, curriculum, student, loggers)
+        seconds = fit(job, training)
     merge_adapters(student)
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
@@ -265,8 +287,8 @@ def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
     return wanted
 
 
-def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> float:
-    """Train the student in place; return the seconds it took."""
+def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
+    """Put together what trains the student in place."""
     config = job.config
     module = StudentModule(
         student,
@@ -308,11 +330,52 @@ def fit(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[
     )
     # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    say(f"training on {len(curriculum.train)} examples, {config.trainer.max_steps} steps of {config.batch_size}")
-    student.train()
+    return Training(module, data, trainer, curriculum)
+
+
+def look_ahead(job: Job, training: Training) -> list[Json]:
+    """Find out on the first lessons what cannot work, and stop there, before hours are spent."""
+    config, trainer = job.config, training.trainer
+    if config.preflight is False:
+        return []
+    plan = Plan(
+        module=training.module,
+        objectives=job.objectives,
+        lessons=training.curriculum.train,
+        read=training.curriculum.read,
+        annotation=(job.soft_source or job.source).store.read,
+        prompts=job.prompts,
+        is_vocabulary_shared=job.is_vocabulary_shared,
+        is_from_scratch=config.student.from_scratch,
+        make_optimizer=configuration.build(config.optim.optimizer),
+        batch_size=config.batch_size,
+        microbatch_size=config.microbatch_size,
+        batch_unit=config.batch_unit,
+        num_steps=config.trainer.max_steps,
+        num_devices=trainer.world_size,
+        run_dir=job.run_dir,
+        device=trainer.strategy.root_device,
+        precision=trainer.precision_plugin.forward_context,
+    )
+    findings = preflight(plan)
+    if config.preflight is True or not all(finding.passed in (True, None) for finding in findings):
+        say(table(findings))
+    else:
+        say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
+    if stops := [finding.problem for finding in findings if finding.stops]:
+        raise ConfigError(*stops)
+    return [asdict(finding) for finding in findings]
+
+
+def fit(job: Job, training: Training) -> float:
+    """Train the student in place; return the seconds it took."""
+    config, trainer = job.config, training.trainer
+    num_lessons = len(training.curriculum.train)
+    say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
+    training.module.model.train()
     start = time.monotonic()
     try:
-        trainer.fit(module, data, ckpt_path=config.resume, weights_only=True)
+        trainer.fit(training.module, training.data, ckpt_path=config.resume, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, once it has saved a checkpoint
         say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
         raise KeyboardInterrupt from None

@@ -18,7 +18,7 @@ from distill.evaluate import Evaluation
 from distill.prompts import load_tokenizer
 from distill.records import ConfigError
 from distill.student import open_student, weights_hash
-from distill.train import fit, prepare, teach
+from distill.train import arrange, fit, prepare, teach
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
     job = prepare(config, tmp_path / "again")
     trained = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": [0, 2]})
     started = weights_hash(trained)
-    fit(job, teach(job), trained, [])
+    fit(job, arrange(job, teach(job), trained, []))
     opened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     ids = tokenizer("Question: How many?", return_tensors="pt").input_ids

@@ -64,7 +64,7 @@ from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.student import open_student
-from distill.train import fit, prepare, teach
+from distill.train import arrange, fit, prepare, teach
 
 Values = dict[str, Tensor]
 BATCH, STEPS, RATE = 8, 2, 0.05
@@ -477,7 +477,7 @@ def trained(config: DictConfig, folder: Path, *, codec: Any = None) -> Values:
     train, validation = (lessons(job.prompts, number, codec=codec) for number in (11, 4))
     curriculum = replace(teach(job), train=train, validation=validation, read=read)
     student = opened(job.student_folder)
-    fit(job, curriculum, student, [])
+    fit(job, arrange(job, curriculum, student, []))
     return {name: value.detach().clone() for name, value in student.state_dict().items()}
 
 
@@ -633,7 +633,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     before = {name: value.clone() for name, value in student.state_dict().items()}
     curriculum = replace(teach(job), train=lessons(job.prompts, BATCH), validation=[], read=read)
     with pytest.raises(NonFiniteLossError) as raised:
-        fit(job, curriculum, student, [])
+        fit(job, arrange(job, curriculum, student, []))
     assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
     assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
 

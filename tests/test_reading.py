@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from distill.reading import PrefixedReader
+from distill.cache import uniforms
+from distill.reading import PrefixedReader, draw
 from distill.records import ConfigError
 
 VOCABULARY = 96
@@ -87,6 +90,97 @@ def test_greedy_text_is_that_of_the_library(name: str) -> None:
         whole = torch.tensor([prefix + question])
         made = opened.generate(whole, max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1)
         assert made[0, whole.shape[1] :].tolist() == row
+
+
+def nucleus(logits: list[float], temperature: float, top_p: float) -> list[float]:
+    """Softmax of logits / temperature cut to its nucleus, written out."""
+    weights = [math.exp(logit / temperature) for logit in logits]
+    p = [weight / sum(weights) for weight in weights]
+    kept, mass = set[int](), 0.0
+    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+        if mass < top_p:
+            kept.add(token)
+            mass += p[token]
+    return [p[token] / mass if token in kept else 0.0 for token in range(len(p))]
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_a_drawn_token_has_the_probability_of_the_nucleus(temperature: float, top_p: float) -> None:
+    logits, number = [0.3, -1.0, 2.0, 1.2, -4.0, 1.9], 20_000
+    uniform_B = (torch.arange(number, dtype=torch.float64) + 0.5) / number  # so each share is right to 1 / number
+    drawn_B = draw(torch.tensor([logits]).expand(number, -1), uniform_B, temperature=temperature, top_p=top_p)
+    shares = torch.bincount(drawn_B, minlength=len(logits)) / number
+    assert shares.tolist() == pytest.approx(nucleus(logits, temperature, top_p), abs=1.5 / number)
+
+
+def test_numbers_that_are_independent_draw_tokens_that_pass_a_chi_square_test() -> None:
+    logits, number = [1.0, 0.0, -0.5, 0.7], 20_000
+    uniform_B = torch.from_numpy(uniforms("key", number, 0))
+    drawn_B = draw(torch.tensor([logits]).expand(number, -1), uniform_B, temperature=0.7, top_p=1.0)
+    wanted = [number * p for p in nucleus(logits, 0.7, 1.0)]
+    seen = torch.bincount(drawn_B, minlength=4).tolist()
+    assert sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True)) < 16.27  # 0.999 of three degrees of freedom
+
+
+def test_a_nucleus_always_holds_the_most_probable_token_and_never_an_impossible_one() -> None:
+    logits_BV = torch.tensor([[0.0, 5.0, -torch.inf, -torch.inf]]).expand(3, -1)
+    ends_B = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw(logits_BV, ends_B, temperature=1.0, top_p=1e-9).tolist() == [1, 1, 1]
+    assert draw(logits_BV, ends_B, temperature=1.0, top_p=1.0).tolist() == [1, 1, 0]
+    assert draw(logits_BV, ends_B, temperature=1e-308, top_p=1.0).tolist() == [1, 1, 1]
+
+
+def test_of_equally_likely_tokens_zero_draws_the_one_that_greedy_takes() -> None:
+    logits_BV = torch.randint(3, (50, 2000), generator=torch.Generator().manual_seed(0)).float()
+    found_B = draw(logits_BV, torch.zeros(50, dtype=torch.float64), temperature=0.7, top_p=0.9)
+    assert found_B.tolist() == logits_BV.argmax(-1).tolist()
+
+
+def test_sampled_text_is_that_of_drawing_token_after_token_alone() -> None:
+    opened, prefix, questions = model("grouped"), ids(9, 1), [ids(2 + 3 * row, 10 + row) for row in range(4)]
+    uniforms_BN = torch.from_numpy(np.stack([uniforms(str(row), 7, 0) for row in range(4)]))
+    reading = PrefixedReader(opened, prefix, VOCABULARY).read(questions)
+    before_BV = reading.first_BV
+    written = reading.sampled(uniforms_BN=uniforms_BN, stop=-1, temperature=1.3, top_p=0.9)
+    assert torch.equal(before_BV, reading.reader.logprobs(reading.last_BH))
+    for question, row, numbers in zip(questions, written, uniforms_BN.tolist(), strict=True):
+        text: list[int] = []
+        for number in numbers:
+            p = nucleus(plain(opened, prefix, question, text)[-1].tolist(), 1.3, 0.9)
+            order, mass = sorted(range(VOCABULARY), key=lambda token: -p[token]), 0.0
+            for token in order:
+                mass += p[token]
+                if mass >= number:
+                    break
+            text.append(token)
+        assert row == text
+
+
+@pytest.mark.parametrize("settings", [(0.0, 5.0, 1.0), (0.7, 1e-4, 1.0), (0.7, 5.0, 1e-9)])
+def test_sampled_text_becomes_greedy_as_number_temperature_or_nucleus_vanish(
+    settings: tuple[float, float, float],
+) -> None:
+    number, temperature, top_p = settings
+    reader, questions = PrefixedReader(model("grouped"), ids(9, 1), VOCABULARY), [ids(4, row) for row in range(5)]
+    greedy = reader.read(questions).greedy(max_new_tokens=8, stop=7)
+    limits = {"stop": 7, "temperature": temperature, "top_p": top_p}
+    numbers_BN = torch.full((5, 8), number, dtype=torch.float64)
+    assert reader.read(questions).sampled(uniforms_BN=numbers_BN, **limits) == greedy
+    others_BN = torch.full((5, 8), 0.7, dtype=torch.float64)
+    assert reader.read(questions).sampled(uniforms_BN=others_BN, stop=7, temperature=5.0, top_p=1.0) != greedy
+
+
+def test_sampled_text_ends_with_its_end_and_later_text_can_be_fed() -> None:
+    reader, questions = PrefixedReader(model("grouped"), ids(9, 1), VOCABULARY), [ids(4, row) for row in range(5)]
+    settings = {"uniforms_BN": torch.from_numpy(uniforms("k", 40, 0)).view(5, 8), "temperature": 1.0, "top_p": 1.0}
+    whole = reader.read(questions).sampled(stop=-1, **settings)
+    end = whole[0][3]
+    reading, fed = reader.read(questions), torch.full((5, 2), 3)
+    cut = reading.sampled(stop=end, **settings)
+    assert cut == [row[: row.index(end) + 1] if end in row else row for row in whole]
+    assert len(cut[0]) <= 4
+    assert torch.allclose(reading.feed(fed), reader.read(questions).feed(fed), atol=1e-5)
 
 
 def test_a_text_longer_than_an_attention_window_is_refused() -> None:

@@ -131,7 +131,9 @@ def test_the_second_teacher_reads_the_words_of_the_first(
             logits_TV = model(torch.tensor([(*before, *request.given_ids)])).logits[0].float()
         logprobs_NV = logits_TV[len(before) - 1 : -1, : prompts.vocabulary_size].log_softmax(-1)
         for row, (ids, logprobs) in enumerate(found.rows()):
-            assert torch.allclose(logprobs_NV[row, ids.tolist()], torch.from_numpy(logprobs), atol=1 / 32)  # steps of 1/16
+            assert torch.allclose(
+                logprobs_NV[row, ids.tolist()], torch.from_numpy(logprobs), atol=1 / 32
+            )  # steps of 1/16
 
 
 def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_folder: Path) -> None:

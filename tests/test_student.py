@@ -20,7 +20,7 @@ from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import ConfigError
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.train import fit, prepare, teach
+from distill.train import arrange, fit, prepare, teach
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 1]])
 
@@ -244,7 +244,7 @@ def test_a_run_that_broke_off_goes_on_with_its_adapters(configured: Callable[...
         student = open_student(
             job.student_folder, **WHOLE_STUDENT | {"lora": configuration.build(job.config.student.lora)}
         )
-        fit(job, teach(job), student, [])
+        fit(job, arrange(job, teach(job), student, []))
         return student.state_dict()
 
     whole = trained("whole", 0, "trainer.max_steps=4")

@@ -35,7 +35,7 @@ from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
-from distill.train import distill, fit, prepare, teach
+from distill.train import arrange, distill, fit, prepare, teach
 
 
 class Verbs:
@@ -55,6 +55,9 @@ class Verbs:
         if not found:
             raise AnswerError(text)
         return found[0]
+
+    def value(self, answer: str) -> str:
+        return answer
 
 
 def opened(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
@@ -102,7 +105,7 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     job = replace(job, source=replace(job.source, teacher=teacher))
     curriculum = teach(job)
     num_asked, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
-    fit(job, curriculum, student, [])
+    fit(job, arrange(job, curriculum, student, []))
     assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
     (file,) = (tmp_path / "run" / "checkpoints").glob("last.ckpt")
     saved = torch.load(file, weights_only=True)
@@ -119,7 +122,7 @@ def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
     job = prepare(configured(*few, "loss=[answer]"), tmp_path / "run")
     student = open_student(job.student_folder, **WHOLE_STUDENT | {"freeze": ["embed_tokens"]})
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    fit(job, teach(job), student, [])
+    fit(job, arrange(job, teach(job), student, []))
     (state,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(state["state"]) == len(trained)
@@ -313,6 +316,79 @@ def test_reasoning_counts_as_cut_off_only_where_it_did_not_come_to_its_end(
         found = [annotation.is_truncated for annotation in teacher.annotate(requests)]
         assert found == [end not in ids for ids in written]
         assert set(found) == {True, False}
+
+
+def samples(prompts: Prompts, number: int) -> list[Request]:
+    """Requests of several rationales for each of some examples."""
+    return [prompts.request(example, "rationale", sample=k) for example in examples(5) for k in range(number)]
+
+
+def test_a_sample_depends_on_its_key_and_not_on_its_company(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0)
+    teacher.load()
+    requests = samples(prompts, 4)
+    together = teacher.annotate(requests)
+    backwards = teacher.annotate(requests[::-1])[::-1]
+    alone = [teacher.annotate([request])[0] for request in requests]
+    for others in (backwards, alone):
+        assert all(same(a, b, 1e-4) for a, b in zip(together, others, strict=True))
+    assert [a.is_sampled for a in together] == [request.sample > 0 for request in requests]
+    texts = [[a.rationale for a in together[start : start + 4]] for start in range(0, len(together), 4)]
+    assert all(len(set(few)) > 1 for few in texts)
+    assert max(len(set(few)) for few in texts) == 4
+
+
+def test_sample_zero_is_greedy_whatever_stands_beside_it(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0)
+    teacher.load()
+    requests = samples(prompts, 2)
+    greedy = teacher.annotate(requests[::2])
+    assert all(same(a, b, 1e-4) for a, b in zip(greedy, teacher.annotate(requests)[::2], strict=True))
+    reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
+    read = reader.read([request.question_ids for request in requests[::2]])
+    written = read.greedy(max_new_tokens=6, stop=prompts.end)
+    assert [a.rationale for a in greedy] == [prompts.take_apart(ids).rationale for ids in written]
+
+
+def test_samples_become_greedy_as_the_sampling_temperature_vanishes(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = opened(teacher_folder, prompts, sampling_temperature=1e-5)
+    teacher.load()
+    greedy, drawn = (teacher.annotate(samples(prompts, 2)[start::2]) for start in (0, 1))
+    assert all(same(a, replace(b, key=a.key, is_sampled=False), 1e-4) for a, b in zip(greedy, drawn, strict=True))
+
+
+def test_words_are_drawn_by_other_numbers_than_targets_are_cut_by(prompts: Prompts, teacher_folder: Path) -> None:
+    """Else, given the words, what the codec draws in their places would not be fair."""
+    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0, top_p=1.0)
+    teacher.load()
+    requests = [request for request in samples(prompts, 2) if request.sample]
+    reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
+    texts = [annotation.rationale for annotation in teacher.annotate(requests)]
+    for ending, is_theirs in (("/words", True), ("", False)):
+        numbers_BN = torch.from_numpy(np.stack([uniforms(request.key + ending, 6, 0) for request in requests]))
+        reading = reader.read([request.question_ids for request in requests])
+        written = reading.sampled(uniforms_BN=numbers_BN, stop=prompts.end, temperature=1.0, top_p=1.0)
+        same = [prompts.take_apart(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
+        assert same == [is_theirs] * len(requests)
+
+
+@pytest.mark.parametrize("setting", [{"sampling_temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 5}])
+def test_how_samples_are_drawn_is_in_the_fingerprint(
+    setting: dict[str, float], prompts: Prompts, teacher_folder: Path
+) -> None:
+    plain, other = (opened(teacher_folder, prompts, **given).fingerprint() for given in ({}, setting))
+    assert other == plain | {"generation": plain["generation"] | setting}
+    assert other != plain
+
+
+@pytest.mark.parametrize(
+    "setting", [{"sampling_temperature": 0.0}, {"sampling_temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_a_teacher_that_could_not_draw_is_refused(
+    setting: dict[str, float], prompts: Prompts, teacher_folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="sampling_temperature"):
+        opened(teacher_folder, prompts, **setting)
 
 
 REASONED = {  # what the teacher left: rationale, answer after it, cut off at the limit

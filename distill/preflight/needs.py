@@ -1,0 +1,133 @@
+"""What a run needs of the machine, measured on its longest lessons, beside what there is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.head import head_loss
+from distill.preflight.plan import Finding, Plan, Sample, collated, longest
+from distill.records import Batch
+
+
+def needs(plan: Plan, _: Sample) -> Iterator[Finding]:
+    """Memory, disk and time."""
+    there = free_memory(plan.device)
+    lessons = longest(plan)
+    batch = collated(plan, lessons, plan.prompts.end).to(plan.device)
+    weights = [*plan.module.model.parameters()]
+    trained_bytes = sum(_size(weight) for weight in weights if weight.requires_grad)
+    states = round(trained_bytes * _states_per_weight(plan))
+    try:
+        step, seconds = _measured_step(plan, batch)
+    except torch.OutOfMemoryError:
+        step, seconds = math.inf, math.nan
+    yield _memory(there, step + states, len(lessons), batch.input_ids_BT.shape[1])
+    free = shutil.disk_usage(plan.run_dir).free
+    wanted = 2 * sum(map(_size, weights)) + states
+    yield Finding(
+        "disk",
+        wanted <= free,
+        f"{_told(wanted)} for a student and a checkpoint",
+        f"<= {_told(free)}",
+        f"Make room on the disk of {plan.run_dir}, or set root to another",
+        True,
+    )
+    per_lesson = sum(lesson.num_tokens for lesson in plan.lessons) / len(plan.lessons)
+    num_tokens = plan.batch_size * plan.num_steps * (per_lesson if plan.batch_unit == "examples" else 1)
+    hours = seconds / batch.input_ids_BT.numel() * num_tokens / plan.num_devices / 3600
+    told = f"{hours * 60:.1f} minutes" if hours < 1 else f"{hours:.1f} hours"
+    yield Finding("time", True, f"about {told} of forward and backward for {plan.num_steps} steps", "", "", False)
+
+
+def _memory(there: int | None, wanted: float, number: int, length: int) -> Finding:
+    told = "more than there is" if wanted == math.inf else _told(wanted)
+    return Finding(
+        "memory",
+        None if there is None and wanted < math.inf else there is not None and wanted <= there,
+        f"{told} for {number} lessons of {length} tokens",
+        "<= unknown" if there is None else f"<= {_told(there)}",
+        "Lower microbatch_size (the result is the same), set student.gradient_checkpointing=true, or prompt.max_length "
+        "lower",
+        True,
+    )
+
+
+def _measured_step(plan: Plan, batch: Batch) -> tuple[float, float]:
+    """Bytes and seconds of one forward and backward pass."""
+    trained = [weight for weight in plan.module.model.parameters() if weight.requires_grad]
+    is_cuda, saved = plan.device.type == "cuda", dict[int, int]()
+    before = torch.cuda.memory_allocated(plan.device) if is_cuda else 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(plan.device)
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    plan.module.train()
+    start = time.perf_counter()
+    with plan.precision(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = list(plan.module.terms(batch).values())
+        total, _ = head_loss(plan.module.hidden(batch), plan.module.head(), terms)
+    if trained and total.requires_grad:
+        torch.autograd.grad(total, trained, allow_unused=True)
+    if is_cuda:
+        torch.cuda.synchronize(plan.device)
+        return float(torch.cuda.max_memory_allocated(plan.device) - before), time.perf_counter() - start
+    for weight in plan.module.model.parameters():  # they are there already
+        saved.pop(weight.untyped_storage().data_ptr(), None)
+    return float(sum(saved.values()) + sum(map(_size, trained))), time.perf_counter() - start
+
+
+def _states_per_weight(plan: Plan) -> float:
+    """Bytes that the optimizer keeps per byte of a trained parameter, seen on a small one."""
+    weight = nn.Parameter(torch.zeros(256, 256, device=plan.device))
+    optimizer = plan.make_optimizer([weight])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    return sum(map(_size, kept)) / _size(weight)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _told(num_bytes: int | float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can be had on a GPU, or on a Linux host within the limits of its cgroups; None where unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not (root / "proc/meminfo").is_file():
+        return None
+    told = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in told:
+        return None
+    return int(min(int(told["MemAvailable"].split()[0]) * 1024, *_cgroup_rooms(root)))
+
+
+def _cgroup_rooms(root: Path) -> Iterator[float]:
+    """What each memory limit above this process leaves; pages of files can be given up, so they do not count."""
+    yield math.inf
+    own = root / "proc/self/cgroup"
+    lines = own.read_text().splitlines() if own.is_file() else []
+    place = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    top = root / "sys/fs/cgroup"
+    for folder in {top, top / place, *(top / parent for parent in Path(place).parents)}:
+        files = [folder / name for name in ("memory.max", "memory.current", "memory.stat")]
+        if all(file.is_file() for file in files):
+            limit, used, stat = (file.read_text().split() for file in files)
+            of_files = int(stat[stat.index("file") + 1]) if "file" in stat else 0
+            if limit != ["max"]:
+                yield max(0, int(limit[0]) - int(used[0]) + of_files)
