@@ -49,6 +49,10 @@ class Solutions:
         """The text."""
         return text
 
+    def value(self, answer: str) -> str:
+        """The answer itself."""
+        return answer
+
 
 @dataclass(frozen=True)
 class Asked:

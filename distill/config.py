@@ -24,7 +24,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -133,7 +133,12 @@ def check(config: DictConfig) -> None:
 
 def build(node: DictConfig | None, **arguments: Any) -> Any:
     """Call what a node's `_target_` names with the node's values and `arguments`; no node builds None."""
-    return hydra.utils.instantiate(node, _convert_="all", **arguments)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, DistillError):  # what a part says of its own values needs no frame around it
+            raise error.__cause__ from None
+        raise
 
 
 def save(config: DictConfig, path: Path) -> dict[str, Any]:
@@ -297,7 +302,8 @@ def _check_types(target: Any, name: str, given: Mapping[str, Any]) -> list[str]:
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     problems = []
     for key, value in given.items():
-        if key in hints and not (isinstance(value, dict) and "_target_" in value):
+        is_open = isinstance(value, str) and "${" in value  # refers to what must be given first
+        if key in hints and not is_open and not (isinstance(value, dict) and "_target_" in value):
             try:
                 TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
             except ValidationError as error:
