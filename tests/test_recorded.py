@@ -136,9 +136,10 @@ def test_the_second_teacher_reads_the_words_of_the_first(
             assert int(gap_N.argmin()) == row
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # as in the command
 def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_folder: Path) -> None:
     config = elsewhere(
-        LOSSES, *two_teachers(teacher_folder), "trainer.max_steps=2", "num_samples=2", "time_teacher=true"
+        LOSSES, *two_teachers(teacher_folder), "trainer.max_steps=2", "trainer.log_every_n_steps=1", "num_samples=2", "time_teacher=true"
     )
     run: dict[str, object] = {}
     (tmp_path / "run").mkdir()
@@ -148,4 +149,4 @@ def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_
     assert math.isfinite(rows["student"]["kl"])
     assert rows["student"]["peak_bytes"] > rows["student"]["parameters"]
     told = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text().splitlines()]
-    assert {"disagrees", "empty", None} >= {row["reason"] for row in told} >= {None, "empty"}
+    assert {row["reason"] for row in told} == {None}
