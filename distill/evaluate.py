@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -45,12 +47,16 @@ class Evaluation:
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
-        """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one."""
+        """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one.
+
+        A question that is too long, where such ones are dropped, gets no answer, which is a wrong one.
+        """
         reader = self._reader(self._span)
-        questions = [self._prompts.question(example, self._span) for example in examples]
+        questions = self._questions(examples, self._span)
+        unasked = [index for index in range(len(examples)) if index not in questions]
+        found = {i: self._prediction(examples[i], teacher.get(examples[i].id), None, None) for i in unasked}
         # Batches of like lengths have little padding.
-        order = sorted(range(len(examples)), key=lambda index: len(questions[index]))
-        found: dict[int, Prediction] = {}
+        order = sorted(questions, key=lambda index: len(questions[index]))
         for start in range(0, len(order), _BATCH):
             indices = order[start : start + _BATCH]
             part = [examples[index] for index in indices]
@@ -62,11 +68,25 @@ class Evaluation:
     @torch.inference_mode()
     def rationales(self, examples: Sequence[Example]) -> list[str]:
         """What the model writes when asked to reason."""
-        if not examples:
-            return []
-        reading = self._reader("rationale").read([self._prompts.question(e, "rationale") for e in examples])
+        questions = self._questions(examples, "rationale")
+        if not questions:
+            return [""] * len(examples)
+        reading = self._reader("rationale").read(list(questions.values()))
         written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-        return [self._prompts.take_apart(ids).rationale for ids in written]
+        texts = dict(zip(questions, (self._prompts.take_apart(ids).rationale for ids in written), strict=True))
+        return [texts.get(index, "") for index in range(len(examples))]
+
+    def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
+        """Token ids of the questions that are not too long, by the place of their example."""
+        found: dict[int, tuple[int, ...]] = {}
+        for index, example in enumerate(examples):
+            with suppress(ValueError):
+                found[index] = self._prompts.question(example, span)
+        return found
+
+    def fits(self, example: Example) -> bool:
+        """Whether its question is not too long."""
+        return bool(self._questions([example], self._span))
 
     @property
     def weights_bytes(self) -> int:
@@ -79,7 +99,7 @@ class Evaluation:
 
         @torch.inference_mode()
         def answer(example: Example) -> object:
-            reading = reader.read([self._prompts.question(example, self._span)])
+            reading = reader.read(list(self._questions([example], self._span).values()))
             if self._choices and self._answer == "direct":
                 return self._choose(reading, [None])
             return reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
@@ -109,21 +129,30 @@ class Evaluation:
         best, probabilities = self._choose(reading, answers)
         kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
         return [
-            Prediction(
-                example_id=example.id,
-                question=example.question,
-                gold=example.answer or "",
-                answer=best[k],
-                written_answer=answers[k],
-                is_correct=_is_same(self._task, best[k], example.answer),
-                is_written_correct=_is_same(self._task, answers[k], example.answer),
+            replace(
+                self._prediction(example, annotation, best[k], answers[k]),
                 choice_probabilities=probabilities[k],
                 kl=kls[k],
                 rationale=rationales[k],
-                **self._beside(best[k], example, annotation),
             )
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
+
+    def _prediction(
+        self, example: Example, annotation: Annotation | None, answer: str | None, written: str | None
+    ) -> Prediction:
+        return Prediction(
+            example_id=example.id,
+            question=example.question,
+            gold=example.answer or "",
+            answer=answer,
+            written_answer=written,
+            is_correct=_is_same(self._task, answer, example.answer),
+            is_written_correct=_is_same(self._task, written, example.answer),
+            choice_probabilities=(),
+            kl=None,
+            **self._beside(answer, example, annotation),
+        )
 
     def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
         """What the teacher said to the same question, and how it compares."""
@@ -195,8 +224,11 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
 def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, float | None]]:
     """How long each model takes to answer one question alone, and the memory for it, all of them in turn."""
     answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
+    examples = [example for example in examples if all(each.fits(example) for each in evaluations.values())]
     times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
-    extras = {name: extra_bytes(partial(answer, examples[0])) for name, answer in answering.items()}
+    extras = {
+        name: extra_bytes(partial(answer, examples[0])) if examples else None for name, answer in answering.items()
+    }
     peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
     return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
 

@@ -212,3 +212,20 @@ def test_documents_of_one_batch_do_not_see_each_other(
             made = teacher.annotate(batch)[place]
             assert made.key == first.key
             assert same(made, alone, 1e-4)
+
+
+def test_a_test_question_that_is_too_long_counts_as_wrong_and_does_not_end_the_run(
+    student_folder: Path, prompts: Prompts, configured: Callable[..., DictConfig]
+) -> None:
+    source = open_source(configured())
+    given = [source.splits.test[0], Example("how " * 400 + "many?", "7"), *source.splits.test[1:]]
+    model = models.load(student_folder, torch.float32)
+    evaluation = Evaluation(model, prompts, source.task, "direct", 6)
+    found = evaluation.predict(given, {})
+    assert [p.example_id for p in found] == [example.id for example in given]
+    assert (found[1].answer, found[1].is_correct, found[1].is_written_correct) == (None, False, False)
+    alone = evaluation.predict(source.splits.test, {})
+    assert [p.written_answer for p in (found[0], *found[2:])] == [p.written_answer for p in alone]
+    assert evaluation.rationales(given)[1] == ""
+    assert speeds({"it": evaluation}, [given[1]])["it"]["ms_per_example"] is None
+    assert speeds({"it": evaluation}, given)["it"]["ms_per_example"] > 0

@@ -139,7 +139,12 @@ def test_the_second_teacher_reads_the_words_of_the_first(
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # as in the command
 def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_folder: Path) -> None:
     config = elsewhere(
-        LOSSES, *two_teachers(teacher_folder), "trainer.max_steps=2", "trainer.log_every_n_steps=1", "num_samples=2", "time_teacher=true"
+        LOSSES,
+        *two_teachers(teacher_folder),
+        "trainer.max_steps=2",
+        "trainer.log_every_n_steps=1",
+        "num_samples=2",
+        "time_teacher=true",
     )
     run: dict[str, object] = {}
     (tmp_path / "run").mkdir()
