@@ -226,9 +226,8 @@ def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -
     answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
     examples = [example for example in examples if all(each.fits(example) for each in evaluations.values())]
     times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
-    extras = {
-        name: extra_bytes(partial(answer, examples[0])) if examples else None for name, answer in answering.items()
-    }
+    one = examples[0] if examples else None
+    extras = {name: extra_bytes(partial(answer, one)) if one else None for name, answer in answering.items()}
     peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
     return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
 

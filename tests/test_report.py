@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -11,11 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from distill import report
+from distill import report, runs
 from distill.records import ConfigError
+from distill.statistics import detectable, family_level, paired_interval
 
 Make = Callable[..., Path]
 HOSTILE = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202eright-to-left \ud800 | `code` **bold** $x_1$"
@@ -103,6 +106,19 @@ def prediction(index: int, is_correct: bool, agrees: bool) -> dict[str, Any]:
     }
 
 
+def shuffled(share: float, number: int, name: str) -> list[bool]:
+    """True for that share of the examples, drawn by name."""
+    values = [k < round(share * number) for k in range(number)]
+    random.Random(name).shuffle(values)
+    return values
+
+
+def answers(losses: tuple[str, ...], accuracy: float, seed: int, number: int = 500) -> list[dict[str, Any]]:
+    """Predictions of that accuracy, each run's drawn on its own; the teacher is right on 82 % in every run."""
+    student, teacher = shuffled(accuracy, number, f"{losses}{seed}"), shuffled(0.82, number, "teacher")
+    return [prediction(k, student[k], student[k] == teacher[k]) for k in range(number)]
+
+
 def learning_curve(losses: tuple[str, ...], accuracy: float) -> str:
     """A metrics.csv in which training and validation rows alternate, with empty cells."""
     lines = ["step,epoch," + ",".join(f"train/{loss}" for loss in losses) + ",val/answer,val/accuracy"]
@@ -114,49 +130,48 @@ def learning_curve(losses: tuple[str, ...], accuracy: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_run(
+    folder: Path,
+    losses: tuple[str, ...] = ("answer", "kl", "rationale"),
+    accuracy: float = 0.74,
+    seed: int = 0,
+    *,
+    config: Mapping[str, Any] | None = None,
+    student: Mapping[str, Any] | None = None,
+    predictions: list[dict[str, Any]] | None = None,
+    rationales: list[dict[str, Any]] | None = None,
+    without: tuple[str, ...] = (),
+    **changes: Any,
+) -> Path:
+    """Write a run folder; keywords replace facts, `without` leaves files out."""
+    folder.mkdir()
+    num_test = (student or {}).get("num_examples", 500)
+    rows = {"teacher": row(0.82, agreement=None, kl=None), "before": row(0.52)}
+    rows["student"] = row(accuracy, num_test) | dict(student or {})
+    if predictions is None:
+        predictions = answers(losses, accuracy, seed, num_test)
+    rejected = [{"id": f"{k:032x}", "reason": "disagrees", "text": "So it is good."} for k in range(3)]
+    seeded = {"seed": seed, "loss": {loss: {"weight": 1.0} for loss in losses}, "optim": {"lr": 3e-4, "seed": seed}}
+    texts = {
+        "config.yaml": yaml.safe_dump(seeded | dict(config or {})),
+        "run.json": json.dumps(facts(losses, seed) | changes),
+        "metrics.csv": learning_curve(losses, accuracy),
+        "results.json": json.dumps({"rows": rows}),
+        "predictions.jsonl": "".join(json.dumps(line) + "\n" for line in predictions),
+        "rejected.jsonl": "".join(json.dumps(line) + "\n" for line in rejected),
+    }
+    if rationales is not None:
+        texts["rationales.jsonl"] = "".join(json.dumps(line) + "\n" for line in rationales)
+    for name, text in texts.items():
+        if name not in without:
+            (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Make:
-    """Write a run folder; keywords replace facts, `without` leaves files out."""
-
-    def make(
-        losses: tuple[str, ...] = ("answer", "kl", "rationale"),
-        accuracy: float = 0.74,
-        seed: int = 0,
-        *,
-        config: Mapping[str, Any] | None = None,
-        student: Mapping[str, Any] | None = None,
-        predictions: list[dict[str, Any]] | None = None,
-        without: tuple[str, ...] = (),
-        **changes: Any,
-    ) -> Path:
-        written = facts(losses, seed) | changes
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        num_test = (student or {}).get("num_examples", 500)
-        rows = {"teacher": row(0.82, agreement=None, kl=None), "before": row(0.52)}
-        rows["student"] = row(accuracy, num_test) | dict(student or {})
-        if predictions is None:
-            predictions = [prediction(k, k % 4 > 0, k % 3 > 0) for k in range(60)]
-        rejected = [{"id": f"{k:032x}", "reason": "disagrees", "text": "So it is good."} for k in range(3)]
-        seeded = {
-            "seed": seed,
-            "loss": {loss: {"weight": 1.0} for loss in losses},
-            "optim": {"lr": 3e-4, "seed": seed},
-        }
-        texts = {
-            "config.yaml": yaml.safe_dump(seeded | dict(config or {})),
-            "run.json": json.dumps(written),
-            "metrics.csv": learning_curve(losses, accuracy),
-            "results.json": json.dumps({"rows": rows}),
-            "predictions.jsonl": "".join(json.dumps(line) + "\n" for line in predictions),
-            "rejected.jsonl": "".join(json.dumps(line) + "\n" for line in rejected),
-        }
-        for name, text in texts.items():
-            if name not in without:
-                (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-        return folder
-
-    return make
+    """Write a run folder of its own below `tmp_path`."""
+    return lambda *values, **more: write_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", *values, **more)
 
 
 def summary_of(*folders: Path) -> report.Summary:
@@ -205,14 +220,6 @@ def test_one_seed_keeps_the_interval_that_evaluation_wrote(make_run: Make) -> No
     assert report.cell(summary.arms[-1], report.COLUMNS[0]) == "74.0 % [61.0, 83.0]"
 
 
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    [(1, 12.7062), (2, 4.30265), (10, 2.22814), (11, 2.20099), (30, 2.04227), (1000, 1.96234)],
-)
-def test_t_quantiles_are_those_of_the_printed_tables(freedom: int, quantile: float) -> None:
-    assert report.t_975(freedom) == pytest.approx(quantile, abs=1e-3)
-
-
 def test_rows_come_in_order_with_the_baseline_above_the_distilled(make_run: Make) -> None:
     summary = summary_of(make_run(), make_run(("kl",)), make_run(("answer",)))
     assert [arm.kind for arm in summary.arms] == ["teacher", "before", "baseline", "distilled", "distilled"]
@@ -244,14 +251,127 @@ def test_a_seed_run_twice_counts_once_and_says_so(make_run: Make) -> None:
         (0.55, "worse", -13.0, "13.0 points below labels alone at equal budget"),
     ],
 )
-def test_verdict_claims_only_what_the_intervals_show(
+def test_verdict_claims_only_what_the_interval_of_the_difference_shows(
     make_run: Make, accuracy: float, status: str, points: float, phrase: str
 ) -> None:
     (verdict,) = summary_of(make_run(("answer",), 0.68), make_run(accuracy=accuracy)).verdicts
     assert verdict.status == status
     assert verdict.points == pytest.approx(points)
     assert phrase in verdict.sentence
+    assert ("which holds 0" in verdict.sentence) == (status == "not shown")
+    assert ("would have shown a difference of" in verdict.sentence) == (status == "not shown")
     assert any("one seed" in caveat for caveat in verdict.caveats)
+
+
+def test_the_interval_is_that_of_the_correctness_matrices_matched_by_seed_and_id(make_run: Make) -> None:
+    sides = [(("answer",), 0.68), (("answer", "kl"), 0.73)]
+    folders = [
+        make_run(losses, p, seed, predictions=answers(losses, p, seed)[:: -1 if "kl" in losses else 1])
+        for losses, p in sides
+        for seed in (2, 0, 1)
+    ]
+    (verdict,) = summary_of(*folders).verdicts
+    right, left = (np.array([shuffled(p, 500, f"{losses}{k}") for k in range(3)], float) for losses, p in sides)
+    expected = paired_interval(left, right)
+    assert verdict.difference is not None
+    assert verdict.difference.ends == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert verdict.difference.detectable == pytest.approx(100 * detectable(expected))
+    assert "paired by 3 seeds and 500 test examples" in verdict.sentence
+
+
+def test_examples_that_are_right_or_wrong_in_both_arms_make_the_verdict_sharper(make_run: Make) -> None:
+    base = answers(("answer",), 0.68, 0)
+    wrong = [k for k, line in enumerate(base) if not line["is_correct"]]
+    more = [prediction(k, line["is_correct"] or k in wrong[:15], True) for k, line in enumerate(base)]
+    folders = [make_run(("answer",), 0.68, predictions=base), make_run(accuracy=0.71, predictions=more)]
+    (verdict,) = summary_of(*folders).verdicts
+    assert verdict.status == "better"
+    (unpaired,) = summary_of(make_run(("answer",), 0.68, seed=1), make_run(accuracy=0.71, seed=1)).verdicts
+    assert unpaired.status == "not shown"
+
+
+def test_only_seeds_that_both_arms_have_are_paired_and_it_is_said(make_run: Make) -> None:
+    folders = [make_run(("answer",), 0.5, 0), make_run(("answer",), 0.9, 7), make_run(accuracy=0.7, seed=0)]
+    (verdict,) = summary_of(*folders).verdicts
+    assert verdict.points == pytest.approx(20)
+    assert any("Paired on seed 0 alone" in caveat for caveat in verdict.caveats)
+
+
+def test_only_examples_that_both_arms_tell_are_paired_and_it_is_said(make_run: Make) -> None:
+    told = answers(("answer", "kl"), 0.8, 0)[:400]
+    (verdict,) = summary_of(make_run(("answer",), 0.6), make_run(("answer", "kl"), 0.8, predictions=told)).verdicts
+    assert verdict.difference is not None
+    assert verdict.difference.interval is not None
+    assert verdict.difference.interval.num_examples == 400
+    assert any("400 of 500 test examples" in caveat for caveat in verdict.caveats)
+
+
+@pytest.mark.parametrize(("accuracy", "status"), [(0.80, "better"), (0.70, "not shown"), (0.55, "worse")])
+def test_without_predictions_the_arms_own_intervals_are_compared_and_it_is_said(
+    make_run: Make, accuracy: float, status: str
+) -> None:
+    folders = [make_run(("answer",), 0.68), make_run(accuracy=accuracy, without=("predictions.jsonl",))]
+    (verdict,) = summary_of(*folders).verdicts
+    assert verdict.status == status
+    assert ("do not overlap" in verdict.sentence) == (status != "not shown")
+    assert any("own 95 % intervals are compared" in caveat for caveat in verdict.caveats)
+
+
+def test_several_arms_are_judged_at_the_level_at_which_all_hold_together(make_run: Make) -> None:
+    arms = [("answer", "kl"), ("answer", "rationale"), ("answer", "kl", "rationale")]
+    summary = summary_of(make_run(("answer",), 0.68), *(make_run(losses, 0.72) for losses in arms))
+    for verdict in summary.verdicts:
+        assert verdict.difference is not None
+        assert verdict.difference.level == pytest.approx(family_level(0.95, 3)) == pytest.approx(1 - 0.05 / 3)
+        assert "98.3 % for each of the 3 arms is 95 % for all together" in verdict.sentence
+    (alone,) = summary_of(make_run(("answer",), 0.68), make_run(arms[0], 0.72)).verdicts
+    assert "The 95 % interval" in alone.sentence
+    assert "together" not in alone.sentence
+
+
+def test_soft_targets_are_also_set_against_hard_labels_of_the_same_teacher(make_run: Make) -> None:
+    hard = ("answer", "teacher_answer")
+    folders = [make_run(("answer",), 0.6), make_run(hard, 0.7), make_run(("answer", "kl"), 0.75)]
+    other, soft = sorted(summary_of(*folders).verdicts, key=lambda verdict: verdict.arm.has_hard_labels)[::-1]
+    assert other.arm.losses == hard
+    assert other.beside is None
+    assert other.points == pytest.approx(10)
+    assert soft.points == pytest.approx(15)
+    assert soft.beside is not None
+    assert soft.beside.points == pytest.approx(5)
+    assert "+5.0 [" in report.to_text(summary_of(*folders))
+    assert "over hard labels" in Page(report.to_html(summary_of(*folders))).text
+
+
+def test_hard_labels_of_another_budget_are_no_rival(make_run: Make) -> None:
+    folders = [make_run(("answer",), 0.6), make_run(("answer", "teacher_answer"), 0.7, steps=7), make_run()]
+    assert all(verdict.beside is None for verdict in summary_of(*folders).verdicts)
+
+
+def test_the_share_of_the_teachers_advantage_is_told(make_run: Make) -> None:
+    (verdict,) = summary_of(make_run(("answer",), 0.62), make_run(accuracy=0.72)).verdicts
+    assert verdict.difference is not None
+    assert verdict.difference.share is not None
+    assert verdict.difference.share.estimate == pytest.approx((0.72 - 0.62) / (0.82 - 0.62))
+    assert re.search(r"It recovers 50 % \[\d+, \d+\] of the teacher's advantage", verdict.sentence)
+
+
+def test_a_teacher_no_better_than_labels_alone_has_nothing_to_recover(make_run: Make) -> None:
+    (verdict,) = summary_of(make_run(("answer",), 0.85), make_run(accuracy=0.9)).verdicts
+    assert "The teacher is no better than labels alone." in verdict.sentence
+    assert "recovers" not in verdict.sentence
+
+
+def test_seeds_that_draw_their_own_start_are_one_arm_and_are_compared(make_run: Make) -> None:
+    config = {"student": {"model": "m", "from_scratch": True}}
+    folders = [
+        make_run(losses, p, seed, config=config, start=f"start{seed}{losses}")
+        for losses, p in ((("answer",), 0.6), (("kl",), 0.8))
+        for seed in (0, 1)
+    ]
+    summary = summary_of(*folders)
+    assert [len(arm.rows) for arm in summary.trained] == [2, 2]
+    assert summary.verdicts[0].status == "better"
 
 
 def test_verdict_without_baseline_names_the_command(make_run: Make) -> None:
@@ -297,7 +417,7 @@ def test_a_student_no_better_than_before_training_is_called_so(make_run: Make) -
 # --- incomplete and damaged runs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", report.FILES)
+@pytest.mark.parametrize("name", runs.FILES)
 def test_a_missing_file_is_reported_and_never_fatal(make_run: Make, name: str) -> None:
     whole = make_run(("answer",))
     summary = summary_of(whole, make_run(without=(name,)))
@@ -371,8 +491,13 @@ def test_page_is_self_contained_and_its_charts_are_well_formed(make_run: Make) -
     assert sum('class="square"' in chart for chart in charts) == 4
     assert (
         html.index("at equal budget")
+        < html.index("<h2>Differences")
         < html.index("<h2>Results")
+        < html.index("<h2>Comparison")
+        < html.index("<h2>Cost")
         < html.index("<h2>Learning")
+        < html.index("<h2>Reliability")
+        < html.index("<h2>Each seed")
         < html.index("<h2>Sample")
     )
 
@@ -392,7 +517,7 @@ def test_hostile_text_stays_text_everywhere(make_run: Make) -> None:
         output.encode("utf-8")
         assert not set("\x1b\u202e\x07") & set(output)
     assert not re.search(r"(?<!\\)<script", markdown)
-    assert len({line.count("|") - line.count("\\|") for line in markdown.splitlines() if line.startswith("| ")}) == 2
+    assert len({line.count("|") - line.count("\\|") for line in markdown.splitlines() if line.startswith("| ")}) == 3
 
 
 def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> None:
@@ -402,17 +527,175 @@ def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> N
     assert "x" * 501 not in html
 
 
-def test_samples_mix_right_and_wrong_agreeing_and_not(make_run: Make) -> None:
-    items = [prediction(k, k > 1, k % 10 > 0) | {"student_rationale": "Because."} for k in range(100)]
-    silent = [prediction(k, k % 2 > 0, True) | {"student_rationale": None} for k in range(100, 200)]
-    folder = make_run(predictions=[*silent, *items[::-1]])
-    run, chosen = report.samples(summary_of(folder))
-    kinds = [(item["is_correct"], item["student_answer"] == item["teacher_answer"]) for item in chosen]
-    assert run == report.read_run(folder)
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        (False, False): 1, (False, True): 1, (True, False): 9, (True, True): 9,
-    }  # fmt: skip
-    assert chosen == report.samples(summary_of(make_run(predictions=items)))[1]
+def test_samples_are_where_student_and_teacher_part_and_where_both_fail(make_run: Make) -> None:
+    items = [prediction(k, k > 1, k % 10 > 0) for k in range(100)]
+    folder = make_run(predictions=items[::-1])
+    run, groups = report.outcomes(summary_of(folder))
+    # Gold is "positive": the teacher is wrong where it agrees with a wrong student, and where it does not with a right.
+    assert run == runs.read_run(folder)
+    assert [(group.num, [item["id"][-2:] for item in group.shown]) for group in groups] == [
+        (9, ["0a", "14", "1e", "28", "32", "3c", "46", "50"]),
+        (1, ["00"]),
+        (1, ["01"]),
+    ]
+    page = " ".join(Page(report.to_html(summary_of(folder))).text.split())
+    for text in ("Student right, teacher wrong: 9 of 100", "Teacher right, student wrong: 1", "Both wrong: 1"):
+        assert text in page
+
+
+def test_what_the_run_says_of_correctness_goes_before_equality_of_texts(make_run: Make) -> None:
+    said = prediction(0, False, False) | {"teacher_answer": "Positive!", "is_teacher_correct": True, "agrees": True}
+    old = prediction(1, True, True)
+    unasked = prediction(2, True, True) | {"teacher_answer": None}
+    read = runs.read_run(make_run(predictions=[said, old, unasked])).predictions
+    assert [(line["is_teacher_correct"], line["agrees"]) for line in read] == [(True, True), (True, True), (None, None)]
+
+
+def lesson(index: int, answer: str, reason: str | None) -> dict[str, Any]:
+    """One line of rationales.jsonl."""
+    return {
+        "id": f"{index:032x}",
+        "sample": 0,
+        "question": f"Review {index}?",
+        "gold": "positive",
+        "answer": answer,
+        "rationale": f"Thought {index}.",
+        "gold_rationale": None,
+        "confidence": 0.9,
+        "reason": reason,
+    }
+
+
+def test_rationales_pass_the_filters_of_their_answer_and_of_their_fate(make_run: Make) -> None:
+    told = [lesson(100, "positive", None), lesson(101, "negative", "disagrees"), lesson(102, "positive", HOSTILE)]
+    folder = make_run(predictions=[prediction(k, k < 20, True) for k in range(30)], rationales=told)
+    summary = summary_of(folder)
+    filters, shown = report.reasoning(summary)
+    assert filters == ["right", "wrong", "kept", f"rejected: {HOSTILE}", "rejected: disagrees"]
+    fates = {line["id"]: marks for marks, line in shown}
+    assert fates[told[0]["id"]] == ["right", "kept"]
+    assert fates[told[1]["id"]] == ["wrong", "rejected: disagrees"]
+    assert sum(marks == ["right"] for marks in fates.values()) == 12  # of twenty
+    assert sum(marks == ["wrong"] for marks in fates.values()) == 10
+    html = report.to_html(summary)
+    assert "script" not in Page(html).tags
+    assert html.count('type="radio"') == 1 + len(filters)
+    kept = filters.index("kept")
+    assert f".browse:has(#f{kept}:checked) .sample:not(.m{kept}) {{ display: none; }}" in html
+    assert html.count(f'class="sample m{filters.index("right")} m{kept}"') == 1
+
+
+# --- cost, data, curves -------------------------------------------------------------------------------------
+
+
+def with_latency(milliseconds: float) -> dict[str, Any]:
+    return {"ms_per_example": milliseconds}
+
+
+def test_costs_and_break_even_are_those_of_the_prices(make_run: Make) -> None:
+    # An hour is 1 EUR + 0.5 kW · 2 EUR = 2 EUR. Making: 123.4 s annotation + 42.1 s + 9 s = 174.5 s.
+    # The student takes 3 ms, the teacher costs 0.01 EUR per 1000.
+    prices = {"price_per_hour": 1, "watts": 500, "price_per_kwh": 2, "currency": "EUR", "requests_per_day": 1000}
+    config = {"cost": prices | {"teacher_price_per_1000": 0.01}}
+    summary = summary_of(make_run(("answer",), config=config), make_run(config=config, student=with_latency(3.0)))
+    baseline, distilled = report.tables(summary)["cost"]
+    making = 174.5 / 3600 * 2
+    saved = 0.01 / 1000 - 0.003 / 3600 * 2
+    assert distilled["making"] == pytest.approx(making)
+    assert distilled["unit"] == "EUR"
+    assert distilled["break_even_requests"] == pytest.approx(making / saved)
+    assert distilled["break_even_days"] == pytest.approx(making / saved / 1000)
+    assert baseline["annotation_seconds"] == 0
+    assert f"{math.ceil(making / saved):,} (" in " ".join(report.to_text(summary).split())
+
+
+def test_without_prices_costs_are_seconds_of_the_machine(make_run: Make) -> None:
+    summary = summary_of(make_run(student=with_latency(2.0)))
+    (cost,) = report.tables(summary)["cost"]
+    assert cost["unit"] == "machine seconds"
+    assert cost["making"] == pytest.approx(174.5)
+    assert cost["break_even_requests"] == pytest.approx(174.5 / (0.012 - 0.002))
+    assert "machine seconds" in Page(report.to_html(summary)).text
+
+
+def test_prices_that_are_given_go_before_those_of_the_run(make_run: Make) -> None:
+    summary = summary_of(make_run(config={"cost": {"price_per_hour": 1, "currency": "EUR"}}))
+    (cost,) = report.tables(summary, {"price_per_hour": 7.2, "currency": None})["cost"]
+    assert (cost["unit"], cost["making"]) == ("EUR", pytest.approx(174.5 * 0.002))
+
+
+def test_a_student_that_is_not_cheaper_never_pays_back_and_what_is_missing_was_not_measured(make_run: Make) -> None:
+    summary = summary_of(make_run(student=with_latency(12.0)))
+    assert cost_cells(summary)[-1] == "never"
+    unmeasured = summary_of(make_run(student={"ms_per_example": None}, seconds=None))
+    no = "not measured"  # annotation took 123.4 s, and 1000 requests to the teacher take 12 s
+    assert cost_cells(unmeasured) == ["answer + kl + rationale", "2.1 min", no, no, no, no, "12", no]
+
+
+def cost_cells(summary: report.Summary) -> list[str]:
+    """The last line of the table of costs."""
+    lines = [line for line in report.to_markdown(summary).split("## Cost and data")[1].splitlines() if "|" in line]
+    return [text.strip() for text in lines[-1].strip("|").split("|")]
+
+
+def test_yield_contamination_and_checks_are_told(make_run: Make) -> None:
+    found = [{"train_id": "a1", "other_id": "b2", "split": "test", "ngram": f"shared words {HOSTILE}"}]
+    checks = [
+        {"check": "free disk", "passed": True, "found": "9 GB", "wanted": "1 GB", "remedy": ""},
+        {"check": HOSTILE, "passed": False, "found": 1, "wanted": 2, "remedy": "Take another."},
+        {"check": "peak", "passed": None, "found": None, "wanted": None, "remedy": None},
+    ]
+    summary = summary_of(make_run(contamination={"n": 8, "found": found, "num_dropped": 5}, preflight=checks))
+    text, page = " ".join(report.to_text(summary).split()), " ".join(Page(report.to_html(summary)).text.split())
+    assert "150 of 193 kept (78 %); rejected: disagrees 40, truncated 3." in text
+    for shown in (text, page):
+        assert "Contamination: 1 shared 8-grams found, 5 dropped." in shown
+    for shown in ("1 example of training that shares text", "b2", "✓ yes", "✗ no", "Take another.", "not measured"):
+        assert shown in page
+    nothing = Page(report.to_html(summary_of(make_run(counts={"test": 500})))).text
+    for shown in ("Contamination: not measured", "Yield of rationales: not measured", "Peak memory: not measured"):
+        assert shown in nothing
+
+
+def test_a_card_of_data_names_the_runs_that_it_is_of(make_run: Make) -> None:
+    few, many = ({"train": n + 400, "labelled": n, "test": 500} for n in (100, 200))
+    folders = [make_run(("kl",), seed=0, counts=few), make_run(("kl",), seed=1, counts=few), make_run(counts=many)]
+    page = report.to_html(summary_of(*folders))
+    titles = [title for title in re.findall(r"<h3>(.*?)</h3>", page) if "seed" in title]
+    assert titles == ["kl-seed0, kl-seed1", "answer+kl+rationale-seed0"]
+
+
+def test_tables_are_plain_rows_of_the_same_keys(make_run: Make) -> None:
+    told = [line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))]
+    summary = summary_of(make_run(("answer",), 0.6), make_run(("kl",), 0.8, predictions=told))
+    found = report.tables(summary)
+    assert set(found) == {"differences", "comparison", "cost", "by_confidence", "yield"}
+    for rows in found.values():
+        assert rows
+        assert {tuple(line) for line in rows} == {tuple(rows[0])}
+        assert all(value is None or isinstance(value, str | int | float) for line in rows for value in line.values())
+    assert [(line["low"], line["num"]) for line in found["by_confidence"]] == [(0.5, 250), (0.9, 250)]
+    assert found["differences"][0]["points"] == pytest.approx(20)
+
+
+def test_arms_that_differ_in_the_number_of_labels_make_a_curve_and_enough_of_them_a_power_law(make_run: Make) -> None:
+    def sweep(labelled: tuple[int, ...]) -> str:
+        counts = [{"train": n + 1600, "labelled": n, "test": 500} for n in labelled]
+        folders = [make_run(("kl",), 1 - 0.5 * n**-0.2, counts=part) for n, part in zip(labelled, counts, strict=True)]
+        return Page(report.to_html(summary_of(*folders))).text
+
+    assert "x-0.200, exponent [-0.200, -0.200]" in sweep((10, 100, 1000))
+    assert "too few distinct values for a power law" in sweep((10, 100))
+    assert "Accuracy against data" not in sweep((10,))
+
+
+def test_arms_that_differ_in_unlabelled_examples_are_not_seeds_of_one_arm_but_baselines_are(make_run: Make) -> None:
+    counts = [{"train": 100 + n, "labelled": 100, "test": 500} for n in (400, 1600)]
+    folders = [make_run(("answer",), 0.6, seed, counts=part) for seed, part in enumerate(counts)]
+    summary = summary_of(*folders, *(make_run(("kl",), 0.8, seed, counts=part) for seed, part in enumerate(counts)))
+    assert [len(arm.rows) for arm in summary.trained] == [2, 1, 1]
+    assert [arm.label for arm in summary.trained[1:]] == ["kl (unlabelled=400)", "kl (unlabelled=1600)"]
+    assert "unlabelled examples" in Page(report.to_html(summary)).text
 
 
 def test_terminal_table_fits_in_110_columns(make_run: Make) -> None:
@@ -428,3 +711,18 @@ def test_terminal_table_fits_in_110_columns(make_run: Make) -> None:
     assert max(map(len, text.splitlines())) <= 110
     assert "123.5 B" in text
     assert "100.0 h" in text
+
+
+def test_terminal_tables_of_differences_and_costs_fit_in_110_columns(make_run: Make) -> None:
+    losses = ("answer", "kl", "rationale", "reverse_kl", "a_loss_with_a_rather_long_name")
+    prices = {"price_per_hour": 9e5, "requests_per_day": 0.37}
+    same = [row | {"teacher_answer": "positive"} for row in answers(("answer",), 0.8, 0)]
+    hard = make_run(("answer", "teacher_answer"), 0.8, student=with_latency(11.999))
+    priced = [
+        hard,
+        make_run(("answer",), 0.80, predictions=same),
+        make_run(losses, 0.805, student={"ms_per_example": None}),
+    ]
+    text = report.to_text(summary_of(*priced), prices)
+    assert max(map(len, text.splitlines())) <= 110
+    assert "[unbounded]" in text

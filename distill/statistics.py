@@ -1,0 +1,204 @@
+"""What the figures of several students can bear: intervals, shares, break-even points, scaling. No files, no models.
+
+Correctness comes as a matrix of 0 and 1 with a row for each seed and a column for each test example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+NUM_DRAWS, BLOCK = 10_000, 1_000
+Z_POWER = 0.841621  # the 0.8 quantile of the normal distribution: a power of 80 %
+
+
+class Interval(NamedTuple):
+    """An estimate, the ends of its interval, its standard error, and what was resampled."""
+
+    estimate: float
+    low: float
+    high: float
+    error: float
+    num_seeds: int
+    num_examples: int
+
+
+class PowerLaw(NamedTuple):
+    """error = factor · x^(-exponent), with the interval of the exponent."""
+
+    factor: float
+    exponent: float
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    """Accuracies on the test examples on which the teacher's confidence lay between `low` and `high`."""
+
+    low: float
+    high: float
+    num: int
+    teacher: float
+    student: float
+
+
+def student_t(level: float, freedom: int) -> float:
+    """The t with P(|T| < t) = level: bisection of the closed form for whole degrees of freedom.
+
+    With T = sqrt(freedom) tan(angle): Abramowitz & Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _inside(middle, freedom) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _inside(angle: float, freedom: int) -> float:
+    is_odd, cosine = freedom % 2, math.cos(angle)
+    term, total = cosine if is_odd else 1.0, 0.0
+    for k in range(is_odd, freedom - 1, 2):
+        total += term
+        term *= cosine**2 * (k + 1) / (k + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total
+
+
+def paired_interval(
+    left: Matrix, right: Matrix, *, level: float = 0.95, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> Interval:
+    """Interval of mean(left) - mean(right), paired by seed (rows) and by test example (columns).
+
+    The wider, at each end, of two intervals. The percentiles of the two-way bootstrap (Owen 2007, "The pigeonhole
+    bootstrap"): seeds and examples are drawn with replacement, each on their own, and a cell counts as often as its
+    seed and its example were drawn together. And Student's t over the seeds' mean differences, because a few seeds
+    drawn from themselves spread too little: by sqrt((s - 1)/s), and with the tails of the normal distribution. With
+    one seed only examples are drawn; the interval then holds nothing of the spread between seeds.
+    """
+    values_SE = np.asarray(left, np.float64) - np.asarray(right, np.float64)
+    draws = _draws(values_SE[..., None], num_draws, seed)[:, 0]
+    return _wider(draws, values_SE.mean(1), values_SE.shape[1], level)
+
+
+def recovered(
+    baseline: Matrix, arm: Matrix, teacher: Matrix, *, level: float = 0.95, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> Interval | None:
+    """Share of the teacher's advantage over the baseline that the arm has; None where the teacher has none.
+
+    (arm - baseline)/(teacher - baseline), each drawn together as in `paired_interval`; over seeds the ratio is taken
+    as linear about its estimate. Where the interval of the teacher's advantage holds 0, that of the share has no
+    ends (Fieller 1954), and they are infinite.
+    """
+    gain_SE, advantage_SE = (np.asarray(x, np.float64) - np.asarray(baseline, np.float64) for x in (arm, teacher))
+    gain, advantage = float(gain_SE.mean()), float(advantage_SE.mean())
+    if advantage <= 0:
+        return None
+    num_seeds, num_examples = gain_SE.shape
+    draws = _draws(np.stack([gain_SE, advantage_SE], axis=-1), num_draws, seed)
+    if _wider(draws[:, 1], advantage_SE.mean(1), num_examples, level).low <= 0:
+        return Interval(gain / advantage, -math.inf, math.inf, math.inf, num_seeds, num_examples)
+    shares = draws[draws[:, 1] > 0]
+    seeds = (gain_SE - gain / advantage * advantage_SE).mean(1) / advantage + gain / advantage
+    return _wider(shares[:, 0] / shares[:, 1], seeds, num_examples, level)
+
+
+def _draws(values_SEK: NDArray[np.float64], num_draws: int, seed: int) -> Matrix:
+    """Two-way bootstrap draws of the K means, all from the same seeds and examples.
+
+    Examples with the same values are drawn together, which changes no distribution and saves most of the work.
+    """
+    num_seeds, num_examples, num_means = values_SEK.shape
+    columns = values_SEK.transpose(1, 0, 2).reshape(num_examples, -1)
+    kinds, counts = np.unique(columns, axis=0, return_counts=True)
+    generator = np.random.default_rng(seed)
+    blocks = []
+    for start in range(0, num_draws, BLOCK):
+        size = min(BLOCK, num_draws - start)
+        seeds_BS = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size) / num_seeds
+        examples_BU = generator.multinomial(num_examples, counts / num_examples, size) / num_examples
+        means_BSK = (examples_BU @ kinds).reshape(size, num_seeds, num_means)
+        blocks.append(np.einsum("bs,bsk->bk", seeds_BS, means_BSK))
+    return np.concatenate(blocks)
+
+
+def _wider(draws: Matrix, seeds: Matrix, num_examples: int, level: float) -> Interval:
+    """The wider, at each end, of the draws' percentiles and of Student's t over the seeds' values."""
+    low, high = map(float, np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    mean, error, num_seeds = float(seeds.mean()), float(draws.std(ddof=1)), len(seeds)
+    if num_seeds > 1:
+        spread = float(seeds.std(ddof=1)) / math.sqrt(num_seeds)
+        half = student_t(level, num_seeds - 1) * spread
+        low, high, error = min(low, mean - half), max(high, mean + half), max(error, spread)
+    return Interval(mean, low, high, error, num_seeds, num_examples)
+
+
+def family_level(level: float, number: int) -> float:
+    """The level at which each of `number` intervals is drawn so that all hold at once with `level` (Bonferroni)."""
+    return 1 - (1 - level) / max(1, number)
+
+
+def detectable(interval: Interval) -> float:
+    """The smallest true difference that such data shows four times out of five: half-width + 0.84 standard errors.
+
+    2.8 standard errors where the half-width is the normal 1.96; more with few seeds or many arms.
+    """
+    return (interval.high - interval.low) / 2 + Z_POWER * interval.error
+
+
+def break_even(making: float, teacher_per_request: float, student_per_request: float) -> float | None:
+    """Requests after which the student has paid back its making; None where a request to it is not cheaper."""
+    saved = teacher_per_request - student_per_request
+    return making / saved if saved > 0 else None
+
+
+def fit_power_law(x: Sequence[float], error: Sequence[float], *, level: float = 0.95) -> PowerLaw | None:
+    """Least squares of log error on log x; None below three distinct x or where a value is not positive.
+
+    The exponent's interval is the jackknife's (each point left out in turn), with t of n - 2 degrees of freedom.
+    """
+    if len(set(x)) < 3 or min(*x, *error) <= 0:
+        return None
+    log_x, log_error = np.log(np.asarray(x, np.float64)), np.log(np.asarray(error, np.float64))
+    slope, height = _line(log_x, log_error)
+    number = len(log_x)
+    others = ~np.eye(number, dtype=bool)
+    left_out = np.array([_line(log_x[keep], log_error[keep])[0] for keep in others if np.ptp(log_x[keep]) > 0])
+    spread = math.sqrt((number - 1) / number * float(((left_out - left_out.mean()) ** 2).sum()))
+    half = student_t(level, number - 2) * spread
+    return PowerLaw(math.exp(height), -slope, -slope - half, -slope + half)
+
+
+def _line(x: Matrix, y: Matrix) -> tuple[float, float]:
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    return slope, float(y.mean() - slope * x.mean())
+
+
+def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 10) -> list[Bin]:
+    """Accuracy of teacher and student in equal bins of the teacher's confidence; bins without examples are left out.
+
+    Predictions without a confidence, or without a word on either's correctness, are left out.
+    """
+    keys = ("teacher_confidence", "is_teacher_correct", "is_correct")
+    told = [[line.get(key) for key in keys] for line in predictions]
+    values = np.array([line for line in told if None not in line], np.float64).reshape(-1, 3)
+    place = np.clip((values[:, 0] * num_bins).astype(int), 0, num_bins - 1)
+    edges = [k / num_bins for k in range(num_bins + 1)]
+    inside = [values[place == k] for k in range(num_bins)]
+    return [
+        Bin(low, high, len(part), float(part[:, 1].mean()), float(part[:, 2].mean()))
+        for (low, high), part in zip(pairwise(edges), inside, strict=True)
+        if len(part)
+    ]
+
+
+def pareto(points: Sequence[tuple[float, ...]]) -> list[bool]:
+    """Which points no other beats: the first coordinate is to be large (accuracy), the rest small (size, latency)."""
+    table = np.array([[-first, *rest] for first, *rest in points], np.float64)
+    return [not ((table <= row).all(1) & (table < row).any(1)).any() for row in table]
