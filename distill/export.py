@@ -14,7 +14,8 @@ from distill import config as configuration
 from distill.lm_eval import HarnessTask, harness_task
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import ConfigError, Example
-from distill.report import Run, read_run, summarise, to_markdown
+from distill.report import read_run, summarise, to_markdown
+from distill.runs import Run
 
 _HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation]\n---\n\n"
 

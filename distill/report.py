@@ -193,9 +193,10 @@ def contamination_lines(runs: Sequence[Run]) -> list[str]:
     found = []
     for told in (run.facts.get("contamination") for run in runs):
         if isinstance(told, Mapping):
-            pairs = len(mappings(told.get("found")))
+            number = told.get("num_train", len(mappings(told.get("found"))))
             found.append(
-                f"Contamination: {pairs} shared {told.get('n')}-grams found, {told.get('num_dropped')} dropped."
+                f"Contamination: {number} training questions share {told.get('n')} words in a row with validation or "
+                f"test; {told.get('num_dropped')} of them were dropped."
             )
     return list(dict.fromkeys(found)) or ["Contamination: not measured."]
 

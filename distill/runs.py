@@ -22,7 +22,8 @@ from distill.records import ConfigError
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
 OPTIONAL_FILES = ("rationales.jsonl",)
-SECTIONS = ("loss", "optim", "prompt", "student")
+SECTIONS = ("loss", "optim", "prompt", "student", "rationales", "soft_teacher", "callback")
+SWITCHES = ("order", "balance", "batch_unit")
 MAX_CHARACTERS = 500
 KEPT = "\n\t\u00a0\u200c\u200d\u202f\u3000"  # not printable to Python, yet plain parts of text
 
@@ -77,6 +78,7 @@ class Run:
         facts |= {"start": self._start, "labelled": counts.get("labelled"), "test": counts.get("test")}
         facts |= {"unlabelled": self._unlabelled, "cache": mapping(self.facts.get("cache")).get("fingerprint")}
         parts = flatten({key: value for key, value in self.config.items() if key in SECTIONS})
+        facts |= {key: self.config[key] for key in SWITCHES if key in self.config}
         return flatten(facts) | {k: v for k, v in parts.items() if not re.search(r"(seed|_dir|_path)$", k)}
 
     @property

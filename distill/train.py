@@ -408,7 +408,7 @@ def _settings(config: DictConfig) -> Json:
         "steps": config.trainer.max_steps,
         "batch_size": config.batch_size,
         "task": config.task.name,
-        "teacher": config.teacher.model.partition("#")[0],
+        "teacher": config.teacher.get("name") or config.teacher.model.partition("#")[0],
         "student": config.student.model.partition("#")[0],
     }
 
