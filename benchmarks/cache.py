@@ -32,7 +32,8 @@ from benchmarks.pairs import loss_of, stepped
 from distill.annotate import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.data import Join, Records, StepSampler, collate, entries
+from distill.data import StepSampler, collate, entries
+from distill.lessons import Join, Records
 from distill.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 

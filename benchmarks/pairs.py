@@ -25,8 +25,9 @@ from benchmarks import material
 from benchmarks.measure import Run
 from distill import config as configuration
 from distill.cache.store import Store
-from distill.data import Join, Lesson, Records, StepSampler, TrainingSequence, collate
+from distill.data import StepSampler, collate
 from distill.head import head_loss
+from distill.lessons import Join, Lesson, Records, TrainingSequence
 from distill.models import native_dtype
 from distill.modules import StudentModule
 from distill.prompts import Layout, Prompts

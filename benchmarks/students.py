@@ -45,9 +45,10 @@ from distill.cache import Codec
 from distill.cache.rs_kd import RandomSampling
 from distill.cache.sampled import Sampled
 from distill.cache.topk import TopK
-from distill.data import Lesson, SoftPlace, StepSampler, TrainingSequence, collate
+from distill.data import StepSampler, collate
 from distill.fetch import sha256
 from distill.head import head_loss
+from distill.lessons import Lesson, SoftPlace, TrainingSequence
 from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL

@@ -25,7 +25,7 @@ from distill import models
 from distill.cache import Codec
 from distill.cache.dense import Dense
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
-from distill.contamination import Overlap, decontaminated, overlaps
+from distill.contamination import Overlap, screened
 from distill.fetch import is_url
 from distill.inspection import estimate, export_table, rescore, show
 from distill.metrics import median_milliseconds
@@ -101,7 +101,7 @@ def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] 
     settings = config[name]
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
-    splits, found = _without_overlap(task.splits(), config.overlap.words, config.overlap.action)
+    splits, found = screened(task.splits(), config.overlap.words, config.overlap.action)
     folder = models.resolve(settings.model, root)
     layout = configuration.build(config.task.layout)
     shots = list(task.shots())[: config.prompt.num_shots]
@@ -133,14 +133,6 @@ def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] 
     checks: Checks = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
     return Source(folder, task, splits, found, prompts, codec, teacher, teacher_with, store, checks, *sizes)
-
-
-def _without_overlap(splits: Splits, num_words: int, action: str) -> tuple[Splits, Sequence[Overlap]]:
-    """Find train examples that share words with what is measured on; leave them out only where that is asked for."""
-    if action not in ("report", "drop"):
-        raise ConfigError(f"overlap.action={action}: wanted report or drop")
-    found = overlaps(splits, num_words)
-    return (decontaminated(splits, found) if action == "drop" else splits), found
 
 
 def fill(

@@ -36,6 +36,14 @@ def overlaps(splits: Splits, n: int) -> list[Overlap]:
     return [overlap for example in splits.train for overlap in _of(example, n, others)]
 
 
+def screened(splits: Splits, n: int, action: str) -> tuple[Splits, list[Overlap]]:
+    """The splits with what was found in them; without these train examples where `action` is `drop`, not `report`."""
+    if action not in ("report", "drop"):
+        raise ConfigError(f"overlap.action={action}: wanted report or drop")
+    found = overlaps(splits, n)
+    return (decontaminated(splits, found) if action == "drop" else splits), found
+
+
 def decontaminated(splits: Splits, found: Sequence[Overlap]) -> Splits:
     """The same splits without the train examples that were found, counted as dropped under `overlap`."""
     ids = {overlap.train_id for overlap in found}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill import config as configuration
 from distill import models
 from distill.cache.store import Store
-from distill.data import AnswerMode
+from distill.lessons import AnswerMode
 from distill.losses.forward_kl import ForwardKL
 from distill.metrics import Prediction, extra_bytes, median_milliseconds, score
 from distill.prompts import Prompts, Reply, load_tokenizer

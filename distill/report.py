@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from distill import config as configuration
@@ -20,6 +22,7 @@ from distill.arms import COLUMNS, PEAK, SEED_COLUMNS, Column, cell
 from distill.charts import charts, confidence, fronts
 from distill.costs import TIME, Cost, Yield, break_even_text, cost, yields
 from distill.fetch import whole_file
+from distill.records import ConfigError
 from distill.runs import Json, Run, find_runs, flatten, mapping, mappings, number, read_run, read_runs, visible
 from distill.verdicts import BASELINE_COMMAND, Difference, Summary, Verdict, share_text, summarise
 
@@ -336,7 +339,6 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
         "short": short,
     }
     page = pages.get_template("report.html.j2")
-    plain["short"] = short
     return page.render(summary=summary, **drawn, **shown, **names, **texts, **lines, **plain)
 
 
@@ -352,6 +354,20 @@ def write_report(
         with whole_file(Path(out_dir) / name) as part:
             part.write_text(text, encoding="utf-8")
     return summary
+
+
+class AfterSweep(Callback):
+    """A sweep ends in its report, in the sweep's folder."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Hydra calls this when all jobs have ended, well or not."""
+        out = Path(config.hydra.sweep.dir).resolve()
+        try:
+            summary = write_report(find_runs([str(out)]), out)
+        except ConfigError as error:
+            print(f"\nno report: {error}", file=sys.stderr)
+            return
+        print(f"\n{to_text(summary)}\n\nreport  {out / 'report.html'}")
 
 
 def main(config: DictConfig) -> None:

@@ -47,6 +47,10 @@ class Tracking(Protocol):
         """Note a table; all rows have the keys of the first."""
         ...
 
+    def page(self, name: str, path: Path) -> None:
+        """Note a page of HTML."""
+        ...
+
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
         """Note a folder that the run made or used, by reference: nothing is copied."""
         ...
@@ -71,6 +75,9 @@ class NoTracking:
         """Not noted."""
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Not noted."""
+
+    def page(self, name: str, path: Path) -> None:
         """Not noted."""
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -136,6 +143,10 @@ class WandbTracking:
             columns: list[str | int] = [*rows[0]]
             data = [[row[str(column)] for column in columns] for row in rows]
             self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+    def page(self, name: str, path: Path) -> None:
+        """The page whole, with its plots."""
+        self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
         """A reference to the folder's files; a cache is what the run used, a model what it made."""

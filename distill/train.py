@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,47 +23,21 @@ from torch import nn
 
 from distill import config as configuration
 from distill import models
-from distill.annotate import Filled, Source, check_rationales, fill, loaded, open_source, without_answers
-from distill.data import Arrangement, DistillData, Join, Lesson, Read, Records, collate
+from distill.annotate import loaded
+from distill.curriculum import Curriculum, Job, prepare, teach
+from distill.data import Arrangement, DistillData, collate
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
-from distill.losses import Objective
+from distill.lessons import Records
 from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
-from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
-from distill.records import Annotation, CheckedRationale, ConfigError, Example, Span
-from distill.report import to_text, write_report
+from distill.records import Annotation, ConfigError, Example, Span
+from distill.report import read_run, summarise, tables, to_text, write_report
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
 from distill.tracking import Tracking, progress, provenance, say
+from distill.verdicts import Summary
 
 Json = dict[str, Any]
 _MOST_OVERLAPS = 200
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a configuration names, built and found to work together; nothing heavy is in memory."""
-
-    config: DictConfig
-    run_dir: Path
-    source: Source
-    soft_source: Source | None  # a second teacher, whose soft targets are learned from in the place of the first's
-    objectives: Mapping[str, Objective]
-    student_folder: Path
-    prompts: Prompts
-    is_vocabulary_shared: bool
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """What a student is taught, and what was left out of it."""
-
-    filled: Filled
-    soft_filled: Filled | None
-    train: Sequence[Lesson]
-    validation: Sequence[Lesson]
-    read: Read
-    rationales: Sequence[CheckedRationale]
-    too_long: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,8 @@ def main(config: DictConfig) -> float:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
         results = distill(job, tracking.loggers(), run)
         if results:
-            _track(tracking, results, run, job)
+            (run_dir / "run.json").write_text(json.dumps(run, indent=1))
+            _track(tracking, results, run, job, write_report([run_dir], run_dir))
         exit_code = 0
     finally:
         run["tracking"] = tracking.finish(exit_code)
@@ -97,58 +73,10 @@ def main(config: DictConfig) -> float:
     if not results:
         print("preflight: nothing stands against this run; leave out preflight=true to start it")
         return 0.0
-    print(f"\n{to_text(write_report([run_dir], run_dir))}\n")
+    print(f"\n{to_text(summarise([read_run(run_dir)]))}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
     return float(results["rows"]["student"]["accuracy"])
-
-
-def prepare(config: DictConfig, run_dir: Path) -> Job:
-    """Build the parts and refuse those that cannot work together, before anything heavy is loaded."""
-    objectives: dict[str, Objective] = {
-        name: configuration.build(node) for name, node in config.get("loss", {}).items()
-    }
-    source = open_source(config)
-    soft_source = open_source(config, name="soft_teacher") if config.get("soft_teacher") else None
-    check_parts(objectives, soft_source or source, config.task.answer_mode)
-    folder = models.resolve(config.student.model, configuration.local_root(config.root))
-    tokenizer = load_tokenizer(folder)
-    is_shared = True
-    try:
-        check_shared_vocabulary((soft_source or source).prompts.tokenizer, tokenizer)
-    except ConfigError:
-        is_shared = False
-        if any(objective.source == "soft" for objective in objectives.values()):
-            raise
-    prompts = source.prompts.zero_shot(tokenizer)
-    return Job(config, run_dir, source, soft_source, objectives, folder, prompts, is_shared)
-
-
-def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
-    """Raise ConfigError with every reason why these losses cannot be had from this teacher and cache."""
-    problems = []
-    for name, objective in objectives.items():
-        if objective.source == "soft":
-            if not source.teacher.gives_soft_targets:
-                problems.append(
-                    f"loss.{name} needs soft targets, and this teacher gives none; leave the loss out, or name a "
-                    "second teacher, of the student's vocabulary, to read its words: teacher@soft_teacher=smollm2_135m"
-                )
-            if objective.divergence.needs_rest and source.codec.seed is not None:
-                problems.append(
-                    f"loss.{name} needs what the teacher leaves over as one bucket, and this cache has draws in its "
-                    "place; set cache=topk (annotates anew), or a loss that can do with draws, as loss.kl"
-                )
-            try:
-                source.codec.check_temperature(objective.temperature)
-            except ConfigError as error:
-                problems.append(f"loss.{name}: {error}")
-    if not objectives:
-        problems.append("loss is empty: name at least one, for example loss=[answer,kl]")
-    if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
-        problems.append("task.answer_mode=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
-    if problems:
-        raise ConfigError(*problems)
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
@@ -225,66 +153,6 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]
     with loaded(source.teacher) as model:
         asked = job.config.task.answer_mode, job.config.max_new_tokens
         return speeds({"teacher": Evaluation(model, source.prompts, source.task, *asked), "student": student}, test)
-
-
-def teach(job: Job) -> Curriculum:
-    """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
-    source, splits = job.source, job.source.splits
-    filled = fill(source, _wanted(job))
-    checked = check_rationales(source, filled)
-    kept: dict[str, list[CheckedRationale]] = {}
-    for rationale in checked:
-        if rationale.reason is None:
-            kept.setdefault(rationale.example_id, []).append(rationale)
-    soft_filled = _read_by_soft_teacher(job, filled, kept)
-    join = Join(
-        prompts=job.prompts,
-        teacher=Records(source.store, filled.requests),
-        soft_teacher=Records(job.soft_source.store, soft_filled.requests) if job.soft_source and soft_filled else None,
-        rationales=kept,
-        answer=job.config.task.answer_mode,
-        needed=_needed(job),
-    )
-    train, validation = join.lessons(splits.train), join.lessons(splits.validation)
-    if not train:
-        raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
-    read = (job.soft_source or source).store.soft_targets
-    return Curriculum(filled, soft_filled, train, validation, read, checked, {**filled.too_long, **join.skipped})
-
-
-def _needed(job: Job) -> frozenset[tuple[Span, str]]:
-    return frozenset((objective.span, objective.source) for objective in job.objectives.values())
-
-
-def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, Sequence[CheckedRationale]]) -> Filled | None:
-    """Have the second teacher read what is learned: gold words, else the first one's; its own are not asked for."""
-    if job.soft_source is None:
-        return None
-    said = Records(job.source.store, filled.requests)
-    splits, wanted = job.source.splits, dict[Span, list[Example]]()
-    for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
-        annotation = said.find(example.id, "answer")
-        answer = example.answer or (annotation.answer if annotation else None)
-        if answer is not None:
-            wanted.setdefault("answer", []).append(replace(example, answer=answer))
-        rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
-        if rationale is not None:
-            wanted.setdefault("rationale", []).append(replace(example, rationale=rationale))
-    read = {span: examples for span, examples in wanted.items() if (span, "soft") in _needed(job)}
-    return fill(job.soft_source, read, are_given=True)
-
-
-def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
-    splits, objectives = job.source.splits, job.objectives.values()
-    explained = splits.train[: job.source.num_rationales]
-    wanted: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
-    if any(objective.span == "rationale" for objective in objectives):
-        unexplained = [example for example in explained if example.rationale is None]
-        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
-        wanted["answer"] = [*wanted["answer"], *unexplained]
-    if any(objective.source != "labels" for objective in objectives):
-        wanted["answer"] = [*wanted["answer"], *splits.train, *splits.validation]
-    return wanted
 
 
 def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
@@ -491,19 +359,26 @@ def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluati
     return rows
 
 
-def _track(tracking: Tracking, results: Json, run: Json, job: Job) -> None:
+def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summary) -> None:
     rows = {
         name: {key: value for key, value in row.items() if not isinstance(value, list)}
         for name, row in results["rows"].items()
     }
     tracking.summary({f"test/{key}": value for key, value in rows["student"].items() if value is not None})
     tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in rows.items() if name != "student"})
-    tracking.table("comparison", [{"model": name, **row} for name, row in rows.items()])
+    for name, lines in tables(summary).items():
+        tracking.table(name, [{key: _plain(value) for key, value in line.items()} for line in lines])
     tracking.table("predictions", results["predictions"][: job.config.num_samples])
+    tracking.page("report", job.run_dir / "report.html")
     cache = job.source.store.folder
     tracking.artifact(f"cache-{cache.name}", "cache", cache, run["cache"])
     lineage = {"cache": run["cache"]["fingerprint"], "start": run["start"]}
     tracking.artifact(f"student-{run['name']}", "model", job.run_dir / "student", lineage)
+
+
+def _plain(value: Any) -> Any:
+    """A number or a text; None for what was not measured."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

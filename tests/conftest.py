@@ -37,7 +37,7 @@ from distill.cache import uniforms  # noqa: E402
 from distill.cache.dense import Dense  # noqa: E402
 from distill.cache.topk import TopK  # noqa: E402
 from distill.config import CONF  # noqa: E402
-from distill.data import Lesson, SoftPlace, TrainingSequence  # noqa: E402
+from distill.lessons import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
 from distill.modules import StudentModule  # noqa: E402
 from distill.prompts import Layout, Prompts, load_tokenizer  # noqa: E402

@@ -137,3 +137,37 @@ def test_a_users_error_is_one_message_and_exit_code_2(
     assert "cache=dense" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("Error") == 1
+
+
+def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "num_samples=0"]
+    done = run(tmp_path, "-m", *tiny, "loss=[answer],[answer,teacher_answer]", "evaluate_before=false")
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("sweeps/*/report.html")
+    assert "answer + teacher_answer" in page.read_text()
+    assert f"report  {page}" in done.stdout
+    assert "over hard labels" in done.stdout
+
+
+def test_a_preflight_trains_nothing_and_says_what_it_found(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "preflight=true")
+    assert done.returncode == 0, done.stderr
+    assert "self-KL" in done.stderr
+    assert "nothing stands against this run" in done.stdout
+    folder = only_run(tmp_path)
+    assert not (folder / "student").exists()
+    assert "self-KL" in {line["check"] for line in json.loads((folder / "run.json").read_text())["preflight"]}
+
+
+def test_a_run_that_cannot_work_ends_before_it_trains(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "student.freeze=[model,lm_head]")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "gradient" in done.stderr
+    assert "training on" not in done.stderr

@@ -17,7 +17,7 @@ from distill.records import ConfigError
 from distill.train import prepare
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
-GROUPS = ("task", "teacher", "student", "prompt", "cache", "optim", "trainer", "callback", "tracking")
+GROUPS = ("task", "teacher", "student", "prompt", "cache", "rationales", "optim", "trainer", "callback", "tracking")
 
 
 def problems(*overrides: str) -> tuple[str, ...]:
@@ -30,7 +30,8 @@ def problems(*overrides: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in conf_names(group)])
 def test_every_option_of_every_group_composes_and_passes_the_check(group: str, name: str) -> None:
     missing = OmegaConf.missing_keys(compose(f"{group}={name}"))
-    configuration.check(compose(f"{group}={name}", *(f"{key}=x" for key in missing)))
+    given = (f"{key}={'[x]' if key.endswith('files') else 'x'}" for key in missing)
+    configuration.check(compose(f"{group}={name}", *given))
 
 
 @pytest.mark.parametrize("name", ["annotate", "evaluate", "export", "report", "train"])
@@ -194,3 +195,20 @@ def test_a_saved_configuration_is_resolved_and_holds_no_secret(tmp_path: Path) -
     assert plain["optim"]["schedule"]["num_training_steps"] == 7
     assert "canary" not in text
     assert "${" not in text
+
+
+@pytest.mark.parametrize("name", conf_names("experiment"))
+def test_an_experiment_has_the_last_word(name: str) -> None:
+    config = compose(f"experiment={name}")
+    node = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    plain = OmegaConf.to_container(config, resolve=False)
+    wanted = {key: value for key, value in node.items() if key not in ("defaults", "hydra")}
+    assert wanted
+    for key, value in wanted.items():
+        assert _holds(plain[key], value), key
+
+
+def _holds(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return all(_holds(found[key], value) for key, value in wanted.items())
+    return bool(found == wanted)

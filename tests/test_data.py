@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from distill.cache.store import Store
 from distill.cache.topk import TopK
-from distill.data import Arrangement, DistillData, Join, Lesson, Records, StepSampler, TrainingSequence, collate
+from distill.data import Arrangement, DistillData, StepSampler, collate
+from distill.lessons import Join, Lesson, Records, TrainingSequence
 from distill.prompts import Prompts
 from distill.records import (
     SPANS,

@@ -35,8 +35,9 @@ from distill.annotate import Share, fill, main, open_source, plan
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
 from distill.cache.topk import TopK
-from distill.data import Join, Records, collate
+from distill.data import collate
 from distill.fetch import whole_file
+from distill.lessons import Join, Records
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
 from distill.train import prepare, teach

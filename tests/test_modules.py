@@ -57,9 +57,10 @@ from transformers import (
 from distill import config as configuration
 from distill import data, modules
 from distill.cache.dense import Dense
-from distill.data import Lesson, TrainingSequence, collate
+from distill.data import collate
 from distill.evaluate import Evaluation
 from distill.head import head_loss, predicted_ids
+from distill.lessons import Lesson, TrainingSequence
 from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
@@ -340,6 +341,9 @@ class Sevens:
 
     def read_answer(self, text: str) -> str:
         return "7"
+
+    def value(self, answer: str) -> str:
+        return answer
 
 
 @pytest.mark.parametrize("shots", [0, 2])

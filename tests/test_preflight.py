@@ -16,7 +16,8 @@ import torch
 from conftest import WHOLE_STUDENT, compose, make_model, objectives, student_module, tiny_overrides
 
 from distill import modules
-from distill.data import DistillData, Lesson, collate
+from distill.data import DistillData, collate
+from distill.lessons import Lesson
 from distill.losses import Objective
 from distill.modules import StudentModule
 from distill.preflight import Finding, Plan, _without_trace, preflight, table

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from distill.data import TrainingSequence
+from distill.lessons import TrainingSequence
 from distill.preflight.plan import Finding, Plan, Sample, spans_of
 from distill.records import SPANS, Batch, Prompt, Span
 

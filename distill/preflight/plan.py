@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from distill.data import BatchUnit, Lesson, Read, TrainingSequence, collate
+from distill.data import BatchUnit, collate
+from distill.lessons import Lesson, Read, TrainingSequence
 from distill.losses import Objective
 from distill.modules import MakeOptimizer, StudentModule
 from distill.prompts import Prompts

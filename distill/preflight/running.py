@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.cache.topk import TopK
-from distill.data import Lesson, entries
+from distill.data import entries
 from distill.head import Shape, Term, head_loss
+from distill.lessons import Lesson
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.preflight.plan import Finding, Plan, Sample, collated, spans_of
