@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,6 +116,9 @@ def extra_bytes(work: Callable[[], object]) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
+    # What was freed before is given back to the system, or it would be taken again without a rise.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         _RESET_PEAK.write_text("5")  # see proc(5): the highest resident size becomes the present one
         before = _resident_bytes("VmRSS")
