@@ -12,7 +12,11 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        v
   cache/store.py  ==  shards (arrays: safetensors; text: Parquet) + manifest (fingerprint, hashes)
        |                                     \\
-       |  same ids, any order, any rank       `--> data.py   join by key, share prompts, sample, collate -> Batch
+       |  same ids, any order, any rank       |--> rationales.py   votes, arithmetic, filters: what is worth learning
+       |                                      `--> lessons.py      join by key, share prompts
+       |                                           data.py         order, steps, collate -> Batch
+       |                                                |
+       |                                       preflight/  what cannot work, found on the first lessons
        |                                                |
        |                                       student.py  hidden_NH -> head.py  logits_NV, a chunk at a time
        |                                                |
@@ -23,7 +27,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        |                                       metrics.py  accuracy, agreement with the teacher, KL, calibration
        |                                                |
        `---- evaluate (teacher, student, baselines) -> tracking.py -> W&B       run folder: config, metrics
-                                                       report.py  -> report.html / report.md
+                                                       runs -> arms -> verdicts, costs -> report.html / report.md
                                                        export     -> Hugging Face folder: weights, tokenizer
 
 The cache is the only meeting place of teacher and student. A loss sees probabilities in buckets and nothing else.

@@ -19,13 +19,13 @@ from distill.annotate import open_source
 from distill.cache import Codec, compact, uniforms
 from distill.cache.dense import Dense
 from distill.cache.topk import TopK
+from distill.curriculum import check_parts
 from distill.data import collate, entries
 from distill.evaluate import _divergence
 from distill.head import Head, Term, head_loss
 from distill.losses.forward_kl import ForwardKL
 from distill.prompts import Prompts
 from distill.records import CacheError, ConfigError, SoftTargets, Target, spread
-from distill.train import check_parts
 
 EVERY = pytest.mark.parametrize("name", conf_names("cache"))
 PARTIAL = pytest.mark.parametrize("name", [name for name in conf_names("cache") if name != "dense"])

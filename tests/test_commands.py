@@ -14,11 +14,12 @@ from conftest import WHOLE_STUDENT, compose, reviews, run, tiny_overrides
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.curriculum import prepare, teach
 from distill.evaluate import Evaluation
 from distill.prompts import load_tokenizer
 from distill.records import ConfigError
 from distill.student import open_student, weights_hash
-from distill.train import arrange, fit, prepare, teach
+from distill.train import arrange, fit
 
 pytestmark = pytest.mark.slow
 

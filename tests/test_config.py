@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from distill import config as configuration
+from distill.curriculum import prepare
 from distill.records import ConfigError
-from distill.train import prepare
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
 GROUPS = ("task", "teacher", "student", "prompt", "cache", "rationales", "optim", "trainer", "callback", "tracking")

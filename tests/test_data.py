@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from distill.cache.store import Store
 from distill.cache.topk import TopK
+from distill.curriculum import prepare, teach
 from distill.data import Arrangement, DistillData, StepSampler, collate
 from distill.lessons import Join, Lesson, Records, TrainingSequence
 from distill.prompts import Prompts
@@ -32,7 +33,6 @@ from distill.records import (
     SoftTargets,
     Target,
 )
-from distill.train import prepare, teach
 
 
 def soft(number: int, k: int = 3) -> SoftTargets:

@@ -35,12 +35,12 @@ from distill.annotate import Share, fill, main, open_source, plan
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
 from distill.cache.topk import TopK
+from distill.curriculum import prepare, teach
 from distill.data import collate
 from distill.fetch import whole_file
 from distill.lessons import Join, Records
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
-from distill.train import prepare, teach
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
 MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take

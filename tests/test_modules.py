@@ -57,6 +57,7 @@ from transformers import (
 from distill import config as configuration
 from distill import data, modules
 from distill.cache.dense import Dense
+from distill.curriculum import prepare, teach
 from distill.data import collate
 from distill.evaluate import Evaluation
 from distill.head import head_loss, predicted_ids
@@ -65,7 +66,7 @@ from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.student import open_student
-from distill.train import arrange, fit, prepare, teach
+from distill.train import arrange, fit
 
 Values = dict[str, Tensor]
 BATCH, STEPS, RATE = 8, 2, 0.05

@@ -16,6 +16,7 @@ import torch
 from conftest import WHOLE_STUDENT, compose, make_model, objectives, student_module, tiny_overrides
 
 from distill import modules
+from distill.curriculum import prepare, teach
 from distill.data import DistillData, collate
 from distill.lessons import Lesson
 from distill.losses import Objective
@@ -25,7 +26,6 @@ from distill.preflight.needs import _measured_step, _states_per_weight, free_mem
 from distill.preflight.plan import collated
 from distill.records import Annotation, Batch, Place, SoftTargets
 from distill.student import open_student
-from distill.train import prepare, teach
 
 LOSSES = ("answer", "kl", "rationale")
 

@@ -14,8 +14,9 @@ from conftest import CountingTeacher, tiny_overrides
 from omegaconf import DictConfig
 
 from distill.annotate import fill, loaded, open_source
+from distill.curriculum import prepare, teach
 from distill.records import ConfigError, Example, Splits
-from distill.train import distill, prepare, teach
+from distill.train import distill
 
 Configured = Callable[..., DictConfig]
 

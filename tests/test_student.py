@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from distill import config as configuration
+from distill.curriculum import prepare, teach
 from distill.data import collate
 from distill.head import head_loss
 from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import ConfigError
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.train import arrange, fit, prepare, teach
+from distill.train import arrange, fit
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 1]])
 

@@ -30,12 +30,13 @@ from distill import config as configuration
 from distill.annotate import fill, open_source
 from distill.cache import uniforms
 from distill.cache.dense import Dense
+from distill.curriculum import prepare, teach
 from distill.modules import TeacherModule
 from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
-from distill.train import arrange, distill, fit, prepare, teach
+from distill.train import arrange, distill, fit
 
 
 class Verbs:
