@@ -191,19 +191,25 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
                 bar = progress(f"{span}s", num_missing)
                 _predict(module, _Open(source.store, of_span), [_Save(writer), bar], num_devices)
         _wait(source.store, groups, module, writer)
-        if not writer.num_written:
-            return
-        asked = [request for request in _asked(groups) if request.span == "answer"]
+        asked = [request for request in _asked(groups) if request.span == "answer"][:_LATENCY_REQUESTS]
+        answering = {"teacher": lambda request: source.teacher.annotate([request])}
+        milliseconds = median_milliseconds(answering, asked if writer.num_written else [])["teacher"]
+        _record_cost(writer, module, start, milliseconds)
+    except KeyboardInterrupt:  # what it took until now was paid all the same
+        _record_cost(writer, module, start, None)
+        raise
+    finally:
+        source.teacher.close()
+
+
+def _record_cost(writer: Writer, module: TeacherModule, start: float, milliseconds: float | None) -> None:
+    if writer.num_written:
         writer.record_cost(
             records=writer.num_written,
             seconds=round(time.monotonic() - start, 3),
             parameters=sum(p.numel() for p in module.model.parameters()),
-            ms_per_example=median_milliseconds(
-                {"teacher": lambda one: source.teacher.annotate([one])}, asked[:_LATENCY_REQUESTS]
-            )["teacher"],
+            ms_per_example=milliseconds,
         )
-    finally:
-        source.teacher.close()
 
 
 def _wait(store: Store, groups: Sequence[Group], module: TeacherModule, writer: Writer) -> None:

@@ -239,9 +239,9 @@ def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> d
 
 
 def teacher_row(
-    examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path
+    examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path | None
 ) -> dict[str, Any]:
-    """The teacher's row, from its answers in the cache and from what annotating cost."""
+    """The teacher's row, from its answers in the cache and what annotating cost; without a folder it is not here."""
     predictions = [
         Prediction(
             example_id=example.id,
@@ -257,12 +257,10 @@ def teacher_row(
         for example in examples
         if example.id in annotations
     ]
-    cost: dict[str, Any] = next((cost for cost in reversed(store.costs) if cost["ms_per_example"]), {})
-    is_here = bool(
-        cost.get("parameters")
-    )  # answers that were recorded elsewhere come from no model that can be weighed
-    measured = {key: cost.get(key) if is_here else None for key in ("parameters", "ms_per_example")}
-    measured |= {"size_bytes": size_bytes(folder) if is_here else None, "training_seconds": None}
+    costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
+    cost: dict[str, Any] = costs[-1] if costs and folder else {}
+    measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
+    measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
     return score(predictions, task.choices) | measured
 
 

@@ -110,7 +110,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     evaluation = Evaluation(
         student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
     )
-    rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, job.source.folder)}
+    folder = job.source.folder if job.source.teacher.gives_soft_targets else None
+    rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
     if job.config.evaluate_before and job.config.preflight is not True:
         say(f"evaluating the student before training on {len(test)} test examples ...")
         rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import compose, counted, grid, run, shards, start, tiny_overrides
+from conftest import CountingTeacher, compose, counted, grid, run, shards, start, tiny_overrides
 from omegaconf import DictConfig
 
 from distill.annotate import Share, fill, main, open_source, plan
@@ -171,3 +172,21 @@ def test_a_cache_can_be_looked_into_verified_and_mended(
         annotate("verify=true")
     annotate(f"rebuild={name.partition('.')[0]}")
     assert shards(tmp_path / "cache") == before
+
+
+def test_what_an_interrupted_annotation_cost_is_known(configured: Callable[..., DictConfig]) -> None:
+    source, teacher = counted(configured("teacher.group_size=4", "teacher.batch_size=4"))
+
+    class Interrupted(CountingTeacher):
+        def annotate(self, requests: Any) -> Any:
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().annotate(requests)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(replace(source, teacher=Interrupted(teacher)), {"answer": source.splits.train})
+    (cost,) = open_source(configured()).store.costs
+    assert cost["records"] == 4
+    assert cost["seconds"] > 0
+    assert cost["parameters"] > 0
+    assert cost["ms_per_example"] is None
