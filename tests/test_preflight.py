@@ -17,7 +17,7 @@ from conftest import WHOLE_STUDENT, compose, make_model, objectives, student_mod
 
 from distill import modules
 from distill.curriculum import prepare, teach
-from distill.data import DistillData, collate
+from distill.data import Arrangement, DistillData, collate
 from distill.lessons import Lesson
 from distill.losses import Objective
 from distill.modules import StudentModule
@@ -388,6 +388,7 @@ def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.T
         batch_size=4,
         microbatch_size=2,
         batch_unit="examples",
+        arrangement=Arrangement(),
         num_steps=2,
         seed=0,
         padding_id=sound.prompts.end,

@@ -649,7 +649,7 @@ def test_yield_contamination_and_checks_are_told(make_run: Make) -> None:
     text, page = " ".join(report.to_text(summary).split()), " ".join(Page(report.to_html(summary)).text.split())
     assert "150 of 193 kept (78 %); rejected: disagrees 40, truncated 3." in text
     for shown in (text, page):
-        assert "Contamination: 1 shared 8-grams found, 5 dropped." in shown
+        assert "Contamination: 1 training questions share 8 words in a row with validation or test; 5 of" in shown
     for shown in ("1 example of training that shares text", "b2", "✓ yes", "✗ no", "Take another.", "not measured"):
         assert shown in page
     nothing = Page(report.to_html(summary_of(make_run(counts={"test": 500})))).text
