@@ -726,3 +726,15 @@ def test_terminal_tables_of_differences_and_costs_fit_in_110_columns(make_run: M
     text = report.to_text(summary_of(*priced), prices)
     assert max(map(len, text.splitlines())) <= 110
     assert "[unbounded]" in text
+
+
+@pytest.mark.parametrize(
+    "config", [{"order": "short_first"}, {"balance": "answer"}, {"rationales": {"arithmetic": False}}], ids=str
+)
+def test_runs_that_were_taught_in_another_way_are_no_seeds_of_one_arm(config: dict[str, Any], make_run: Make) -> None:
+    plain = {"order": "shuffled", "balance": "none", "rationales": {"arithmetic": True}}
+    runs = [make_run(config=plain), make_run(seed=1, config=plain), make_run(seed=2, config=plain | config)]
+    summary = summary_of(*runs)
+    assert sorted(len(arm.runs) for arm in summary.trained) == [1, 2]
+    (name,) = config
+    assert all(name in arm.label for arm in summary.trained if arm.runs)
