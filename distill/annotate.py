@@ -99,6 +99,8 @@ def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] 
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
     models.flush_denormals()
     settings = config[name]
+    if not settings.model:
+        raise ConfigError(f"{name}.model must be given where there is no student: {name}.model=<hub id or folder>")
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
     splits, found = screened(task.splits(), config.overlap.words, config.overlap.action)

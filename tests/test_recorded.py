@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CountingTeacher, tiny_overrides
+from conftest import CountingTeacher, compose, tiny_overrides
 from omegaconf import DictConfig
 
 from distill.annotate import fill, loaded, open_source
@@ -46,8 +46,6 @@ def without(overrides: list[str], *names: str) -> list[str]:
 @pytest.fixture
 def elsewhere(configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Configured:
     """Compose a run whose teacher is a file."""
-    from conftest import compose
-
     tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
     known = recorded(tmp_path, open_source(configured()).splits)
     return lambda *overrides: compose(*tiny, *known, *overrides)
@@ -90,6 +88,12 @@ def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configure
     with pytest.raises(ConfigError, match=r"loss\.kl needs soft targets, and this teacher gives none.*soft_teacher"):
         prepare(elsewhere("loss=[answer,kl]"), tmp_path)
     prepare(elsewhere("loss=[answer,teacher_answer,rationale]"), tmp_path)
+
+
+def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(elsewhere: Configured, tmp_path: Path) -> None:
+    nobody = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'elsewhere.jsonl'}]", name="annotate")
+    with pytest.raises(ConfigError, match=r"teacher\.model must be given"):
+        open_source(nobody)
 
 
 def test_a_file_that_is_not_there_is_named(elsewhere: Configured) -> None:
