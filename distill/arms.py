@@ -181,7 +181,7 @@ def _told_apart(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
     for arm in arms:
         twins = [other for other in arms if other.label == arm.label]
         differing = [
-            f"{key}={visible(value, 12)}"
+            f"{key}={visible(value, 24)}"
             for key, value in arm.settings.items()
             if any(other.settings.get(key) != value for other in (arms if key in always else twins))
         ]
