@@ -141,11 +141,11 @@ class Join:
         found = []
         for example in examples:
             try:
-                sequences = [s for s in self._sequences(example) if self._is_needed(s)]
+                annotation = self._teacher.find(example.id, "answer")
+                sequences = [s for s in self._sequences(example, annotation) if self._is_needed(s)]
             except ValueError as error:
                 self.skipped[example.id] = str(error)
                 continue
-            annotation = self._teacher.find(example.id, "answer")
             answer = example.answer or (annotation.answer if annotation else None)
             confidence = self._confidence(example, annotation)
             found += [Lesson(example.id, part, answer, confidence) for part in _dealt(sequences)]
@@ -159,13 +159,12 @@ class Join:
         rationales = self._rationales.get(example.id)
         return rationales[0].confidence if rationales else None
 
-    def _sequences(self, example: Example) -> Iterator[TrainingSequence]:
+    def _sequences(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         if self._answer == "direct":
-            yield from self._answer_alone(example)
+            yield from self._answer_alone(example, annotation)
         yield from self._reasoning(example)
 
-    def _answer_alone(self, example: Example) -> Iterator[TrainingSequence]:
-        annotation = self._teacher.find(example.id, "answer")
+    def _answer_alone(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is None:
             return

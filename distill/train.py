@@ -31,7 +31,7 @@ from distill.lessons import Records
 from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
 from distill.records import Annotation, ConfigError, Example, Span
-from distill.report import read_run, summarise, tables, to_text, write_report
+from distill.report import tables, to_text, write_report
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
 from distill.tracking import Tracking, progress, provenance, say
 from distill.verdicts import Summary
@@ -65,7 +65,8 @@ def main(config: DictConfig) -> float:
         results = distill(job, tracking.loggers(), run)
         if results:
             (run_dir / "run.json").write_text(json.dumps(run, indent=1))
-            _track(tracking, results, run, job, write_report([run_dir], run_dir))
+            summary = write_report([run_dir], run_dir)
+            _track(tracking, results, run, job, summary)
         exit_code = 0
     finally:
         run["tracking"] = tracking.finish(exit_code)
@@ -73,7 +74,7 @@ def main(config: DictConfig) -> float:
     if not results:
         print("preflight: nothing stands against this run; leave out preflight=true to start it")
         return 0.0
-    print(f"\n{to_text(summarise([read_run(run_dir)]))}\n")
+    print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
     return float(results["rows"]["student"]["accuracy"])
@@ -345,8 +346,8 @@ def _rationales(job: Job, curriculum: Curriculum) -> list[Json]:
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    requests = {example.id: curriculum.filled.requests.get((example.id, span)) for example in examples}
-    return {example_id: job.source.store.read(request.key) for example_id, request in requests.items() if request}
+    said = Records(job.source.store, curriculum.filled.requests)
+    return {example.id: found for example in examples if (found := said.find(example.id, span))}
 
 
 def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: Evaluation) -> list[Json]:
