@@ -156,13 +156,13 @@ class Evaluation:
 
     def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
         """What the teacher said to the same question, and how it compares."""
-        if annotation is None or annotation.answer is None:
+        if annotation is None:
             return {}
         return {
             "teacher_answer": annotation.answer,
-            "teacher_confidence": max(_probabilities(annotation), default=None),
+            "teacher_confidence": max(annotation.choice_probabilities, default=None),
             "is_teacher_correct": _is_same(self._task, annotation.answer, example.answer),
-            "agrees": _is_same(self._task, answer, annotation.answer),
+            "agrees": None if annotation.answer is None else _is_same(self._task, answer, annotation.answer),
         }
 
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
@@ -251,7 +251,7 @@ def teacher_row(
             written_answer=None,
             is_correct=_is_same(task, annotations[example.id].answer, example.answer),
             is_written_correct=None,
-            choice_probabilities=_probabilities(annotations[example.id]),
+            choice_probabilities=annotations[example.id].choice_probabilities,
             kl=None,
         )
         for example in examples
@@ -262,10 +262,6 @@ def teacher_row(
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
     measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
     return score(predictions, task.choices) | measured
-
-
-def _probabilities(annotation: Annotation) -> tuple[float, ...]:
-    return tuple(torch.tensor(annotation.choice_logprobs).softmax(-1).tolist()) if annotation.choice_logprobs else ()
 
 
 def main(config: DictConfig) -> float:

@@ -154,8 +154,7 @@ class Join:
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
         """The probability of the teacher's choice, or the share of its samples that agree."""
         if annotation and annotation.choice_logprobs:
-            scores = np.exp(annotation.choice_logprobs)
-            return float(scores.max() / scores.sum())
+            return max(annotation.choice_probabilities)
         rationales = self._rationales.get(example.id)
         return rationales[0].confidence if rationales else None
 

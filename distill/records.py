@@ -318,6 +318,12 @@ class Annotation:
     is_truncated: bool = False
     choice_logprobs: tuple[float, ...] = ()
 
+    @property
+    def choice_probabilities(self) -> tuple[float, ...]:
+        """How likely each of the task's choices is, one of them being said."""
+        scores = np.exp(self.choice_logprobs)
+        return tuple((scores / scores.sum()).tolist())
+
 
 @dataclass(frozen=True)
 class CheckedRationale:

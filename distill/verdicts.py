@@ -260,7 +260,7 @@ def _ground(difference: Difference) -> str:
 
 
 def _power(difference: Difference) -> str:
-    if difference.status != "not shown" or difference.detectable is None:
+    if difference.status != "not shown" or not difference.detectable:  # none, where two arms are alike in all
         return ""
     return f" This data would have shown a difference of {difference.detectable:.1f} points or more."
 
