@@ -70,7 +70,7 @@ def main(config: DictConfig) -> float:
             _track(tracking, results, run, job, summary)
         exit_code = 0
     finally:
-        gc.collect()  # Lightning's parts refer to each other: in a sweep, a student would stay in memory beside the next
+        gc.collect()  # Lightning's parts refer to each other: a sweep would keep this student beside the next
         run["tracking"] = tracking.finish(exit_code)
         (run_dir / "run.json").write_text(json.dumps(run, indent=1))
     if not results:
