@@ -126,6 +126,7 @@ def student(
         retemper=kept.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
+        seed=0,
     )
     return module, module.configure_optimizers()["optimizer"]
 

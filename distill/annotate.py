@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from distill import preemption
+
+if __name__ == "__main__":  # before the imports that take seconds
+    preemption.watch()
+
 import hashlib
-import os
 import re
 import sys
 import time
@@ -40,6 +44,7 @@ from distill.records import (
     ConfigError,
     Example,
     Group,
+    PreemptedError,
     Request,
     Span,
     Splits,
@@ -197,7 +202,7 @@ def _annotate(source: Source, groups: Sequence[Group], writer: Writer, num_devic
         answering = {"teacher": lambda request: source.teacher.annotate([request])}
         milliseconds = median_milliseconds(answering, asked if writer.num_written else [])["teacher"]
         _record_cost(writer, module, start, milliseconds)
-    except KeyboardInterrupt:  # what it took until now was paid all the same
+    except (KeyboardInterrupt, PreemptedError):  # what it took until now was paid all the same
         _record_cost(writer, module, start, None)
         raise
     finally:
@@ -220,11 +225,13 @@ def _wait(store: Store, groups: Sequence[Group], module: TeacherModule, writer: 
     while store.missing(_asked(groups)):
         for group in _Open(store, groups):
             writer.write(group, module.predict_step(group))
+            _stop_if_asked()
         store.refresh()
         if store.missing(_asked(groups)):
             if not is_told:
                 say("waiting for what other processes are annotating ...")
             is_told = True
+            _stop_if_asked()
             time.sleep(_POLL_SECONDS)
 
 
@@ -314,10 +321,19 @@ class _Save(Callback):
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        preemption.watch_on()
+
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._writer.write(batch, outputs)
+        _stop_if_asked()
+
+
+def _stop_if_asked() -> None:
+    if preemption.is_asked():
+        raise PreemptedError("asked to stop: what was annotated is kept, the same command goes on from there")
 
 
 def _say_why(store: Store) -> None:
@@ -380,7 +396,7 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
     filled = fill(source, wanted, share=share)
     checked = check_rationales(source, filled)
     kept = sum(rationale.reason is None for rationale in checked)
-    if int(os.environ.get("LOCAL_RANK", "0")):  # the first of several processes speaks for all
+    if not configuration.is_first_process():
         return float(filled.num_annotated)
     print(
         f"{source.store.place}\n{len(source.store)} records, {filled.num_annotated} of them new in "

@@ -30,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distill import preemption
 from distill.fetch import is_url
-from distill.records import ConfigError, DistillError
+from distill.records import ConfigError, DistillError, OutOfMemoryError, PreemptedError
 
 _BESIDE, _INSIDE = Path(__file__).parent.parent / "conf", Path(__file__).parent / "conf"
 CONF = _BESIDE if (_BESIDE / "train.yaml").is_file() else _INSIDE
@@ -61,6 +62,7 @@ def command(name: str, work: Work) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(_told(job, failed))()
     except DistillError as error:
         failed.append(_tell(error))
+    preemption.ignore()
     sys.exit(max(failed, default=0))
 
 
@@ -70,11 +72,13 @@ def _told(job: Work, failed: list[int]) -> Work:
     def told(config: DictConfig) -> float | None:
         try:
             return job(config)
-        except (DistillError, KeyboardInterrupt, OSError) as error:
+        except (DistillError, KeyboardInterrupt, OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno not in _IO_ERRORS:
                 raise
             failed.append(_tell(error))
-            if HydraConfig.get().mode == RunMode.RUN or isinstance(error, KeyboardInterrupt):
+            # The next job of a sweep would be asked to stop too.
+            if HydraConfig.get().mode == RunMode.RUN or isinstance(error, KeyboardInterrupt | PreemptedError):
+                preemption.ignore()
                 sys.exit(failed[-1])
             if os.getpid() != process:
                 raise RuntimeError(f"job failed with exit code {failed[-1]}") from None
@@ -88,6 +92,8 @@ def _tell(error: BaseException) -> int:
     if isinstance(error, DistillError):
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, MemoryError):
+        return _tell(OutOfMemoryError("this machine's memory is full; make batches or the model smaller"))
     if isinstance(error, OSError):
         print(
             f"\n{error.strerror}: {error.filename or 'a file'}. Nothing that was finished is lost: free space "
@@ -103,6 +109,11 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
     """Name every override that cannot be applied, each with the nearest thing that can."""
     if _LOOK_ONLY & set(arguments):
         return
+    if _is_nameless() and not any(word.startswith("hydra.run.dir=") for word in arguments):
+        raise ConfigError(
+            "the processes that torchrun starts need one folder for them all: set DISTILL_RUN=<a name for the run>, or "
+            "give torchrun --rdzv-id=<name>"
+        )
     flags = {index for index, word in enumerate(arguments) if word.startswith("-")}
     values = {index + 1 for index in flags if arguments[index] in _WITH_VALUE}
     words = [word for index, word in enumerate(arguments) if index not in flags | values]
@@ -119,6 +130,11 @@ def _check_command_line(name: str, arguments: list[str]) -> None:
         problems += [problem for override in overrides for problem in _check_key(override, known)]
     if problems:
         raise ConfigError(*problems)
+
+
+def _is_nameless() -> bool:
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    return several and not run_name("")
 
 
 def check(config: DictConfig) -> None:
@@ -141,13 +157,29 @@ def build(node: DictConfig | None, **arguments: Any) -> Any:
         raise
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration, secrets hidden."""
+    resolved = redacted(OmegaConf.to_container(config, resolve=True))
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def differences(config: DictConfig, path: Path, *, besides: tuple[str, ...]) -> list[str]:
+    """What is not as in a configuration that was saved, in keys that are not below one of `besides`."""
+    left, right = (dict(_leaves(each)) for each in (yaml.safe_load(path.read_text()), plain(config)))
+    return [
+        f"{key} was {left.get(key)!r} and is now {right.get(key)!r}"
+        for key in sorted({*left, *right})
+        if left.get(key) != right.get(key) and key.partition(".")[0] not in besides
+    ]
+
+
 def save(config: DictConfig, path: Path) -> dict[str, Any]:
     """Write the resolved configuration, secrets hidden, and return it."""
-    plain = redacted(OmegaConf.to_container(config, resolve=True))
+    known = plain(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    assert isinstance(plain, dict)
-    return plain
+    path.write_text(yaml.safe_dump(known, sort_keys=False, allow_unicode=True))
+    return known
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -171,9 +203,25 @@ def local_root(root: str) -> Path:
     return Path("distill-data" if is_url(root) or not root else root).resolve()
 
 
+def run_name(otherwise: str) -> str:
+    """The name of a run's folder: the same again for a job that a scheduler starts again, and for all its processes."""
+    environment = os.environ
+    is_batch = environment.get("SLURM_JOB_NAME") not in (None, "bash", "interactive")
+    slurm = f"slurm-{environment['SLURM_JOB_ID']}" if is_batch and environment.get("SLURM_JOB_ID") else ""
+    elastic = environment.get("TORCHELASTIC_RUN_ID", "none")
+    torchrun = f"torchrun-{elastic}" if elastic != "none" else ""
+    return environment.get("DISTILL_RUN") or slurm or torchrun or otherwise
+
+
+def is_first_process() -> bool:
+    """Whether this one writes and speaks for all that train or annotate together."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def register() -> None:
-    """Let configurations say ${local:…}: a root's folder on this machine."""
+    """Let configurations say ${local:…}, a root's folder on this machine, and ${run_name:…}."""
     OmegaConf.register_new_resolver("local", lambda root: str(local_root(root)), replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def sweep_name() -> str | None:
@@ -226,15 +274,19 @@ def _check_option(group: str, option: Any) -> list[str]:
 
 def _keys(config: DictConfig) -> dict[str, Any]:
     """Every key of the configuration, dotted, and its value."""
+    return dict(_walk(OmegaConf.to_container(config, resolve=False), ""))
 
-    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if path:
-            yield path, value
-        if isinstance(value, dict):
-            for key, item in value.items():
-                yield from walk(item, f"{path}.{key}".lstrip("."))
 
-    return dict(walk(OmegaConf.to_container(config, resolve=False), ""))
+def _leaves(plain: Any) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in _walk(plain, "") if not isinstance(value, dict))
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if path:
+        yield path, value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _walk(item, f"{path}.{key}".lstrip("."))
 
 
 def _check_key(override: Any, known: Mapping[str, Any]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from distill import config as configuration
@@ -150,3 +153,31 @@ def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
     if any(objective.source != "labels" for objective in objectives):
         wanted["answer"] = [*wanted["answer"], *splits.train, *splits.validation]
     return wanted
+
+
+def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any]:
+    """What must be the same in a run that goes on from a checkpoint; steps, devices and logging need not be.
+
+    `student` is the hash of the weights that it begins with.
+    """
+    config = configuration.plain(job.config)
+    return {
+        "cache": job.source.store.digest,
+        "soft_cache": job.soft_source.store.digest if job.soft_source else None,
+        "train": _hash_of(curriculum.train),
+        "validation": _hash_of(curriculum.validation),
+        "test": hashlib.sha256("".join(example.id for example in job.source.splits.test).encode()).hexdigest()[:16],
+        "student": student,
+        **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss", "optim")},
+    }
+
+
+def _hash_of(lessons: Sequence[Lesson]) -> str:
+    """Of all that is learned from, except the soft targets, which the cache's fingerprint stands for."""
+    content = hashlib.sha256()
+    for lesson in lessons:
+        for sequence in lesson.sequences:
+            known = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
+            content.update(repr((lesson.example_id, *known)).encode())
+            content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
+    return content.hexdigest()[:16]

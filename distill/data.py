@@ -207,6 +207,7 @@ class DistillData(lightning.LightningDataModule):
         num_steps: int,
         seed: int,
         padding_id: int,
+        num_workers: int,
     ) -> None:
         """`batch_size` counts examples or tokens per optimizer step, `microbatch_size` per forward pass.
 
@@ -216,7 +217,7 @@ class DistillData(lightning.LightningDataModule):
         self._train, self._validation, self._read = train, validation, read
         self._batch_size, self._microbatch_size, self._batch_unit = batch_size, microbatch_size, batch_unit
         self._num_steps, self._seed, self._padding_id = num_steps, seed, padding_id
-        self._arrangement = arrangement
+        self._arrangement, self._num_workers = arrangement, num_workers
         arrangement.check(train)
 
     def num_microbatches(self, world_size: int) -> int:
@@ -248,7 +249,8 @@ class DistillData(lightning.LightningDataModule):
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
         # A batch is made whole by the dataset, so there is nothing left to collate.
-        return DataLoader(_Lessons(lessons, self._read, self._padding_id), sampler=batches, batch_size=None)
+        dataset = _Lessons(lessons, self._read, self._padding_id)
+        return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=self._num_workers)
 
 
 def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:

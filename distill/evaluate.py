@@ -89,6 +89,11 @@ class Evaluation:
         return bool(self._questions([example], self._span))
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is asked."""
+        return self._model
+
+    @property
     def weights_bytes(self) -> int:
         """What the model's weights take in memory."""
         return sum(p.numel() * p.element_size() for p in self._model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -71,6 +72,7 @@ class StudentModule(lightning.LightningModule):
         retemper: Retemper,
         make_optimizer: MakeOptimizer,
         make_schedule: MakeSchedule,
+        seed: int,
     ) -> None:
         """`vocabulary_size` cuts padded rows off the head; `retemper` gives kept log-probabilities at T."""
         super().__init__()
@@ -78,7 +80,7 @@ class StudentModule(lightning.LightningModule):
         self._objectives = dict(objectives)
         self._vocabulary_size = vocabulary_size
         self._retemper = retemper
-        self._make_optimizer, self._make_schedule = make_optimizer, make_schedule
+        self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
         self._step_sums: dict[str, Tensor] = {}
         self._totals: list[tuple[Tensor, tuple[str, ...]]] = []
         self._tallies: dict[str, list[Tensor]] = {}
@@ -130,6 +132,8 @@ class StudentModule(lightning.LightningModule):
         return batch.to(device)
 
     def training_step(self, batch: Batch) -> Tensor:
+        # Chance is a function of the place in the run, so a run that goes on from a checkpoint is the unbroken one.
+        torch.manual_seed(hash((self._seed, self.global_step, len(self._totals), self.global_rank)) % 2**63)
         terms = self.terms(batch)
         total, sums_L = head_loss(self.hidden(batch), self.head(), list(terms.values()))
         self._totals.append((total.detach(), batch.example_ids))
@@ -152,9 +156,11 @@ class StudentModule(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         totals, self._totals = self._totals, []
         sums, self._step_sums = self._step_sums, {}
-        # The one time in a step that the host waits for the device.
-        if not torch.stack([total for total, _ in totals]).isfinite().all():
-            total, example_ids = next(each for each in totals if not each[0].isfinite())
+        # The one time in a step that the host waits for the device. What one process sees stops all of them.
+        is_finite = bool(torch.stack([total for total, _ in totals]).isfinite().all())
+        if not self.trainer.strategy.reduce_boolean_decision(is_finite):
+            nowhere = (torch.tensor(math.nan), ("those of another process",))
+            total, example_ids = next((each for each in totals if not each[0].isfinite()), nowhere)
             raise NonFiniteLossError(
                 f"the loss is {total.item()} at step {self.global_step} on the examples {', '.join(example_ids)}; the "
                 "last checkpoint is from before. Lower optim.optimizer.lr or look at these examples"

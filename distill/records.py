@@ -73,6 +73,18 @@ class CacheError(DistillError):
     exit_code = 3
 
 
+class OutOfMemoryError(DistillError):
+    """What was asked for does not fit into this machine's memory."""
+
+    exit_code = 7
+
+
+class PreemptedError(DistillError):
+    """The command was asked to stop, has saved its state and can go on."""
+
+    exit_code = 85
+
+
 class AnswerError(DistillError):
     """A text in which no answer of the task could be read."""
 

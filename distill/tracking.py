@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol, final, runtime_checkable
@@ -22,8 +24,9 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from distill import __version__
-from distill.records import ConfigError, Group
+from distill.records import Group
 
+_PATIENCE_SECONDS = 30  # to reach W&B; a run does not wait longer for being watched
 _HERE = Path(__file__).parent.parent
 
 
@@ -112,22 +115,28 @@ class WandbTracking:
         home.mkdir(parents=True, exist_ok=True)
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(variable, str(home))
+        begin = partial(
+            wandb.init,
+            project=self._project,
+            entity=self._entity,
+            dir=folder,
+            id=_run_id(home),
+            resume="allow",
+            name=name,
+            group=self._group or group,
+            job_type=job_type,
+            tags=self._tags,
+            config=dict(config),
+            reinit="finish_previous",
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=_PATIENCE_SECONDS),
+        )
         try:
-            self._run = wandb.init(
-                project=self._project,
-                entity=self._entity,
-                dir=folder,
-                name=name,
-                group=self._group or group,
-                job_type=job_type,
-                tags=self._tags,
-                config=dict(config),
-                mode=self._chosen_mode(),
-                reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            )
+            self._run = begin(mode=self._chosen_mode())
         except wandb.Error as error:
-            raise ConfigError(f"W&B could not start: {error}. Set tracking.mode=offline or tracking=off") from None
+            say(f"W&B cannot be reached ({error}); this run is tracked offline, and can be uploaded later")
+            self._run = begin(mode="offline")
+        # Parts of a run that broke off share this axis, whatever each counts for itself.
+        self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
     def loggers(self) -> list[Logger]:
         """The run, as Lightning's logger."""
@@ -176,6 +185,14 @@ class WandbTracking:
         if self._mode == "auto":
             return "online" if os.environ.get("WANDB_API_KEY") else "offline"
         return self._mode
+
+
+def _run_id(home: Path) -> str:
+    """The same for all parts of a run that broke off."""
+    path = home / "run_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
 
 
 def progress(unit: str, total: int) -> Callback:

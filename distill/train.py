@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from distill import preemption
+
+if __name__ == "__main__":  # before the imports that take seconds
+    preemption.watch()
+
 import gc
 import json
 import math
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,28 +21,30 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
 from torch import nn
 
 from distill import config as configuration
 from distill import models
+from distill.accounts import cache_card, contamination, counts, rationales, rejected, settings
 from distill.annotate import loaded
-from distill.curriculum import Curriculum, Job, prepare, teach
+from distill.checkpoints import Checkpoints, Identity, WholeFiles, checked, digest, newest
+from distill.curriculum import Curriculum, Job, identity_of, prepare, teach
 from distill.data import Arrangement, DistillData, collate
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
+from distill.fetch import whole_file
 from distill.lessons import Records
 from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
-from distill.records import Annotation, ConfigError, Example, Span
+from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, Span
 from distill.report import tables, to_text, write_report
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
 from distill.tracking import Tracking, progress, provenance, say
 from distill.verdicts import Summary
 
 Json = dict[str, Any]
-_MOST_OVERLAPS = 200
+_MAY_DIFFER = ("root", "resume", "preflight", "tracking", "checkpoint_every")  # between a run and its repetition
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,24 @@ class Training:
     module: StudentModule
     data: DistillData
     trainer: lightning.Trainer
+    checkpoints: Checkpoints
     curriculum: Curriculum
+    identity: Identity
 
 
 def main(config: DictConfig) -> float:
-    """Run the main job; return the student's accuracy on the test split."""
+    """Run the main job; return the student's accuracy on the test split, the same in each of several processes."""
     configuration.check(config)
     run_dir = configuration.run_dir()
+    if (accuracy := _finished(config, run_dir)) is not None:
+        say(f"{run_dir} holds this run already, and it is complete; resume=never runs it again")
+        return accuracy
+    if not configuration.is_first_process():
+        return _accuracy(distill(prepare(config, run_dir), [], {}))
     plain = configuration.save(config, run_dir / "config.yaml")
     job = prepare(config, run_dir)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
-    run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **_settings(config), **provenance()}
+    run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **settings(config), **provenance()}
     tracking: Tracking = configuration.build(config.tracking)
     exit_code = 1
     try:
@@ -79,54 +92,110 @@ def main(config: DictConfig) -> float:
     print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
-    return float(results["rows"]["student"]["accuracy"])
+    return _accuracy(results)
+
+
+def _accuracy(results: Json) -> float:
+    return float(results["rows"]["student"]["accuracy"]) if results else 0.0
+
+
+def _finished(config: DictConfig, run_dir: Path) -> float | None:
+    """The accuracy of a run that is complete in this folder; raises ConfigError where it is another run."""
+    results = run_dir / "results.json"
+    if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
+        return None
+    if differing := configuration.differences(config, run_dir / "config.yaml", besides=_MAY_DIFFER):
+        raise ConfigError(
+            f"{run_dir} holds another run: {'; '.join(differing)}. Name another folder (hydra.run.dir, in a sweep "
+            "hydra.sweep.dir), or replace it with resume=never"
+        )
+    return _accuracy(json.loads(results.read_text()))
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     """Annotate, train, evaluate; write the student and all figures to the run folder, and return these.
 
-    Returns nothing where only the preflight was asked for.
+    Returns nothing where only the preflight was asked for. Of several processes the first evaluates and writes; the
+    others return what it found.
     """
     curriculum = teach(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
-    settings = job.config.student
-    student = open_student(
-        job.student_folder,
-        keep_layers=settings.keep_layers,
-        freeze=list(settings.freeze),
-        from_scratch=settings.from_scratch,
-        lora=configuration.build(settings.lora),
-        gradient_checkpointing=settings.gradient_checkpointing,
+    student = open_student(job.student_folder, **_student_settings(job.config))
+    training = arrange(job, curriculum, student, loggers)
+    is_first = configuration.is_first_process()
+    if is_first:
+        run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
+        run |= {"start": training.identity["student"], "contamination": contamination(job)}
+        _write_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
+        _write_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
+    run["preflight"] = look_ahead(job, training)
+    if job.config.preflight is True:
+        return {}
+    evaluation = Evaluation(
+        student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
     )
-    run |= {"start": weights_hash(student), "cache": _cache_card(job, curriculum), "counts": _counts(job, curriculum)}
-    run["contamination"] = _contamination(job)
-    _write_lines(job.run_dir / "rejected.jsonl", _rejected(curriculum))
-    _write_lines(job.run_dir / "rationales.jsonl", _rationales(job, curriculum))
-    test = job.source.splits.test
-    teacher = _annotations(job, curriculum, test, "answer")
+    teacher = _said_on_test(job, curriculum)
+    rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
+    with compiled(student) if job.config.student.compile else nullcontext():
+        seconds = fit(job, training)
+    merge_adapters(student)
+    found = _judged(job, curriculum, student, evaluation, teacher, rows, run, seconds) if is_first else {}
+    shared: Json = training.trainer.strategy.broadcast(found)
+    return shared
+
+
+def _student_settings(config: DictConfig) -> Json:
+    settings = config.student
+    return {
+        "keep_layers": settings.keep_layers,
+        "freeze": list(settings.freeze),
+        "from_scratch": settings.from_scratch,
+        "lora": configuration.build(settings.lora),
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+
+
+def _said_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
+    """The teacher's answers to the test questions, with the soft targets that a student's are compared with."""
+    teacher = _annotations(job, curriculum, job.source.splits.test, "answer")
     if job.soft_source and curriculum.soft_filled:
         soft = Records(job.soft_source.store, curriculum.soft_filled.requests)
         read = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := read[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
         teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
-    evaluation = Evaluation(
-        student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
-    )
+    return teacher
+
+
+def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
+    """What is known before the student learns: the teacher's row, and its own; found once, also where a run goes on."""
+    test, path = job.source.splits.test, job.run_dir / "before.json"
     folder = job.source.folder if job.source.teacher.gives_soft_targets else None
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
-    if job.config.evaluate_before and job.config.preflight is not True:
+    if not job.config.evaluate_before:
+        return rows
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("of") != digest(training.identity):
         say(f"evaluating the student before training on {len(test)} test examples ...")
-        rows["before"] = row_of(evaluation.predict(test, teacher), job.source.task, student)
-    training = arrange(job, curriculum, student, loggers)
-    run["preflight"] = look_ahead(job, training)
-    if job.config.preflight is True:
-        return {}
-    with compiled(student) if settings.compile else nullcontext():
-        seconds = fit(job, training)
-    merge_adapters(student)
+        row = row_of(evaluation.predict(test, teacher), job.source.task, training.module.model)
+        known = {"of": digest(training.identity), "row": row}
+        _write(path, known)
+    return rows | {"before": known["row"]}
+
+
+def _judged(
+    job: Job,
+    curriculum: Curriculum,
+    student: Any,
+    evaluation: Evaluation,
+    teacher: Mapping[str, Annotation],
+    rows: Json,
+    run: Json,
+    seconds: float,
+) -> Json:
+    """Save the student and what it answers to the test questions; return all figures."""
+    test = job.source.splits.test
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
-    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
@@ -144,7 +213,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         "evaluate": time.monotonic() - start,
     }
     _write_lines(job.run_dir / "predictions.jsonl", told)
-    (job.run_dir / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
+    _write(job.run_dir / "results.json", {"rows": rows})
+    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
     return {"rows": rows, "predictions": told}
 
 
@@ -162,6 +232,7 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]
 def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
     """Put together what trains the student in place."""
     config = job.config
+    identity = identity_of(job, curriculum, weights_hash(student))
     module = StudentModule(
         student,
         objectives=job.objectives,
@@ -169,6 +240,7 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         retemper=job.source.codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
+        seed=config.seed,
     )
     if config.share_prompt:
         curriculum = _with_shared_prompts(curriculum, module, job.prompts.end)
@@ -183,26 +255,28 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         num_steps=config.trainer.max_steps,
         seed=config.seed,
         padding_id=job.prompts.end,
+        num_workers=config.num_workers,
     )
-    per_step = data.num_microbatches(config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
-    checkpoint = ModelCheckpoint(job.run_dir / "checkpoints", save_last=True, save_top_k=0, save_on_exception=True)
+    checkpoints = Checkpoints(job.run_dir / "checkpoints", every=config.checkpoint_every, identity=identity)
     trainer: lightning.Trainer = configuration.build(
         config.trainer,
         precision=_precision(config.trainer.precision),
-        accumulate_grad_batches=per_step,
-        val_check_interval=config.validate_every * per_step,
         check_val_every_n_epoch=None,
+        enable_checkpointing=False,
         enable_progress_bar=sys.stderr.isatty(),
+        plugins=[WholeFiles()],
         callbacks=[
-            checkpoint,
+            checkpoints,
             progress("steps", config.trainer.max_steps),
             *(configuration.build(node) for node in config.get("callback", {}).values()),
         ],
         logger=[CSVLogger(job.run_dir, name="", version=""), *loggers],
     )
+    trainer.accumulate_grad_batches = data.num_microbatches(trainer.world_size)
+    trainer.val_check_interval = config.validate_every * trainer.accumulate_grad_batches
     # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Training(module, data, trainer, curriculum)
+    return Training(module, data, trainer, checkpoints, curriculum, identity)
 
 
 def look_ahead(job: Job, training: Training) -> list[Json]:
@@ -240,18 +314,46 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
 
 
 def fit(job: Job, training: Training) -> float:
-    """Train the student in place; return the seconds it took."""
+    """Train the student in place, from where a run of this folder broke off; return the seconds it took in all."""
     config, trainer = job.config, training.trainer
+    checkpoint = _resumed(config.resume, job.run_dir / "checkpoints", training.identity)
     num_lessons = len(training.curriculum.train)
     say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
+    if checkpoint:
+        say(f"going on from {checkpoint}")
     training.module.model.train()
-    start = time.monotonic()
     try:
-        trainer.fit(training.module, training.data, ckpt_path=config.resume, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C, once it has saved a checkpoint
-        say(f"go on with resume={job.run_dir / 'checkpoints' / 'last.ckpt'}")
+        trainer.fit(training.module, training.data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        say(f"to go on from the last checkpoint add hydra.run.dir={job.run_dir}")
         raise KeyboardInterrupt from None
-    return time.monotonic() - start
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        longest = max(lesson.num_tokens for lesson in training.curriculum.train)
+        raise OutOfMemoryError(
+            f"memory is full at step {trainer.global_step}, with microbatch_size={config.microbatch_size} and lessons "
+            f"of up to {longest} tokens. A smaller microbatch_size gives the same result in less memory; so does "
+            "student.gradient_checkpointing=true"
+        ) from None
+    return training.checkpoints.seconds
+
+
+def _resumed(asked: str, folder: Path, identity: Identity) -> Path | None:
+    """The checkpoint to go on from, if any."""
+    if asked == "never":
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    if asked == "auto":
+        return newest(folder, identity, say)
+    if not checked(Path(asked), identity):
+        raise ConfigError(f"resume={asked} is no whole checkpoint: wanted <run folder>/checkpoints/step-….ckpt")
+    return Path(asked)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device torch says so by a class of its own, of the host in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_id: int) -> Curriculum:
@@ -273,78 +375,6 @@ def _precision(asked: str) -> Any:
     if asked != "auto":
         return asked
     return "bf16-mixed" if models.native_dtype() == torch.bfloat16 else "32-true"
-
-
-def _settings(config: DictConfig) -> Json:
-    return {
-        "steps": config.trainer.max_steps,
-        "batch_size": config.batch_size,
-        "task": config.task.name,
-        "teacher": config.teacher.get("name") or config.teacher.model.partition("#")[0],
-        "student": config.student.model.partition("#")[0],
-    }
-
-
-def _cache_card(job: Job, curriculum: Curriculum) -> Json:
-    store = job.source.store
-    return {
-        "dir": str(store.folder),
-        "fingerprint": store.digest,
-        "num_records": len(store),
-        "num_reused": curriculum.filled.num_reused,
-        "num_annotated": curriculum.filled.num_annotated,
-        "annotation_seconds": sum(cost["seconds"] for cost in store.costs),
-    }
-
-
-def _counts(job: Job, curriculum: Curriculum) -> Json:
-    splits = job.source.splits
-    return {
-        "train": len(splits.train),
-        "labelled": sum(example.answer is not None for example in splits.train),
-        "lessons": len(curriculum.train),
-        "validation": len(splits.validation),
-        "test": len(splits.test),
-        "dropped": dict(splits.dropped),
-        "too_long": len(curriculum.too_long),
-        "rationales_kept": sum(c.reason is None for c in curriculum.rationales),
-        "rationales_rejected": dict(Counter(c.reason for c in curriculum.rationales if c.reason)),
-    }
-
-
-def _contamination(job: Job) -> Json:
-    """Train questions that share words with one of validation or test; the first of them by name."""
-    found, overlap = job.source.overlaps, job.config.overlap
-    num_train = len({each.train_id for each in found})
-    is_dropped = overlap.action == "drop"
-    told = [asdict(each) for each in found[:_MOST_OVERLAPS]]
-    return {"n": overlap.words, "num_train": num_train, "num_dropped": num_train if is_dropped else 0, "found": told}
-
-
-def _rejected(curriculum: Curriculum) -> list[Json]:
-    bad = [c for c in curriculum.rationales if c.reason]
-    rows = [{"id": c.example_id, "reason": c.reason, "text": c.annotation.rationale} for c in bad]
-    return rows + [{"id": i, "reason": "too long", "text": why} for i, why in curriculum.too_long.items()]
-
-
-def _rationales(job: Job, curriculum: Curriculum) -> list[Json]:
-    """Every rationale of the teacher's, kept or not, beside the question and what is known of it."""
-    examples = {example.id: example for example in job.source.splits.train}
-    return [
-        {
-            "id": c.example_id,
-            "question": examples[c.example_id].question,
-            "gold": examples[c.example_id].answer,
-            "gold_rationale": examples[c.example_id].rationale,
-            "answer": c.annotation.answer,
-            "rationale": c.annotation.rationale,
-            "is_sampled": c.annotation.is_sampled,
-            "confidence": c.confidence,
-            "compared_with": c.compared_with,
-            "reason": c.reason,
-        }
-        for c in curriculum.rationales
-    ]
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
@@ -383,6 +413,11 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
 def _plain(value: Any) -> Any:
     """A number or a text; None for what was not measured."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, content: Json) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

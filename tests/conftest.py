@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 _IGNORED = (
     "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
     "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # Lightning, with torch 2.13
+    "ignore:The `srun` command is available on your system",
     "ignore:You have overridden .transfer_batch_to_device. in .LightningModule.:UserWarning",
 )
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
@@ -326,6 +327,7 @@ def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -
         retemper=Dense().at_temperature,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        seed=0,
     )
 
 

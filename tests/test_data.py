@@ -263,6 +263,7 @@ def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts)
         num_steps=1,
         seed=0,
         padding_id=1,
+        num_workers=0,
     )
     batches = list(data.val_dataloader())
     assert len(batches) == 2

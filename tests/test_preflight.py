@@ -81,6 +81,7 @@ def taught(plan: Plan, losses: dict[str, Objective]) -> Plan:
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+        seed=0,
     )
     return replace(plan, module=module, objectives=losses)
 
@@ -120,6 +121,7 @@ def test_padded_rows_that_are_not_cut_off_are_found_by_self_kl(sound: Plan) -> N
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+        seed=0,
     )
     assert checked(replace(sound, module=module))["self-KL"].stops
 
@@ -392,6 +394,7 @@ def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.T
         num_steps=2,
         seed=0,
         padding_id=sound.prompts.end,
+        num_workers=0,
     )
     module.model.train()
     module.model.model.layers[0].eval()

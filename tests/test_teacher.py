@@ -108,7 +108,7 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     num_asked, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
     fit(job, arrange(job, curriculum, student, []))
     assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
-    (file,) = (tmp_path / "run" / "checkpoints").glob("last.ckpt")
+    (file,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
     saved = torch.load(file, weights_only=True)
     assert set(saved["state_dict"]) == {f"model.{name}" for name in student.state_dict()}
     assert all(torch.equal(saved["state_dict"][f"model.{name}"], value) for name, value in student.state_dict().items())
@@ -124,7 +124,9 @@ def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
     student = open_student(job.student_folder, **WHOLE_STUDENT | {"freeze": ["embed_tokens"]})
     before = {name: value.clone() for name, value in student.state_dict().items()}
     fit(job, arrange(job, teach(job), student, []))
-    (state,) = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    (state,) = torch.load(tmp_path / "run" / "checkpoints" / "step-00000001.ckpt", weights_only=True)[
+        "optimizer_states"
+    ]
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(state["state"]) == len(trained)
     assert {n for n, value in student.state_dict().items() if not torch.equal(value, before[n])} == trained
