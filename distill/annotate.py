@@ -292,7 +292,8 @@ def _predict(module: TeacherModule, groups: _Open, callbacks: list[Callback], nu
     )
     try:
         trainer.predict(module, DataLoader(groups, batch_size=None), return_predictions=False)
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:  # what Lightning makes of Ctrl-C, and of a signal before it was told to leave these alone
+        _stop_if_asked()
         raise KeyboardInterrupt from None
 
 
@@ -321,7 +322,7 @@ class _Save(Callback):
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         preemption.watch_on()
 
     def on_predict_batch_end(

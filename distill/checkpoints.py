@@ -28,8 +28,11 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Lightning's own writes beside another file system's files, and leaves a part where the disk is full."""
-        with whole_file(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # where the disk is full, torch says something else after it
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 @final
@@ -58,7 +61,6 @@ class Checkpoints(Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse processes that train different things; they would be averaged without a word."""
-        preemption.watch_on()
         digests = [digest(self._identity)]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             digests = [""] * trainer.world_size
@@ -71,6 +73,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count microbatches as this number of processes does, which need not be that of the run's beginning."""
+        preemption.watch_on()
         done = trainer.global_step * trainer.accumulate_grad_batches
         progress = trainer.fit_loop.epoch_loop.batch_progress
         progress.reset()
@@ -141,6 +144,11 @@ def checked(path: Path, identity: Identity) -> bool:
             "or resume=never"
         )
     return bool(is_whole)
+
+
+def step_of(path: Path) -> int:
+    """The number of steps that were done when a checkpoint was saved."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def digest(identity: Identity) -> str:

@@ -172,6 +172,7 @@ class StudentModule(lightning.LightningModule):
             values = {f"train/{name}": sums.get(name, nothing).float() for name in self._objectives}
             self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            self.log("step", float(self.global_step))  # Lightning's own count is one too many where a run goes on
 
     def validation_step(self, batch: Batch) -> None:
         hidden_NH, head = self.hidden(batch), self.head()
@@ -190,6 +191,7 @@ class StudentModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         means = {name: total / count for name, (total, count) in self._tallies.items()}
         self.log_dict(means, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("step", float(self.global_step - 1))
         self._tallies = {}
 
     def configure_optimizers(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +23,7 @@ import lightning
 import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from distill import __version__
 from distill.records import Group
@@ -185,6 +187,25 @@ class WandbTracking:
         if self._mode == "auto":
             return "online" if os.environ.get("WANDB_API_KEY") else "offline"
         return self._mode
+
+
+@final
+class Curves(CSVLogger):
+    """A run's `metrics.csv`. Where the run goes on from a checkpoint, the lines of the steps before it stay."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is the run's, and holds other files."""
+        super().__init__(folder, name="", version="")
+
+    def go_on(self, num_steps: int) -> None:
+        """Keep what was logged in the steps that are done."""
+        path, rows = Path(self.log_dir) / "metrics.csv", list[dict[str, Any]]()
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory")
+            self.experiment.metrics = [row for row in rows if int(row["step"]) < num_steps]  # in the place of the file
 
 
 def _run_id(home: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from torch import nn
 
@@ -29,7 +29,7 @@ from distill import config as configuration
 from distill import models
 from distill.accounts import cache_card, contamination, counts, rationales, rejected, settings
 from distill.annotate import loaded
-from distill.checkpoints import Checkpoints, Identity, WholeFiles, checked, digest, newest
+from distill.checkpoints import Checkpoints, Identity, WholeFiles, checked, digest, newest, step_of
 from distill.curriculum import Curriculum, Job, identity_of, prepare, teach
 from distill.data import Arrangement, DistillData, collate
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
@@ -37,10 +37,10 @@ from distill.fetch import whole_file
 from distill.lessons import Records
 from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
-from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, Span
+from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, PreemptedError, Span
 from distill.report import tables, to_text, write_report
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.tracking import Tracking, progress, provenance, say
+from distill.tracking import Curves, Tracking, progress, provenance, say
 from distill.verdicts import Summary
 
 Json = dict[str, Any]
@@ -55,6 +55,7 @@ class Training:
     data: DistillData
     trainer: lightning.Trainer
     checkpoints: Checkpoints
+    curves: Curves
     curriculum: Curriculum
     identity: Identity
 
@@ -257,6 +258,7 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         padding_id=job.prompts.end,
         num_workers=config.num_workers,
     )
+    curves = Curves(job.run_dir)
     checkpoints = Checkpoints(job.run_dir / "checkpoints", every=config.checkpoint_every, identity=identity)
     trainer: lightning.Trainer = configuration.build(
         config.trainer,
@@ -270,13 +272,13 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
             progress("steps", config.trainer.max_steps),
             *(configuration.build(node) for node in config.get("callback", {}).values()),
         ],
-        logger=[CSVLogger(job.run_dir, name="", version=""), *loggers],
+        logger=[curves, *loggers],
     )
     trainer.accumulate_grad_batches = data.num_microbatches(trainer.world_size)
     trainer.val_check_interval = config.validate_every * trainer.accumulate_grad_batches
     # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Training(module, data, trainer, checkpoints, curriculum, identity)
+    return Training(module, data, trainer, checkpoints, curves, curriculum, identity)
 
 
 def look_ahead(job: Job, training: Training) -> list[Json]:
@@ -321,10 +323,13 @@ def fit(job: Job, training: Training) -> float:
     say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
     if checkpoint:
         say(f"going on from {checkpoint}")
+    training.curves.go_on(step_of(checkpoint) if checkpoint else 0)
     training.module.model.train()
     try:
         trainer.fit(training.module, training.data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:  # what Lightning makes of Ctrl-C, and of a signal before it was told to leave these alone
+        if preemption.is_asked():
+            raise PreemptedError("asked to stop before the first step; the same command begins it") from None
         say(f"to go on from the last checkpoint add hydra.run.dir={job.run_dir}")
         raise KeyboardInterrupt from None
     except (MemoryError, RuntimeError) as error:

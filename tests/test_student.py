@@ -255,7 +255,7 @@ def test_a_run_that_broke_off_goes_on_with_its_adapters(configured: Callable[...
     resumed = trained("resumed", "trainer.max_steps=4", f"resume='{checkpoint}'")
     assert_close(resumed, whole, 0)
     with (tmp_path / "resumed" / "metrics.csv").open() as file:
-        assert {int(row["step"]) for row in csv.DictReader(file)} == {3, 4}
+        assert {int(row["step"]) for row in csv.DictReader(file)} == {2, 3}
     assert any("lora_B" in name and value.abs().max() > 1e-3 for name, value in whole.items())
 
 
