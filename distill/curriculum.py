@@ -168,7 +168,8 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
         "validation": _hash_of(curriculum.validation),
         "test": hashlib.sha256("".join(example.id for example in job.source.splits.test).encode()).hexdigest()[:16],
         "student": student,
-        **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss", "optim")},
+        **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
+        "optimizer": config["optim"]["optimizer"],
     }
 
 

@@ -268,9 +268,9 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         enable_progress_bar=sys.stderr.isatty(),
         plugins=[WholeFiles()],
         callbacks=[
-            checkpoints,
             progress("steps", config.trainer.max_steps),
             *(configuration.build(node) for node in config.get("callback", {}).values()),
+            checkpoints,  # after those that change weights in the end
         ],
         logger=[curves, *loggers],
     )
