@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import WHOLE_STUDENT, compose, reviews, run, tiny_overrides
+from conftest import WHOLE_STUDENT, compose, environment, reviews, run, tiny_overrides
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,6 +150,30 @@ def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, studen
     assert "answer + teacher_answer" in page.read_text()
     assert f"report  {page}" in done.stdout
     assert "over hard labels" in done.stdout
+
+
+KEPT = """
+import atexit, gc, os
+gc.disable()  # nothing is collected unless the command says so
+from distill import config, train
+from distill.modules import StudentModule
+
+def told():
+    print("KEPT", sum(isinstance(each, StudentModule) for each in gc.get_objects()))
+
+atexit.register(told)
+config.command("train", train.main)
+"""
+
+
+def test_a_sweep_keeps_no_student_in_memory(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1", "num_samples=0"]
+    line = [sys.executable, "-c", KEPT, "-m", *tiny, "seed=0,1", "evaluate_before=false", "loss=[answer]"]
+    done = subprocess.run(
+        line, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KEPT 0" in done.stdout
 
 
 def test_a_preflight_trains_nothing_and_says_what_it_found(

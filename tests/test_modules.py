@@ -386,6 +386,18 @@ def test_a_model_that_is_the_teacher_is_measured_to_be_no_distance_from_it(
     assert max(abs(prediction.kl) for prediction in evaluation.predict(given, left)) < 1e-5
 
 
+def test_a_teachers_answer_that_cannot_be_read_is_wrong_and_agrees_with_nothing(
+    prompts: Prompts, student_folder: Path
+) -> None:
+    given = [Example("One?", "7"), Example("Two?", "7"), Example("Three?", "7"), Example("Four?", "7")]
+    said = {given[0].id: "7", given[1].id: "8", given[2].id: None}
+    teacher = {id_: Annotation("", {}, answer) for id_, answer in said.items()}
+    evaluation = Evaluation(opened(student_folder, torch.float32).eval(), prompts, Sevens(), "direct", 6)
+    found = evaluation.predict(given, teacher)
+    assert [prediction.is_teacher_correct for prediction in found] == [True, False, False, None]
+    assert [prediction.agrees is None for prediction in found] == [False, False, True, True]
+
+
 def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
     model = opened(student_folder, torch.float32).eval()
     module = student_module(model, prompts, "answer")

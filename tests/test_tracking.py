@@ -130,6 +130,36 @@ def test_nothing_is_written_beside_the_run(runs: tuple[Path, list[dict[str, str]
     assert not [path for folder in elsewhere for path in folder.rglob("*wandb*")]
 
 
+GOES_ON = """
+import json, sys
+from pathlib import Path
+from conftest import compose
+from distill import config as configuration
+
+folders = []
+for part in (range(3), range(3, 5)):
+    tracking = configuration.build(compose().tracking)
+    tracking.start(Path(sys.argv[1]), name="kl", group=None, job_type="train", config={})
+    for step in part:
+        tracking.loggers()[0].log_metrics({"train/kl": 2.0 - step}, step)
+    folders.append(tracking.finish(85)["where"])
+print(json.dumps(folders))
+"""
+
+
+def test_a_run_that_goes_on_is_the_same_run_on_the_same_axis(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    told = {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "PYTHONPATH": path}
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = [inspected(folder) for folder in json.loads(done.stdout.splitlines()[-1])]
+    ids = {record["run_id"] for part in parts for record in _items(part, "run") if "run_id" in record}
+    assert len(ids) == 1
+    steps = [sorted({float(v) for v in _items(part, "trainer/global_step")}) for part in parts]
+    assert steps == [[0, 1, 2], [3, 4]]
+
+
 def test_no_tracking_does_nothing(tmp_path: Path) -> None:
     tracking = NoTracking()
     tracking.start(tmp_path, name="x", group=None, job_type="train", config={})
