@@ -136,6 +136,7 @@ class WandbTracking:
             self._run = begin(mode=self._chosen_mode())
         except wandb.Error as error:
             say(f"W&B cannot be reached ({error}); this run is tracked offline, and can be uploaded later")
+            wandb.teardown()  # its service still holds the run that it could not begin
             self._run = begin(mode="offline")
         # Parts of a run that broke off share this axis, whatever each counts for itself.
         self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
