@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill import config as configuration
 from distill.arms import COLUMNS, PEAK, SEED_COLUMNS, Column, cell
-from distill.charts import charts, confidence, fronts
+from distill.charts import Effect, charts, confidence, effects, fronts, unbeaten
 from distill.costs import TIME, Cost, Yield, break_even_text, cost, yields
 from distill.fetch import whole_file
 from distill.records import ConfigError
@@ -266,9 +266,16 @@ def _remarks(summary: Summary) -> list[str]:
 
 
 def _facts(summary: Summary, given: Json) -> list[str]:
-    """What it cost, what became of the rationales, and how clean the data is."""
+    """What mattered in a sweep, what it cost, what became of the rationales, and how clean the data is."""
     spent = [cost_note([cost(arm, given) for arm in summary.trained])] if summary.trained else []
-    return [*spent, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
+    mattered = effect_lines(effects(summary.trained))
+    return [*mattered, *spent, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
+
+
+def effect_lines(found: Sequence[Effect]) -> list[str]:
+    """A sentence on how much each setting of a sweep matters."""
+    parts = ", ".join(f"{effect.setting} {100 * effect.share:.0f} %" for effect in found)
+    return [f"What mattered, as a share of the variance of accuracy between runs: {parts}."] if found else []
 
 
 def tables(summary: Summary, given: Json = NO_PRICES) -> dict[str, list[dict[str, Any]]]:
@@ -319,12 +326,16 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     pages.finalize = lambda value: visible(value) if type(value) is str else value
     run, groups = outcomes(summary)
     filters, rationales = reasoning(summary)
+    costs = [cost(arm, given) for arm in summary.trained]
+    making = [cost(arm, given).making if arm.runs else None for arm in summary.arms]
     drawn = {
-        "costs": [cost(arm, given) for arm in summary.trained],
+        "costs": costs,
         "yields": yields(summary.trained),
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),
-        "fronts": fronts(summary.arms),
+        "fronts": fronts(summary.arms, making, " and ".join(dict.fromkeys(part.unit for part in costs))),
+        "unbeaten": unbeaten(summary.arms, making),
+        "effects": effects(summary.trained),
     }
     shown = {"sampled": run, "outcomes": groups, "filters": filters, "rationales": rationales, "nothing": NOTHING}
     names = {"cell": cell, "columns": columns(summary), "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}

@@ -198,6 +198,24 @@ def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 1
     ]
 
 
+def explained(groups: Sequence[Sequence[float]]) -> float:
+    """Share of the variance of all values that the means of their groups explain.
+
+    Kelley 1935, "An unbiased correlation ratio measure": epsilon² = 1 - (1 - eta²)(n - 1)/(n - k) for n values in k
+    groups, 0 on average where groups do not matter. A negative one is 0, and so is that of groups of one value each.
+    """
+    values = [value for group in groups for value in group]
+    freedom = len(values) - len(groups)
+    if freedom <= 0 or (total := _squares(values)) < 1e-12:  # equal but for rounding
+        return 0.0
+    return max(0.0, 1 - math.fsum(map(_squares, groups)) / total * (len(values) - 1) / freedom)
+
+
+def _squares(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values)
+
+
 def pareto(points: Sequence[tuple[float, ...]]) -> list[bool]:
     """Which points no other beats: the first coordinate is to be large (accuracy), the rest small (size, latency)."""
     table = np.array([[-first, *rest] for first, *rest in points], np.float64)

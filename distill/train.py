@@ -44,6 +44,7 @@ from distill.tracking import Curves, Tracking, progress, provenance, say
 from distill.verdicts import Summary
 
 Json = dict[str, Any]
+_OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
 _MAY_DIFFER = ("root", "resume", "preflight", "tracking", "checkpoint_every")  # between a run and its repetition
 
 
@@ -61,14 +62,16 @@ class Training:
 
 
 def main(config: DictConfig) -> float:
-    """Run the main job; return the student's accuracy on the test split, the same in each of several processes."""
+    """Run the main job; return the student's accuracy, on test if not on validation, the same in all processes."""
     configuration.check(config)
+    if config.objective not in _OBJECTIVES:
+        raise ConfigError(f"objective={config.objective}: wanted {' or '.join(_OBJECTIVES)}")
     run_dir = configuration.run_dir()
     if (accuracy := _finished(config, run_dir)) is not None:
         say(f"{run_dir} holds this run already, and it is complete; resume=never runs it again")
         return accuracy
     if not configuration.is_first_process():
-        return _accuracy(distill(prepare(config, run_dir), [], {}))
+        return _accuracy(config, distill(prepare(config, run_dir), [], {}))
     plain = configuration.save(config, run_dir / "config.yaml")
     job = prepare(config, run_dir)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
@@ -79,25 +82,25 @@ def main(config: DictConfig) -> float:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
         results = distill(job, tracking.loggers(), run)
         if results:
-            (run_dir / "run.json").write_text(json.dumps(run, indent=1))
+            _write(run_dir / "run.json", run)
             summary = write_report([run_dir], run_dir)
             _track(tracking, results, run, job, summary)
         exit_code = 0
     finally:
         gc.collect()  # Lightning's parts refer to each other: a sweep would keep this student beside the next
         run["tracking"] = tracking.finish(exit_code)
-        (run_dir / "run.json").write_text(json.dumps(run, indent=1))
+        _write(run_dir / "run.json", run)
     if not results:
         print("preflight: nothing stands against this run; leave out preflight=true to start it")
         return 0.0
     print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
-    return _accuracy(results)
+    return _accuracy(config, results)
 
 
-def _accuracy(results: Json) -> float:
-    return float(results["rows"]["student"]["accuracy"]) if results else 0.0
+def _accuracy(config: DictConfig, results: Json) -> float:
+    return float(results["rows"]["student"][_OBJECTIVES[config.objective]]) if results else 0.0
 
 
 def _finished(config: DictConfig, run_dir: Path) -> float | None:
@@ -110,7 +113,7 @@ def _finished(config: DictConfig, run_dir: Path) -> float | None:
             f"{run_dir} holds another run: {'; '.join(differing)}. Name another folder (hydra.run.dir, in a sweep "
             "hydra.sweep.dir), or replace it with resume=never"
         )
-    return _accuracy(json.loads(results.read_text()))
+    return _accuracy(config, json.loads(results.read_text()))
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
@@ -202,6 +205,9 @@ def _judged(
     predictions = evaluation.predict(test, teacher)
     rows["student"] = row_of(predictions, job.source.task, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
+    if job.config.objective == "validation":
+        on_validation = row_of(evaluation.predict(job.source.splits.validation, {}), job.source.task, student)
+        rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, measured in _speeds(job, evaluation).items():
         rows[name] |= measured
     shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
@@ -426,7 +432,8 @@ def _write(path: Path, content: Json) -> None:
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

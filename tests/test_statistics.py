@@ -206,6 +206,26 @@ def test_a_point_is_beaten_by_one_at_least_as_good_in_everything_and_better_in_s
     assert statistics.pareto([]) == []
 
 
+def test_the_share_that_groups_explain_is_that_of_the_analysis_of_variance() -> None:
+    # Means 1 and 5 around 3: 20 in all, of which 4 within; 1 - 4/20 · 3/2.
+    assert statistics.explained([[0.0, 2.0], [4.0, 6.0]]) == pytest.approx(0.7)
+    generator = np.random.default_rng(0)
+    groups = [generator.normal(k, 1, size) for k, size in enumerate((5, 3, 8))]
+    whole = np.concatenate(groups)
+    between = sum(len(group) * (group.mean() - whole.mean()) ** 2 for group in groups)
+    within = sum(group.var() * len(group) for group in groups) / (16 - 3)
+    share = (between - 2 * within) / (between + 13 * within)
+    assert 0.1 < share < 0.9
+    assert statistics.explained([group.tolist() for group in groups]) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "groups", [[[1.0], [2.0], [3.0]], [[1.0, 1.0], [1.0]], [[0.0, 2.0], [1.0, 1.0]], [[0.1] * 3] * 2, []]
+)
+def test_groups_of_one_value_or_of_the_same_mean_explain_nothing(groups: list[list[float]]) -> None:
+    assert statistics.explained(groups) == 0
+
+
 def test_statistics_need_no_torch() -> None:
     asked = "import distill.statistics, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
