@@ -57,6 +57,7 @@ from distill.tracking import progress, say
 _LATENCY_REQUESTS = 6
 _RESCORED = 32
 _POLL_SECONDS = 1.0
+_MOST_OF_A_NAME, _MOST_OF_A_URL = 60, 200  # characters, of up to four bytes and of one; a folder's name has at most 255
 
 
 @dataclass(frozen=True)
@@ -347,11 +348,14 @@ def _say_why(store: Store) -> None:
 
 def _cache_dir(config: DictConfig, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:
     """The folder of the cache, and where it is a copy, of what."""
-    name = f"{config.root.rstrip('/')}/cache/{config.task.name}-{fingerprint_digest(fingerprint)}"
+    task = re.sub(r"[/\0]", "-", config.task.name)[:_MOST_OF_A_NAME]  # the fingerprint has it whole
+    name = f"{config.root.rstrip('/')}/cache/{task}-{fingerprint_digest(fingerprint)}"
     named = config.cache.dir and str(config.cache.dir) + ("" if teacher == "teacher" else f"-{teacher}")
     place = named or name
     if is_url(place):
-        return root / "copies" / re.sub(r"[^A-Za-z0-9._-]+", "-", place), place
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", place)
+        unique = "" if len(plain) <= _MOST_OF_A_URL else f"-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+        return root / "copies" / f"{plain[:_MOST_OF_A_URL]}{unique}", place
     return Path(place).resolve(), None
 
 

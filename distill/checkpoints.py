@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, final
 
 import lightning
@@ -33,6 +34,15 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # where the disk is full, torch says something else after it
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors, numbers, texts and what holds them: nothing in a checkpoint is run."""
+        try:
+            content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
+        except UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"{path} holds more than numbers and texts, so it is not read: {reason}") from None
+        return content
 
 
 @final

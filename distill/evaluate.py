@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill import config as configuration
 from distill import models
 from distill.cache.store import Store
+from distill.fetch import whole_file
 from distill.lessons import AnswerMode
 from distill.losses.forward_kl import ForwardKL
 from distill.metrics import Prediction, extra_bytes, median_milliseconds, score
@@ -284,7 +285,8 @@ def main(config: DictConfig) -> float:
     row = row_of(evaluation.predict(examples, {}), task, model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
-    out.write_text(json.dumps(row, indent=1))
+    with whole_file(out) as temporary:
+        temporary.write_text(json.dumps(row, indent=1))
     low, high = row["interval"]
     print(
         f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"

@@ -28,6 +28,8 @@ def export(run_dir: Path, to: Path) -> str:
     student = run_dir / "student"
     if not (student / "config.json").is_file():
         raise ConfigError(f"{run_dir} holds no student; give the folder of a run that ended: run=…")
+    if links := [path for path in (student, *student.rglob("*")) if path.is_symlink()]:
+        raise ConfigError(f"{links[0]} is a link, and what it leads to is not exported; put the file itself there")
     if to.exists():
         raise ConfigError(f"{to} exists already; give a folder that does not")
     run = read_run(run_dir)

@@ -18,10 +18,12 @@ from distill.cache.store import Store
 from distill.fetch import whole_file
 from distill.prompts import Prompts
 from distill.records import SPANS, Annotation, Request, Span, Target
+from distill.runs import visible
 from distill.teachers import Teacher
 
 Row = tuple[np.ndarray, np.ndarray]  # ids and log-probabilities
 _TOP = 5
+_MOST_CHARACTERS = 10_000  # of one text
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def show(request: Request, annotation: Annotation, prompts: Prompts) -> str:
     for span, target in annotation.targets.items():
         lines += ["", f"{span}: the tokens, and what the teacher expected in the place of each"]
         lines += _expected(target, prompts)
-    return "\n".join(lines)
+    return "\n".join(visible(line, _MOST_CHARACTERS) for line in lines)
 
 
 def export_table(store: Store, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:

@@ -20,6 +20,7 @@ from distill.prompts import Prompts
 from distill.records import ConfigError, Example
 
 FOLDER = "lm_eval"
+_MOST_OF_A_NAME = 50  # characters, of up to four bytes; a file's name has at most 255
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: 
         rows.append({"id": example.id, "prompt": text, "gold": choices.index(str(example.answer))})
         num_differing += any(_read(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The harness has tasks of its own, some of them of the same names.
-    return HarnessTask("distill_" + re.sub(r"[^\w.-]+", "_", name), tuple(answers), tuple(rows), num_differing)
+    plain = re.sub(r"[^\w.-]+", "_", name)[:_MOST_OF_A_NAME]
+    return HarnessTask(f"distill_{plain}", tuple(answers), tuple(rows), num_differing)
 
 
 def _text(prompts: Prompts, ids: Sequence[int]) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +18,8 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import GgufConfig
 
@@ -25,7 +28,8 @@ from distill.head import Shape
 from distill.records import ConfigError
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_OF_A_NAME = 80  # characters of a file's name that come from elsewhere
 
 disable_progress_bar()
 
@@ -38,30 +42,51 @@ def resolve(name: str, root: Path) -> Path:
     """
     if name.startswith("pypi://"):
         return _from_gguf_in_package(name, root / "models")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's raises where there is no such user
+    if os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+        _refuse_code(folder)
         return folder
     if name.startswith((".", "/", "~")):
         raise ConfigError(f"there is no model folder {name}; give a folder that exists, a hub id, or pypi://…")
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
             f"model {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}: "
             f"{reason}). Give a local folder, check the id and the network, or use the default."
         ) from None
+    _refuse_code(folder)
+    return folder
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise ConfigError for a model that only code of its own can open: none of it is ever run."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        needs_code = "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return  # damaged, as whoever opens it will say
+    if needs_code:
+        raise ConfigError(
+            f"{folder} needs code of its own (auto_map in its config.json), and no code from a model's folder is ever "
+            "run. Take a model whose type the installed transformers knows, or convert this one"
+        )
 
 
 def _from_gguf_in_package(name: str, models: Path) -> Path:
-    url = urlsplit(name)
-    hashes = {key: values[0] for key, values in parse_qs(url.fragment).items()}
-    if set(hashes) != {"sha256", "package"} or not url.path.endswith(".gguf"):
+    try:
+        url = urlsplit(name)
+        hashes = {key: values[0] for key, values in parse_qs(url.fragment).items()}
+    except ValueError:
+        url, hashes = urlsplit(""), {}
+    is_right = set(hashes) == {"sha256", "package"} and all(map(_SHA256.fullmatch, hashes.values()))
+    if not is_right or not url.path.endswith(".gguf"):
         raise ConfigError(f"{name!r} is not of the form pypi://package==version/file.gguf#sha256=…&package=…")
-    stem = Path(url.path).stem
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(url.path).stem)[:_MOST_OF_A_NAME]
     folder = models / f"{stem}-{hashes['sha256'][:12]}"
     if (folder / "config.json").is_file():
         return folder
@@ -137,7 +162,7 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} does not open as a causal language model: {error}") from None
     _check_seam(model)
     assert isinstance(model, PreTrainedModel)

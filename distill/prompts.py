@@ -49,7 +49,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no tokenizer that opens: {error}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{folder} holds no tokenizer that opens without code of its own: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

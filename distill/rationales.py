@@ -37,7 +37,8 @@ _OPERAND = rf"(?:\( ?)*(?:-?\$?|\$-){_NUMBER}(?: ?%)?(?: ?\))*"
 _SIGN = r"[-+*/×÷−–]"
 _TERM = rf"(?: ?(?:{_SIGN}|x) ?{_OPERAND})"
 _EQUALS = r" ?(?:==?|equals|is equal to) ?"
-_CHAIN = re.compile(rf"{_OPERAND}{_TERM}*(?:{_EQUALS}{_OPERAND}{_TERM}*)*")
+# Not from the middle of a run of brackets: what cannot begin at its first cannot begin at any, and there may be many.
+_CHAIN = re.compile(rf"(?<!\()(?<!\( ){_OPERAND}{_TERM}*(?:{_EQUALS}{_OPERAND}{_TERM}*)*")
 # What stands before a first side, or after a last one, of which only a part was found.
 _BEFORE = re.compile(
     r"[\w.:,^!)}%$]$|(?:\d|\([^()]*\)|[^\s(] ?[-+*/×÷−–^]|\b(?:x|of|times|plus|minus|by|over|twice|half|double)) ?$"

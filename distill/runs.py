@@ -151,6 +151,9 @@ def read_run(folder: str | Path) -> Run:
 def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
     """The mappings in a file up to the first damage, which is added to `problems`."""
     items: list[Json] = []
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        problems.append(f"{path.name} is a link that leads out of the folder, and is not followed")
+        return ()
     try:
         for item in PARSERS[path.suffix](path.read_text(encoding="utf-8", errors="replace")):
             if not isinstance(item, Mapping):

@@ -25,6 +25,9 @@ _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
 _MOST_TOLD = 3  # problems of one file that a message shows
 _WHOLE_BELOW = 10**15  # numbers that a float tells from their neighbours
+_MOST_CHARACTERS = 1_000_000  # of one value
+_ROWS_AT_ONCE = 256
+_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES = 2**30, 1000  # one of them a file may exceed
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return " ".join(text_of(item) for item in value)
+        return _short_enough(" ".join(text_of(item) for item in value))
     if isinstance(value, float | Decimal) and math.isfinite(value):
         whole = int(value)
         return str(whole) if whole == value and abs(whole) < _WHOLE_BELOW else str(value)
@@ -74,6 +77,12 @@ def text_of(value: Any) -> str:
         raise ValueError(f"{value!r:.60} is a {type(value).__name__}, wanted a text or a number")
     text = str(value)
     text.encode()  # half a surrogate pair, which JSON can spell, is no text: UnicodeEncodeError, a ValueError
+    return _short_enough(text)
+
+
+def _short_enough(text: str) -> str:
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"a text of {len(text):,} characters; at most {_MOST_CHARACTERS:,} are read")
     return text
 
 
@@ -203,8 +212,18 @@ def _read_parquet(file: Path) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
+    rows: list[dict[str, Any]] = []
+    packed = file.stat().st_size
+    room = most = max(_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES * packed)
     try:
-        rows = parquet.ParquetFile(file).read().to_pylist()
+        for batch in parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE):
+            room -= batch.nbytes
+            if room < 0:
+                raise ConfigError(
+                    f"{file} has {packed:,} bytes and unpacks to more than {most:,}, so it is not read; leave out the "
+                    "columns that all rows repeat, or give the table as JSON lines"
+                )
+            rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{file} does not open as Parquet: {error}") from None
     return {f"row {number}": row for number, row in enumerate(rows, start=1)}

@@ -27,9 +27,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from distill import __version__
 from distill.records import Group
+from distill.runs import visible
 
 _PATIENCE_SECONDS = 30  # to reach W&B; a run does not wait longer for being watched
 _HERE = Path(__file__).parent.parent
+_MOST_OF_A_NAME = 128  # characters, by W&B's rule
+_MOST_CHARACTERS = 10_000  # of what is said at once
 
 
 @runtime_checkable
@@ -130,7 +133,14 @@ class WandbTracking:
             tags=self._tags,
             config=dict(config),
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=_PATIENCE_SECONDS),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_stats=True,
+                init_timeout=_PATIENCE_SECONDS,
+                disable_git=True,  # else the address of a repository is sent as it is, with a token in the user's place
+                git_commit=_commit(),
+            ),
         )
         try:
             self._run = begin(mode=self._chosen_mode())
@@ -162,7 +172,7 @@ class WandbTracking:
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
         """A reference to the folder's files; a cache is what the run used, a model what it made."""
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), kind, metadata=dict(metadata))
+        artifact = wandb.Artifact(artifact_name(name), kind, metadata=dict(metadata))
         artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
         if kind == "cache" and not self._run.offline:
             # Offline, W&B cannot say that a run used something; then the cache is logged beside the model.
@@ -217,6 +227,11 @@ def _run_id(home: Path) -> str:
     return path.read_text()
 
 
+def artifact_name(name: str) -> str:
+    """A name that W&B takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_MOST_OF_A_NAME]
+
+
 def progress(unit: str, total: int) -> Callback:
     """A bar in a terminal, plain lines in a log."""
     return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit, total)
@@ -224,7 +239,7 @@ def progress(unit: str, total: int) -> Callback:
 
 def say(text: str) -> None:
     """A line for whoever watches; what a command gives goes to standard output, this does not."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, _MOST_CHARACTERS), file=sys.stderr, flush=True)
 
 
 @final
@@ -294,11 +309,15 @@ def provenance() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "commit": os.environ.get("DISTILL_COMMIT") or _git("rev-parse", "HEAD"),
+        "commit": _commit(),
         "is_dirty": bool(_git("status", "--porcelain")),
         "packages": {name: version(name) for name in ("torch", "lightning", "transformers", "wandb")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
     }
+
+
+def _commit() -> str | None:
+    return os.environ.get("DISTILL_COMMIT") or _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:

@@ -221,7 +221,7 @@ def examples_of(table: Table, columns: Columns, answers: AnswerFormat) -> list[E
     for place, row in table.rows.items():
         try:
             examples.append(_example(row, pieces, columns, answers))
-        except (ValueError, AnswerError) as error:
+        except (ValueError, AnswerError, RecursionError) as error:
             problems.append(f"{place}: {error}")
     refuse(table.name, problems, f"a question, and an answer of the kind {answers.kind} or none")
     return examples

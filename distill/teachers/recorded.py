@@ -12,7 +12,7 @@ from torch import nn
 from distill.cache import Codec
 from distill.prompts import Prompts
 from distill.records import Annotation, AnswerError, ConfigError, Example, Request, content_id
-from distill.tables import check_columns, composed, pieces_of, read_file, text_of
+from distill.tables import check_columns, composed, pieces_of, read_file, refuse, text_of
 from distill.tasks import Task
 
 
@@ -60,9 +60,14 @@ class RecordedTeacher:
         for table in map(read_file, self._files):
             check_columns(table, [name for name in others if name])
             pieces = pieces_of(table, str(question))
-            for row in table.rows.values():
-                texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
-                self._rows.setdefault(content_id(composed(row, pieces)), []).append(texts)
+            problems = []
+            for place, row in table.rows.items():
+                try:
+                    texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
+                    self._rows.setdefault(content_id(composed(row, pieces)), []).append(texts)
+                except (ValueError, RecursionError) as error:
+                    problems.append(f"{place}: {error}")
+            refuse(table.name, problems, "a question and texts in each row")
         return nn.Module()
 
     def close(self) -> None:
