@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from distill import __version__
-from distill.records import Group
+from distill.records import ConfigError, Group
 from distill.runs import visible
 
 _PATIENCE_SECONDS = 30  # to reach W&B; a run does not wait longer for being watched
@@ -144,10 +144,12 @@ class WandbTracking:
         )
         try:
             self._run = begin(mode=self._chosen_mode())
-        except wandb.Error as error:
+        except wandb.errors.CommError as error:
             say(f"W&B cannot be reached ({error}); this run is tracked offline, and can be uploaded later")
             wandb.teardown()  # its service still holds the run that it could not begin
             self._run = begin(mode="offline")
+        except wandb.Error as error:
+            raise ConfigError(f"W&B could not start: {error}. Set tracking.mode=offline or tracking=off") from None
         # Parts of a run that broke off share this axis, whatever each counts for itself.
         self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
