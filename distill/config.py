@@ -408,7 +408,7 @@ def _check_kind(key: str, value: Any, default: Any) -> list[str]:
         float: ((int, float), "a number"),
     }
     kind, wanted = kinds.get(type(default), (object, ""))
-    is_reference = isinstance(value, str) and "${" in str(value) or key == "trainer.devices"  # auto, or which of them
+    is_reference = (isinstance(value, str) and "${" in str(value)) or key == "trainer.devices"  # auto, or which of them
     return [] if is_reference or isinstance(value, kind) else [f"{key}={value}: wanted {wanted}"]
 
 
