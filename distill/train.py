@@ -84,6 +84,7 @@ def main(config: DictConfig) -> float:
         if results:
             _write(run_dir / "run.json", run)
             summary = write_report([run_dir], run_dir)
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
             _track(tracking, results, run, job, summary)
         exit_code = 0
     finally:
@@ -221,7 +222,6 @@ def _judged(
     }
     _write_lines(job.run_dir / "predictions.jsonl", told)
     _write(job.run_dir / "results.json", {"rows": rows})
-    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
     return {"rows": rows, "predictions": told}
 
 
