@@ -190,8 +190,8 @@ class StudentModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         means = {name: total / count for name, (total, count) in self._tallies.items()}
-        step = {"step": float(self.global_step - 1)}
-        self.log_dict(means | step, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        means["step"] = torch.tensor(float(self.global_step - 1))
+        self.log_dict(means, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self._tallies = {}
 
     def configure_optimizers(self) -> Any:
