@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # is read when the hub's library is imported
+
 import functools
 import importlib
-import os
 import subprocess
 import sys
 import warnings
