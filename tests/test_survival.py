@@ -34,6 +34,12 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output + errors
 
 
+def launch(root: Path, line: Sequence[str], **more: str) -> subprocess.Popen[str]:
+    """Start a command line of any kind, with more in its environment."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, env=environment(**more), cwd=root, text=True, **pipes)
+
+
 def children(pid: int) -> list[int]:
     """Processes that a process has started."""
     with contextlib.suppress(FileNotFoundError):
@@ -169,9 +175,7 @@ def test_no_signal_at_the_start_is_a_failure(
     line = "trap '' USR1 TERM; exec \"$@\""
     command = ["bash", "-c", line, "-", sys.executable, "-m", "distill.train", *overrides]
     command += ["trainer.max_steps=2", f"hydra.run.dir={root / 'runs' / f'early-{seconds}'}"]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = launch(root, command)
     time.sleep(seconds + 0.02)  # bash itself
     process.send_signal(signal.SIGUSR1)
     code, said = finished(process)
@@ -202,15 +206,14 @@ def test_processes_with_different_configurations_stop_at_once(
     port = str(free_port())
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        subprocess.Popen(
+        launch(
+            root,
             [sys.executable, "-m", "distill.train", *overrides, *TOGETHER, f"optim.optimizer.lr={rate}"],
-            env=environment(
-                **shared, RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_RUN_ID="x", DISTILL_RUN="unlike"
-            ),
-            cwd=root,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            **shared,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            TORCHELASTIC_RUN_ID="x",
+            DISTILL_RUN="unlike",
         )
         for rank, rate in enumerate((0.001, 0.002))
     ]
@@ -241,12 +244,10 @@ def test_torchrun_gives_every_process_the_same_accuracy_and_one_folder(
     (root / "told.py").write_text(TOLD)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
     line = [*torchrun, str(root / "told.py"), *overrides, *TOGETHER, "trainer.max_steps=3"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    code, said = finished(subprocess.Popen(line, env=environment(), cwd=root, text=True, **pipes))
+    code, said = finished(launch(root, line))
     assert code != 0
     assert "DISTILL_RUN" in said
-    named = environment(DISTILL_RUN="by-torchrun")
-    code, said = finished(subprocess.Popen(line, env=named, cwd=root, text=True, **pipes))
+    code, said = finished(launch(root, line, DISTILL_RUN="by-torchrun"))
     assert code == 0, said
     gave = [text.split()[-1] for text in said.splitlines() if text.startswith("GAVE")]
     assert len(gave) == 2
@@ -271,8 +272,7 @@ def test_a_full_memory_is_told_with_what_to_make_smaller(root: Path, overrides: 
     more = ["batch_size=4096", "microbatch_size=4096", "trainer.max_steps=2", "task.examples.num_unlabelled=3000"]
     more += ["loss=[answer]", f"hydra.run.dir={root / 'runs' / 'memory'}", "task.examples.num_labelled=4000"]
     line = [sys.executable, "-c", SHORT_OF_MEMORY, *overrides, *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    code, said = finished(subprocess.Popen(line, env=environment(), cwd=root, text=True, **pipes))
+    code, said = finished(launch(root, line))
     assert code == 7, said
     assert "microbatch_size=4096" in said
     assert "Traceback" not in said
@@ -289,8 +289,7 @@ config.command("train", train.main)
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(root: Path, overrides: list[str], unbroken: Folder) -> None:
     folder = root / "runs" / "full"
     line = [sys.executable, "-c", SHORT_OF_DISK, *overrides, f"hydra.run.dir={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    code, said = finished(subprocess.Popen(line, env=environment(), cwd=root, text=True, **pipes))
+    code, said = finished(launch(root, line))
     assert code == 4, said
     assert "step-00000010.ckpt" in said
     assert "Traceback" not in said
@@ -311,8 +310,7 @@ def test_a_tracker_that_cannot_be_reached_stops_no_run(
     told = {"WANDB_BASE_URL": f"http://127.0.0.1:{deaf}", "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": "online"}
     line = [sys.executable, "-m", "distill.train", *overrides, "trainer.max_steps=2", "tracking=wandb"]
     line += [f"hydra.run.dir={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    code, said = finished(subprocess.Popen(line, env=environment(**told), cwd=root, text=True, **pipes))
+    code, said = finished(launch(root, line, **told))
     assert code == 0, said
     assert "cannot be reached" in said
     assert len(list((folder / "wandb").glob("offline-run-*/*.wandb"))) == 1
