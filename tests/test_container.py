@@ -273,22 +273,24 @@ def test_the_embedded_default_trains_on_a_read_only_root(image: Images, pip: Pip
 
 def test_a_container_that_is_stopped_ends_with_85_and_the_next_one_goes_on(image: Images, pip: Pip, kept: Path) -> None:
     name = f"distill-{CANARY[-8:]}"
-    options = [*read_only(kept), *served(pip), "--env", "DISTILL_RUN=stopped"]
-    words = ["distill.train", *FEW, "trainer.max_steps=15", "trainer.log_every_n_steps=1"]
-    line = image.line("podman", *_run([*options, "--name", name]), IMAGE, *words)
-    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as first:
+    options = [*read_only(kept), *served(pip), "--env", "DISTILL_RUN=stopped", "--name", name]
+    line = image.line("podman", *_run(options), IMAGE, "distill.train", *FEW, "trainer.max_steps=100000")
+    done = []
+    for _ in range(2):
         heard = []
-        for said in first.stderr or ():
-            heard.append(said)
-            if "of 15 steps" in said:
-                image.call("podman", "stop", "--time", "200", name)
-                break
-        heard += first.stderr or ()
-    assert first.returncode == 85, heard
-    again = image.run(*words, options=options)
-    assert again.returncode == 0, again.stderr[-5000:]
-    assert "going on from" in again.stderr
-    assert (kept / "runs" / "stopped" / "report.html").is_file()
+        with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as container:
+            for said in container.stderr or ():
+                heard.append(said)
+                if "of 100000 steps" in said:
+                    image.call("podman", "stop", "--time", "200", name)
+                    break
+            heard += container.stderr or ()
+        assert container.returncode == 85, heard
+        going_on = [int(said.split("step-")[1][:8]) for said in heard if said.startswith("going on from")]
+        assert going_on == done[-1:], heard
+        (last,) = (said for said in heard if "asked to stop after step" in said)
+        done.append(int(last.split("after step ")[1].split(":")[0]))
+    assert done[0] < done[1]
 
 
 def test_a_wrong_override_ends_the_container_with_the_exit_code_of_the_configuration(image: Images, data: Path) -> None:
