@@ -36,7 +36,7 @@ _LATENCY_EXAMPLES = 6
 class Evaluation:
     """One model on one task, in the way that it answers."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts, task: Task, answer: AnswerMode, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, prompts: Prompts, task: Task, answer: AnswerMode, max_new_tokens: int) -> None:
         """The model answers directly, or after its reasoning."""
         self._model, self._prompts, self._task, self._answer = model, prompts, task, answer
         self._span: Span = "answer" if answer == "direct" else "rationale"
@@ -89,8 +89,12 @@ class Evaluation:
         """Whether its question is not too long."""
         return bool(self._questions([example], self._span))
 
+    def of(self, model: Any) -> Evaluation:
+        """The same with another model."""
+        return Evaluation(model, self._prompts, self._task, self._answer, self._max_new_tokens)
+
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The model that is asked."""
         return self._model
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from distill import sharding
 from distill.head import Head, Term, head_loss, predicted_ids
 from distill.losses import Objective
 from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Entries, Group
@@ -76,7 +78,7 @@ class StudentModule(lightning.LightningModule):
     ) -> None:
         """`vocabulary_size` cuts padded rows off the head; `retemper` gives kept log-probabilities at T."""
         super().__init__()
-        self.model: Any = model
+        self._pass = sharding.Pass(model)
         self._objectives = dict(objectives)
         self._vocabulary_size = vocabulary_size
         self._retemper = retemper
@@ -84,6 +86,15 @@ class StudentModule(lightning.LightningModule):
         self._step_sums: dict[str, Tensor] = {}
         self._totals: list[tuple[Tensor, tuple[str, ...]]] = []
         self._tallies: dict[str, list[Tensor]] = {}
+
+    @property
+    def model(self) -> Any:
+        """The student."""
+        return self._pass.model
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            sharding.shard(self._pass)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
         """Hidden state that predicts each supervised position."""
@@ -135,7 +146,8 @@ class StudentModule(lightning.LightningModule):
         # Chance is a function of the place in the run, so a run that goes on from a checkpoint is the unbroken one.
         torch.manual_seed(hash((self._seed, self.global_step, len(self._totals), self.global_rank)) % 2**63)
         terms = self.terms(batch)
-        total, sums_L = head_loss(self.hidden(batch), self.head(), list(terms.values()))
+        total: Tensor
+        total, sums_L = self._pass(lambda: head_loss(self.hidden(batch), self.head(), list(terms.values())))
         self._totals.append((total.detach(), batch.example_ids))
         for name, sum_ in zip(terms, sums_L, strict=True):
             self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
@@ -175,18 +187,24 @@ class StudentModule(lightning.LightningModule):
             self.log("step", float(self.global_step))  # Lightning's own count is one too many where a run goes on
 
     def validation_step(self, batch: Batch) -> None:
-        hidden_NH, head = self.hidden(batch), self.head()
         terms = self.terms(batch)
-        _, sums_L = head_loss(hidden_NH, head, list(terms.values()))
+        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        sums_L, predicted_M = self._pass(lambda: self._judged(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             if number := int(term.is_used_N.sum()):
                 self._tally(f"val/{name}", sum_, number)
-        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-        is_wrong_M = predicted_ids(hidden_NH[is_answer_N], head) != batch.label_N[is_answer_N]
+        is_wrong_M = predicted_M != batch.label_N[is_answer_N]
         answers_M = batch.sequence_N[is_answer_N]
         num_answers, wrong = len(answers_M.unique()), answers_M[is_wrong_M].unique()
         if num_answers:
             self._tally("val/accuracy", torch.tensor(num_answers - len(wrong)), num_answers)
+
+    def _judged(
+        self, batch: Batch, terms: Sequence[Term], is_answer_N: Bool[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "L"], Int[Tensor, "M"]]:
+        """The sum of each loss, and the most probable token at each position of answers."""
+        hidden_NH, head = self.hidden(batch), self.head()
+        return head_loss(hidden_NH, head, terms)[1], predicted_ids(hidden_NH[is_answer_N], head)
 
     def on_validation_epoch_end(self) -> None:
         means = {name: total / count for name, (total, count) in self._tallies.items()}

@@ -97,9 +97,14 @@ def _checkpoint(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # the reentrant kind loses the gradients behind an input that needs none
 
 
-def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
+def layer_list(model: PreTrainedModel) -> str | None:
+    """The name by which the model's body has its layers, if it is a known one."""
     body = model.base_model
-    owner = next((name for name in _LAYER_LISTS if isinstance(getattr(body, name, None), nn.ModuleList)), None)
+    return next((name for name in _LAYER_LISTS if isinstance(getattr(body, name, None), nn.ModuleList)), None)
+
+
+def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
+    body, owner = model.base_model, layer_list(model)
     if owner is None:
         raise ConfigError(f"{type(model).__name__} has no list of layers to cut; set student.keep_layers=null")
     layers = getattr(body, owner)

@@ -22,6 +22,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig
 from torch import nn
 
@@ -39,6 +40,7 @@ from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
 from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, PreemptedError, Span
 from distill.report import tables, to_text, write_report
+from distill.sharding import in_one_piece
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
 from distill.tracking import Curves, Tracking, progress, provenance, say
 from distill.verdicts import Summary
@@ -143,8 +145,10 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
+    student = in_one_piece(student, lambda: open_student(job.student_folder, **_student_settings(job.config)))
     merge_adapters(student)
-    found = _judged(job, curriculum, student, evaluation, teacher, rows, run, seconds) if is_first else {}
+    evaluation = evaluation.of(student)
+    found = _judged(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
     shared: Json = training.trainer.strategy.broadcast(found)
     return shared
 
@@ -191,7 +195,6 @@ def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: 
 def _judged(
     job: Job,
     curriculum: Curriculum,
-    student: Any,
     evaluation: Evaluation,
     teacher: Mapping[str, Annotation],
     rows: Json,
@@ -199,7 +202,7 @@ def _judged(
     seconds: float,
 ) -> Json:
     """Save the student and what it answers to the test questions; return all figures."""
-    test = job.source.splits.test
+    test, student = job.source.splits.test, evaluation.model
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
@@ -280,11 +283,22 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         ],
         logger=[curves, *loggers],
     )
+    _check_sharded(config, trainer)
     trainer.accumulate_grad_batches = data.num_microbatches(trainer.world_size)
     trainer.val_check_interval = config.validate_every * trainer.accumulate_grad_batches
     # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Training(module, data, trainer, checkpoints, curves, curriculum, identity)
+
+
+def _check_sharded(config: DictConfig, trainer: lightning.Trainer) -> None:
+    """Raise ConfigError with what a sharded student cannot have."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    averaged = [name for name, node in config.get("callback", {}).items() if "WeightAveraging" in node._target_]
+    wrong = [*(f"callback.{name}" for name in averaged), *(["student.compile=true"] if config.student.compile else [])]
+    if wrong:
+        raise ConfigError(*(f"trainer=fsdp2 does not go with {each}; leave one of them out" for each in wrong))
 
 
 def look_ahead(job: Job, training: Training) -> list[Json]:
