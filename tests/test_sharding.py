@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_overrides
 from test_survival import Folder, finished, launch
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600), pytest.mark.enable_socket]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.enable_socket]
 
 
 STEPS = ["batch_size=4", "trainer.max_steps=6", "checkpoint_every=2", "validate_every=3", "trainer.log_every_n_steps=1"]

@@ -17,7 +17,7 @@ import torch
 from conftest import environment, start, tiny_overrides
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LONG = ["loss=[answer,kl,rationale]", "batch_size=4", "trainer.max_steps=160", "checkpoint_every=10"]
 LONG += ["validate_every=1000", "evaluate_before=false", "num_samples=0", "preflight=false"]
