@@ -23,6 +23,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        |                                       losses/<loss>.py    value and slope per bucket
        |                                                |
        |                                       modules.StudentModule   sum_k  w_k * sum_k / count_k(whole step)
+       |                                       sharding.py      the student in parts, where one process cannot hold it
        |                                       checkpoints, preemption   stopped between two steps, gone on from there
        |                                                |
        |                                       metrics.py  accuracy, agreement with the teacher, KL, calibration
