@@ -6,10 +6,8 @@ what it names, and all problems are told together.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
-import inspect
 import logging
 import os
 import re
@@ -18,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra
 import yaml
@@ -28,25 +26,16 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distill import preemption
 from distill.credentials import HIDDEN, READABLE, REMEDY, disclosures, is_readable, is_secret_name, looks_secret, texts
 from distill.fetch import is_url, whole_file
+from distill.parts import nodes, problems_of, suggest
 from distill.records import ConfigError, DistillError, OutOfMemoryError, PreemptedError
 from distill.runs import visible
 
 _BESIDE, _INSIDE = Path(__file__).parent.parent / "conf", Path(__file__).parent / "conf"
 CONF = _BESIDE if (_BESIDE / "train.yaml").is_file() else _INSIDE
-# What can be built and runs nothing but itself: torch.load and lightning's instantiate_class are not among it.
-_ALLOWED = re.compile(
-    r"distill\.|torch\.optim\.|torch\.distributed\.fsdp\.|transformers\.(get_\w*schedule\w*$|optimization\.)|peft\.\w+Config$"
-    r"|lightning\.(Trainer$|pytorch\.(Trainer$|callbacks\.|loggers\.|plugins\.|profilers\.|strategies\.))"
-)
-_ALLOWED_TEXT = (
-    "distill, torch.optim, torch.distributed.fsdp, lightning.Trainer, lightning.pytorch's callbacks, loggers, plugins, "
-    "profilers and strategies, transformers' schedules, peft's configurations"
-)
 _ALLOWED_IN_HYDRA = {"_target_": ("hydra.", "hydra_plugins.", "distill."), "class": ("logging.", "colorlog.")}
 _MOST_CHARACTERS = 10_000  # of a message
 _RUN_NAME = re.compile(r"(?!\.)[^/\x00-\x1f]{1,60}")
@@ -207,8 +196,7 @@ def check(config: DictConfig) -> None:
         plain = OmegaConf.to_container(config, resolve=not problems, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    for path, node in _targets(plain):
-        problems += [f"{path}: {problem}" for problem in _check_target(node)]
+    problems += [f"{path}: {problem}" for path, node in nodes(plain) for problem in problems_of(node)]
     if problems:
         raise ConfigError(*problems)
 
@@ -349,7 +337,7 @@ def _check_option(group: str, option: Any) -> list[str]:
     asked = option if isinstance(option, list) else str(option).strip("[]").split(",")
     names = [str(name).strip() for name in asked]
     return [
-        f"{group}={name}: there is {', '.join(there)}{_suggest(name, there)}"
+        f"{group}={name}: there is {', '.join(there)}{suggest(name, there)}"
         for name in names
         if name and name not in there and name not in ("null", "None")
     ]
@@ -385,7 +373,7 @@ def _check_key(override: Any, known: Mapping[str, Any]) -> list[str]:
         return [] if override.is_sweep_override() else _check_kind(key, override.value(), known[key])
     if is_secret_name(key):
         return [f"{key}: {REMEDY}"]
-    return [] if override.is_add() else [f"{key} is no key of this configuration{_suggest(key, known)}"]
+    return [] if override.is_add() else [f"{key} is no key of this configuration{suggest(key, known)}"]
 
 
 def _check_hydra(path: str, text: str) -> list[str]:
@@ -410,61 +398,3 @@ def _check_kind(key: str, value: Any, default: Any) -> list[str]:
     kind, wanted = kinds.get(type(default), (object, ""))
     is_reference = (isinstance(value, str) and "${" in str(value)) or key == "trainer.devices"  # auto, or which of them
     return [] if is_reference or isinstance(value, kind) else [f"{key}={value}: wanted {wanted}"]
-
-
-def _suggest(word: str, among: Any) -> str:
-    close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _targets(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(value, dict):
-        if "_target_" in value:
-            yield path, value
-        for key, item in value.items():
-            yield from _targets(item, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _targets(item, f"{path}[{index}]")
-
-
-def _check_target(node: Mapping[str, Any]) -> list[str]:
-    name = str(node["_target_"])
-    if not _ALLOWED.match(name):
-        return [f"_target_ {name} is not from {_ALLOWED_TEXT}"]
-    try:
-        target = _locate(name)
-    except (ImportError, AttributeError) as error:
-        hint = "; pip install 'distill[lora]'" if error.name == "peft" else ""
-        return [f"_target_ {name} does not exist: {error}{hint}"]
-    if getattr(target, "__module__", "").partition(".")[0] != name.partition(".")[0]:
-        return [f"_target_ {name} is nothing that is defined there"]
-    given = {key: value for key, value in node.items() if not key.startswith("_")}
-    parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return []
-    problems = [f"{name} takes no {key!r}{_suggest(key, parameters)}" for key in given if key not in parameters]
-    required = [key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-    if not node.get("_partial_"):
-        problems += [f"{name} needs {key!r}" for key in required if key not in given]
-    return problems + _check_types(target, name, given)
-
-
-def _check_types(target: Any, name: str, given: Mapping[str, Any]) -> list[str]:
-    if not name.startswith("distill."):
-        return []
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    problems = []
-    for key, value in given.items():
-        is_open = isinstance(value, str) and "${" in value  # refers to what must be given first
-        if key in hints and not is_open and not (isinstance(value, dict) and "_target_" in value):
-            try:
-                TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-            except ValidationError as error:
-                problems.append(f"{key}={value!r}: {error.errors()[0]['msg']}")
-    return problems
-
-
-def _locate(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
