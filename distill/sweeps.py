@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from distill import config as configuration
 from distill import preemption
+from distill.records import ConfigError
 from distill.runs import visible
 
 FAILED = "failed.json"  # in the folder of a job that failed
@@ -35,9 +36,13 @@ class FailedJobs(Callback):
         """A copy is made where a launcher started a process for jobs."""
         return _arrived, ()
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Make the folder."""
+        _make(config.hydra.run.dir)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Make the folder, in which a search may keep its study."""
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        _make(config.hydra.sweep.dir)
         self._old = _notes(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
@@ -68,6 +73,17 @@ def _arrived() -> FailedJobs:
     """In the process of a job too, being asked to stop is noted and acted on between two steps."""
     preemption.watch()
     return FailedJobs()
+
+
+def _make(folder: str) -> None:
+    """Make a run's or a sweep's folder; Hydra itself would end in a traceback where that cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        told = f"{folder} cannot be made, since a file is in its place; name another: root=… or hydra.run.dir=…"
+        sys.exit(configuration.tell(ConfigError(told)))
+    except OSError as error:
+        sys.exit(configuration.tell(error))
 
 
 def _notes(config: DictConfig) -> set[tuple[Path, int]]:

@@ -154,6 +154,18 @@ def test_right_words_on_the_command_line_are_taken(
     assert code == 0, err
 
 
+@pytest.mark.parametrize("words", [[], ["-m", "seed=0,1"]])
+def test_a_folder_that_cannot_be_made_is_told_without_a_traceback(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    code, err = told([*words, f"root={tmp_path / 'file'}"], monkeypatch, capsys)
+    assert code == 2
+    assert "a file is in its place" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_parts_that_do_not_work_together_are_refused_before_anything_loads(configured: Any, tmp_path: Path) -> None:
     assert prepare(configured("cache.codec.temperature=2.0", "loss.kl.temperature=2.0"), tmp_path)
     with pytest.raises(ConfigError) as raised:
