@@ -52,7 +52,7 @@ from distill.records import (
 )
 from distill.tasks import Task
 from distill.teachers import Teacher
-from distill.tracking import progress, say
+from distill.tracking import is_first_process, progress, say
 
 _LATENCY_REQUESTS = 6
 _RESCORED = 32
@@ -401,7 +401,7 @@ def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Sha
     filled = fill(source, wanted, share=share)
     checked = check_rationales(source, filled)
     kept = sum(rationale.reason is None for rationale in checked)
-    if not configuration.is_first_process():
+    if not is_first_process():
         return float(filled.num_annotated)
     print(
         f"{source.store.place}\n{len(source.store)} records, {filled.num_annotated} of them new in "

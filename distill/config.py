@@ -270,11 +270,6 @@ def run_name(otherwise: str) -> str:
     return environment.get("DISTILL_RUN") or agent or slurm or torchrun or otherwise
 
 
-def is_first_process() -> bool:
-    """Whether this one writes and speaks for all that train or annotate together."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
 def register() -> None:
     """Let configurations say ${local:…}, a root's folder on this machine, ${run_name:…}, and little of ${oc.env:…}."""
     OmegaConf.register_new_resolver("local", lambda root: str(local_root(root)), replace=True)

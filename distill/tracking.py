@@ -239,9 +239,15 @@ def progress(unit: str, total: int) -> Callback:
     return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit, total)
 
 
+def is_first_process() -> bool:
+    """Whether this one writes and speaks for all that train or annotate together."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def say(text: str) -> None:
     """A line for whoever watches; what a command gives goes to standard output, this does not."""
-    print(visible(text, _MOST_CHARACTERS), file=sys.stderr, flush=True)
+    if is_first_process():
+        print(visible(text, _MOST_CHARACTERS), file=sys.stderr, flush=True)
 
 
 @final

@@ -42,7 +42,7 @@ from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, 
 from distill.report import tables, to_text, write_report
 from distill.sharding import in_one_piece
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.tracking import Curves, Tracking, progress, provenance, say
+from distill.tracking import Curves, Tracking, is_first_process, progress, provenance, say
 from distill.verdicts import Summary
 
 Json = dict[str, Any]
@@ -72,7 +72,7 @@ def main(config: DictConfig) -> float:
     if (accuracy := _finished(config, run_dir)) is not None:
         say(f"{run_dir} holds this run already, and it is complete; resume=never runs it again")
         return accuracy
-    if not configuration.is_first_process():
+    if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))
     plain = configuration.save(config, run_dir / "config.yaml")
     job = prepare(config, run_dir)
@@ -129,7 +129,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_student(job.student_folder, **_student_settings(job.config))
     training = arrange(job, curriculum, student, loggers)
-    is_first = configuration.is_first_process()
+    is_first = is_first_process()
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}

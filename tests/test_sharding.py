@@ -42,6 +42,7 @@ def done(root: Path, name: str, overrides: Sequence[str]) -> Folder:
     folder = Folder(root, name, overrides)
     code, said = finished(folder.start())
     assert code == 0, said
+    assert said.count("training on ") == 1  # only the first process speaks
     return folder
 
 
