@@ -100,6 +100,11 @@ class Filled:
     num_annotated: int
     seconds: float
 
+    @property
+    def every(self) -> list[Request]:
+        """All requests, each key once."""
+        return distinct([*self.requests.values(), *(request for each in self.samples.values() for request in each)])
+
 
 def open_source(config: DictConfig, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> Source:
     """Build what the configuration names, and open the cache; raises ConfigError or CacheError."""
@@ -152,22 +157,25 @@ def fill(
     for what the others are still making. A `share` of the groups is nobody's business but its own.
     Where words `are_given`, the teacher reads the examples' own rationales and does not write any.
     """
-    requests, too_long = _requests(source.prompts, wanted, are_given)
-    start = time.monotonic()
-    samples = _samples(source, requests)
-    every = [*requests.values(), *(request for each in samples.values() for request in each)]
-    groups = plan(every, source.group_size)[share.part - 1 :: share.num_parts]
+    asked, start = to_ask(source, wanted, are_given=are_given), time.monotonic()
+    groups = plan(asked.every, source.group_size)[share.part - 1 :: share.num_parts]
     missing = source.store.missing(_asked(groups))
     reused = len(_asked(groups)) - len(missing)
     if not missing:
         say(f"cache {source.store.place}: all {reused} records are there; the teacher is not loaded (0 calls)")
-        return Filled(requests, samples, too_long, reused, 0, 0.0)
+        return replace(asked, num_reused=reused)
     say(f"cache {source.store.place}: {reused} records are there, {len(missing)} are to be annotated")
     if not len(source.store):
         _say_why(source.store)
     with source.store.writing() as writer:
         _annotate(source, groups, writer, share.num_devices)
-    return Filled(requests, samples, too_long, reused, len(missing), time.monotonic() - start)
+    return replace(asked, num_reused=reused, num_annotated=len(missing), seconds=time.monotonic() - start)
+
+
+def to_ask(source: Source, wanted: Mapping[Span, Sequence[Example]], *, are_given: bool = False) -> Filled:
+    """What `fill` would have annotated, and nothing of it done."""
+    requests, too_long = _requests(source.prompts, wanted, are_given)
+    return Filled(requests, _samples(source, requests), too_long, 0, 0, 0.0)
 
 
 def plan(requests: Sequence[Request], size: int) -> list[Group]:

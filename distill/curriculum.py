@@ -98,21 +98,15 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
 def teach(job: Job) -> Curriculum:
     """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
     source, splits = job.source, job.source.splits
-    filled = fill(source, _wanted(job))
+    filled = fill(source, wanted(job))
     checked = check_rationales(source, filled)
-    kept: dict[str, list[CheckedRationale]] = {}
-    for rationale in checked:
-        if rationale.reason is None:
-            kept.setdefault(rationale.example_id, []).append(rationale)
-    soft_filled = _read_by_soft_teacher(job, filled, kept)
-    join = Join(
-        prompts=job.prompts,
-        teacher=Records(source.store, filled.requests),
-        soft_teacher=Records(job.soft_source.store, soft_filled.requests) if job.soft_source and soft_filled else None,
-        rationales=kept,
-        answer=job.config.task.answer_mode,
-        needed=_needed(job),
-    )
+    kept = kept_of(checked)
+    said = Records(source.store, filled.requests)
+    soft_filled, soft_said = None, None
+    if job.soft_source:
+        soft_filled = fill(job.soft_source, words_to_read(job, said, kept), are_given=True)
+        soft_said = Records(job.soft_source.store, soft_filled.requests)
+    join = join_of(job, said, soft_said, kept)
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
         raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
@@ -120,39 +114,57 @@ def teach(job: Job) -> Curriculum:
     return Curriculum(filled, soft_filled, train, validation, read, checked, {**filled.too_long, **join.skipped})
 
 
+def kept_of(checked: Sequence[CheckedRationale]) -> dict[str, list[CheckedRationale]]:
+    """Those to learn from, by example id."""
+    kept: dict[str, list[CheckedRationale]] = {}
+    for rationale in checked:
+        if rationale.reason is None:
+            kept.setdefault(rationale.example_id, []).append(rationale)
+    return kept
+
+
+def join_of(job: Job, said: Records, soft_said: Records | None, kept: Mapping[str, Sequence[CheckedRationale]]) -> Join:
+    """What makes lessons of what the teachers have said."""
+    return Join(
+        prompts=job.prompts,
+        teacher=said,
+        soft_teacher=soft_said,
+        rationales=kept,
+        answer=job.config.task.answer_mode,
+        needed=_needed(job),
+    )
+
+
 def _needed(job: Job) -> frozenset[tuple[Span, str]]:
     return frozenset((objective.span, objective.source) for objective in job.objectives.values())
 
 
-def _read_by_soft_teacher(job: Job, filled: Filled, kept: Mapping[str, Sequence[CheckedRationale]]) -> Filled | None:
-    """Have the second teacher read what is learned: gold words, else the first one's; its own are not asked for."""
-    if job.soft_source is None:
-        return None
-    said = Records(job.source.store, filled.requests)
-    splits, wanted = job.source.splits, dict[Span, list[Example]]()
+def words_to_read(job: Job, said: Records, kept: Mapping[str, Sequence[CheckedRationale]]) -> dict[Span, list[Example]]:
+    """What is learned, for the second teacher: gold words, else the first one's; its own are not asked for."""
+    splits, words = job.source.splits, dict[Span, list[Example]]()
     for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
         annotation = said.find(example.id, "answer")
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is not None:
-            wanted.setdefault("answer", []).append(replace(example, answer=answer))
+            words.setdefault("answer", []).append(replace(example, answer=answer))
         rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
         if rationale is not None:
-            wanted.setdefault("rationale", []).append(replace(example, rationale=rationale))
-    read = {span: examples for span, examples in wanted.items() if (span, "soft") in _needed(job)}
-    return fill(job.soft_source, read, are_given=True)
+            words.setdefault("rationale", []).append(replace(example, rationale=rationale))
+    return {span: examples for span, examples in words.items() if (span, "soft") in _needed(job)}
 
 
-def _wanted(job: Job) -> dict[Span, Sequence[Example]]:
+def wanted(job: Job) -> dict[Span, Sequence[Example]]:
+    """What the losses read and evaluation compares with, for the first teacher."""
     splits, objectives = job.source.splits, job.objectives.values()
     explained = splits.train[: job.source.num_rationales]
-    wanted: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
+    asked: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
     if any(objective.span == "rationale" for objective in objectives):
         unexplained = [example for example in explained if example.rationale is None]
-        wanted["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
-        wanted["answer"] = [*wanted["answer"], *unexplained]
+        asked["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
+        asked["answer"] = [*asked["answer"], *unexplained]
     if any(objective.source != "labels" for objective in objectives):
-        wanted["answer"] = [*wanted["answer"], *splits.train, *splits.validation]
-    return wanted
+        asked["answer"] = [*asked["answer"], *splits.train, *splits.validation]
+    return asked
 
 
 def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ from distill.curriculum import Curriculum, Job, identity_of, prepare, teach
 from distill.data import Arrangement, DistillData, collate
 from distill.evaluate import Evaluation, row_of, speeds, teacher_row
 from distill.fetch import whole_file
+from distill.forecast import foresee, verdict
+from distill.forecast import training as training_needs
 from distill.lessons import Records
 from distill.modules import StudentModule
 from distill.preflight import Plan, preflight, table
@@ -47,7 +49,8 @@ from distill.verdicts import Summary
 
 Json = dict[str, Any]
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
-_MAY_DIFFER = ("root", "resume", "preflight", "tracking", "checkpoint_every")  # between a run and its repetition
+# Between a run and its repetition.
+_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def main(config: DictConfig) -> float:
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: wanted {' or '.join(_OBJECTIVES)}")
     run_dir = configuration.run_dir()
+    if config.plan:
+        return forecast(prepare(config, run_dir)) if is_first_process() else 0.0
     if (accuracy := _finished(config, run_dir)) is not None:
         say(f"{run_dir} holds this run already, and it is complete; resume=never runs it again")
         return accuracy
@@ -100,6 +105,19 @@ def main(config: DictConfig) -> float:
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
     return _accuracy(config, results)
+
+
+def forecast(job: Job) -> float:
+    """Print what the run would need beside what there is; raises ConfigError with all that lacks."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)  # whose disk is looked at
+    foreseen = foresee(job)
+    student = open_student(job.student_folder, **_student_settings(job.config))
+    what = _plan(job, arrange(job, foreseen.curriculum, student, []))
+    findings = [*foreseen.findings, *training_needs(foreseen, what)]
+    print(f"{table(findings)}\n\n{verdict(findings, foreseen.is_bound)}")
+    if stops := [finding.problem for finding in findings if finding.stops]:
+        raise ConfigError(*stops)
+    return 0.0
 
 
 def _accuracy(config: DictConfig, results: Json) -> float:
@@ -303,10 +321,22 @@ def _check_sharded(config: DictConfig, trainer: lightning.Trainer) -> None:
 
 def look_ahead(job: Job, training: Training) -> list[Json]:
     """Find out on the first lessons what cannot work, and stop there, before hours are spent."""
-    config, trainer = job.config, training.trainer
+    config = job.config
     if config.preflight is False:
         return []
-    plan = Plan(
+    findings = preflight(_plan(job, training))
+    if config.preflight is True or not all(finding.passed in (True, None) for finding in findings):
+        say(table(findings))
+    else:
+        say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
+    if stops := [finding.problem for finding in findings if finding.stops]:
+        raise ConfigError(*stops)
+    return [asdict(finding) for finding in findings]
+
+
+def _plan(job: Job, training: Training) -> Plan:
+    config, trainer = job.config, training.trainer
+    return Plan(
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
@@ -325,14 +355,6 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
         device=trainer.strategy.root_device,
         precision=trainer.precision_plugin.forward_context,
     )
-    findings = preflight(plan)
-    if config.preflight is True or not all(finding.passed in (True, None) for finding in findings):
-        say(table(findings))
-    else:
-        say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
-    if stops := [finding.problem for finding in findings if finding.stops]:
-        raise ConfigError(*stops)
-    return [asdict(finding) for finding in findings]
 
 
 def fit(job: Job, training: Training) -> float:

@@ -22,7 +22,7 @@ from distill.preflight import looking, running
 from distill.preflight.needs import needs
 from distill.preflight.plan import Finding, Plan, samples_of
 
-__all__ = ["Finding", "Plan", "preflight", "table"]
+__all__ = ["Finding", "Plan", "needed", "preflight", "table"]
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -35,6 +35,12 @@ def preflight(plan: Plan) -> list[Finding]:
             if not any(finding.stops for finding in findings):
                 findings += [finding for check in checks for finding in check(plan, sample)]
     return findings
+
+
+def needed(plan: Plan) -> list[Finding]:
+    """What training would need, and what there is, whatever else is wrong."""
+    with _without_trace(plan.module, plan.device):
+        return list(needs(plan))
 
 
 def table(findings: Sequence[Finding]) -> str:

@@ -16,26 +16,24 @@ from distill.preflight.plan import Finding, Plan, Sample, collated, longest
 from distill.records import Batch
 
 
-def needs(plan: Plan, _: Sample) -> Iterator[Finding]:
+def needs(plan: Plan, _: Sample | None = None) -> Iterator[Finding]:
     """Memory, disk and time."""
     there = free_memory(plan.device)
     lessons = longest(plan)
     batch = collated(plan, lessons, plan.prompts.end).to(plan.device)
-    weights = [*plan.module.model.parameters()]
-    trained_bytes = sum(_size(weight) for weight in weights if weight.requires_grad)
-    states = round(trained_bytes * _states_per_weight(plan))
+    states = _state_bytes(plan)
     try:
         step, seconds = _measured_step(plan, batch)
     except torch.OutOfMemoryError:
         step, seconds = math.inf, math.nan
     yield _memory(there, step + states, len(lessons), batch.input_ids_BT.shape[1])
     free = shutil.disk_usage(plan.run_dir).free
-    wanted = 2 * sum(map(_size, weights)) + states
+    wanted = kept_bytes(plan)
     yield Finding(
         "disk",
         wanted <= free,
-        f"{_told(wanted)} for a student and a checkpoint",
-        f"<= {_told(free)}",
+        f"{told_bytes(wanted)} for a student and a checkpoint",
+        f"<= {told_bytes(free)}",
         f"Make room on the disk of {plan.run_dir}, or set root to another",
         True,
     )
@@ -46,13 +44,24 @@ def needs(plan: Plan, _: Sample) -> Iterator[Finding]:
     yield Finding("time", True, f"about {told} of forward and backward for {plan.num_steps} steps", "", "", False)
 
 
+def kept_bytes(plan: Plan) -> int:
+    """Of a student and a checkpoint."""
+    return 2 * sum(map(_size, plan.module.model.parameters())) + _state_bytes(plan)
+
+
+def _state_bytes(plan: Plan) -> int:
+    """Of the optimizer."""
+    trained = sum(_size(weight) for weight in plan.module.model.parameters() if weight.requires_grad)
+    return round(trained * _states_per_weight(plan))
+
+
 def _memory(there: int | None, wanted: float, number: int, length: int) -> Finding:
-    told = "more than there is" if wanted == math.inf else _told(wanted)
+    told = "more than there is" if wanted == math.inf else told_bytes(wanted)
     return Finding(
         "memory",
         None if there is None and wanted < math.inf else there is not None and wanted <= there,
         f"{told} for {number} lessons of {length} tokens",
-        "<= unknown" if there is None else f"<= {_told(there)}",
+        "<= unknown" if there is None else f"<= {told_bytes(there)}",
         "Lower microbatch_size (the result is the same), set student.gradient_checkpointing=true, or prompt.max_length "
         "lower",
         True,
@@ -100,7 +109,8 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _told(num_bytes: int | float) -> str:
+def told_bytes(num_bytes: int | float) -> str:
+    """In a unit that suits."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
