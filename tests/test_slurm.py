@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.enable_socket, pytest.mark.timeout(
 PROJECT = Path(__file__).parent.parent
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NUM_STEPS = 150
+ENDLESS = "trainer.max_steps=1000000"
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -226,6 +228,35 @@ def wait_for_steps(cluster: Cluster, number: str, folder: Path) -> None:
     cluster.wait(lambda: any(folder.glob("checkpoints/step-*.json")), "the first checkpoint", number)
 
 
+def stand_still(cluster: Cluster, number: str, folder: Path, num_tasks: int = 2) -> list[int]:
+    """Stop a training's processes after some of its steps, so that it does not end before it is struck.
+
+    Where Slurm ends a job it first lets its processes go on; after another signal `go_on` does.
+    """
+    before = set(folder.glob("checkpoints/step-*.json"))
+    cluster.wait(lambda: len(processes(number)) == num_tasks, "its processes", number)
+    pids = list(processes(number).values())
+    cluster.wait(lambda: bool({*folder.glob("checkpoints/step-*.json")} - before), "a checkpoint", number)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
+def signal_and_go_on(cluster: Cluster, number: str, pids: list[int]) -> None:
+    """Send a signal to a job whose processes stand still; they find it when they go on."""
+    cluster.call("scancel", "--signal=USR1", number)
+    cluster.wait(lambda: all(is_told(pid) for pid in pids), "the signal", number)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def is_told(pid: int) -> bool:
+    """Whether a signal waits for a process that stands still."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    waiting = int(lines["ShdPnd"], 16) | int(lines["SigPnd"], 16)
+    return bool(waiting >> (signal.SIGUSR1 - 1) & 1)
+
+
 def check_it_went_on(cluster: Cluster, number: str) -> None:
     """It was stopped between its first step and its last, came back, and ended well."""
     assert cluster.ended(number) == {"COMPLETED"}, cluster.said(number)
@@ -273,7 +304,7 @@ def test_a_preempted_training_ends_with_the_weights_of_the_unbroken_one(
 ) -> None:
     # A patient partition gives jobs a minute to leave by themselves; a hasty one puts them back into the queue at once.
     number = train(cluster, taught, partition=partition)
-    wait_for_steps(cluster, number, folder_of(taught, number))
+    stand_still(cluster, number, folder_of(taught, number))
     urgent = cluster.submit("--partition=urgent", "--exclusive", "--wrap=true")
     assert cluster.ended(urgent) == {"COMPLETED"}
     check_it_went_on(cluster, number)
@@ -287,15 +318,15 @@ def test_a_training_that_is_signalled_at_its_start_and_in_its_middle_ends_with_t
     number = train(cluster, taught)
     cluster.wait(lambda: f"{number}.0" in cluster.steps(), "its step", number)
     signal_until_it_stops(cluster, number)
-    wait_for_steps(cluster, number, folder_of(taught, number))
-    cluster.call("scancel", "--signal=USR1", number)
+    cluster.wait(lambda: cluster.jobs(number)[0]["Restarts"] != "0", "its return", number)
+    signal_and_go_on(cluster, number, stand_still(cluster, number, folder_of(taught, number)))
     check_it_went_on(cluster, number)
     assert int(cluster.jobs(number)[0]["Restarts"]) >= 2  # scancel repeats itself where a job is on its way out
     assert weights(folder_of(taught, number)).read_bytes() == by_two
 
 
 def test_a_cancelled_training_does_not_come_back_and_leaves_no_process(cluster: Cluster, taught: Taught) -> None:
-    number = train(cluster, taught)
+    number = train(cluster, taught, ENDLESS)
     wait_for_steps(cluster, number, folder_of(taught, number))
     assert len(processes(number)) == 2
     cluster.call("scancel", number)
@@ -306,7 +337,7 @@ def test_a_cancelled_training_does_not_come_back_and_leaves_no_process(cluster: 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_where_one_task_dies_the_job_ends_and_leaves_no_process(cluster: Cluster, taught: Taught, rank: str) -> None:
-    number = train(cluster, taught)
+    number = train(cluster, taught, ENDLESS)
     wait_for_steps(cluster, number, folder_of(taught, number))
     os.kill(processes(number)[rank], signal.SIGKILL)
     assert cluster.ended(number) == {"FAILED"}
@@ -320,7 +351,7 @@ def processes(number: str) -> dict[str, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            is_python = b"distill.train" in (folder / "cmdline").read_bytes()
+            is_python = re.search(rb"distill\.train|submitit", (folder / "cmdline").read_bytes())
         except OSError:  # ended meanwhile
             continue
         known = dict(word.split("=", 1) for word in words if "=" in word)
@@ -337,9 +368,10 @@ def test_a_sweeps_jobs_are_jobs_of_slurm_and_one_that_is_signalled_goes_on(clust
             [*line, f"hydra.sweep.dir={sweep}"], env=cluster.env, cwd=taught.root, stdout=log, stderr=log
         )
     try:
-        cluster.wait(lambda: any(sweep.glob("1/checkpoints/step-*.json")), "the first checkpoint of the last job")
+        cluster.wait(lambda: any(sweep.glob(".submitit/*_1/*.out")), "the last job")
         (name,) = (path.name for path in sweep.glob(".submitit/*_1"))
-        cluster.call("scancel", "--signal=USR1", name)
+        number = cluster.jobs(name)[0]["JobId"]  # which an array gives each of its jobs
+        signal_and_go_on(cluster, number, stand_still(cluster, number, sweep / "1", num_tasks=1))
         cluster.wait(lambda: process.poll() is not None, f"the end of the sweep: {taught.root}/sweep.log")
     finally:
         process.kill()
