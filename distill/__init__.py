@@ -16,7 +16,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        |                                      `--> lessons.py      join by key, share prompts
        |                                           data.py         order, steps, collate -> Batch
        |                                                |
-       |                                       preflight/  what cannot work, found on the first lessons; forecast: what it needs
+       |                                       preflight/, forecast   what cannot work, and what it will need
        |                                                |
        |                                       student.py  hidden_NH -> head.py  logits_NV, a chunk at a time
        |                                                |
