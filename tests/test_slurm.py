@@ -370,8 +370,8 @@ def test_a_sweeps_jobs_are_jobs_of_slurm_and_one_that_is_signalled_goes_on(clust
     try:
         cluster.wait(lambda: any(sweep.glob(".submitit/*_1/*.out")), "the last job")
         (name,) = (path.name for path in sweep.glob(".submitit/*_1"))
-        number = cluster.jobs(name)[0]["JobId"]  # which an array gives each of its jobs
-        signal_and_go_on(cluster, number, stand_still(cluster, number, sweep / "1", num_tasks=1))
+        number = cluster.jobs(name)[0]["JobId"]  # its processes know it by this, which may be the whole array's too
+        signal_and_go_on(cluster, name, stand_still(cluster, number, sweep / "1", num_tasks=1))
         cluster.wait(lambda: process.poll() is not None, f"the end of the sweep: {taught.root}/sweep.log")
     finally:
         process.kill()
