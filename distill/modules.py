@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from distill import sharding
 from distill.head import Head, Term, head_loss, predicted_ids
 from distill.losses import Objective
 from distill.records import SPANS, Annotation, Batch, CacheError, DistillError, Entries, Group
+from distill.sharding import shard
 from distill.teachers import Teacher
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -78,7 +78,7 @@ class StudentModule(lightning.LightningModule):
     ) -> None:
         """`vocabulary_size` cuts padded rows off the head; `retemper` gives kept log-probabilities at T."""
         super().__init__()
-        self._pass = sharding.Pass(model)
+        self.model: Any = model
         self._objectives = dict(objectives)
         self._vocabulary_size = vocabulary_size
         self._retemper = retemper
@@ -87,14 +87,13 @@ class StudentModule(lightning.LightningModule):
         self._totals: list[tuple[Tensor, tuple[str, ...]]] = []
         self._tallies: dict[str, list[Tensor]] = {}
 
-    @property
-    def model(self) -> Any:
-        """The student."""
-        return self._pass.model
-
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            sharding.shard(self._pass)
+            shard(self)
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        # Where the student is sharded, only within a forward pass are its weights whole, and the loss needs the head's.
+        return work()
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
         """Hidden state that predicts each supervised position."""
@@ -147,7 +146,7 @@ class StudentModule(lightning.LightningModule):
         torch.manual_seed(hash((self._seed, self.global_step, len(self._totals), self.global_rank)) % 2**63)
         terms = self.terms(batch)
         total: Tensor
-        total, sums_L = self._pass(lambda: head_loss(self.hidden(batch), self.head(), list(terms.values())))
+        total, sums_L = self(lambda: head_loss(self.hidden(batch), self.head(), list(terms.values())))
         self._totals.append((total.detach(), batch.example_ids))
         for name, sum_ in zip(terms, sums_L, strict=True):
             self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
@@ -189,7 +188,7 @@ class StudentModule(lightning.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         terms = self.terms(batch)
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-        sums_L, predicted_M = self._pass(lambda: self._judged(batch, list(terms.values()), is_answer_N))
+        sums_L, predicted_M = self(lambda: self._judged(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             if number := int(term.is_used_N.sum()):
                 self._tally(f"val/{name}", sum_, number)

@@ -163,7 +163,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
-    student = in_one_piece(student, lambda: open_student(job.student_folder, **_student_settings(job.config)))
+    student = in_one_piece(training.module, lambda: open_student(job.student_folder, **_student_settings(job.config)))
     merge_adapters(student)
     evaluation = evaluation.of(student)
     found = _judged(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
