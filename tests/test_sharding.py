@@ -97,7 +97,8 @@ def told(self, trainer, module):
     weights = optimizer.param_groups[0]["params"]
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     kept = [sum(part.to_local().numel() for part in parts) for parts in (weights, states)]
-    print("HELD", sum(weight.numel() for weight in weights), *kept, flush=True)
+    words = ["HELD", str(sum(weight.numel() for weight in weights)), *map(str, kept)]
+    print(" ".join(words) + "\\n", end="", flush=True)  # in one piece, beside the other process
     end(self, trainer, module)
 Checkpoints.on_train_end = told
 config.command("train", train.main)
