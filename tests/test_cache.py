@@ -292,6 +292,7 @@ def run_here(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert int(run_here("boundaries", str(tmp_path), "2")) > 40
 
