@@ -23,7 +23,7 @@ from distill.curriculum import Curriculum, Job, join_of, kept_of, teach, wanted,
 from distill.inspection import Estimate, estimate
 from distill.lessons import Lesson, Read, Records
 from distill.preflight import Finding, Plan, needed
-from distill.preflight.needs import free_memory, kept_bytes, told_bytes
+from distill.preflight.needs import free_memory, kept_bytes, told_bytes, told_seconds
 from distill.prompts import Prompts, vocabulary_fingerprint
 from distill.records import (
     SPANS,
@@ -85,10 +85,10 @@ class Foreseen:
 def foresee(job: Job) -> Foreseen:
     """Look at what is there, and measure the teachers; each is out of memory again on return."""
     asked, curriculum = _asked(job)
-    findings = [_examples(job, asked)]
+    findings, grown = [_examples(job, asked)], dict[Path, int]()
     for each in asked:
-        findings += _annotating(each)
-    grown = {each.source.store.folder: _most_bytes(each) for each in asked}
+        grown[each.source.store.folder] = _most_bytes(each)
+        findings += _annotating(each, grown[each.source.store.folder])
     return Foreseen(findings, curriculum, any(each.missing for each in asked), grown)
 
 
@@ -291,7 +291,7 @@ def _examples(job: Job, asked: Sequence[Asked]) -> Finding:
     return _known("examples", told + rest)
 
 
-def _annotating(asked: Asked) -> list[Finding]:
+def _annotating(asked: Asked, most_bytes: int) -> list[Finding]:
     """What one teacher will read, write, take and leave."""
     number = len(asked.filled.every)
     told = f"{len(asked.missing)} of {number} are missing" + (" at most" if asked.is_bound else "")
@@ -305,7 +305,7 @@ def _annotating(asked: Asked) -> list[Finding]:
             findings.append(_hours(asked, _measured(asked, device)))
     folder, store = asked.source.store.folder, asked.source.store
     where = f"for records at {store.place} (there: unknown)" if store.place != str(folder) else "for records"
-    return [*findings, _disk(f"{asked.name}cache", _most_bytes(asked), folder, where, False)]
+    return [*findings, _disk(f"{asked.name}cache", most_bytes, folder, where, False)]
 
 
 def _tokens(asked: Asked) -> Finding:
@@ -346,7 +346,7 @@ def _measured(asked: Asked, device: torch.device) -> Estimate | None:
 
 
 def _hours(asked: Asked, found: Estimate | None) -> Finding:
-    told = f"about {_told_seconds(found.seconds)}, measured on {found.num_sampled} requests" if found else "unknown"
+    told = f"about {told_seconds(found.seconds)}, measured on {found.num_sampled} requests" if found else "unknown"
     return Finding(
         f"{asked.name}annotation",
         found is not None,
@@ -392,10 +392,6 @@ def _disk(check: str, num_bytes: int, folder: Path, what: str, is_all: bool) -> 
 
 def _known(check: str, found: str, there: str = "") -> Finding:
     return Finding(check, True, found, there, "", False)
-
-
-def _told_seconds(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def _existing(folder: Path) -> Path:

@@ -39,7 +39,7 @@ from distill.forecast import foresee, verdict
 from distill.forecast import training as training_needs
 from distill.lessons import Records
 from distill.modules import StudentModule
-from distill.preflight import Plan, preflight, table
+from distill.preflight import Finding, Plan, preflight, table
 from distill.records import Annotation, ConfigError, Example, OutOfMemoryError, PreemptedError, Span
 from distill.report import tables, to_text, write_report
 from distill.sharding import in_one_piece
@@ -111,12 +111,11 @@ def forecast(job: Job) -> float:
     """Print what the run would need beside what there is; raises ConfigError with all that lacks."""
     job.run_dir.mkdir(parents=True, exist_ok=True)  # whose disk is looked at
     foreseen = foresee(job)
-    student = open_student(job.student_folder, **_student_settings(job.config))
+    student = _opened_student(job)
     what = _plan(job, arrange(job, foreseen.curriculum, student, []))
     findings = [*foreseen.findings, *training_needs(foreseen, what)]
     print(f"{table(findings)}\n\n{verdict(findings, foreseen.is_bound)}")
-    if stops := [finding.problem for finding in findings if finding.stops]:
-        raise ConfigError(*stops)
+    _stop_at(findings)
     return 0.0
 
 
@@ -145,7 +144,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     """
     curriculum = teach(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
-    student = open_student(job.student_folder, **_student_settings(job.config))
+    student = _opened_student(job)
     training = arrange(job, curriculum, student, loggers)
     is_first = is_first_process()
     if is_first:
@@ -163,7 +162,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
-    student = in_one_piece(training.module, lambda: open_student(job.student_folder, **_student_settings(job.config)))
+    student = in_one_piece(training.module, lambda: _opened_student(job))
     merge_adapters(student)
     evaluation = evaluation.of(student)
     found = _judged(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
@@ -171,15 +170,16 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     return shared
 
 
-def _student_settings(config: DictConfig) -> Json:
-    settings = config.student
-    return {
-        "keep_layers": settings.keep_layers,
-        "freeze": list(settings.freeze),
-        "from_scratch": settings.from_scratch,
-        "lora": configuration.build(settings.lora),
-        "gradient_checkpointing": settings.gradient_checkpointing,
-    }
+def _opened_student(job: Job) -> Any:
+    settings = job.config.student
+    return open_student(
+        job.student_folder,
+        keep_layers=settings.keep_layers,
+        freeze=list(settings.freeze),
+        from_scratch=settings.from_scratch,
+        lora=configuration.build(settings.lora),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
 
 
 def _said_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
@@ -329,9 +329,14 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
         say(table(findings))
     else:
         say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
+    _stop_at(findings)
+    return [asdict(finding) for finding in findings]
+
+
+def _stop_at(findings: Sequence[Finding]) -> None:
+    """Raise ConfigError with all that must stop the run."""
     if stops := [finding.problem for finding in findings if finding.stops]:
         raise ConfigError(*stops)
-    return [asdict(finding) for finding in findings]
 
 
 def _plan(job: Job, training: Training) -> Plan:

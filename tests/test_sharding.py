@@ -25,7 +25,7 @@ STEPS += [
     "optim.schedule.num_warmup_steps=0",
 ]
 STEPS += ["optim.optimizer.lr=0.01", "+optim.optimizer.eps=0.01"]  # by Adam alone a rounding of nothing would be a step
-SHARDED = ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+SHARDED = ["trainer=fsdp2", "trainer.devices=2"]
 
 
 @pytest.fixture(scope="module")

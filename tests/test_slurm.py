@@ -231,7 +231,7 @@ def wait_for_steps(cluster: Cluster, number: str, folder: Path) -> None:
 def stand_still(cluster: Cluster, number: str, folder: Path, num_tasks: int = 2) -> list[int]:
     """Stop a training's processes after some of its steps, so that it does not end before it is struck.
 
-    Where Slurm ends a job it first lets its processes go on; after another signal `go_on` does.
+    Where Slurm ends a job it first lets its processes go on; after another signal `signal_and_go_on` does.
     """
     before = set(folder.glob("checkpoints/step-*.json"))
     cluster.wait(lambda: len(processes(number)) == num_tasks, "its processes", number)

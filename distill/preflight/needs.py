@@ -39,8 +39,7 @@ def needs(plan: Plan, _: Sample | None = None) -> Iterator[Finding]:
     )
     per_lesson = sum(lesson.num_tokens for lesson in plan.lessons) / len(plan.lessons)
     num_tokens = plan.batch_size * plan.num_steps * (per_lesson if plan.batch_unit == "examples" else 1)
-    hours = seconds / batch.input_ids_BT.numel() * num_tokens / plan.num_devices / 3600
-    told = f"{hours * 60:.1f} minutes" if hours < 1 else f"{hours:.1f} hours"
+    told = told_seconds(seconds / batch.input_ids_BT.numel() * num_tokens / plan.num_devices)
     yield Finding("time", True, f"about {told} of forward and backward for {plan.num_steps} steps", "", "", False)
 
 
@@ -112,6 +111,11 @@ def _size(tensor: Tensor) -> int:
 def told_bytes(num_bytes: int | float) -> str:
     """In a unit that suits."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def told_seconds(seconds: float) -> str:
+    """In minutes or hours."""
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
