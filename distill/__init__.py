@@ -9,6 +9,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        |
   teachers/<kind>.py  frozen; modules.TeacherModule.predict_step
        |              Annotation  rationale, answer, SoftTargets(ids, logprobs, tail)
+  filling.py          what the cache lacks, each question once
        v
   cache/store.py  ==  shards (arrays: safetensors; text: Parquet) + manifest (fingerprint, hashes)
        |                                     \\
@@ -23,6 +24,7 @@ conf/<group>/<name>.yaml --> config.py   compose -> check every node against its
        |                                       losses/<loss>.py    value and slope per bucket
        |                                                |
        |                                       modules.StudentModule   sum_k  w_k * sum_k / count_k(whole step)
+       |                                       training.py      all of it put together, looked ahead at, run
        |                                       sharding.py      the student in parts, where one process cannot hold it
        |                                       checkpoints, preemption   stopped between two steps, gone on from there
        |                                                |

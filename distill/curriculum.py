@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from distill import config as configuration
 from distill import models
-from distill.annotate import Filled, Source, check_rationales, fill, open_source, without_answers
+from distill.filling import Filled, Source, check_rationales, fill, open_source, without_answers
 from distill.lessons import Join, Lesson, Read, Records
 from distill.losses import Objective
 from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer

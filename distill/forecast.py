@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from distill.annotate import Filled, Source, check_rationales, loaded, plan, to_ask
 from distill.cache.shard import packed
 from distill.curriculum import Curriculum, Job, join_of, kept_of, teach, wanted, words_to_read
+from distill.filling import Filled, Source, check_rationales, loaded, plan, to_ask
 from distill.inspection import Estimate, estimate
 from distill.lessons import Lesson, Read, Records
 from distill.preflight import Finding, Plan, needed

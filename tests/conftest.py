@@ -36,11 +36,11 @@ _IGNORED = (
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
 from distill import config as configuration  # noqa: E402
-from distill.annotate import Source, open_source  # noqa: E402
 from distill.cache import uniforms  # noqa: E402
 from distill.cache.dense import Dense  # noqa: E402
 from distill.cache.topk import TopK  # noqa: E402
 from distill.config import CONF  # noqa: E402
+from distill.filling import Source, open_source  # noqa: E402
 from distill.lessons import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
 from distill.modules import StudentModule  # noqa: E402

@@ -16,7 +16,8 @@ import pytest
 from conftest import CountingTeacher, compose, counted, grid, run, shards, start, tiny_overrides
 from omegaconf import DictConfig
 
-from distill.annotate import Share, fill, main, open_source, plan
+from distill.annotate import main
+from distill.filling import Share, fill, open_source, plan
 from distill.inspection import estimate, rescore
 from distill.records import CacheError, ConfigError
 

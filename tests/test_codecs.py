@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill.annotate import open_source
 from distill.cache import Codec, compact, uniforms
 from distill.cache.dense import Dense
 from distill.cache.topk import TopK
 from distill.curriculum import check_parts
 from distill.data import collate, entries
 from distill.evaluate import _divergence
+from distill.filling import open_source
 from distill.head import Head, Term, head_loss
 from distill.losses.forward_kl import ForwardKL
 from distill.prompts import Prompts

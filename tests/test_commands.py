@@ -21,7 +21,7 @@ from distill.evaluate import Evaluation
 from distill.prompts import load_tokenizer
 from distill.records import ConfigError
 from distill.student import open_student, weights_hash
-from distill.train import arrange, fit
+from distill.training import arrange, fit
 
 pytestmark = pytest.mark.slow
 

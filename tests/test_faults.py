@@ -31,13 +31,14 @@ from test_annotate import shards, tiny
 from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
 from torch.utils.data import DataLoader, Dataset
 
-from distill.annotate import Share, fill, main, open_source, plan
+from distill.annotate import main
 from distill.cache.claims import Claims
 from distill.cache.store import Store, nearest_difference
 from distill.cache.topk import TopK
 from distill.curriculum import prepare, teach
 from distill.data import collate
 from distill.fetch import whole_file
+from distill.filling import Share, fill, open_source, plan
 from distill.lessons import Join, Records
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target

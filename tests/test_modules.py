@@ -66,7 +66,7 @@ from distill.modules import NonFiniteLossError, StudentModule
 from distill.prompts import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.student import open_student
-from distill.train import arrange, fit
+from distill.training import arrange, fit
 
 Values = dict[str, Tensor]
 BATCH, STEPS, RATE = 8, 2, 0.05

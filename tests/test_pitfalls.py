@@ -18,11 +18,12 @@ from test_annotate import tiny
 from test_teacher import asked, opened, same
 
 from distill import models
-from distill.annotate import fill, main, open_source, without_answers
+from distill.annotate import main
 from distill.cache.dense import Dense
 from distill.cache.store import Store
 from distill.cache.topk import TopK
 from distill.evaluate import Evaluation, speeds
+from distill.filling import fill, open_source, without_answers
 from distill.prompts import Prompts, load_tokenizer
 from distill.records import Annotation, CacheError, Example, Request, Splits
 

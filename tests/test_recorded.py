@@ -13,8 +13,8 @@ import torch
 from conftest import CountingTeacher, compose, tiny_overrides
 from omegaconf import DictConfig
 
-from distill.annotate import fill, loaded, open_source
 from distill.curriculum import prepare, teach
+from distill.filling import fill, loaded, open_source
 from distill.records import ConfigError, Example, Splits
 from distill.train import distill
 

@@ -23,7 +23,7 @@ from distill.checkpoints import checked, newest
 from distill.curriculum import prepare, teach
 from distill.records import Batch, ConfigError, PreemptedError
 from distill.student import open_student
-from distill.train import arrange, fit
+from distill.training import arrange, fit
 
 # Lightning sees that the loader has no state; it needs none, its order being a function of the steps that are done.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")]

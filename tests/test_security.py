@@ -42,9 +42,8 @@ from packaging.utils import canonicalize_name
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from distill import annotate, models, tables
+from distill import annotate, filling, models, tables
 from distill import config as configuration
-from distill.annotate import open_source
 from distill.cache.claims import Claims
 from distill.cache.shard import SUFFIXES
 from distill.cache.store import Store
@@ -54,6 +53,7 @@ from distill.evaluate import Evaluation
 from distill.export import export
 from distill.expressions import value_of
 from distill.fetch import sha256, whole_file
+from distill.filling import open_source
 from distill.lm_eval import harness_task
 from distill.prompts import Prompts, load_tokenizer
 from distill.rationales import has_wrong_arithmetic, leaks
@@ -64,7 +64,7 @@ from distill.student import open_student
 from distill.tasks.files import AnswerFormat, Columns, examples_of
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.tracking import artifact_name, say
-from distill.train import arrange, fit
+from distill.training import arrange, fit
 
 ROOT = Path(configuration.__file__).parent.parent
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
@@ -277,7 +277,7 @@ def test_a_package_is_named_in_the_one_form_that_pip_is_told(name: str, tmp_path
 @QUICK
 def test_a_cache_lies_in_the_folder_of_caches_whatever_the_task_is_called(name: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": str(tmp_path), "task": {"name": name}, "cache": {"dir": None}})
-    folder, url = annotate._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    folder, url = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, url) == (tmp_path / "cache", None)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -286,7 +286,7 @@ def test_a_cache_lies_in_the_folder_of_caches_whatever_the_task_is_called(name: 
 @QUICK
 def test_the_copy_of_a_cache_lies_in_the_folder_of_copies_whatever_its_url(url: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
-    folder, place = annotate._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    folder, place = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, place) == (tmp_path / "copies", f"s3://{url}")
     folder.mkdir(parents=True, exist_ok=True)
 

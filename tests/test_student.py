@@ -22,7 +22,7 @@ from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import ConfigError
 from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.train import arrange, fit
+from distill.training import arrange, fit
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 1]])
 

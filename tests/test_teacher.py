@@ -27,16 +27,17 @@ from conftest import (
 from omegaconf import DictConfig
 
 from distill import config as configuration
-from distill.annotate import fill, open_source
 from distill.cache import uniforms
 from distill.cache.dense import Dense
 from distill.curriculum import prepare, teach
+from distill.filling import fill, open_source
 from distill.modules import TeacherModule
 from distill.prompts import Prompts
 from distill.reading import PrefixedReader
 from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
 from distill.student import open_student
-from distill.train import arrange, distill, fit
+from distill.train import distill
+from distill.training import arrange, fit
 
 
 class Verbs:
