@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from distill.runs import Json, Run, number, visible
+from distill.runs import SEEDS, Json, Run, number, visible
 from distill.statistics import student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
@@ -47,6 +47,12 @@ class Arm:
     def losses(self) -> tuple[str, ...]:
         """Names of the active losses, sorted; none for a model that was only measured."""
         return self.runs[0].losses if self.runs else ()
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """What its configuration chose but for seeds; none for a model that was only measured."""
+        chosen = self.runs[0].choices if self.runs else {}
+        return {key: value for key, value in chosen.items() if not SEEDS.search(key)}
 
     @property
     def has_hard_labels(self) -> bool:

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.arms import Arm
-from distill.runs import Run, flatten, number
+from distill.runs import Run, number
 from distill.statistics import Bin, PowerLaw, by_confidence, explained, fit_power_law, pareto
 
 DATA = ("labelled", "unlabelled", "cache")
 FRONTS = (("size_bytes", "size on disk, MB", 1e6), ("ms_per_example", "ms per example", 1.0))
-
-
-NO_SETTINGS = ("root", "resume", "preflight", "tracking", "cost", "num_workers", "checkpoint_every")
 
 
 class Point(NamedTuple):
@@ -162,19 +159,14 @@ def effects(trained: Sequence[Arm]) -> list[Effect]:
 
 def _swept(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """Settings of which runs have different values; of those that tell them apart in the same way, the shortest."""
-    flats = [flatten(run.config) | {"loss": " + ".join(run.losses)} for run in runs]
+    flats = [{**run.choices, "loss": " + ".join(run.losses)} for run in runs]
     keys = sorted({key for flat in flats for key in flat}, key=lambda key: (len(key), key))
-    columns = {key: [flat.get(key) for flat in flats] for key in keys if not _is_place(key)}
+    columns = {key: [flat.get(key) for flat in flats] for key in keys}
     ways: dict[tuple[int, ...], str] = {}
     for key, values in columns.items():
         if len(set(values) - {None}) > 1:
             ways.setdefault(tuple(-1 if value is None else values.index(value) for value in values), key)
     return {key: columns[key] for key in ways.values()}
-
-
-def _is_place(key: str) -> bool:
-    """Whether a setting says where or how a run is made, and not what is learned."""
-    return key.partition(".")[0] in NO_SETTINGS or key.endswith(".root")
 
 
 def _levels(values: Sequence[str], accuracies: Sequence[float]) -> tuple[Level, ...]:

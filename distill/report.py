@@ -24,7 +24,7 @@ from distill.costs import TIME, Cost, Yield, break_even_text, cost, yields
 from distill.fetch import whole_file
 from distill.records import ConfigError
 from distill.runs import Json, Run, find_runs, flatten, mapping, mappings, number, read_run, read_runs, visible
-from distill.verdicts import BASELINE_COMMAND, Difference, Summary, Verdict, share_text, summarise
+from distill.verdicts import BASELINE_COMMAND, Contrast, Difference, Summary, Verdict, share_text, summarise
 
 __all__ = ["find_runs", "read_run", "summarise", "tables", "to_html", "to_markdown", "to_text", "write_report"]
 
@@ -119,15 +119,23 @@ def _apart(difference: Difference) -> tuple[str, str]:
 
 def difference_titles(summary: Summary) -> list[str]:
     """Headings of the table of differences, which name the level."""
-    levels = {f"{100 * difference.level:.3g} %" for difference in differences(summary)}
-    return [
-        "arm",
-        "points",
-        f"{'/'.join(sorted(levels)) or '95 %'} interval",
-        "recovered",
-        "over hard labels",
-        "verdict",
-    ]
+    return ["arm", "points", _interval_title(differences(summary)), "recovered", "over hard labels", "verdict"]
+
+
+def contrast_titles(summary: Summary) -> list[str]:
+    """Headings of the table of arms that are one choice apart."""
+    return ["one choice apart", "points", _interval_title([each.difference for each in summary.contrasts]), "verdict"]
+
+
+def contrast_row(contrast: Contrast) -> list[str]:
+    """The cells of one line of the table of arms that are one choice apart."""
+    difference = contrast.difference
+    return [f"{contrast.losses}: {contrast.choice}", *_apart(difference), difference.status]
+
+
+def _interval_title(found: Sequence[Difference]) -> str:
+    levels = {f"{100 * difference.level:.3g} %" for difference in found}
+    return f"{'/'.join(sorted(levels)) or '95 %'} interval"
 
 
 COST_TITLES = (
@@ -210,6 +218,10 @@ def to_text(summary: Summary, given: Json = NO_PRICES) -> str:
     table = _aligned(["model", *(column.short for column in COLUMNS)], [arm.label for arm in summary.arms], lines)
     rows = [difference_row(verdict) for verdict in summary.verdicts if verdict.difference]
     apart = _aligned(difference_titles(summary), [row[0] for row in rows], [row[1:] for row in rows]) if rows else []
+    rows = [contrast_row(contrast) for contrast in summary.contrasts]
+    apart += (
+        ["", *_aligned(contrast_titles(summary), [row[0] for row in rows], [row[1:] for row in rows])] if rows else []
+    )
     said = [textwrap.fill(visible(text, 1000), TEXT_WIDTH) for text in _remarks(summary)]
     rows = [cost_row(cost(arm, given)) for arm in summary.trained]
     narrow = [[text.replace("not measured", "-") for text in row[1:]] for row in rows]
@@ -236,6 +248,8 @@ def to_markdown(summary: Summary, given: Json = NO_PRICES) -> str:
     lines = ["# Distillation report", "", *(f"- {_plain(text)}" for text in _remarks(summary))]
     rows = [[_plain(text) for text in difference_row(verdict)] for verdict in summary.verdicts if verdict.difference]
     lines += ["", "## Differences", "", *_grid(difference_titles(summary), rows)] if rows else []
+    rows = [[_plain(text) for text in contrast_row(contrast)] for contrast in summary.contrasts]
+    lines += ["", "## One choice apart", "", *_grid(contrast_titles(summary), rows)] if rows else []
     parts = (("Results", summary.arms, columns(summary)), ("Each seed", summary.seeds, SEED_COLUMNS))
     for heading, arms, kept in parts:
         rows = [[_plain(arm.label), *(cell(arm, column) for column in kept)] for arm in arms]
@@ -283,6 +297,7 @@ def tables(summary: Summary, given: Json = NO_PRICES) -> dict[str, list[dict[str
     keys = [column.key for column in (*COLUMNS, PEAK)]
     return {
         "differences": [_difference_values(verdict) for verdict in summary.verdicts if verdict.difference],
+        "contrasts": [_contrast_values(contrast) for contrast in summary.contrasts],
         "comparison": [
             {"model": arm.label, "low": arm.interval[0], "high": arm.interval[1]} | {k: arm.stat(k).mean for k in keys}
             for arm in summary.arms
@@ -318,6 +333,13 @@ def _difference_values(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _contrast_values(contrast: Contrast) -> dict[str, Any]:
+    difference = contrast.difference
+    low, high = difference.ends or (None, None)
+    told = {"losses": contrast.losses, "choice": contrast.choice, "points": difference.points, "low": low, "high": high}
+    return told | {"level": difference.level, "detectable": difference.detectable, "verdict": difference.status}
+
+
 def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     """One page that needs no network; all text in it is escaped, made visible and cut to 500 characters."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -340,6 +362,7 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     shown = {"sampled": run, "outcomes": groups, "filters": filters, "rationales": rationales, "nothing": NOTHING}
     names = {"cell": cell, "columns": columns(summary), "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}
     texts = {"cost_titles": COST_TITLES, "cost_row": cost_row, "cost_note": cost_note, "difference_row": difference_row}
+    texts |= {"contrast_titles": contrast_titles, "contrast_row": contrast_row}
     lines = {"titles": difference_titles(summary), "contamination": contamination_lines(summary.runs)}
     plain = {
         "flatten": flatten,

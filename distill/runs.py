@@ -22,8 +22,17 @@ from distill.records import ConfigError
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
 OPTIONAL_FILES = ("rationales.jsonl",)
-SECTIONS = ("loss", "optim", "prompt", "student", "rationales", "soft_teacher", "callback")
-SWITCHES = ("order", "balance", "batch_unit")
+# What says where and how a run is made, and not what is learned: whole sections, and single settings.
+HOW = (
+    *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
+    *("num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size", "share_prompt"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps"),
+    *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.use_distributed_sampler"),
+)
+PLACES = re.compile(r"(^|[._])(root|dir|path|files)$")
+TEACHING = ("teacher", "soft_teacher", "rationales", "cache")  # of no matter to who learns from labels alone
+COUNTED = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # the facts have these
+SEEDS = re.compile(r"(?<!split_)seed$")
 MAX_CHARACTERS = 500
 KEPT = "\n\t\u00a0\u200c\u200d\u202f\u3000"  # not printable to Python, yet plain parts of text
 
@@ -77,9 +86,15 @@ class Run:
         counts = mapping(self.facts.get("counts"))
         facts |= {"start": self._start, "labelled": counts.get("labelled"), "test": counts.get("test")}
         facts |= {"unlabelled": self._unlabelled, "cache": mapping(self.facts.get("cache")).get("fingerprint")}
-        parts = flatten({key: value for key, value in self.config.items() if key in SECTIONS})
-        facts |= {key: self.config[key] for key in SWITCHES if key in self.config}
-        return flatten(facts) | {k: v for k, v in parts.items() if not re.search(r"(seed|_dir|_path)$", k)}
+        chosen = {key: value for key, value in self.choices.items() if key not in COUNTED}
+        return flatten(facts) | {key: value for key, value in chosen.items() if not SEEDS.search(key)}
+
+    @cached_property
+    def choices(self) -> Mapping[str, str]:
+        """The configuration, flat, without what says only where and how the run was made."""
+        others = (*HOW, *(TEACHING if self.losses == ("answer",) else ()))
+        flat = flatten(self.config).items()
+        return {k: v for k, v in flat if not ({k, k.partition(".")[0]} & {*others} or PLACES.search(k))}
 
     @property
     def _start(self) -> object:

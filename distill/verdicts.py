@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from distill.arms import BUDGET, COLUMNS, Arm, cell, group
-from distill.runs import Run
+from distill.runs import Run, visible
 from distill.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
 
 BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
+MOST_CONTRASTS = 28  # of which each is held to 99.8 %
 NO_ADVANTAGE = "The teacher is no better than labels alone."
 
 Status = Literal["better", "not shown", "worse"]
@@ -95,12 +97,25 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Two arms of the same losses and the same task whose choices differ in one section: what that changed."""
+
+    losses: str
+    choice: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class Summary:
-    """All that the report says: arms in the order of the table, a verdict for each distilled arm."""
+    """All that the report says: arms in the order of the table, a verdict for each distilled arm.
+
+    There is a contrast for each two arms that are one choice apart, unless so many that no difference could be shown.
+    """
 
     runs: tuple[Run, ...]
     arms: tuple[Arm, ...]
     verdicts: tuple[Verdict, ...]
+    contrasts: tuple[Contrast, ...]
     notes: tuple[str, ...]
 
     @property
@@ -123,7 +138,30 @@ def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     rivals = [_rival(arm, arms) for arm in distilled]
     num_arms = sum(rival is not None for rival in rivals)
     verdicts = [_judge(arm, rival, arms, level, num_arms) for arm, rival in zip(distilled, rivals, strict=True)]
-    return Summary(tuple(runs), tuple(arms), tuple(verdicts), tuple(notes))
+    return Summary(tuple(runs), tuple(arms), tuple(verdicts), _contrasts(arms, level), tuple(notes))
+
+
+def _contrasts(arms: Sequence[Arm], level: float) -> tuple[Contrast, ...]:
+    found = []
+    for rival, arm in combinations((arm for arm in arms if arm.runs), 2):
+        same = arm.losses == rival.losses and all(arm.settings[key] == rival.settings[key] for key in ("task", "test"))
+        chosen = [key for key in {**arm.choices, **rival.choices} if arm.choices.get(key) != rival.choices.get(key)]
+        if same and len({key.partition(".")[0] for key in chosen}) == 1:
+            found.append((arm, rival, _choice(arm, rival, chosen)))
+    if len(found) > MOST_CONTRASTS:
+        return ()
+    return tuple(
+        Contrast(" + ".join(arm.losses), choice, compare(arm, rival, level, len(found))) for arm, rival, choice in found
+    )
+
+
+def _choice(arm: Arm, rival: Arm, keys: Sequence[str]) -> str:
+    """In words, from the rival's to the arm's; of many settings of a section the first."""
+    told = [f"{key}={visible(arm.choices.get(key, 'none'), 24)}" for key in keys]
+    instead = [visible(rival.choices.get(key, "none"), 24) for key in keys]
+    pairs = [f"{mine}, not {theirs}" for mine, theirs in zip(told, instead, strict=True)]
+    rest = f"; and {len(pairs) - 2} more" if len(pairs) > 2 else ""
+    return "; ".join(pairs[:2]) + rest
 
 
 def _equals(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:

@@ -668,9 +668,10 @@ def test_a_card_of_data_names_the_runs_that_it_is_of(make_run: Make) -> None:
 
 def test_tables_are_plain_rows_of_the_same_keys(make_run: Make) -> None:
     told = [line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))]
-    summary = summary_of(make_run(("answer",), 0.6), make_run(("kl",), 0.8, predictions=told))
+    others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
+    summary = summary_of(*others, make_run(("kl",), 0.8, predictions=told, config={"order": "shuffled"}))
     found = report.tables(summary)
-    assert set(found) == {"differences", "comparison", "cost", "by_confidence", "yield"}
+    assert set(found) == {"differences", "contrasts", "comparison", "cost", "by_confidence", "yield"}
     for rows in found.values():
         assert rows
         assert {tuple(line) for line in rows} == {tuple(rows[0])}
@@ -799,13 +800,97 @@ def test_terminal_tables_of_differences_and_costs_fit_in_110_columns(make_run: M
     assert "[unbounded]" in text
 
 
+PLAIN: dict[str, Any] = {
+    "order": "shuffled",
+    "balance": "none",
+    "rationales": {"arithmetic": True},
+    "teacher": {"num_rationales": 60, "kind": {"files": ["/a/said.jsonl"]}},
+    "overlap": {"action": "report"},
+    "trainer": {"gradient_clip_val": 1.0, "devices": 1, "max_steps": 120},
+    "task": {"path": "/a/train.jsonl", "answer_mode": "direct", "examples": {"split_seed": 0}},
+    "microbatch_size": 8,
+    "root": "/a",
+    "cache": {"dir": "/a/cache"},
+}
+
+
 @pytest.mark.parametrize(
-    "config", [{"order": "short_first"}, {"balance": "answer"}, {"rationales": {"arithmetic": False}}], ids=str
+    "config",
+    [
+        {"order": "short_first"},
+        {"balance": "answer"},
+        {"rationales": {"arithmetic": False}},
+        {"teacher": {"num_rationales": 120}},
+        {"overlap": {"action": "drop"}},
+        {"trainer": {"gradient_clip_val": 0.5}},
+        {"task": {"answer_mode": "reasoned"}},
+        {"task": {"examples": {"split_seed": 1}}},
+        {"a_part_that_is_new": {"share": 0.5}},
+    ],
+    ids=str,
 )
 def test_runs_that_were_taught_in_another_way_are_no_seeds_of_one_arm(config: dict[str, Any], make_run: Make) -> None:
-    plain = {"order": "shuffled", "balance": "none", "rationales": {"arithmetic": True}}
+    plain = PLAIN | {name: {} for name in config if name not in PLAIN}
     runs = [make_run(config=plain), make_run(seed=1, config=plain), make_run(seed=2, config=plain | config)]
     summary = summary_of(*runs)
     assert sorted(len(arm.runs) for arm in summary.trained) == [1, 2]
     (name,) = config
-    assert all(name in arm.label for arm in summary.trained if arm.runs)
+    assert any(name in arm.label for arm in summary.trained if arm.runs)
+
+
+def test_runs_that_were_only_made_elsewhere_or_in_other_pieces_are_seeds_of_one_arm(make_run: Make) -> None:
+    elsewhere = {
+        "task": PLAIN["task"] | {"path": "/b/train.jsonl"},
+        "teacher": PLAIN["teacher"] | {"kind": {"files": ["/b/said.jsonl"]}},
+        "trainer": PLAIN["trainer"] | {"devices": 2},
+        "microbatch_size": 4,
+        "root": "/b",
+        "cache": {"dir": None},
+    }
+    summary = summary_of(make_run(config=PLAIN), make_run(seed=1, config=PLAIN | elsewhere))
+    (arm,) = (arm for arm in summary.trained if arm.runs)
+    assert [run.seed for run in arm.runs] == ["0", "1"]
+
+
+def test_what_the_teacher_did_is_of_no_matter_to_labels_alone(make_run: Make) -> None:
+    other = PLAIN | {"rationales": {"arithmetic": False}, "teacher": {"num_rationales": 120}}
+    summary = summary_of(make_run(("answer",), config=PLAIN), make_run(("answer",), seed=1, config=other))
+    (arm,) = (arm for arm in summary.trained if arm.runs)
+    assert len(arm.rows) == 2
+
+
+def test_arms_that_are_one_choice_apart_are_held_against_each_other(make_run: Make) -> None:
+    folders = [
+        make_run(losses, accuracy + 0.01 * seed, seed, config=PLAIN | {"order": order} | more)
+        for losses, order, more, accuracy in (
+            (("answer", "kl"), "shuffled", {}, 0.7),
+            (("answer", "kl"), "short_first", {}, 0.6),
+            (("answer", "kl"), "short_first", {"balance": "answer"}, 0.65),  # two from the first, one from the second
+            (("answer",), "shuffled", {"balance": "answer"}, 0.5),  # others have other losses
+        )
+        for seed in (0, 1, 2)
+    ]
+    summary = summary_of(*folders)
+    found = {each.choice: each for each in summary.contrasts}
+    assert set(found) == {"order=shuffled, not short_first", "balance=none, not answer"}
+    contrast = found["order=shuffled, not short_first"]
+    arms = {(arm.choices["order"], arm.choices["balance"]): arm for arm in summary.trained if arm.kind == "distilled"}
+    first, second = (
+        np.array([[line["is_correct"] for line in run.predictions] for run in arms[order, "none"].runs], np.float64)
+        for order in ("shuffled", "short_first")
+    )
+    wanted = paired_interval(first, second, level=family_level(0.95, 2))
+    assert contrast.difference.arm is arms["shuffled", "none"]
+    assert contrast.difference.points == pytest.approx(100 * wanted.estimate) == pytest.approx(10)
+    assert contrast.difference.ends == pytest.approx((100 * wanted.low, 100 * wanted.high))
+    assert contrast.difference.status == "better"
+    for text in (report.to_text(summary), report.to_markdown(summary), Page(report.to_html(summary)).text):
+        assert "one choice apart" in text
+        assert "97.5 % interval" in text
+        assert contrast.choice in re.sub(r"[\\\s]+", " ", text).replace(" _", "_").replace(" =", "=")
+
+
+def test_a_sweep_of_many_choices_is_not_taken_apart_pair_by_pair(make_run: Make) -> None:
+    folders = [make_run(accuracy=0.7, config={"order": f"order {k}"}) for k in range(9)]
+    assert len(summary_of(*folders[:8]).contrasts) == 28
+    assert summary_of(*folders).contrasts == ()
