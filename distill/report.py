@@ -29,8 +29,15 @@ from distill.verdicts import BASELINE_COMMAND, Contrast, Difference, Summary, Ve
 __all__ = ["find_runs", "read_run", "summarise", "tables", "to_html", "to_markdown", "to_text", "write_report"]
 
 NUM_SAMPLES, TEXT_WIDTH, NUM_RATIONALES = 8, 110, 12
+MOST_OF_A_SENTENCE = 1500  # characters
 NOTHING = "No distilled student was evaluated, so there is nothing to judge."
 NO_PRICES: Json = {}
+
+
+class Whole(str):
+    """A sentence of the report's own, of which the page leaves nothing out."""
+
+    __slots__ = ()
 
 
 class Outcome(NamedTuple):
@@ -222,7 +229,7 @@ def to_text(summary: Summary, given: Json = NO_PRICES) -> str:
     apart += (
         ["", *_aligned(contrast_titles(summary), [row[0] for row in rows], [row[1:] for row in rows])] if rows else []
     )
-    said = [textwrap.fill(visible(text, 1000), TEXT_WIDTH) for text in _remarks(summary)]
+    said = [textwrap.fill(visible(text, MOST_OF_A_SENTENCE), TEXT_WIDTH) for text in _remarks(summary)]
     rows = [cost_row(cost(arm, given)) for arm in summary.trained]
     narrow = [[text.replace("not measured", "-") for text in row[1:]] for row in rows]
     spent = _aligned(COST_TITLES, [row[0] for row in rows], narrow) if rows else []
@@ -341,7 +348,7 @@ def _contrast_values(contrast: Contrast) -> dict[str, Any]:
 
 
 def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
-    """One page that needs no network; all text in it is escaped, made visible and cut to 500 characters."""
+    """One page that needs no network; all text in it is escaped and made visible, all but verdicts cut to 500 characters."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
@@ -363,6 +370,7 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     names = {"cell": cell, "columns": columns(summary), "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}
     texts = {"cost_titles": COST_TITLES, "cost_row": cost_row, "cost_note": cost_note, "difference_row": difference_row}
     texts |= {"contrast_titles": contrast_titles, "contrast_row": contrast_row}
+    texts |= {"whole": lambda text: Whole(visible(text, MOST_OF_A_SENTENCE))}
     lines = {"titles": difference_titles(summary), "contamination": contamination_lines(summary.runs)}
     plain = {
         "flatten": flatten,

@@ -892,6 +892,16 @@ def test_arms_that_are_one_choice_apart_are_held_against_each_other(make_run: Ma
         assert contrast.choice in re.sub(r"[\\\s]+", " ", text).replace(" _", "_").replace(" =", "=")
 
 
+def test_a_verdict_is_told_to_its_end_however_long_its_arms_are_called(make_run: Make) -> None:
+    named = {f"setting_{k}": f"a rather long value {k}" for k in range(5)}
+    rationales = [{name: f"{value} {end}" for name, value in named.items()} for end in ("a", "b")]
+    summary = summary_of(make_run(("answer",)), *(make_run(config={"rationales": each}) for each in rationales))
+    page = Page(report.to_html(summary)).text
+    for verdict in summary.verdicts:
+        assert len(verdict.sentence) > 500
+        assert verdict.sentence in page
+
+
 def test_a_sweep_of_many_choices_is_not_taken_apart_pair_by_pair(make_run: Make) -> None:
     folders = [make_run(accuracy=0.7, config={"order": f"order {k}"}) for k in range(9)]
     assert len(summary_of(*folders[:8]).contrasts) == 28
