@@ -222,8 +222,8 @@ def test_every_section_can_be_seen(shown: Browser, page: Path) -> None:
     shown.open(page, 1280)
     titles = shown.ask("[...document.querySelectorAll('h2')].filter(e => e.offsetHeight > 0).map(e => e.textContent)")
     assert titles == [
-        "Differences", "One choice apart", "Results", "Comparison", "What mattered", "Cost and break-even", "Learning curves",
-        "Reliability", "Accuracy by the teacher's confidence", "Accuracy against size, latency and cost",
+        "Differences", "One choice apart", "Results", "Comparison", "What mattered", "Cost and break-even",
+        "Learning curves", "Reliability", "Accuracy by the teacher's confidence", "Accuracy against size, latency and cost",
         "Accuracy against data and size", "Each seed", "Sample predictions", "Rationales", "Cache and data",
         "Provenance", "How to read this",
     ]  # fmt: skip
