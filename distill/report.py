@@ -348,7 +348,7 @@ def _contrast_values(contrast: Contrast) -> dict[str, Any]:
 
 
 def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
-    """One page that needs no network; its text is escaped and made visible, and but for verdicts cut to 500 characters."""
+    """One page that needs no network; all text is escaped and made visible, all but verdicts cut to 500 characters."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True

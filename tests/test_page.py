@@ -166,7 +166,7 @@ def sweep(root: Path) -> list[Path]:
                 losses,
                 accuracy + 0.01 * seed,
                 seed,
-                config={"cost": cost, "max_new_tokens": labelled},
+                config={"cost": cost, "task": {"examples": {"num_labelled": labelled}}},
                 student={"peak_bytes": 1.2e9, "ms_per_example": 5.0},
                 predictions=told,
                 rationales=lessons if "rationale" in losses else None,
@@ -223,7 +223,8 @@ def test_every_section_can_be_seen(shown: Browser, page: Path) -> None:
     titles = shown.ask("[...document.querySelectorAll('h2')].filter(e => e.offsetHeight > 0).map(e => e.textContent)")
     assert titles == [
         "Differences", "One choice apart", "Results", "Comparison", "What mattered", "Cost and break-even",
-        "Learning curves", "Reliability", "Accuracy by the teacher's confidence", "Accuracy against size, latency and cost",
+        "Learning curves", "Reliability", "Accuracy by the teacher's confidence",
+        "Accuracy against size, latency and cost",
         "Accuracy against data and size", "Each seed", "Sample predictions", "Rationales", "Cache and data",
         "Provenance", "How to read this",
     ]  # fmt: skip
