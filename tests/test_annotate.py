@@ -149,6 +149,7 @@ def test_a_cache_can_be_looked_into_verified_and_mended(
         return capsys.readouterr().out
 
     assert "0 records are there, 58 are missing; they will take about" in annotate("dry_run=true")
+    assert "0 records are there, 66 are missing" in annotate("dry_run=true", "teacher.rationales_each=3")
     assert not (tmp_path / "cache").exists()
     annotate()
     assert "58 records are there, 0 are missing" in annotate("dry_run=true")
