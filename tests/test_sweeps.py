@@ -209,7 +209,7 @@ def test_a_sweep_that_is_asked_to_stop_saves_every_job_that_runs(
             assert process.poll() is None  # and each has done a few steps by then
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: each process is told
-        assert process.wait(60) == 85, (tmp_path / "log").read_text()
+        assert process.wait(150) == 85, (tmp_path / "log").read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
