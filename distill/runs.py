@@ -92,9 +92,9 @@ class Run:
     @cached_property
     def choices(self) -> Mapping[str, str]:
         """The configuration, flat, without what says only where and how the run was made."""
-        others = (*HOW, *(TEACHING if self.losses == ("answer",) else ()))
+        others = tuple(f"{part}." for part in (*HOW, *(TEACHING if self.losses == ("answer",) else ())))
         flat = flatten(self.config).items()
-        return {k: v for k, v in flat if not ({k, k.partition(".")[0]} & {*others} or PLACES.search(k))}
+        return {k: v for k, v in flat if not (f"{k}.".startswith(others) or PLACES.search(k))}
 
     @property
     def _start(self) -> object:

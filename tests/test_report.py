@@ -844,7 +844,7 @@ def test_runs_that_were_only_made_elsewhere_or_in_other_pieces_are_seeds_of_one_
     elsewhere = {
         "task": PLAIN["task"] | {"path": "/b/train.jsonl"},
         "teacher": PLAIN["teacher"] | {"kind": {"files": ["/b/said.jsonl"]}},
-        "trainer": PLAIN["trainer"] | {"devices": 2},
+        "trainer": PLAIN["trainer"] | {"devices": 2, "strategy": {"_target_": "a.Strategy"}},
         "microbatch_size": 4,
         "root": "/b",
         "cache": {"dir": None},
