@@ -138,10 +138,12 @@ def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     rivals = [_rival(arm, arms) for arm in distilled]
     num_arms = sum(rival is not None for rival in rivals)
     verdicts = [_judge(arm, rival, arms, level, num_arms) for arm, rival in zip(distilled, rivals, strict=True)]
-    return Summary(tuple(runs), tuple(arms), tuple(verdicts), _contrasts(arms, level), tuple(notes))
+    contrasts = _contrasts(arms, level, notes)
+    return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts, tuple(notes))
 
 
-def _contrasts(arms: Sequence[Arm], level: float) -> tuple[Contrast, ...]:
+def _contrasts(arms: Sequence[Arm], level: float, notes: list[str]) -> tuple[Contrast, ...]:
+    """Each two arms that are one choice apart; that they are too many to show anything is added to `notes`."""
     found = []
     for rival, arm in combinations((arm for arm in arms if arm.runs), 2):
         same = arm.losses == rival.losses and all(arm.settings[key] == rival.settings[key] for key in ("task", "test"))
@@ -149,6 +151,7 @@ def _contrasts(arms: Sequence[Arm], level: float) -> tuple[Contrast, ...]:
         if same and len({key.partition(".")[0] for key in chosen}) == 1:
             found.append((arm, rival, _choice(arm, rival, chosen)))
     if len(found) > MOST_CONTRASTS:
+        notes.append(f"{len(found)} pairs of arms are one choice apart: too many to be held against each other.")
         return ()
     return tuple(
         Contrast(" + ".join(arm.losses), choice, compare(arm, rival, level, len(found))) for arm, rival, choice in found
