@@ -29,12 +29,13 @@ from benchmarks.fidelity import Texts, kept, sizes
 from benchmarks.material import Asked
 from benchmarks.measure import Row, keep, medians
 from benchmarks.pairs import loss_of, stepped
-from distill.annotate import Source, plan
+from distill.annotation.fill import Source, plan
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.data import StepSampler, collate, entries
-from distill.lessons import Join, Records
-from distill.reading import PrefixedReader
+from distill.lessons.collate import collate, entries
+from distill.lessons.join import Join, Records
+from distill.lessons.loader import StepSampler
+from distill.models.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 
 _POSITIONS = 1000
@@ -210,7 +211,7 @@ def _every(read: Callable[[Sequence[int]], object], batches: Sequence[Sequence[i
 
 
 def _training_tensors(store: Store, places: Sequence[int]) -> peers.Tensors:
-    """As `distill.data` makes them of what a store gives."""
+    """As `distill.lessons.loader` makes them of what a store gives."""
     soft = store.soft_targets([(_key(place), "answer") for place in places]).for_training()
     found = entries(np.ones(len(soft), bool), soft)
     return found.position_E, found.ids_E, found.logprobs_E

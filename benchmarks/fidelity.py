@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import material
 from benchmarks.measure import Row
+from distill.annotation.codec_probe import Kept, pass_through
 from distill.cache import Codec
-from distill.cache.rs_kd import RandomSampling
-from distill.probe import Kept, pass_through
+from distill.cache.codecs.rs_kd import RandomSampling
 from distill.records import SoftTargets, spread
 
 Texts = Sequence[Float[Tensor, "N V"]]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import Run
-from distill.head import Head, Term, head_loss
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
+from distill.losses.head import Head, Term, head_loss
 from distill.records import Entries
 
 

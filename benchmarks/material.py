@@ -16,16 +16,17 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor
 
-from distill import config as configuration
-from distill.annotate import Source, open_source, plan
+from distill.annotation.fill import Source, open_source, plan
+from distill.annotation.teacher_module import TeacherModule
+from distill.app import config as configuration
 from distill.cache import Codec
 from distill.cache.store import Store
-from distill.modules import StudentModule, TeacherModule
-from distill.prompts import Layout, Prompts
-from distill.reading import PrefixedReader
+from distill.models.reading import PrefixedReader
+from distill.prompts.cues import Layout, Prompts
 from distill.records import Example, Request, Span, Splits
-from distill.student import open_student
+from distill.students.causal_lm import open_student
 from distill.teachers.causal_lm import CausalLMTeacher
+from distill.training.module import StudentModule
 
 _TOKENS_OF_A_TEXT = 200
 

@@ -23,16 +23,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import material
 from benchmarks.measure import Run
-from distill import config as configuration
+from distill.app import config as configuration
+from distill.app.progress import progress
 from distill.cache.store import Store
-from distill.data import StepSampler, collate
-from distill.head import head_loss
-from distill.lessons import Join, Lesson, Records, TrainingSequence
-from distill.models import native_dtype
-from distill.modules import StudentModule
-from distill.prompts import Layout, Prompts
+from distill.lessons.collate import collate
+from distill.lessons.join import Join, Lesson, Records, TrainingSequence
+from distill.lessons.loader import StepSampler
+from distill.losses.head import head_loss
+from distill.models.loading import native_dtype
+from distill.prompts.cues import Layout, Prompts
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
-from distill.tracking import progress
+from distill.training.module import StudentModule
 
 _EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
 _WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers

@@ -23,7 +23,7 @@ from typing import Any, final
 from benchmarks.heads import HEADS
 from benchmarks.measure import Row, Run, keep, medians, shown
 from benchmarks.pairs import PAIRS, TWO_TASKS, padding, per_step, two_tasks, ways
-from distill.models import flush_denormals
+from distill.models.loading import flush_denormals
 
 
 @dataclass(frozen=True)

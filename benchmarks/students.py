@@ -40,23 +40,24 @@ from torchmetrics.functional.classification import binary_calibration_error
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.measure import Row, keep
-from distill import models
+from distill.annotation.codec_probe import pass_through
+from distill.app.files import sha256
 from distill.cache import Codec
-from distill.cache.rs_kd import RandomSampling
-from distill.cache.sampled import Sampled
-from distill.cache.topk import TopK
-from distill.data import StepSampler, collate
-from distill.fetch import sha256
-from distill.head import head_loss
-from distill.lessons import Lesson, SoftPlace, TrainingSequence
+from distill.cache.codecs.rs_kd import RandomSampling
+from distill.cache.codecs.sampled import Sampled
+from distill.cache.codecs.topk import TopK
+from distill.lessons.collate import collate
+from distill.lessons.join import Lesson, SoftPlace, TrainingSequence
+from distill.lessons.loader import StepSampler
 from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
-from distill.modules import StudentModule
-from distill.probe import pass_through
-from distill.prompts import load_tokenizer
+from distill.losses.head import head_loss
+from distill.models import loading, naming
+from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Batch, Place, Prompt, SoftTargets, Span, content_id
-from distill.student import open_student
+from distill.students.causal_lm import open_student
+from distill.training.module import StudentModule
 
 CONF = Path(__file__).parent.parent / "conf"
 LABELS = Objective(CrossEntropy(), "rationale", "labels", 1.0, 1.0)
@@ -157,10 +158,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _new_runs(places: Sequence[tuple[str, int]], data: Path, root: Path, settings: Settings) -> Iterator[Run]:
     """Train and measure a student for each arm and seed."""
-    models.flush_denormals()
+    loading.flush_denormals()
     student = _conf("student/smollm2_6_layers.yaml")
-    folder = models.resolve(student["model"], root)
-    teacher = _read(models.resolve(_conf("teacher/smollm2_135m.yaml")["model"], root), data, settings)
+    folder = naming.resolve(student["model"], root)
+    teacher = _read(naming.resolve(_conf("teacher/smollm2_135m.yaml")["model"], root), data, settings)
     num_train = settings.num_steps * settings.batch_size
     train, held_out = teacher.texts[:num_train], teacher.texts[num_train:]
     arms = _arms(teacher, train)
@@ -228,7 +229,7 @@ def _read(folder: Path, data: Path, settings: Settings) -> Teacher:
             f"{data} has {len(short)}; lower num_steps or num_held_out"
         )
     ids, prompts = list(short)[:number], list(short.values())[:number]
-    model: Any = models.load(folder, torch.float32).eval()
+    model: Any = loading.load(folder, torch.float32).eval()
     hidden: dict[int, Tensor] = {}
     by_length = sorted(range(number), key=lambda index: len(prompts[index].ids))
     start = time.perf_counter()
@@ -397,7 +398,7 @@ def _hidden(module: StudentModule, batch: Batch) -> Float[Tensor, "N H"]:
 
 def _precision() -> torch.autocast:
     """Bodies compute in what the machine is fast in, heads in float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=models.native_dtype() == torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=loading.native_dtype() == torch.bfloat16)
 
 
 def _noted(notes: Path, settings: Settings) -> dict[tuple[str, int], Run]:

@@ -35,18 +35,19 @@ _IGNORED = (
 )
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
-from distill import config as configuration  # noqa: E402
+from distill.annotation.fill import Source, open_source  # noqa: E402
+from distill.app import config as configuration  # noqa: E402
+from distill.app.config import CONF  # noqa: E402
 from distill.cache import uniforms  # noqa: E402
-from distill.cache.dense import Dense  # noqa: E402
-from distill.cache.topk import TopK  # noqa: E402
-from distill.config import CONF  # noqa: E402
-from distill.filling import Source, open_source  # noqa: E402
-from distill.lessons import Lesson, SoftPlace, TrainingSequence  # noqa: E402
+from distill.cache.codecs.dense import Dense  # noqa: E402
+from distill.cache.codecs.topk import TopK  # noqa: E402
+from distill.lessons.join import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
-from distill.modules import StudentModule  # noqa: E402
-from distill.prompts import Layout, Prompts, load_tokenizer  # noqa: E402
+from distill.prompts.cues import Layout, Prompts  # noqa: E402
+from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Place, Request, SoftTargets  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
+from distill.training.module import StudentModule  # noqa: E402
 
 LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32

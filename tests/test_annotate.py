@@ -17,9 +17,9 @@ from conftest import CountingTeacher, compose, counted, grid, run, shards, start
 from omegaconf import DictConfig
 
 from distill.annotate import main
-from distill.filling import Share, fill, open_source, plan
-from distill.inspection import estimate, rescore
-from distill.records import CacheError, ConfigError
+from distill.annotation.fill import Share, fill, open_source, plan
+from distill.annotation.inspection import estimate, rescore
+from distill.errors import CacheError, ConfigError
 
 
 def tiny(root: Path, teacher: Path, *more: str) -> list[str]:

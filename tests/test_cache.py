@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from safetensors.numpy import load_file
 
+from distill.annotation.fill import fill, open_source
 from distill.cache.claims import Claims
+from distill.cache.codecs.topk import TopK
 from distill.cache.index import Index
 from distill.cache.store import Store, _sealed, difference, drop_shard, nearest_difference
-from distill.cache.topk import TopK
-from distill.filling import fill, open_source
-from distill.records import Annotation, CacheError, Example, Request, SoftTargets, Target
+from distill.errors import CacheError
+from distill.records import Annotation, Example, Request, SoftTargets, Target
 
 FINGERPRINT = {"teacher": {"weights": "abc", "dtype": "float32"}, "shots": ["one", "two"], "codec": {"k": 4}}
 CODEC = TopK(k=4, temperature=1.0)

@@ -15,17 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distill.cache import Codec, compact, uniforms
-from distill.cache.dense import Dense
-from distill.cache.topk import TopK
-from distill.curriculum import check_parts
-from distill.data import collate, entries
-from distill.evaluate import _divergence
-from distill.filling import open_source
-from distill.head import Head, Term, head_loss
+from distill.annotation.fill import open_source
+from distill.cache import Codec, uniforms
+from distill.cache.codecs import compact
+from distill.cache.codecs.dense import Dense
+from distill.cache.codecs.topk import TopK
+from distill.errors import CacheError, ConfigError
+from distill.evaluation.evaluate import _divergence
+from distill.lessons.collate import collate, entries
+from distill.lessons.curriculum import check_parts
 from distill.losses.forward_kl import ForwardKL
-from distill.prompts import Prompts
-from distill.records import CacheError, ConfigError, SoftTargets, Target, spread
+from distill.losses.head import Head, Term, head_loss
+from distill.prompts.cues import Prompts
+from distill.records import SoftTargets, Target, spread
 
 EVERY = pytest.mark.parametrize("name", conf_names("cache"))
 PARTIAL = pytest.mark.parametrize("name", [name for name in conf_names("cache") if name != "dense"])

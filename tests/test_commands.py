@@ -16,12 +16,12 @@ from conftest import WHOLE_STUDENT, compose, environment, reviews, run, tiny_ove
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.curriculum import prepare, teach
-from distill.evaluate import Evaluation
-from distill.prompts import load_tokenizer
-from distill.records import ConfigError
-from distill.student import open_student, weights_hash
-from distill.training import arrange, fit
+from distill.errors import ConfigError
+from distill.evaluation.evaluate import Evaluation
+from distill.lessons.curriculum import prepare, teach
+from distill.prompts.tokenizers import load_tokenizer
+from distill.students.causal_lm import open_student, weights_hash
+from distill.training.fit import arrange, fit
 
 pytestmark = pytest.mark.slow
 
@@ -155,14 +155,15 @@ def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, studen
 KEPT = """
 import atexit, gc, os
 gc.disable()  # nothing is collected unless the command says so
-from distill import config, train
-from distill.modules import StudentModule
+from distill import train
+from distill.app.command import command
+from distill.training.module import StudentModule
 
 def told():
     print("KEPT", sum(isinstance(each, StudentModule) for each in gc.get_objects()))
 
 atexit.register(told)
-config.command("train", train.main)
+command("train", train.main)
 """
 
 

@@ -12,9 +12,10 @@ from conftest import compose, conf_names
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from distill import config as configuration
-from distill.curriculum import prepare
-from distill.records import ConfigError
+from distill.app import config as configuration
+from distill.app.command import command
+from distill.errors import ConfigError
+from distill.lessons.curriculum import prepare
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
 GROUPS = ("task", "teacher", "student", "prompt", "cache", "rationales", "optim", "trainer", "callback", "tracking")
@@ -112,7 +113,7 @@ def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     code: Any = 0
     try:
-        configuration.command("train", work)
+        command("train", work)
     except SystemExit as stopped:
         code = stopped.code
     return code, capsys.readouterr().err

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import CONF
-from distill.fetch import sha256, whole_file
+from distill.app.config import CONF
+from distill.app.files import sha256, whole_file
 
 ROOT = CONF.parent
 CANARY = f"canary-{secrets.token_hex(16)}"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.contamination import Overlap, decontaminated, overlaps
-from distill.records import ConfigError, Example, Splits
+from distill.errors import ConfigError
+from distill.records import Example, Splits
+from distill.tasks.contamination import Overlap, decontaminated, overlaps
 
 WORDS = st.sampled_from(["a", "B", "b", "c’s", "don't", "ﬁn", "fin", "3.5", "-", "?!", "  "])
 QUESTIONS = st.lists(st.lists(WORDS, max_size=7).map(" ".join), max_size=6)

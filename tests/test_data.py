@@ -16,23 +16,15 @@ import torch
 from conftest import CountingTeacher, examples, lessons, read
 from omegaconf import DictConfig
 
+from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
-from distill.cache.topk import TopK
-from distill.curriculum import prepare, teach
-from distill.data import Arrangement, DistillData, StepSampler, collate
-from distill.lessons import Join, Lesson, Records, TrainingSequence
-from distill.prompts import Prompts
-from distill.records import (
-    SPANS,
-    Annotation,
-    CacheError,
-    CheckedRationale,
-    ConfigError,
-    Example,
-    Prompt,
-    SoftTargets,
-    Target,
-)
+from distill.errors import CacheError, ConfigError
+from distill.lessons.collate import collate
+from distill.lessons.curriculum import prepare, teach
+from distill.lessons.join import Join, Lesson, Records, TrainingSequence
+from distill.lessons.loader import Arrangement, DistillData, StepSampler
+from distill.prompts.cues import Prompts
+from distill.records import SPANS, Annotation, CheckedRationale, Example, Prompt, SoftTargets, Target
 
 
 def soft(number: int, k: int = 3) -> SoftTargets:

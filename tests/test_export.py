@@ -19,11 +19,13 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill import config as configuration
-from distill.export import export
-from distill.lm_eval import HarnessTask, harness_task
-from distill.prompts import Prompts, load_tokenizer
-from distill.records import ConfigError, Example
+from distill.app import config as configuration
+from distill.errors import ConfigError
+from distill.exports.folder import export
+from distill.exports.harness import HarnessTask, harness_task
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Example
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [

@@ -32,16 +32,18 @@ from test_cache import FINGERPRINT, annotation, filled, key, opened, stored
 from torch.utils.data import DataLoader, Dataset
 
 from distill.annotate import main
+from distill.annotation.fill import Share, fill, open_source, plan
+from distill.app.files import whole_file
 from distill.cache.claims import Claims
+from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store, nearest_difference
-from distill.cache.topk import TopK
-from distill.curriculum import prepare, teach
-from distill.data import collate
-from distill.fetch import whole_file
-from distill.filling import Share, fill, open_source, plan
-from distill.lessons import Join, Records
-from distill.prompts import Prompts, load_tokenizer
-from distill.records import Annotation, Batch, CacheError, Example, Request, Span, Target
+from distill.errors import CacheError
+from distill.lessons.collate import collate
+from distill.lessons.curriculum import prepare, teach
+from distill.lessons.join import Join, Records
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Annotation, Batch, Example, Request, Span, Target
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
 MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take

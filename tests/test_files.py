@@ -18,9 +18,10 @@ import pytest
 from conftest import compose
 from pyarrow import parquet
 
-from distill import config as configuration
-from distill.contamination import overlaps
-from distill.records import AnswerError, ConfigError, Splits
+from distill.app import config as configuration
+from distill.errors import AnswerError, ConfigError
+from distill.records import Splits
+from distill.tasks.contamination import overlaps
 from distill.tasks.files import AnswerFormat, FileTask
 
 ROWS = [
@@ -242,7 +243,7 @@ def test_what_is_no_file_is_told(tmp_path: Path) -> None:
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_one_clear_error() -> None:
     """In a process of its own, since datasets reads once whether it may use the network."""
     code = (
-        "from pathlib import Path; from distill.records import ConfigError; from distill import tables\n"
+        "from pathlib import Path; from distill.errors import ConfigError; from distill.tasks import tables\n"
         "try: tables.open_tables('nobody/nothing', Path('root'))\n"
         "except ConfigError as error: print(error)"
     )

@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 from test_recorded import recorded, without
 from transformers import AutoTokenizer
 
-from distill import forecast as forecasting
-from distill import models
-from distill.curriculum import Job, prepare, teach
-from distill.forecast import foresee
-from distill.records import ConfigError, Example
-from distill.train import forecast
+from distill.errors import ConfigError
+from distill.lessons.curriculum import Job, prepare, teach
+from distill.models import loading
+from distill.records import Example
+from distill.training import forecast as forecasting
+from distill.training.forecast import foresee
+from distill.training.job import forecast
 
 Configured = Callable[..., DictConfig]
 SPEAKING = ["teacher.num_rationales=9", "num_samples=2"]
@@ -223,7 +224,7 @@ def test_a_recorded_teacher_is_not_loaded_and_its_words_are_bounded(
 def test_the_weights_of_a_teacher_are_counted_in_the_type_they_are_loaded_in(
     configured: Configured, tmp_path: Path, teacher_folder: Path
 ) -> None:
-    numel = sum(p.numel() for p in models.load(teacher_folder, torch.float32).parameters())
+    numel = sum(p.numel() for p in loading.load(teacher_folder, torch.float32).parameters())
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         job = prepare(configured("loss=[answer]", f"teacher.kind.dtype={dtype}"), tmp_path)
         (weights,) = (f for f in foresee(job).findings if f.check == "weights")

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.head import Head, Shape, Term, head_loss, predicted_ids
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
+from distill.losses.head import Head, Shape, Term, head_loss, predicted_ids
 from distill.records import Entries
 
 N, V, H = 12, 30, 6
@@ -154,8 +154,8 @@ def test_many_losses_on_the_same_positions_equal_the_plain_formula() -> None:
 def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(
     num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.head._CPU_CHUNK_BYTES", 32 * V * 8)
-    monkeypatch.setattr("distill.head._FEWEST_ROWS", 1)
+    monkeypatch.setattr("distill.losses.head._CPU_CHUNK_BYTES", 32 * V * 8)
+    monkeypatch.setattr("distill.losses.head._FEWEST_ROWS", 1)
     ragged = soft_term(ForwardKL(), 5, 2.0, num)
     ragged = replace(ragged, targets=at_some(ragged.targets, torch.arange(num) % 3 < 2))
     terms = [soft_term(ForwardKL(), 5, 2.0, num), ragged, label_term(torch.arange(num) % V)]

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from distill import config as configuration
-from distill.cache.dense import Dense
-from distill.cache.topk import TopK
-from distill.data import entries
+from distill.app import config as configuration
+from distill.cache.codecs.dense import Dense
+from distill.cache.codecs.topk import TopK
+from distill.errors import ConfigError
+from distill.lessons.collate import entries
 from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
@@ -26,7 +27,7 @@ from distill.losses.jensen_shannon import JensenShannon
 from distill.losses.reverse_kl import ReverseKL
 from distill.losses.skew_kl import SkewKL, SkewReverseKL
 from distill.losses.total_variation import TotalVariation
-from distill.records import ConfigError, SoftTargets
+from distill.records import SoftTargets
 
 EVERY = pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
 SOFT = pytest.mark.parametrize("divergence", divergences("soft").values(), ids=lambda d: type(d).__name__)

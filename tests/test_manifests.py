@@ -14,9 +14,9 @@ import yaml
 from conftest import compose
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from distill import config as configuration
-from distill.modules import NonFiniteLossError
-from distill.records import CacheError, ConfigError, DistillError, OutOfMemoryError, PreemptedError
+from distill.app import config as configuration
+from distill.errors import CacheError, ConfigError, DistillError, OutOfMemoryError, PreemptedError
+from distill.training.module import NonFiniteLossError
 
 SCRIPTS = configuration.CONF.parent / "scripts"
 FILES = sorted((SCRIPTS / "kubernetes").glob("*.yaml"))

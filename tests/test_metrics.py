@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from distill.metrics import extra_bytes, median_milliseconds
+from distill.app.machine import extra_bytes, median_milliseconds
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its highest memory")
 
@@ -36,7 +36,7 @@ def test_times_are_taken_in_turn_and_the_first_is_not_counted(monkeypatch: pytes
         seen.append((name, question))
         clock[0] += seconds[name, question]
 
-    monkeypatch.setattr("distill.metrics.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("distill.app.machine.time.perf_counter", lambda: clock[0])
     found = median_milliseconds({n: lambda q, n=n: answer(n, q) for n in "ab"}, range(3))
     assert seen == [(name, question) for question in range(3) for name in "ab"]
     assert found == {"a": 2000.0, "b": 5000.0}

@@ -54,19 +54,20 @@ from transformers import (
     Qwen3Config,
 )
 
-from distill import config as configuration
-from distill import data, modules
-from distill.cache.dense import Dense
-from distill.curriculum import prepare, teach
-from distill.data import collate
-from distill.evaluate import Evaluation
-from distill.head import head_loss, predicted_ids
-from distill.lessons import Lesson, TrainingSequence
-from distill.modules import NonFiniteLossError, StudentModule
-from distill.prompts import Prompts
+from distill.app import config as configuration
+from distill.cache.codecs.dense import Dense
+from distill.evaluation.evaluate import Evaluation
+from distill.lessons import loader as data
+from distill.lessons.collate import collate
+from distill.lessons.curriculum import prepare, teach
+from distill.lessons.join import Lesson, TrainingSequence
+from distill.losses.head import head_loss, predicted_ids
+from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
-from distill.student import open_student
-from distill.training import arrange, fit
+from distill.students.causal_lm import open_student
+from distill.training import module as modules
+from distill.training.fit import arrange, fit
+from distill.training.module import NonFiniteLossError, StudentModule
 
 Values = dict[str, Tensor]
 BATCH, STEPS, RATE = 8, 2, 0.05

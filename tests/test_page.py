@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from test_report import HOSTILE, answers, lesson, write_run
 
-from distill import report
+from distill.reports import page as report
 
 PATH = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

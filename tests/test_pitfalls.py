@@ -17,15 +17,17 @@ from omegaconf import DictConfig
 from test_annotate import tiny
 from test_teacher import asked, opened, same
 
-from distill import models
 from distill.annotate import main
-from distill.cache.dense import Dense
+from distill.annotation.fill import fill, open_source, without_answers
+from distill.cache.codecs.dense import Dense
+from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
-from distill.cache.topk import TopK
-from distill.evaluate import Evaluation, speeds
-from distill.filling import fill, open_source, without_answers
-from distill.prompts import Prompts, load_tokenizer
-from distill.records import Annotation, CacheError, Example, Request, Splits
+from distill.errors import CacheError
+from distill.evaluation.evaluate import Evaluation, speeds
+from distill.models import loading
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Annotation, Example, Request, Splits
 
 SHOWN = examples(2)
 
@@ -222,7 +224,7 @@ def test_a_test_question_that_is_too_long_counts_as_wrong_and_does_not_end_the_r
 ) -> None:
     source = open_source(configured())
     given = [source.splits.test[0], Example("how " * 400 + "many?", "7"), *source.splits.test[1:]]
-    model = models.load(student_folder, torch.float32)
+    model = loading.load(student_folder, torch.float32)
     evaluation = Evaluation(model, prompts, source.task, "direct", 6)
     found = evaluation.predict(given, {})
     assert [p.example_id for p in found] == [example.id for example in given]

@@ -15,17 +15,19 @@ import pytest
 import torch
 from conftest import WHOLE_STUDENT, compose, make_model, objectives, student_module, tiny_overrides
 
-from distill import modules
-from distill.curriculum import prepare, teach
-from distill.data import Arrangement, DistillData, collate
-from distill.lessons import Lesson
+from distill.app.machine import free_memory
+from distill.lessons.collate import collate
+from distill.lessons.curriculum import prepare, teach
+from distill.lessons.join import Lesson
+from distill.lessons.loader import Arrangement, DistillData
 from distill.losses import Objective
-from distill.modules import StudentModule
-from distill.preflight import Finding, Plan, _without_trace, preflight, table
-from distill.preflight.needs import _measured_step, _states_per_weight, free_memory
-from distill.preflight.plan import collated
 from distill.records import Annotation, Batch, Place, SoftTargets
-from distill.student import open_student
+from distill.students.causal_lm import open_student
+from distill.training import module as modules
+from distill.training.module import StudentModule
+from distill.training.preflight import Finding, Plan, _without_trace, preflight, table
+from distill.training.preflight.needs import _measured_step, _states_per_weight
+from distill.training.preflight.plan import collated
 
 LOSSES = ("answer", "kl", "rationale")
 
@@ -131,7 +133,7 @@ def test_labels_off_by_one_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatc
         batch = collate(lessons, *rest)
         return replace(batch, before_N=batch.before_N - 1)
 
-    monkeypatch.setattr("distill.preflight.plan.collate", late)
+    monkeypatch.setattr("distill.training.preflight.plan.collate", late)
     found = checked(sound)
     assert found["labels"].stops
     assert "self-KL" not in found  # nothing is run that cannot work
@@ -164,7 +166,7 @@ def test_padding_that_is_seen_is_found(sound: Plan, monkeypatch: pytest.MonkeyPa
         before_N = batch.before_N + pad_B[batch.sequence_N]
         return replace(batch, input_ids_BT=torch.stack(rows), mask_BT=torch.ones_like(batch.mask_BT), before_N=before_N)
 
-    monkeypatch.setattr("distill.preflight.plan.collate", on_the_left)
+    monkeypatch.setattr("distill.training.preflight.plan.collate", on_the_left)
     found = checked(sound)
     assert found["labels"].passed
     assert found["mask"].stops

@@ -10,8 +10,8 @@ import torch
 from conftest import compose, grid, tiny_overrides
 
 from distill.annotate import main
-from distill.cache.dense import Dense
-from distill.probe import Fidelity, candidates, compare, recommended
+from distill.annotation.codec_probe import Fidelity, candidates, compare, recommended
+from distill.cache.codecs.dense import Dense
 from distill.records import SoftTargets
 
 

@@ -10,8 +10,10 @@ import pytest
 from conftest import LAYOUT, arithmetic, examples, make_model, make_tokenizer
 from tokenizers import Tokenizer
 
-from distill.prompts import Prompts, check_shared_vocabulary, load_tokenizer
-from distill.records import ConfigError, Example, Prompt
+from distill.errors import ConfigError
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
+from distill.records import Example, Prompt
 
 SHOTS = arithmetic().shots()
 QUESTION = Example("Ann has 3 pens. How many pens does Ann have?", "3", "Nothing is added to 3.")

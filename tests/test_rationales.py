@@ -14,11 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distill import config as configuration
-from distill.config import CONF
-from distill.expressions import value_of
-from distill.rationales import Checks, check, has_wrong_arithmetic, is_foreign, leaks, repetition, yield_by_reason
-from distill.records import Annotation, CheckedRationale, ConfigError, Example
+from distill.annotation.rationales import (
+    Checks,
+    check,
+    has_wrong_arithmetic,
+    is_foreign,
+    leaks,
+    repetition,
+    yield_by_reason,
+)
+from distill.app import config as configuration
+from distill.app.config import CONF
+from distill.errors import ConfigError
+from distill.records import Annotation, CheckedRationale, Example
+from distill.tasks.expressions import value_of
 
 SOUND = "First 40 and then 2 more make 42."
 
@@ -32,7 +41,7 @@ def values(name: str) -> dict[str, Any]:
 def checks(name: str = "all", **settings: Any) -> Checks:
     """The checks of a file in conf/rationales/, some of them changed."""
     given = values(name) | settings
-    assert given.pop("_target_") == "distill.rationales.Checks"
+    assert given.pop("_target_") == "distill.annotation.rationales.Checks"
     return Checks(**given)
 
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from distill.cache import uniforms
-from distill.reading import PrefixedReader, draw
-from distill.records import ConfigError
+from distill.errors import ConfigError
+from distill.models.reading import PrefixedReader, draw
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {

@@ -13,10 +13,11 @@ import torch
 from conftest import CountingTeacher, compose, tiny_overrides
 from omegaconf import DictConfig
 
-from distill.curriculum import prepare, teach
-from distill.filling import fill, loaded, open_source
-from distill.records import ConfigError, Example, Splits
-from distill.train import distill
+from distill.annotation.fill import fill, loaded, open_source
+from distill.errors import ConfigError
+from distill.lessons.curriculum import prepare, teach
+from distill.records import Example, Splits
+from distill.training.job import distill
 
 Configured = Callable[..., DictConfig]
 

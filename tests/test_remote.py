@@ -14,7 +14,7 @@ from test_annotate import tiny
 from test_cache import CODEC, FINGERPRINT, annotation, key, stored
 
 from distill.cache.store import Store, drop_shard
-from distill.records import CacheError, ConfigError
+from distill.errors import CacheError, ConfigError
 
 
 def opened(tmp_path: Path, machine: str = "one") -> Store:

@@ -18,9 +18,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from distill import charts, report, runs
-from distill.records import ConfigError
-from distill.statistics import detectable, family_level, paired_interval
+from distill.errors import ConfigError
+from distill.reports import charts, runs
+from distill.reports import page as report
+from distill.reports.statistics import detectable, family_level, paired_interval
 
 Make = Callable[..., Path]
 HOSTILE = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202eright-to-left \ud800 | `code` **bold** $x_1$"

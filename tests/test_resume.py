@@ -17,13 +17,14 @@ import torch
 from conftest import WHOLE_STUDENT, compose, make_model, tiny_overrides
 from torch import Tensor
 
-from distill import checkpoints as checkpoints_of
-from distill import preemption
-from distill.checkpoints import checked, newest
-from distill.curriculum import prepare, teach
-from distill.records import Batch, ConfigError, PreemptedError
-from distill.student import open_student
-from distill.training import arrange, fit
+from distill.app import preemption
+from distill.errors import ConfigError, PreemptedError
+from distill.lessons.curriculum import prepare, teach
+from distill.records import Batch
+from distill.students.causal_lm import open_student
+from distill.training import checkpoints as checkpoints_of
+from distill.training.checkpoints import checked, newest
+from distill.training.fit import arrange, fit
 
 # Lightning sees that the loader has no state; it needs none, its order being a function of the steps that are done.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")]

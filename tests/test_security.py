@@ -23,16 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
-from conftest import (
-    LAYOUT,
-    WHOLE_STUDENT,
-    arithmetic,
-    compose,
-    environment,
-    make_model,
-    make_tokenizer,
-    tiny_overrides,
-)
+from conftest import LAYOUT, WHOLE_STUDENT, arithmetic, compose, environment, make_model, make_tokenizer, tiny_overrides
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,31 +33,39 @@ from packaging.utils import canonicalize_name
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from distill import annotate, filling, models, tables
-from distill import config as configuration
+from distill import annotate
+from distill.annotation import fill as filling
+from distill.annotation.fill import open_source
+from distill.annotation.rationales import has_wrong_arithmetic, leaks
+from distill.app import config as configuration
+from distill.app.command import command, tell
+from distill.app.console import say
+from distill.app.files import sha256, whole_file
+from distill.app.tracking import artifact_name
 from distill.cache.claims import Claims
+from distill.cache.codecs.topk import TopK
 from distill.cache.shard import SUFFIXES
 from distill.cache.store import Store
-from distill.cache.topk import TopK
-from distill.curriculum import prepare, teach
-from distill.evaluate import Evaluation
-from distill.export import export
-from distill.expressions import value_of
-from distill.fetch import sha256, whole_file
-from distill.filling import open_source
-from distill.lm_eval import harness_task
-from distill.prompts import Prompts, load_tokenizer
-from distill.rationales import has_wrong_arithmetic, leaks
-from distill.records import Annotation, AnswerError, CacheError, ConfigError, Example, content_id
-from distill.report import read_run, to_html, to_markdown, to_text
-from distill.report import summarise as summary_of
-from distill.student import open_student
+from distill.errors import AnswerError, CacheError, ConfigError
+from distill.evaluation.evaluate import Evaluation
+from distill.exports.folder import export
+from distill.exports.harness import harness_task
+from distill.lessons.curriculum import prepare, teach
+from distill.models import loading, naming
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Annotation, Example, content_id
+from distill.reports.page import to_html, to_markdown, to_text
+from distill.reports.runs import read_run
+from distill.reports.verdicts import summarise as summary_of
+from distill.students.causal_lm import open_student
+from distill.tasks import tables
+from distill.tasks.expressions import value_of
 from distill.tasks.files import AnswerFormat, Columns, examples_of
 from distill.teachers.causal_lm import CausalLMTeacher
-from distill.tracking import artifact_name, say
-from distill.training import arrange, fit
+from distill.training.fit import arrange, fit
 
-ROOT = Path(configuration.__file__).parent.parent
+ROOT = Path(configuration.__file__).parents[2]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 TRICKS = ["", ".", "..", "../../x", "/etc/passwd", "a/../../b", "\0", "x" * 999, "．．／", "~", "~nobody/x"]
@@ -152,7 +151,7 @@ def test_a_model_folder_of_pickles_is_refused_and_not_run(name: str, tmp_path: P
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Evil(marker)}, folder / name)
     with pytest.raises(ConfigError, match="does not open as a causal language model"):
-        models.load(folder, torch.float32)
+        loading.load(folder, torch.float32)
 
 
 def test_a_cache_of_pickles_is_refused_and_not_run(tmp_path: Path, marker: Path) -> None:
@@ -231,8 +230,8 @@ def test_a_command_is_not_talked_into_running_code(
 
 def test_a_model_that_transformers_knows_is_opened_without_the_code_beside_it(tmp_path: Path, marker: Path) -> None:
     folder = with_code(make_model(tmp_path / "model", seed=1), marker)
-    assert models.resolve(str(folder), tmp_path) == folder
-    assert type(models.load(folder, torch.float32)).__module__.startswith("transformers.")
+    assert naming.resolve(str(folder), tmp_path) == folder
+    assert type(loading.load(folder, torch.float32)).__module__.startswith("transformers.")
     assert type(load_tokenizer(folder)).__module__.startswith("transformers.")
 
 
@@ -249,7 +248,7 @@ def written(folder: Path) -> set[Path]:
 def test_a_models_name_gives_a_folder_or_a_message_and_writes_nothing(name: str, tmp_path: Path) -> None:
     before = written(tmp_path)
     with suppress(ConfigError):
-        assert models.resolve(name, tmp_path / "root").is_dir()
+        assert naming.resolve(name, tmp_path / "root").is_dir()
     assert written(tmp_path) == before
 
 
@@ -269,7 +268,7 @@ HASHES = {"sha256": "0" * 64, "package": "1" * 64}
 )
 def test_a_package_is_named_in_the_one_form_that_pip_is_told(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
-        models.resolve(name, tmp_path)
+        naming.resolve(name, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -502,7 +501,7 @@ def commanded(name: str, work: Callable[[DictConfig], Any]) -> tuple[Any, str]:
     said, code = io.StringIO(), 0
     with redirect_stderr(said), redirect_stdout(said):
         try:
-            configuration.command(name, work)
+            command(name, work)
         except SystemExit as stopped:
             code = stopped.code or 0
     return code, said.getvalue()
@@ -636,12 +635,12 @@ TARGETS = [
     "peft.load_peft_weights",
     "peft.PeftModel",
     "hydra.utils.instantiate",
-    "distill.fetch.subprocess.run",
-    "distill.fetch.subprocess",
-    "distill.fetch.tempfile",
-    "distill.fetch.Path",
-    "distill.models.snapshot_download",
-    "distill.config.importlib",
+    "distill.models.fetch.subprocess.run",
+    "distill.models.fetch.subprocess",
+    "distill.models.fetch.tempfile",
+    "distill.models.fetch.Path",
+    "distill.models.naming.snapshot_download",
+    "distill.app.command.importlib",
 ]
 
 
@@ -791,7 +790,7 @@ def test_a_huge_text_is_cut_where_it_is_said() -> None:
     said = io.StringIO()
     with redirect_stderr(said):
         say("x" * 10**7)
-        configuration.tell(ConfigError("y" * 10**7, "z"))
+        tell(ConfigError("y" * 10**7, "z"))
     assert len(said.getvalue()) < 50_000
 
 
@@ -849,7 +848,7 @@ def test_no_mark_of_a_chat_arises_from_data(mark: str, tmp_path: Path) -> None:
 
 def silent_model(folder: Path) -> Path:
     """A model whose every hidden state is zero, so that it writes <s> for ever, which is no text."""
-    model = models.load(make_model(folder, seed=1), torch.float32)
+    model = loading.load(make_model(folder, seed=1), torch.float32)
     with torch.no_grad():
         model.base_model.norm.weight.zero_()
     model.save_pretrained(folder)

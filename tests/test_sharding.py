@@ -89,8 +89,9 @@ def test_a_run_goes_on_sharded_and_whole_with_any_number_of_processes(root: Path
 
 HELD = """
 import torch
-from distill import config, train
-from distill.checkpoints import Checkpoints
+from distill import train
+from distill.app.command import command
+from distill.training.checkpoints import Checkpoints
 end = Checkpoints.on_train_end
 def told(self, trainer, module):
     optimizer = trainer.optimizers[0]
@@ -101,7 +102,7 @@ def told(self, trainer, module):
     print(" ".join(words) + "\\n", end="", flush=True)  # in one piece, beside the other process
     end(self, trainer, module)
 Checkpoints.on_train_end = told
-config.command("train", train.main)
+command("train", train.main)
 """
 
 

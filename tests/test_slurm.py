@@ -19,7 +19,7 @@ import torch
 from conftest import compose, environment, run, tiny_overrides
 from safetensors.torch import load_file
 
-from distill.filling import open_source
+from distill.annotation.fill import open_source
 
 pytestmark = [pytest.mark.slurm, pytest.mark.enable_socket, pytest.mark.timeout(600)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from distill import statistics
+from distill.reports import statistics
 
 Matrix = NDArray[np.float64]
 
@@ -227,5 +227,5 @@ def test_groups_of_one_value_or_of_the_same_mean_explain_nothing(groups: list[li
 
 
 def test_statistics_need_no_torch() -> None:
-    asked = "import distill.statistics, sys; sys.exit('torch' in sys.modules)"
+    asked = "import distill.reports.statistics, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0

@@ -14,15 +14,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from distill import config as configuration
-from distill.curriculum import prepare, teach
-from distill.data import collate
-from distill.head import head_loss
-from distill.prompts import Prompts
-from distill.reading import PrefixedReader
-from distill.records import ConfigError
-from distill.student import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.training import arrange, fit
+from distill.app import config as configuration
+from distill.errors import ConfigError
+from distill.lessons.collate import collate
+from distill.lessons.curriculum import prepare, teach
+from distill.losses.head import head_loss
+from distill.models.reading import PrefixedReader
+from distill.prompts.cues import Prompts
+from distill.students.causal_lm import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
+from distill.training.fit import arrange, fit
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 1]])
 

@@ -21,9 +21,9 @@ import torch
 from conftest import environment, start, tiny_overrides
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints import step_of
-from distill.prompts import load_tokenizer
+from distill.prompts.tokenizers import load_tokenizer
 from distill.records import content_id
+from distill.training.checkpoints import step_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -192,10 +192,11 @@ def test_several_processes_stop_together_leave_no_orphan_and_lose_nothing(root: 
 NOTED = """
 import json, os, signal
 from pathlib import Path
-from distill import preemption
+from distill.app import preemption
 preemption.watch()
-from distill import config, train
-from distill.modules import StudentModule
+from distill import train
+from distill.app.command import command
+from distill.training.module import StudentModule
 work = StudentModule.training_step
 def noted(module, batch):
     with Path(os.environ["NOTES"], str(os.getpid())).open("a") as notes:
@@ -205,7 +206,7 @@ def noted(module, batch):
         os.kill(os.getpid(), signal.SIGUSR1)
     return work(module, batch)
 StudentModule.training_step = noted
-config.command("train", train.main)
+command("train", train.main)
 """
 
 
@@ -348,14 +349,15 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_step(
 
 
 TOLD = """
-from distill import config, train
+from distill import train
+from distill.app.command import command
 work = train.main
 def main(given):
     accuracy = work(given)
     print(f"GAVE {accuracy}\\n", end="")  # in one piece, beside the other process
     return accuracy
 train.main = main
-config.command("train", main)
+command("train", main)
 """
 
 
@@ -377,14 +379,16 @@ def test_torchrun_gives_every_process_the_same_accuracy_and_one_folder(root: Pat
 
 SHORT_OF_MEMORY = """
 import resource, sys
-from distill import config, train
+from distill import train
+from distill.app.command import command
+from distill.training import job
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
-work = train.fit
+work = job.fit
 def fit(*given):
     resource.setrlimit(resource.RLIMIT_AS, ((used + 300_000) * 1024, -1))
     return work(*given)
-train.fit = fit
-config.command("train", train.main)
+job.fit = fit
+command("train", train.main)
 """
 
 
@@ -400,9 +404,10 @@ def test_a_full_memory_is_told_with_what_to_make_smaller(root: Path, overrides: 
 
 SHORT_OF_DISK = """
 import resource
-from distill import config, train
+from distill import train
+from distill.app.command import command
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))
-config.command("train", train.main)
+command("train", train.main)
 """
 
 
@@ -420,7 +425,8 @@ SOAK = """
 import gc, json, os
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
-from distill import config, train
+from distill import train
+from distill.app.command import command
 class Looks(Callback):
     most = 0
     def on_train_batch_end(self, trainer, *_):
@@ -431,13 +437,14 @@ class Looks(Callback):
             found = {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
             found |= {"bytes": pages * os.sysconf("SC_PAGESIZE"), "checkpoints": self.most}
             print("LOOK", json.dumps(found), flush=True)
-arrange = train.arrange
+from distill.training import job
+arrange = job.arrange
 def looked_at(*given):
     training = arrange(*given)
     training.trainer.callbacks.append(Looks())
     return training
-train.arrange = looked_at
-config.command("train", train.main)
+job.arrange = looked_at
+command("train", train.main)
 """
 
 

@@ -27,10 +27,12 @@ from test_tracking import inspected
 from transformers import AutoModelForCausalLM
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from distill import config as configuration
-from distill.curriculum import prepare
-from distill.evaluate import Evaluation
-from distill.records import ConfigError
+from distill.app import config as configuration
+from distill.app.command import command
+from distill.app.overrides import check_command_line
+from distill.errors import ConfigError
+from distill.evaluation.evaluate import Evaluation
+from distill.lessons.curriculum import prepare
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
 MADE_RANKS = ("LOCAL_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
@@ -45,7 +47,7 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         monkeypatch.setattr(sys, "argv", ["train", "-m", *WHOLE, f"root={tmp_path}", *arguments])
         code: Any = 0
         try:
-            configuration.command("train", work)
+            command("train", work)
         except SystemExit as stopped:
             code = stopped.code
         return code, capsys.readouterr().err
@@ -344,7 +346,7 @@ def test_a_single_run_may_start_its_own_ranks(
     ran = []
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["train", *WHOLE, f"root={tmp_path}", "trainer.devices=2"])
-    configuration.command("train", lambda config: ran.append(config.trainer.devices))
+    command("train", lambda config: ran.append(config.trainer.devices))
     assert ran == [2]
 
 
@@ -370,7 +372,7 @@ def test_what_a_wandb_agent_runs_is_a_configuration_of_the_train_command(name: s
         for word in sweep["command"][4:]:
             words = create_sweep_command_args({"args": given})["args_no_hyphens"]
             line += words if word == "${args_no_hyphens}" else [word]
-        configuration._check_command_line("train", line)
+        check_command_line("train", line)
         config = compose(*line)
         configuration.check(config)
         for key, value in zip(sweep["parameters"], values, strict=True):

@@ -10,8 +10,9 @@ import pytest
 from conftest import arithmetic, compose, conf_names
 from omegaconf import DictConfig, OmegaConf
 
-from distill import config as configuration
-from distill.records import AnswerError, ConfigError, Example, Splits, content_id
+from distill.app import config as configuration
+from distill.errors import AnswerError, ConfigError
+from distill.records import Example, Splits, content_id
 from distill.tasks.movie_reviews import read_ratings
 
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}

@@ -26,18 +26,19 @@ from conftest import (
 )
 from omegaconf import DictConfig
 
-from distill import config as configuration
+from distill.annotation.fill import fill, open_source
+from distill.annotation.teacher_module import TeacherModule
+from distill.app import config as configuration
 from distill.cache import uniforms
-from distill.cache.dense import Dense
-from distill.curriculum import prepare, teach
-from distill.filling import fill, open_source
-from distill.modules import TeacherModule
-from distill.prompts import Prompts
-from distill.reading import PrefixedReader
-from distill.records import Annotation, AnswerError, ConfigError, Example, Group, Request, SoftTargets, Splits, Target
-from distill.student import open_student
-from distill.train import distill
-from distill.training import arrange, fit
+from distill.cache.codecs.dense import Dense
+from distill.errors import AnswerError, ConfigError
+from distill.lessons.curriculum import prepare, teach
+from distill.models.reading import PrefixedReader
+from distill.prompts.cues import Prompts
+from distill.records import Annotation, Example, Group, Request, SoftTargets, Splits, Target
+from distill.students.causal_lm import open_student
+from distill.training.fit import arrange, fit
+from distill.training.job import distill
 
 
 class Verbs:

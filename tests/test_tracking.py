@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from conftest import compose
 
-from distill import config as configuration
-from distill.records import ConfigError
-from distill.tracking import NoTracking
+from distill.app import config as configuration
+from distill.app.tracking import NoTracking
+from distill.errors import ConfigError
 
 RUN = """
 import json, os, sys
 from pathlib import Path
 import lightning
 from conftest import compose
-from distill import config as configuration
+from distill.app import config as configuration
 
 root = Path(sys.argv[1])
 ended = []
@@ -134,7 +134,7 @@ GOES_ON = """
 import json, sys
 from pathlib import Path
 from conftest import compose
-from distill import config as configuration
+from distill.app import config as configuration
 
 folders = []
 for part in (range(3), range(3, 5)):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
-from distill.fetch import whole_file
+from distill.app.files import whole_file
 
 
 @final

@@ -14,8 +14,8 @@ from typing import Any, final
 
 import fsspec
 
-from distill.fetch import whole_file
-from distill.records import ConfigError
+from distill.app.files import whole_file
+from distill.errors import ConfigError
 
 
 @final

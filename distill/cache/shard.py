@@ -33,10 +33,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save
 
+from distill.app.files import whole_file
 from distill.cache import Codec
 from distill.cache.index import KEY_BYTES
-from distill.fetch import whole_file
-from distill.records import SPANS, Annotation, CacheError, SoftTargets, Span, Target
+from distill.errors import CacheError
+from distill.records import SPANS, Annotation, SoftTargets, Span, Target
 
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8"}
 _NAME = re.compile(r"[0-9a-f]{16}")

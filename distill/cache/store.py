@@ -30,13 +30,14 @@ from typing import Any, final
 
 import numpy as np
 
+from distill.app.files import sync_folder, whole_file
 from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
 from distill.cache.remote import Remote
 from distill.cache.shard import SUFFIXES, Shard, axis_of, write_shard
-from distill.fetch import sync_folder, whole_file
-from distill.records import Annotation, CacheError, Group, Place, Request, SoftTargets, distinct
+from distill.errors import CacheError
+from distill.records import Annotation, Group, Place, Request, SoftTargets, distinct
 
 FORMAT = 2
 _DAY_SECONDS = 86_400

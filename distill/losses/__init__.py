@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.records import ConfigError, Span
+from distill.errors import ConfigError
+from distill.records import Span
 
 
 @runtime_checkable

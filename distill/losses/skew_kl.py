@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.records import ConfigError
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import final
 
-from distill.records import AnswerError, ConfigError, Example, Splits
+from distill.errors import AnswerError, ConfigError
+from distill.records import Example, Splits
 
 _NAMES = ("Ada", "Ben", "Chloe", "Dan", "Eva", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo")
 _THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "tickets", "stones", "cards", "eggs")

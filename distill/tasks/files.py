@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
-from distill.expressions import value_of
-from distill.records import AnswerError, ConfigError, Example, Splits
-from distill.tables import Table, check_columns, composed, open_tables, pick, pieces_of, refuse, text_of
+from distill.errors import AnswerError, ConfigError
+from distill.records import Example, Splits
+from distill.tasks.expressions import value_of
+from distill.tasks.tables import Table, check_columns, composed, open_tables, pick, pieces_of, refuse, text_of
 
 Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
 Read = Callable[[str], tuple[str, str]]  # a text to its canonical answer, and what stands behind that

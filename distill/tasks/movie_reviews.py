@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from distill.fetch import from_pypi
-from distill.records import AnswerError, ConfigError, Example, Splits
+from distill.errors import AnswerError, ConfigError
+from distill.models.fetch import from_pypi
+from distill.records import Example, Splits
 
 _MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 

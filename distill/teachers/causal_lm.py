@@ -20,11 +20,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill import models
 from distill.cache import Codec, uniforms
-from distill.prompts import Prompts
-from distill.reading import PrefixedReader, Reading
-from distill.records import Annotation, AnswerError, ConfigError, Example, Request, SoftTargets, Span, Target
+from distill.errors import AnswerError, ConfigError
+from distill.models import loading
+from distill.models.reading import PrefixedReader, Reading
+from distill.prompts.cues import Prompts
+from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
 from distill.tasks import Task
 
 
@@ -58,7 +59,7 @@ class CausalLMTeacher:
                 "positive, and top_p above 0 and at most 1; for the most likely words ask for one rationale"
             )
         self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
-        self._dtype = models.native_dtype() if dtype == "auto" else getattr(torch, dtype)
+        self._dtype = loading.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
         self._calibration = tuple(calibration) if task.choices else ()
@@ -74,7 +75,7 @@ class CausalLMTeacher:
     def fingerprint(self) -> dict[str, Any]:
         """Weights, prompts, numbers' type, generation, calibration and the software that computes."""
         return {
-            "model": models.fingerprint(self._folder),
+            "model": loading.fingerprint(self._folder),
             "dtype": str(self._dtype).removeprefix("torch."),
             "backend": {name: version(name) for name in ("torch", "transformers")},
             "prompts": self._prompts.fingerprint(),
@@ -90,7 +91,7 @@ class CausalLMTeacher:
 
     def load(self) -> nn.Module:
         """Open the weights, frozen and in eval mode."""
-        model: nn.Module = models.load(self._folder, self._dtype).eval().requires_grad_(False)
+        model: nn.Module = loading.load(self._folder, self._dtype).eval().requires_grad_(False)
         self._model: Any = model
         return model
 

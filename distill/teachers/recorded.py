@@ -10,10 +10,11 @@ from typing import Any, final
 from torch import nn
 
 from distill.cache import Codec
-from distill.prompts import Prompts
-from distill.records import Annotation, AnswerError, ConfigError, Example, Request, content_id
-from distill.tables import check_columns, composed, pieces_of, read_file, refuse, text_of
+from distill.errors import AnswerError, ConfigError
+from distill.prompts.cues import Prompts
+from distill.records import Annotation, Example, Request, content_id
 from distill.tasks import Task
+from distill.tasks.tables import check_columns, composed, pieces_of, read_file, refuse, text_of
 
 
 @final

@@ -1,0 +1,41 @@
+"""A frozen teacher as a LightningModule that only predicts."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import lightning
+import torch
+
+from distill.errors import CacheError
+from distill.records import Annotation, Group
+from distill.teachers import Teacher
+
+
+@final
+class TeacherModule(lightning.LightningModule):
+    """A frozen teacher, for `Trainer.predict` alone."""
+
+    def __init__(self, teacher: Teacher, batch_size: int) -> None:
+        """`batch_size` requests pass through the model together."""
+        super().__init__()
+        self._teacher, self._batch_size = teacher, batch_size
+        self.model = teacher.load()
+
+    def train(self, mode: bool = True) -> TeacherModule:
+        # A teacher never trains, whatever a trainer asks of its module.
+        return super().train(False)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+    def predict_step(self, batch: Group) -> list[Annotation]:
+        starts = range(0, len(batch.requests), self._batch_size)
+        parts = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
+        made = [annotation for part in parts for annotation in part]
+        if [annotation.key for annotation in made] != [request.key for request in batch.requests]:
+            raise CacheError(
+                f"the teacher gave {len(made)} annotations for {len(batch.requests)} requests, and not one for each "
+                "in order; nothing of them is stored"
+            )
+        return made

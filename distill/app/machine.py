@@ -1,0 +1,82 @@
+"""This machine: how much memory is free or taken, how long something takes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+T = TypeVar("T")
+
+
+def median_milliseconds(
+    answering: Mapping[str, Callable[[T], object]], questions: Sequence[T]
+) -> dict[str, float | None]:
+    """Median time of each to answer one question alone, in turn at each question; the first is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in answering}
+    for question in questions:
+        for name, answer in answering.items():
+            start = time.perf_counter()
+            answer(question)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(statistics.median(each[1:] or each), 3) if each else None for name, each in times.items()}
+
+
+def extra_bytes(work: Callable[[], object]) -> int | None:
+    """How far memory rises above what is held already; None where the system does not tell."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    # What was freed before is given back to the system, or it would be taken again without a rise.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _RESET_PEAK.write_text("5")  # see proc(5): the highest resident size becomes the present one
+        before = _resident_bytes("VmRSS")
+        work()
+        return max(0, _resident_bytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident_bytes(name: str) -> int:
+    return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(name))
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can be had on a GPU, or on a Linux host within the limits of its cgroups; None where unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not (root / "proc/meminfo").is_file():
+        return None
+    told = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in told:
+        return None
+    return int(min(int(told["MemAvailable"].split()[0]) * 1024, *_cgroup_rooms(root)))
+
+
+def _cgroup_rooms(root: Path) -> Iterator[float]:
+    """What each memory limit above this process leaves; pages of files can be given up, so they do not count."""
+    yield math.inf
+    own = root / "proc/self/cgroup"
+    lines = own.read_text().splitlines() if own.is_file() else []
+    place = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    top = root / "sys/fs/cgroup"
+    for folder in {top, top / place, *(top / parent for parent in Path(place).parents)}:
+        files = [folder / name for name in ("memory.max", "memory.current", "memory.stat")]
+        if all(file.is_file() for file in files):
+            limit, used, stat = (file.read_text().split() for file in files)
+            of_files = int(stat[stat.index("file") + 1]) if "file" in stat else 0
+            if limit != ["max"]:
+                yield max(0, int(limit[0]) - int(used[0]) + of_files)

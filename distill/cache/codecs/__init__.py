@@ -1,0 +1,1 @@
+"""How soft targets become bytes: one file for each codec."""

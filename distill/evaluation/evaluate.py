@@ -1,0 +1,271 @@
+"""Evaluate a model on a task: answers by likelihood and as written, agreement with the teacher, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill.app.machine import extra_bytes, median_milliseconds
+from distill.cache.store import Store
+from distill.errors import AnswerError
+from distill.evaluation.metrics import Prediction, score
+from distill.lessons.join import AnswerMode
+from distill.losses.forward_kl import ForwardKL
+from distill.models.reading import PrefixedReader, Reading
+from distill.prompts.cues import Prompts, Reply
+from distill.records import Annotation, Example, Span, Target, spread
+from distill.students.causal_lm import size_bytes
+from distill.tasks import Task
+
+_BATCH = 32
+_LATENCY_EXAMPLES = 6
+
+
+@final
+class Evaluation:
+    """One model on one task, in the way that it answers."""
+
+    def __init__(self, model: Any, prompts: Prompts, task: Task, answer: AnswerMode, max_new_tokens: int) -> None:
+        """The model answers directly, or after its reasoning."""
+        self._model, self._prompts, self._task, self._answer = model, prompts, task, answer
+        self._span: Span = "answer" if answer == "direct" else "rationale"
+        self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
+        self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        if self._choices and answer == "direct":
+            # A model that has not learned to stop would write to the limit, and be no less unreadable for it.
+            self._max_answer_tokens = 1 + max(map(len, self._choices))
+
+    @torch.inference_mode()
+    def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
+        """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one.
+
+        A question that is too long, where such ones are dropped, gets no answer, which is a wrong one.
+        """
+        reader = self._reader(self._span)
+        questions = self._questions(examples, self._span)
+        unasked = [index for index in range(len(examples)) if index not in questions]
+        found = {i: self._prediction(examples[i], teacher.get(examples[i].id), None, None) for i in unasked}
+        # Batches of like lengths have little padding.
+        order = sorted(questions, key=lambda index: len(questions[index]))
+        for start in range(0, len(order), _BATCH):
+            indices = order[start : start + _BATCH]
+            part = [examples[index] for index in indices]
+            known = [teacher.get(example.id) for example in part]
+            predictions = self._predict(reader, part, [questions[index] for index in indices], known)
+            found |= dict(zip(indices, predictions, strict=True))
+        return [found[index] for index in range(len(examples))]
+
+    @torch.inference_mode()
+    def rationales(self, examples: Sequence[Example]) -> list[str]:
+        """What the model writes when asked to reason."""
+        questions = self._questions(examples, "rationale")
+        if not questions:
+            return [""] * len(examples)
+        reading = self._reader("rationale").read(list(questions.values()))
+        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        texts = dict(zip(questions, (self._prompts.take_apart(ids).rationale for ids in written), strict=True))
+        return [texts.get(index, "") for index in range(len(examples))]
+
+    def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
+        """Token ids of the questions that are not too long, by the place of their example."""
+        found: dict[int, tuple[int, ...]] = {}
+        for index, example in enumerate(examples):
+            with suppress(ValueError):
+                found[index] = self._prompts.question(example, span)
+        return found
+
+    def fits(self, example: Example) -> bool:
+        """Whether its question is not too long."""
+        return bool(self._questions([example], self._span))
+
+    def of(self, model: Any) -> Evaluation:
+        """The same with another model."""
+        return Evaluation(model, self._prompts, self._task, self._answer, self._max_new_tokens)
+
+    @property
+    def model(self) -> Any:
+        """The model that is asked."""
+        return self._model
+
+    @property
+    def weights_bytes(self) -> int:
+        """What the model's weights take in memory."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def answering(self) -> Callable[[Example], object]:
+        """What answers one question in the way that is judged, and does nothing else; the prefix is read now."""
+        reader = self._reader(self._span)
+
+        @torch.inference_mode()
+        def answer(example: Example) -> object:
+            reading = reader.read(list(self._questions([example], self._span).values()))
+            if self._choices and self._answer == "direct":
+                return self._choose(reading, [None])
+            return reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+
+        return answer
+
+    def _reader(self, span: Span) -> PrefixedReader:
+        # A new one each time: the model may have learned since.
+        return PrefixedReader(self._model.eval(), self._prompts.prefix(span), self._prompts.vocabulary_size)
+
+    def _predict(
+        self,
+        reader: PrefixedReader,
+        examples: Sequence[Example],
+        questions: Sequence[tuple[int, ...]],
+        teacher: Sequence[Annotation | None],
+    ) -> list[Prediction]:
+        reading = reader.read(questions)
+        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+        texts = [self._prompts.text(ids) for ids in written]
+        rationales: list[str | None] = [None] * len(examples)
+        if self._answer == "reasoned":
+            replies = [self._prompts.take_apart(ids) for ids in written]
+            rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
+            reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
+        answers = [self._canonical(text) for text in texts]
+        best, probabilities = self._choose(reading, answers)
+        kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
+        return [
+            replace(
+                self._prediction(example, annotation, best[k], answers[k]),
+                choice_probabilities=probabilities[k],
+                kl=kls[k],
+                rationale=rationales[k],
+            )
+            for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
+        ]
+
+    def _prediction(
+        self, example: Example, annotation: Annotation | None, answer: str | None, written: str | None
+    ) -> Prediction:
+        return Prediction(
+            example_id=example.id,
+            question=example.question,
+            gold=example.answer or "",
+            answer=answer,
+            written_answer=written,
+            is_correct=_is_same(self._task, answer, example.answer),
+            is_written_correct=_is_same(self._task, written, example.answer),
+            choice_probabilities=(),
+            kl=None,
+            **self._beside(answer, example, annotation),
+        )
+
+    def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
+        """What the teacher said to the same question, and how it compares."""
+        if annotation is None:
+            return {}
+        return {
+            "teacher_answer": annotation.answer,
+            "teacher_confidence": max(annotation.choice_probabilities, default=None),
+            "is_teacher_correct": _is_same(self._task, annotation.answer, example.answer),
+            "agrees": None if annotation.answer is None else _is_same(self._task, answer, annotation.answer),
+        }
+
+    def _reasoning(self, reply: Reply) -> tuple[int, ...]:
+        """The model's own reasoning, behind which its answer's likelihood is read."""
+        return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.bridge())
+
+    def _choose(
+        self, reading: Reading, answers: Sequence[str | None]
+    ) -> tuple[list[str | None], list[tuple[float, ...]]]:
+        """The most likely choices, where there are choices, else the answers as written."""
+        if not self._choices:
+            return list(answers), [()] * len(answers)
+        scores_BC = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1)
+        best: list[str | None] = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
+        return best, [tuple(row) for row in scores_BC.tolist()]
+
+    def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
+        """KL to the teacher along its direct answer, the teacher's and the student's tokens being the same."""
+        targets = [annotation.targets.get("answer") if annotation else None for annotation in teacher]
+        read = [target.token_ids[:-1] if target and target.soft else () for target in targets]
+        longest = max(map(len, read))
+        later: Sequence[Tensor] = [reading.first_BV[:0]] * len(targets)
+        if longest:
+            padded = [[*ids, *[0] * (longest - len(ids))] for ids in read]
+            hidden_BTH = reading.feed(torch.tensor(padded, device=reading.last_BH.device))
+            hidden_NH = torch.cat([hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, read, strict=True)])
+            later = reading.reader.logprobs(hidden_NH).split([len(ids) for ids in read])
+        return [
+            _divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
+            for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
+        ]
+
+    def _canonical(self, text: str) -> str | None:
+        try:
+            return self._task.read_answer(text)
+        except AnswerError:
+            return None
+
+
+def _is_same(task: Task, left: str | None, right: str | None) -> bool:
+    return left is not None and right is not None and task.value(left) == task.value(right)
+
+
+def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
+    """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
+    if target is None or target.soft is None:
+        return None
+    soft = target.soft.buckets()
+    if not soft.num_exact_N.all():  # nothing but draws: a single bucket, in which all models are alike
+        return None
+    row_E, _ = spread(soft.num_exact_N)
+    log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
+    rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
+    log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])
+    log_t = torch.cat([torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N).log()])
+    return float(ForwardKL()(log_q, log_t)[0].sum()) / len(soft)
+
+
+def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, float | None]]:
+    """How long each model takes to answer one question alone, and the memory for it, all of them in turn."""
+    answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
+    examples = [example for example in examples if all(each.fits(example) for each in evaluations.values())]
+    times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
+    one = examples[0] if examples else None
+    extras = {name: extra_bytes(partial(answer, one)) if one else None for name, answer in answering.items()}
+    peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
+    return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
+
+
+def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
+    """A table's row for a model, as far as its predictions and its parameters tell it."""
+    row = score(predictions, task.choices)
+    return row | {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": None}
+
+
+def teacher_row(
+    examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path | None
+) -> dict[str, Any]:
+    """The teacher's row, from its answers in the cache and what annotating cost; without a folder it is not here."""
+    predictions = [
+        Prediction(
+            example_id=example.id,
+            question=example.question,
+            gold=example.answer or "",
+            answer=annotations[example.id].answer,
+            written_answer=None,
+            is_correct=_is_same(task, annotations[example.id].answer, example.answer),
+            is_written_correct=None,
+            choice_probabilities=annotations[example.id].choice_probabilities,
+            kl=None,
+        )
+        for example in examples
+        if example.id in annotations
+    ]
+    costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
+    cost: dict[str, Any] = costs[-1] if costs and folder else {}
+    measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
+    measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
+    return score(predictions, task.choices) | measured

@@ -1,0 +1,118 @@
+"""What is measured on predictions. Sums first, ratios last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said to one question.
+
+    `answer` is what it is judged by: the most likely choice where there are choices, else what it wrote.
+    None stands for a text without a readable answer. Whether answers are the same is the task's to say. `kl` is
+    KL(teacher || model) in nats per answer token. What is said of the teacher is None where it was not asked.
+    """
+
+    example_id: str
+    question: str
+    gold: str
+    answer: str | None
+    written_answer: str | None
+    is_correct: bool
+    is_written_correct: bool | None
+    choice_probabilities: tuple[float, ...]
+    kl: float | None
+    teacher_answer: str | None = None
+    teacher_confidence: float | None = None
+    is_teacher_correct: bool | None = None
+    agrees: bool | None = None
+    rationale: str | None = None
+
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the answer among the choices."""
+        return max(self.choice_probabilities) if self.choice_probabilities else None
+
+    def as_row(self) -> dict[str, Any]:
+        """The prediction as plain values, as a run folder keeps it."""
+        return {
+            "id": self.example_id,
+            "question": self.question,
+            "gold": self.gold,
+            "teacher_answer": self.teacher_answer,
+            "teacher_confidence": self.teacher_confidence,
+            "teacher_rationale": None,
+            "student_answer": self.answer,
+            "student_written_answer": self.written_answer,
+            "student_confidence": self.confidence,
+            "student_rationale": self.rationale,
+            "is_correct": self.is_correct,
+            "is_teacher_correct": self.is_teacher_correct,
+            "agrees": self.agrees,
+        }
+
+
+def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str, Any]:
+    """Accuracy with its interval, agreement, KL, calibration; None where a thing was not measured."""
+    number = len(predictions)
+    right = sum(p.is_correct for p in predictions)
+    written = [p for p in predictions if p.is_written_correct is not None]
+    asked = [p.agrees for p in predictions if p.agrees is not None]
+    kls = [p.kl for p in predictions if p.kl is not None]
+    return {
+        "accuracy": right / number,
+        "interval": list(wilson_interval(right, number)),
+        "num_examples": number,
+        "generated_accuracy": _ratio(sum(bool(p.is_written_correct) for p in written), len(written)),
+        "num_unreadable": sum(p.written_answer is None for p in written),
+        "agreement": _ratio(sum(asked), len(asked)),
+        "kl": _ratio(math.fsum(kls), len(kls)),
+        "ece": _calibration_error(predictions, choices),
+        "reliability": _reliability(predictions),
+    }
+
+
+def wilson_interval(right: int, number: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927, eq. 1)."""
+    share, z2 = right / number, z * z
+    middle = (share + z2 / (2 * number)) / (1 + z2 / number)
+    half = z / (1 + z2 / number) * math.sqrt(share * (1 - share) / number + z2 / (4 * number * number))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _ratio(total: int | float, number: int) -> float | None:
+    return total / number if number else None
+
+
+def _calibration_error(predictions: Sequence[Prediction], choices: Sequence[str]) -> float | None:
+    """Expected calibration error, ten equal bins (Guo et al. 2017, eq. 3)."""
+    chosen = [p for p in predictions if p.choice_probabilities and p.gold in choices]
+    if not chosen:
+        return None
+    probabilities_BC = torch.tensor([p.choice_probabilities for p in chosen])
+    gold_B = torch.tensor([list(choices).index(p.gold) for p in chosen])
+    return float(multiclass_calibration_error(probabilities_BC, gold_B, len(choices), n_bins=_BINS))
+
+
+def _reliability(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
+    bins: dict[int, list[Prediction]] = {}
+    for prediction in predictions:
+        if prediction.confidence is not None:
+            bins.setdefault(min(_BINS - 1, int(prediction.confidence * _BINS)), []).append(prediction)
+    return [
+        {
+            "confidence": math.fsum(p.confidence or 0 for p in inside) / len(inside),
+            "accuracy": sum(p.is_correct for p in inside) / len(inside),
+            "num": len(inside),
+        }
+        for _, inside in sorted(bins.items())
+    ]

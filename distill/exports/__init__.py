@@ -1,0 +1,1 @@
+"""A run's student as a folder that others can run."""

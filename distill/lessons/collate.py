@@ -1,0 +1,72 @@
+"""Lessons -> Batch: padded on the right, soft targets read from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from distill.errors import CacheError
+from distill.lessons.join import Lesson, Read
+from distill.records import SPANS, Batch, Entries, SoftTargets, Span
+
+
+def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:
+    """Pad on the right and list the supervised positions, in order of sequence and place; read their soft targets."""
+    sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
+    length_B = np.array([len(sequence.prompt.ids) for sequence in sequences])
+    mask_BT = np.arange(length_B.max()) < length_B[:, None]
+    ids_BT = np.full(mask_BT.shape, padding_id)
+    ids_BT[mask_BT] = np.concatenate([sequence.prompt.ids for sequence in sequences])
+    branch_BT, position_BT = np.zeros_like(ids_BT), np.where(mask_BT, np.arange(mask_BT.shape[1]), 0)
+    for row, prompt in enumerate(sequence.prompt for sequence in sequences):
+        for branch, start in enumerate(prompt.branches, 1):
+            branch_BT[row, start:] = branch
+            position_BT[row, start : len(prompt.ids)] = prompt.branches[0] + np.arange(len(prompt.ids) - start)
+    spans = [
+        (row, span, where, sequence.soft.get(span), span in sequence.labelled)
+        for row, sequence in enumerate(sequences)
+        for span, where in sorted(sequence.prompt.spans.items(), key=lambda item: item[1])
+    ]
+    sequence_S, start_S, stop_S = np.array([(row, *where) for row, _, where, _, _ in spans]).T
+    which_S, num_soft_S, is_labelled_S = np.array(
+        [(SPANS.index(span), soft.num_positions if soft else 0, known) for _, span, _, soft, known in spans]
+    ).T
+    span_N = np.repeat(np.arange(len(spans)), stop_S - start_S)
+    first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
+    place_N = np.arange(len(span_N)) - first_S[span_N]
+    at_N, sequence_N = start_S[span_N] + place_N, sequence_S[span_N]
+    places = [soft.place for *_, soft, _ in spans if soft]
+    is_soft_N = place_N < num_soft_S[span_N]
+    return Batch(
+        input_ids_BT=torch.from_numpy(ids_BT),
+        mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
+        position_BT=torch.from_numpy(position_BT),
+        branch_BT=torch.from_numpy(branch_BT) if branch_BT.any() else None,
+        sequence_N=torch.from_numpy(sequence_N),
+        before_N=torch.from_numpy(at_N - 1),
+        label_N=torch.from_numpy(ids_BT[sequence_N, at_N]),
+        is_labelled_N=torch.from_numpy(is_labelled_S[span_N] > 0),
+        span_N=torch.from_numpy(which_S[span_N]),
+        is_soft_N=torch.from_numpy(is_soft_N),
+        soft=entries(is_soft_N, read(places).for_training()) if places else None,
+        counts=counts,
+        example_ids=tuple(lesson.example_id for lesson in lessons),
+    )
+
+
+def entries(is_soft_N: np.ndarray, soft: SoftTargets) -> Entries:
+    """What a loss reads of the soft targets of those of N positions that have them."""
+    position_M = np.flatnonzero(is_soft_N)
+    if len(position_M) != len(soft):
+        raise CacheError(f"{len(position_M)} positions have the soft targets of {len(soft)}: the cache is damaged")
+    num_N, tail_N = np.zeros(len(is_soft_N), np.int64), np.zeros(len(is_soft_N), np.float32)
+    num_N[position_M], tail_N[position_M] = soft.num_N, soft.tail_N
+    return Entries(
+        np.cumsum(num_N),
+        torch.from_numpy(np.repeat(position_M.astype(np.int32), soft.num_N)),
+        torch.from_numpy(soft.ids_E),
+        torch.from_numpy(soft.logprobs_E),
+        torch.from_numpy(tail_N) if soft.num_drawn_N is None else None,
+    )

@@ -1,0 +1,198 @@
+"""What a student is taught: parts that were found to work together; what the teacher said, judged and joined."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.annotation.fill import Filled, Source, check_rationales, fill, open_source, without_answers
+from distill.app import config as configuration
+from distill.app.config import Config
+from distill.errors import ConfigError
+from distill.lessons.join import Join, Lesson, Read, Records
+from distill.losses import Objective
+from distill.models import naming
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
+from distill.records import CheckedRationale, Example, Span
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration names, built and found to work together; nothing heavy is in memory."""
+
+    config: Config
+    run_dir: Path
+    source: Source
+    soft_source: Source | None  # a second teacher, whose soft targets are learned from in the place of the first's
+    objectives: Mapping[str, Objective]
+    student_folder: Path
+    prompts: Prompts
+    is_vocabulary_shared: bool
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a student is taught, and what was left out of it."""
+
+    filled: Filled
+    soft_filled: Filled | None
+    train: Sequence[Lesson]
+    validation: Sequence[Lesson]
+    read: Read
+    rationales: Sequence[CheckedRationale]
+    too_long: Mapping[str, str]
+
+
+def prepare(config: Config, run_dir: Path) -> Job:
+    """Build the parts and refuse those that cannot work together, before anything heavy is loaded."""
+    objectives: dict[str, Objective] = {
+        name: configuration.build(node) for name, node in config.get("loss", {}).items()
+    }
+    source = open_source(config)
+    soft_source = open_source(config, name="soft_teacher") if config.get("soft_teacher") else None
+    check_parts(objectives, soft_source or source, config.task.answer_mode)
+    folder = naming.resolve(config.student.model, configuration.local_root(config.root))
+    tokenizer = load_tokenizer(folder)
+    is_shared = True
+    try:
+        check_shared_vocabulary((soft_source or source).prompts.tokenizer, tokenizer)
+    except ConfigError:
+        is_shared = False
+        if any(objective.source == "soft" for objective in objectives.values()):
+            raise
+    prompts = source.prompts.zero_shot(tokenizer)
+    return Job(config, run_dir, source, soft_source, objectives, folder, prompts, is_shared)
+
+
+def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
+    """Raise ConfigError with every reason why these losses cannot be had from this teacher and cache."""
+    problems = []
+    for name, objective in objectives.items():
+        if objective.source == "soft":
+            if not source.teacher.gives_soft_targets:
+                problems.append(
+                    f"loss.{name} needs soft targets, and this teacher gives none; leave the loss out, or name a "
+                    "second teacher, of the student's vocabulary, to read its words: teacher@soft_teacher=smollm2_135m"
+                )
+            if objective.divergence.needs_rest and source.codec.seed is not None:
+                problems.append(
+                    f"loss.{name} needs what the teacher leaves over as one bucket, and this cache has draws in its "
+                    "place; set cache=topk (annotates anew), or a loss that can do with draws, as loss.kl"
+                )
+            try:
+                source.codec.check_temperature(objective.temperature)
+            except ConfigError as error:
+                problems.append(f"loss.{name}: {error}")
+    if not objectives:
+        problems.append("loss is empty: name at least one, for example loss=[answer,kl]")
+    if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
+        problems.append("task.answer_mode=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def teach(job: Job) -> Curriculum:
+    """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
+    source, splits = job.source, job.source.splits
+    filled = fill(source, wanted(job))
+    checked = check_rationales(source, filled)
+    kept = kept_of(checked)
+    said = Records(source.store, filled.requests)
+    soft_filled, soft_said = None, None
+    if job.soft_source:
+        soft_filled = fill(job.soft_source, words_to_read(job, said, kept), are_given=True)
+        soft_said = Records(job.soft_source.store, soft_filled.requests)
+    join = join_of(job, said, soft_said, kept)
+    train, validation = join.lessons(splits.train), join.lessons(splits.validation)
+    if not train:
+        raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
+    read = (job.soft_source or source).store.soft_targets
+    return Curriculum(filled, soft_filled, train, validation, read, checked, {**filled.too_long, **join.skipped})
+
+
+def kept_of(checked: Sequence[CheckedRationale]) -> dict[str, list[CheckedRationale]]:
+    """Those to learn from, by example id."""
+    kept: dict[str, list[CheckedRationale]] = {}
+    for rationale in checked:
+        if rationale.reason is None:
+            kept.setdefault(rationale.example_id, []).append(rationale)
+    return kept
+
+
+def join_of(job: Job, said: Records, soft_said: Records | None, kept: Mapping[str, Sequence[CheckedRationale]]) -> Join:
+    """What makes lessons of what the teachers have said."""
+    return Join(
+        prompts=job.prompts,
+        teacher=said,
+        soft_teacher=soft_said,
+        rationales=kept,
+        answer=job.config.task.answer_mode,
+        needed=_needed(job),
+    )
+
+
+def _needed(job: Job) -> frozenset[tuple[Span, str]]:
+    return frozenset((objective.span, objective.source) for objective in job.objectives.values())
+
+
+def words_to_read(job: Job, said: Records, kept: Mapping[str, Sequence[CheckedRationale]]) -> dict[Span, list[Example]]:
+    """What is learned, for the second teacher: gold words, else the first one's; its own are not asked for."""
+    splits, words = job.source.splits, dict[Span, list[Example]]()
+    for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
+        annotation = said.find(example.id, "answer")
+        answer = example.answer or (annotation.answer if annotation else None)
+        if answer is not None:
+            words.setdefault("answer", []).append(replace(example, answer=answer))
+        rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
+        if rationale is not None:
+            words.setdefault("rationale", []).append(replace(example, rationale=rationale))
+    return {span: examples for span, examples in words.items() if (span, "soft") in _needed(job)}
+
+
+def wanted(job: Job) -> dict[Span, Sequence[Example]]:
+    """What the losses read and evaluation compares with, for the first teacher."""
+    splits, objectives = job.source.splits, job.objectives.values()
+    explained = splits.train[: job.source.num_rationales]
+    asked: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
+    if any(objective.span == "rationale" for objective in objectives):
+        unexplained = [example for example in explained if example.rationale is None]
+        asked["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
+        asked["answer"] = [*asked["answer"], *unexplained]
+    if any(objective.source != "labels" for objective in objectives):
+        asked["answer"] = [*asked["answer"], *splits.train, *splits.validation]
+    return asked
+
+
+def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any]:
+    """What must be the same in a run that goes on from a checkpoint; steps, devices and logging need not be.
+
+    `student` is the hash of the weights that it begins with.
+    """
+    config = configuration.plain(job.config)
+    return {
+        "cache": job.source.store.digest,
+        "soft_cache": job.soft_source.store.digest if job.soft_source else None,
+        "train": _hash_of(curriculum.train),
+        "validation": _hash_of(curriculum.validation),
+        "test": hashlib.sha256("".join(example.id for example in job.source.splits.test).encode()).hexdigest()[:16],
+        "student": student,
+        **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
+        "optimizer": config["optim"]["optimizer"],
+    }
+
+
+def _hash_of(lessons: Sequence[Lesson]) -> str:
+    """Of all that is learned from, except the soft targets, which the cache's fingerprint stands for."""
+    content = hashlib.sha256()
+    for lesson in lessons:
+        for sequence in lesson.sequences:
+            known = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
+            content.update(repr((lesson.example_id, *known)).encode())
+            content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
+    return content.hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""Naming and opening language models: a local folder, a hub id, or a file inside a PyPI package.
+
+A causal language model is opened at the seam between its body and its head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from distill.app.files import sha256
+from distill.errors import ConfigError
+from distill.losses.head import Shape
+
+disable_progress_bar()
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of what decides a model's output: weights and configuration; paths and times do not count."""
+    weights = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(sha256(file).encode())
+    settings = json.loads((folder / "config.json").read_text())
+    for passing in ("transformers_version", "_name_or_path"):
+        settings.pop(passing, None)
+    canonical = json.dumps(settings, sort_keys=True).encode()
+    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
+
+
+def flush_denormals() -> None:
+    """Count numbers below 1e-38 as zero: a CPU is up to a hundred times slower with them, nothing needs them.
+
+    To be called before the first computation, since threads take the setting over when they are made.
+    """
+    torch.set_flush_denormal(True)
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where the machine computes in it at full speed, else float32."""
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
+    """Open a model folder; `from_scratch` takes its configuration and draws new weights.
+
+    Only safetensors are read, and no code from the folder is run.
+    """
+    try:
+        if from_scratch:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} does not open as a causal language model: {error}") from None
+    _check_seam(model)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@torch.inference_mode()
+def _check_seam(model: Any) -> None:
+    """Refuse a model whose logits are not shape(head(body(ids))), in a way that `Shape` does not know."""
+    ids_BT = torch.arange(1, 5).unsqueeze(0)
+    logits_V = model(ids_BT).logits[0, -1].float()
+    hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
+    gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
+    if gap > 1e-2 * logits_V.abs().max():
+        raise ConfigError(
+            f"{type(model).__name__} makes its logits in another way than by one linear head, a scale and a soft cap "
+            f"(difference {gap:.3g}); such models are not supported"
+        )

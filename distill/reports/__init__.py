@@ -1,0 +1,1 @@
+"""Run folders -> arms -> verdicts -> one page. It needs no torch."""

@@ -1,0 +1,28 @@
+"""A sweep ends in its report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from distill.app.config import Config
+from distill.errors import ConfigError
+from distill.reports.page import to_text, write_report
+from distill.reports.runs import find_runs
+
+
+class AfterSweep(Callback):
+    """A sweep ends in its report, in the sweep's folder."""
+
+    def on_multirun_end(self, config: Config, **kwargs: Any) -> None:  # noqa: ARG002
+        """Hydra calls this when all jobs have ended, well or not."""
+        out = Path(config.hydra.sweep.dir).resolve()
+        try:
+            summary = write_report(find_runs([str(out)]), out)
+        except ConfigError as error:
+            print(f"\nno report: {error}", file=sys.stderr)
+            return
+        print(f"\n{to_text(summary)}\n\nreport  {out / 'report.html'}")

@@ -1,0 +1,196 @@
+"""Runs to arms: an *arm* is the runs that differ only in their seed, or a model that was measured as it was."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from distill.app.console import visible
+from distill.reports.runs import SEEDS, Json, Run, number
+from distill.reports.statistics import student_t
+
+BUDGET = ("start", "steps", "batch_size", "labelled", "test")
+PERCENT = ((0.01, " %"),)
+BYTES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1.0, " B"))
+
+Kind = Literal["teacher", "before", "baseline", "distilled"]
+
+
+class Stat(NamedTuple):
+    """Mean over seeds (not a number: nobody measured it); standard deviation where there are several."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the results: a model with a row of numbers for each seed (no row: it was not run)."""
+
+    kind: Kind
+    label: str
+    settings: Mapping[str, str]
+    runs: tuple[Run, ...]
+    rows: tuple[Json, ...]
+
+    def stat(self, key: str) -> Stat:
+        """The number `key` over the seeds that have it."""
+        values = [value for row in self.rows if (value := number(row.get(key))) is not None]
+        mean = statistics.fmean(values) if values else math.nan
+        return Stat(mean, statistics.stdev(values) if len(values) > 1 else None)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the active losses, sorted; none for a model that was only measured."""
+        return self.runs[0].losses if self.runs else ()
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """What its configuration chose but for seeds; none for a model that was only measured."""
+        chosen = self.runs[0].choices if self.runs else {}
+        return {key: value for key, value in chosen.items() if not SEEDS.search(key)}
+
+    @property
+    def has_hard_labels(self) -> bool:
+        """Whether the teacher's answers as labels are all that the teacher gave."""
+        return set(self.losses) - {"answer"} == {"teacher_answer"}
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy over seeds."""
+        return self.stat("accuracy").mean
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy: one seed's own; over seeds, test sampling and seeds together.
+
+        Half-width² = h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
+        """
+        mean, deviation = self.stat("accuracy")
+        if deviation is None:
+            ends = [row.get("interval") for row in self.rows]
+            low, high = ends[0] if ends and ends[0] else (math.nan, math.nan)
+            return float(low), float(high)
+        seeds = (student_t(0.95, len(self.rows) - 1) * deviation) ** 2 / len(self.rows)
+        half = math.sqrt(1.96**2 * mean * (1 - mean) / self.stat("num_examples").mean + seeds)
+        return max(0.0, mean - half), min(1.0, mean + half)
+
+    @cached_property
+    def predictions(self) -> Mapping[str, Mapping[str, Json]]:
+        """Each seed's predictions by example id; those that say nothing of the student are left out."""
+        return {
+            run.seed: {str(line.get("id")): line for line in run.predictions if line.get("is_correct") is not None}
+            for run in self.runs
+        }
+
+    @property
+    def seeds(self) -> tuple[Arm, ...]:
+        """Each run as an arm of its own."""
+        return tuple(
+            replace(self, label=f"{self.label}, seed {run.seed}", runs=(run,), rows=(row,))
+            for run, row in zip(self.runs, self.rows, strict=True)
+        )
+
+
+class Column(NamedTuple):
+    """One number of the table: its key in results.json, headings (page, terminal), form and units."""
+
+    key: str
+    title: str
+    short: str
+    digits: int = 1
+    units: tuple[tuple[float, str], ...] = ((1.0, ""),)
+
+
+PEAK = Column("peak_bytes", "peak memory", "peak", 1, BYTES)
+COLUMNS = (
+    Column("accuracy", "accuracy [95 % interval]", "acc. % [95 %]", 1, PERCENT),
+    Column("generated_accuracy", "generated accuracy", "gen. %", 1, PERCENT),
+    Column("agreement", "agrees with teacher", "agree %", 1, PERCENT),
+    Column("kl", "KL to teacher, nats", "KL", 3),
+    Column("ece", "ECE", "ECE", 3),
+    Column("parameters", "parameters", "params", 1, ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1.0, ""))),
+    Column("size_bytes", "size on disk", "size", 1, BYTES),
+    Column("ms_per_example", "ms per example", "ms/ex."),
+    Column("training_seconds", "training time", "train", 1, ((3600.0, " h"), (60.0, " min"), (1.0, " s"))),
+)
+SEED_COLUMNS = (*COLUMNS[:5], COLUMNS[8], Column("num_unreadable", "unreadable answers", "unread.", 0))
+
+
+def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
+    """A number of the table: mean ± standard deviation over seeds (narrow: the accuracy alone has it)."""
+    stat, is_accuracy = arm.stat(column.key), column.key == "accuracy"
+    if math.isnan(stat.mean):
+        return "not run" if is_accuracy else "-"
+    factor, unit = next((unit for unit in column.units if stat.mean >= unit[0]), column.units[-1])
+    text = f"{stat.mean / factor:.{column.digits}f}"
+    if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
+        text += f" ± {stat.deviation / factor:.{column.digits}f}"
+    text += unit.replace(" %", "") if is_narrow else unit
+    return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]" if is_accuracy else text
+
+
+def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
+    """The arms of finished runs, teachers and students before training first, then baselines, then the distilled.
+
+    Of a seed that was run twice the later run counts, which is added to `notes`.
+    """
+    runs = sorted(runs, key=lambda run: str(run.facts.get("started")))
+    trained = _trained(runs, notes)
+    baselines = [arm for arm in trained if arm.kind == "baseline"]
+    absent = [] if baselines else [Arm("baseline", "student on labels alone", {}, (), ())]
+    teachers = _references("teacher", "teacher", ("task", "teacher", "test"), runs)
+    before = _references("before", "student before training", ("task", "start", "test"), runs)
+    return [*teachers, *before, *baselines, *absent, *(arm for arm in trained if arm.kind == "distilled")]
+
+
+def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
+    groups: dict[tuple[object, ...], dict[str, Run]] = {}
+    for run in runs:
+        seeds = groups.setdefault((run.losses, *sorted(run.settings.items())), {})
+        seed = run.seed.zfill(9)
+        if seed in seeds:
+            notes.append(f"{seeds[seed].folder} is left out: {run.folder} is a later run of the same seed")
+        seeds[seed] = run
+    arms = []
+    for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
+        members = tuple(run for _, run in sorted(seeds.items()))
+        kind: Kind = "baseline" if key[0] == ("answer",) else "distilled"
+        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].losses)
+        rows = tuple(run.rows["student"] for run in members)
+        arms.append(Arm(kind, label, members[0].settings, members, rows))
+    return _told_apart(arms, BUDGET)
+
+
+def _natural(text: str) -> str:
+    """A key by which 400 comes before 1600."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), text)
+
+
+def _references(kind: Kind, label: str, keys: Sequence[str], runs: Sequence[Run]) -> list[Arm]:
+    """One arm per distinct model that was only measured, with the numbers of the latest run."""
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        if number(run.rows.get(kind, {}).get("accuracy")) is not None:
+            settings = {key: run.settings[key] for key in keys}
+            arms[str(settings)] = Arm(kind, label, settings, (), (run.rows[kind],))
+    return _told_apart(list(arms.values()))
+
+
+def _told_apart(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
+    """Add to each label the settings in which it differs: `always` from any arm, else from its namesakes."""
+    labelled = []
+    for arm in arms:
+        twins = [other for other in arms if other.label == arm.label]
+        differing = [
+            f"{key}={visible(value, 24)}"
+            for key, value in arm.settings.items()
+            if any(other.settings.get(key) != value for other in (arms if key in always else twins))
+        ]
+        labelled.append(replace(arm, label=f"{arm.label} ({', '.join(differing[:5])})") if differing else arm)
+    return labelled

@@ -1,0 +1,1 @@
+"""Students: opened, cut, adapted, saved. They know no teacher."""
