@@ -1,0 +1,208 @@
+"""Makers that the tests of this folder share."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from distill.annotate import main
+from distill.cache.codecs.topk import TopK
+from distill.cache.store import Store
+from distill.records import Annotation, Example, Request, Target
+from tests.annotation.conftest import tiny
+from tests.conftest import compose
+
+MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take
+
+
+def fuzzed(number: int) -> settings:
+    """So many examples, the same each time."""
+    unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(
+        max_examples=number, derandomize=True, deadline=None, database=None, suppress_health_check=unhealthy
+    )
+
+
+def sealed(line: Any) -> bytes:
+    """A manifest line with the checksum that it should have."""
+    body = line if isinstance(line, bytes) else json.dumps(line, sort_keys=True).encode()
+    return b'{"crc32": %10d, "line": %s}\n' % (zlib.crc32(body), body)
+
+
+def unsealed(manifest: bytes) -> list[Any]:
+    return [json.loads(line)["line"] for line in manifest.splitlines()]
+
+
+class Files(dict[str, bytes]):
+    """The files of a folder by name."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} files"
+
+
+def files_of(folder: Path) -> Files:
+    return Files(
+        {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+    )
+
+
+def laid_out(folder: Path, files: Files) -> None:
+    """A folder with these files and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def forged(folder: Path, content: bytes) -> None:
+    """Put other arrays in the place of the only shard's, and the checksums that belong to them."""
+    (shard,), (manifest,) = folder.glob("*.safetensors"), folder.glob("manifest-*")
+    shard.write_bytes(content)
+    (line,) = unsealed(manifest.read_bytes())
+    line["bytes"]["safetensors"] = len(content)
+    line["crc32"] = {"parquet": line["crc32"]["parquet"]} | dict(checksums(content))
+    manifest.write_bytes(sealed(line))
+
+
+def checksums(content: bytes) -> Iterator[tuple[str, int]]:
+    """Those of the header and of every array that lies somewhere, as a reader that believes anything finds them."""
+    length = int.from_bytes(content[:8], "little")
+    yield "header", zlib.crc32(content[: 8 + length])
+    with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        for name, found in json.loads(content[8 : 8 + length]).items():
+            start, stop = (max(0, int(offset)) for offset in found["data_offsets"])
+            yield name, zlib.crc32(content[8 + length :][start:stop])
+
+
+def with_header(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def apart(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header's entries, and what follows it."""
+    stop = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:stop]), content[stop:]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The files of a cache of one shard with two records."""
+    folder = tmp_path_factory.mktemp("one")
+    assert filled(folder, 5, 8).check() == []  # by now Arrow has its threads
+    return files_of(folder)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """In this block no more than `MOST_BYTES` can be had."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text().split()
+    used = 1024 * int(status[status.index("VmData:") + 1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def read_all(folder: Path, *numbers: int) -> list[Annotation]:
+    """The records, or the CacheError; nothing else may come of a cache, whatever is in it."""
+    with little_memory():
+        store = opened(folder)
+        return [store.read(key(number)) for number in numbers]
+
+
+def entry(kind: str, shape: Any, *offsets: Any) -> dict[str, Any]:
+    return {"dtype": kind, "shape": shape, "data_offsets": list(offsets)}
+
+
+odd_numbers = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 2**31, 2**63, 2**64, 10**30, float("nan"), float("inf"), 1.5])
+
+
+odd_values = odd_numbers | st.none() | st.booleans() | st.text(max_size=3) | st.lists(odd_numbers, max_size=3)
+
+
+def annotating(root: Path, cache: Path, teacher: Path, *more: str) -> list[str]:
+    """The annotate command for this cache folder."""
+    return [*(o for o in tiny(root, teacher, *more) if not o.startswith("cache.dir")), f"cache.dir={cache}"]
+
+
+def here(root: Path, cache: Path, teacher: Path, *more: str) -> None:
+    """The same in this process."""
+    main(compose(*annotating(root, cache, teacher, *more), f"root={root}", name="annotate"))
+
+
+FINGERPRINT = {"teacher": {"weights": "abc", "dtype": "float32"}, "shots": ["one", "two"], "codec": {"k": 4}}
+
+
+CODEC = TopK(k=4, temperature=1.0)
+
+
+def key(number: int) -> str:
+    return f"{number:032x}"
+
+
+def annotation(number: int) -> Annotation:
+    """A record that `number` alone decides; every kind of field takes every kind of value."""
+    rng = np.random.default_rng(number)
+
+    def target(length: int) -> Target:
+        logits_NV = torch.from_numpy(3 * rng.normal(size=(length, 300)).astype(np.float32))
+        return Target(
+            tuple(rng.integers(0, 300, length).tolist()),
+            CODEC.cut(logits_NV.log_softmax(-1), torch.zeros(length, dtype=torch.float64)),
+        )
+
+    spans = ("answer", "rationale")[: number % 3]
+    return Annotation(
+        key=key(number),
+        targets={span: target(1 + number % 7) for span in spans},
+        answer=None if number % 4 == 0 else f"{number} ünïcode",
+        rationale="so\nso" if number % 2 else None,
+        is_sampled=number % 5 == 0,
+        is_truncated=number % 3 == 0,
+        choice_logprobs=(-0.1, -2.5) if number % 2 else (),
+    )
+
+
+def stored(annotation: Annotation) -> list[Any]:
+    """The record as values that can be compared, its targets as the codec keeps them."""
+    targets = {
+        span: (t.token_ids, t.soft and {name: a.tolist() for name, a in CODEC.pack(t.soft).items()})
+        for span, t in annotation.targets.items()
+    }
+    return [targets, *(value for name, value in vars(annotation).items() if name != "targets")]
+
+
+def opened(folder: Path, fingerprint: Any = FINGERPRINT, **settings: Any) -> Store:
+    return Store(folder, fingerprint, CODEC, **settings)
+
+
+def filled(folder: Path, *numbers: int, fingerprint: Any = FINGERPRINT, size: int = 4) -> Store:
+    """Add records in shards of `size`."""
+    store = opened(folder, fingerprint)
+    with store.writing() as writer:
+        for start in range(0, len(numbers), size):
+            writer.add([annotation(number) for number in numbers[start : start + size]])
+            writer.flush()
+    return store
+
+
+def request(number: int) -> Request:
+    return Request(key(number), "answer", Example(str(number)), ())
+
+
+def wanted(source: Any) -> dict[Any, Any]:
+    return {"answer": [*source.splits.train, *source.splits.validation]}

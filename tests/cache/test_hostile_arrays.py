@@ -1,0 +1,183 @@
+"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from distill.cache.store import Store
+from distill.errors import CacheError
+from distill.records import Annotation, Target
+from tests.cache.conftest import (
+    FINGERPRINT,
+    Files,
+    apart,
+    files_of,
+    forged,
+    fuzzed,
+    key,
+    laid_out,
+    little_memory,
+    odd_numbers,
+    odd_values,
+    opened,
+    read_all,
+    sealed,
+    unsealed,
+    with_header,
+)
+from tests.conftest import codec, conf_names
+
+
+@st.composite
+def entries_changed(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A few changes of any of a header's entries."""
+    fields = st.sampled_from(["dtype", "shape", "data_offsets", "name", "copy", "drop"])
+    kinds = st.sampled_from(["U8", "I8", "U16", "F16", "I32", "U32", "F32", "I64", "F64", "BOOL", "", None])
+    offsets = st.integers(0, 200) | odd_numbers
+    changes = draw(
+        st.lists(
+            st.tuples(st.integers(0, 99), fields, kinds, st.lists(offsets, max_size=3), odd_values),
+            min_size=1,
+            max_size=3,
+        )
+    )
+
+    def changed(entries: dict[str, Any]) -> dict[str, Any]:
+        entries = dict(entries)
+        for which, field, kind, numbers, value in changes:
+            name = sorted(entries)[which % len(entries)]
+            if field == "drop" and len(entries) > 1:
+                del entries[name]
+            elif field in ("name", "copy"):
+                new = str(value) if which % 2 else sorted(entries)[which // 2 % len(entries)]
+                entries[new] = entries[name]
+            else:
+                entries[name] = entries[name] | {
+                    field: {"dtype": kind, "shape": numbers}.get(field, numbers if which % 3 else value)
+                }
+        return entries
+
+    return changed
+
+
+@fuzzed(200)
+@given(change=entries_changed())
+def test_a_changed_header_gives_a_record_or_a_cache_error(
+    one: Files, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    laid_out(tmp_path / "cache", one)
+    (arrays,) = (content for file, content in one.items() if file.endswith(".safetensors"))
+    entries, data = apart(arrays)
+    forged(tmp_path / "cache", with_header(json.dumps(change(entries)).encode(), data))
+    with suppress(CacheError):
+        assert [found.key for found in read_all(tmp_path / "cache", 5, 8)] == [key(5), key(8)]
+
+
+def given_to(name: str, folder: Path) -> None:
+    """Make a cache of two records with this codec."""
+    made = codec(name)
+    records = []
+    for number in (5, 9):
+        rng = np.random.default_rng(number)
+        logits_NV = torch.from_numpy(4 * rng.normal(size=(number, 300)).astype(np.float32))
+        uniform_N = torch.from_numpy(rng.random(number))
+        target = Target(tuple(range(number)), made.cut(logits_NV.log_softmax(-1), uniform_N))
+        records.append(Annotation(key(number), {"answer": target}, "so"))
+    store = Store(folder, FINGERPRINT, made)
+    with store.writing() as writer:
+        writer.add(records)
+    assert store.check() == []
+
+
+@pytest.fixture(scope="module")
+def by_codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches by each codec."""
+    folder = tmp_path_factory.mktemp("by_codec")
+    for name in conf_names("cache"):
+        given_to(name, folder / name)
+    return folder
+
+
+EXTREMES = (-(2**62), -1, 0, 1, 15, 16, 254, 255, 256, 65535, 2**31 - 1, 2**62)
+
+
+KINDS = ("u1", "i1", "<u2", "<i4", "<u4", "<f4", "<f2", "<i8")
+
+
+Changes = list[tuple[str, int, int, int]]
+
+
+def changed(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, np.ndarray]:
+    arrays = dict(arrays)
+    for how, which, place, extreme in changes:
+        name = sorted(arrays)[which % len(arrays)]
+        array, number = arrays[name].copy(), EXTREMES[extreme % len(EXTREMES)]
+        if how == "value" and array.size:
+            array.ravel()[place % array.size] = np.array(number).astype(array.dtype)
+        elif how == "every value":
+            array[...] = np.array(number).astype(array.dtype)
+        elif how == "row" and len(array):
+            array = np.delete(array, place % len(array), 0)
+        elif how == "rows":
+            array = np.concatenate([array, array[:1]])
+        elif how == "type":
+            array = array.astype(KINDS[extreme % len(KINDS)])
+        elif how == "shape":
+            array = [array.ravel(), array[None], array[..., None], array.T, array[..., :1]][extreme % 5]
+        elif how == "name":
+            arrays[f"{name}{place}"] = arrays.pop(name)
+            continue
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
+
+
+@fuzzed(300)
+@given(
+    name=st.sampled_from(conf_names("cache")),
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(["value", "every value", "row", "rows", "type", "shape", "name"]),
+            *(st.integers(0, 99) for _ in range(3)),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_arrays_of_any_form_give_a_record_or_a_cache_error(
+    by_codec: Path, tmp_path: Path, name: str, changes: Changes
+) -> None:
+    laid_out(tmp_path / "cache", files_of(by_codec / name))
+    (shard,) = tmp_path.glob("cache/*.safetensors")
+    with np.errstate(all="ignore"):
+        content = save(changed(load(shard.read_bytes()), changes))
+    forged(tmp_path / "cache", content)
+    made = codec(name)
+    with little_memory(), suppress(CacheError):
+        store = Store(tmp_path / "cache", FINGERPRINT, made)
+        for number in (5, 9):
+            for target in store.read(key(number)).targets.values():
+                assert target.soft is None or len(target.soft) == len(target.token_ids)
+
+
+def test_texts_of_other_keys_are_refused(one: Files, tmp_path: Path) -> None:
+    laid_out(tmp_path / "cache", one)
+    (manifest,) = tmp_path.glob("cache/manifest-*")
+    (line,) = unsealed(manifest.read_bytes())
+    line["keys"] = base64.b64encode(bytes.fromhex(key(8) + key(5))).decode()
+    manifest.write_bytes(sealed(line))
+    store = opened(tmp_path / "cache")
+    for number in (5, 8):
+        with pytest.raises(CacheError, match="its keys are not the manifest's"):
+            store.read(key(number))

@@ -1,0 +1,84 @@
+"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from distill.cache.codecs.topk import TopK
+from distill.cache.store import Store
+from distill.lessons.collate import collate
+from distill.lessons.join import Join, Records
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Annotation, Batch, Example, Request, Span, Target
+from tests.cache.conftest import FINGERPRINT
+from tests.conftest import LAYOUT, environment, examples
+
+
+@final
+class Steps(Dataset[Batch]):
+    """Batches of lessons that are read from a cache when they are wanted."""
+
+    def __init__(self, join: Join, store: Store, given: Sequence[Example]) -> None:
+        self._join, self._store, self._given = join, store, given
+
+    def __len__(self) -> int:
+        return len(self._given) // 4
+
+    def __getitem__(self, number: int) -> Batch:
+        part = self._given[4 * number : 4 * number + 4]
+        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0, self._store.soft_targets)
+
+
+def lesson_prompts(folder: Path) -> Prompts:
+    return Prompts(load_tokenizer(folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+def read_by_workers(folder: Path, tokenizer: Path) -> None:
+    """Read a cache in workers that are forked, and then here; the batches must be the same."""
+    prompts, given = lesson_prompts(tokenizer), examples(24)
+    requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in given}
+    needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
+    store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
+    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    join = Join(prompts=prompts, teacher=Records(store, requests), **settings)
+    loaders = [DataLoader(Steps(join, store, given), batch_size=None, num_workers=number) for number in (2, 0)]
+    there, here = (list(loader) for loader in loaders)
+    assert len(there) == len(here) == 6
+    for left, right in zip(there, here, strict=True):
+        assert left.counts == right.counts
+        assert left.example_ids == right.example_ids
+        for name in ("input_ids_BT", "mask_BT", "sequence_N", "before_N", "label_N", "is_labelled_N", "is_soft_N"):
+            assert torch.equal(getattr(left, name), getattr(right, name))
+        assert left.soft.ends_N.tolist() == right.soft.ends_N.tolist()
+        for name in ("position_E", "ids_E", "logprobs_E", "tail_N"):
+            assert torch.equal(getattr(left.soft, name), getattr(right.soft, name))
+
+
+@pytest.mark.slow
+def test_workers_read_from_a_cache_what_one_process_reads(tmp_path: Path, student_folder: Path) -> None:
+    made, prompts = TopK(k=4, temperature=1.0), lesson_prompts(student_folder)
+    with Store(tmp_path, FINGERPRINT, made).writing() as writer:
+        for number, example in enumerate(examples(24)):
+            ids = prompts.answer_ids(example.answer or "")
+            soft = made.cut((3 * torch.randn(len(ids), 300)).log_softmax(-1), torch.zeros(len(ids)).double())
+            request = prompts.request(example, "answer")
+            writer.add([Annotation(request.key, {"answer": Target(ids, soft)}, example.answer)])
+            if number % 5 == 4:
+                writer.flush()
+    # Only a process without threads may fork.
+    line = [sys.executable, __file__, str(tmp_path), str(student_folder)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    read_by_workers(Path(sys.argv[1]), Path(sys.argv[2]))

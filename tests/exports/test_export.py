@@ -1,0 +1,235 @@
+"""A run's student as a folder for others: its card, and its test questions for lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from distill.app import config as configuration
+from distill.errors import ConfigError
+from distill.exports.folder import export
+from distill.exports.harness import HarnessTask, harness_task
+from distill.prompts.cues import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Example
+from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
+
+CHOICES = ("negative", "positive")
+QUESTIONS = [
+    Example("It is dull.", "negative"),
+    Example("A fine film", "positive"),
+    Example(" spaced \n and broken  ", "negative"),
+    Example("Été: 12 €!", "positive"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on a task of two choices, each of one token: no model here learned what padding rows are."""
+    root = tmp_path_factory.mktemp("root")
+    folders = [make_model(root / f"model{seed}", seed=seed) for seed in (1, 2)]
+    for folder in folders:
+        make_tokenizer(folder, texts=[f" {choice}" for choice in CHOICES] * 999)
+    tiny = [o for o in tiny_overrides(root, *folders) if not o.startswith("task")]
+    sizes = [f"task.examples.num_{name}=8" for name in ("labelled", "unlabelled", "validation")]
+    steps = ["trainer.max_steps=20", "batch_size=4", "optim.optimizer.lr=0.01", "optim.schedule.num_warmup_steps=0"]
+    few = ["max_new_tokens=4", "num_samples=0", "teacher.calibrate=0", "evaluate_before=false"]
+    done = run(root, *reviews(root), *tiny, *sizes, "task.examples.num_test=12", *steps, *few, "loss=[answer]")
+    assert done.returncode == 0, done.stderr
+    return next((root / "runs").iterdir())
+
+
+@pytest.fixture
+def run_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def task_of(tokenizer: PreTrainedTokenizerFast, *examples: Example) -> tuple[HarnessTask, Prompts]:
+    prompts = Prompts(tokenizer, LAYOUT, (), max_length=256, too_long="drop")
+    return harness_task("any", prompts, CHOICES, examples or QUESTIONS), prompts
+
+
+def with_start(folder: Path) -> PreTrainedTokenizerFast:
+    make_tokenizer(folder, has_start=True)
+    return load_tokenizer(folder)
+
+
+def with_a_space_before_each_text(folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    texts = [f"Q: {e.question}\nAnswer: {e.answer}" for e in QUESTIONS]
+    special = {"special_tokens": ["<s>", "</s>"], "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, **special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def that_joins_a_stop_and_a_line_end() -> PreTrainedTokenizerFast:
+    """Signs, and the line ends behind them, are one word, as for many models; and of ".\\n" it makes one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet, ".Ċ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(".", "Ċ")]))
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}+|[^\s\p{L}]+[\r\n]*|\s"), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, plain])
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("make", [with_start, with_a_space_before_each_text])
+def test_the_harness_reads_the_tokens_that_the_student_learned(
+    make: Callable[[Path], PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    tokenizer = make(tmp_path)
+    task, prompts = task_of(tokenizer)
+    for example, row in zip(QUESTIONS, task.rows, strict=True):
+        for choice, written in zip(CHOICES, task.choices, strict=True):
+            prompt = prompts.answer_prompt(example, choice)
+            start, _ = prompt.spans["answer"]
+            assert tuple(tokenizer.encode(row["prompt"])) == prompt.ids[:start]
+            assert (*tokenizer.encode(row["prompt"] + written), prompts.end) == prompt.ids
+        assert CHOICES[row["gold"]] == example.answer
+    assert task.num_differing == 0
+    assert task.caution == ""
+
+
+def test_questions_of_which_the_harness_makes_other_tokens_are_counted() -> None:
+    stop, none = Example("It is dull.", "negative"), Example("A fine film", "positive")
+    tokenizer = that_joins_a_stop_and_a_line_end()
+    assert task_of(tokenizer, none)[0].num_differing == 0
+    task, _ = task_of(tokenizer, stop, none, Example("A bore.", "negative"))
+    assert task.num_differing == 2
+    assert "2 of 3 questions" in task.caution
+
+
+def test_a_question_is_cut_as_it_was_for_the_student(prompts: Prompts) -> None:
+    short = Prompts(prompts.tokenizer, LAYOUT, (), max_length=40, too_long="cut")
+    example = Example("A sentence of many words that goes on and on. " * 9, "positive")
+    task = harness_task("any", short, CHOICES, [example])
+    assert tuple(short.tokenizer.encode(task.rows[0]["prompt"])) == short.question(example, "answer")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "why"), [((), "12", "free text"), (CHOICES, "neutral", "'neutral' answers a test question")]
+)
+def test_answers_that_the_harness_cannot_judge_make_no_task(
+    choices: tuple[str, ...], answer: str, why: str, prompts: Prompts
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        harness_task("any", prompts, choices, [Example("How many?", answer)])
+
+
+@pytest.mark.slow
+def test_a_student_is_exported_with_the_questions_of_its_report(finished: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, f"run={finished}", f"to={tmp_path / 'out'}", command="export")
+    assert done.returncode == 0, done.stderr
+    out, name = tmp_path / "out", "distill_movie_reviews"
+    task = yaml.safe_load((out / "lm_eval" / f"{name}.yaml").read_text())
+    assert task["task"] == name
+    assert task["doc_to_choice"] == [" negative", " positive"]
+    rows = lines(out / task["dataset_kwargs"]["data_files"]["test"])
+    config = OmegaConf.load(finished / "config.yaml")
+    test = configuration.build(config.task.examples).splits().test
+    assert len(test) == len(rows) == 12
+    prompts = Prompts(
+        load_tokenizer(out), configuration.build(config.task.layout), (), max_length=256, too_long="refuse"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for example, row in zip(test, rows, strict=True):
+        assert row["prompt"] == f"Review: {example.question}\nSentiment:"
+        whole = tokenizer.encode(row["prompt"] + task["doc_to_choice"][row["gold"]])
+        assert (*whole, prompts.end) == prompts.answer_prompt(example, example.answer).ids
+    line = f"lm_eval run --model hf --model_args pretrained=. --tasks {name} --include_path lm_eval"
+    assert line in (out / "README.md").read_text()
+    assert f"cd {out} && " in done.stdout
+    assert line in done.stdout
+
+
+@pytest.mark.slow
+def test_the_questions_are_exported_where_the_tasks_files_are_gone(run_folder: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["task"]["examples"]["file"] = str(tmp_path / "gone.tsv")
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    export(run_folder, tmp_path / "out")
+    assert len(lines(tmp_path / "out" / "lm_eval" / "distill_movie_reviews.jsonl")) == 12
+
+
+def without_predictions(folder: Path) -> None:
+    (folder / "predictions.jsonl").unlink()
+
+
+def of_a_task_that_was_removed(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("movie_reviews.MovieReviews", "movie_reviews.Gone"))
+
+
+def that_names_no_way_to_answer(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("answer_mode:", "answer_manner:"))
+
+
+def that_reasons(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("answer_mode: direct", "answer_mode: reasoned"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (without_predictions, "predictions.jsonl is missing"),
+        (of_a_task_that_was_removed, "does not exist"),
+        (that_names_no_way_to_answer, "answer_mode"),
+        (that_reasons, "reasons before it answers"),
+    ],
+)
+def test_a_student_without_a_task_is_exported_all_the_same(
+    damage: Callable[[Path], None], why: str, run_folder: Path, tmp_path: Path
+) -> None:
+    damage(run_folder)
+    told = export(run_folder, tmp_path / "out")
+    assert told.startswith("without a task for lm-eval: ")
+    assert why in told
+    assert "\n" not in told
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {path.name for path in (run_folder / "student").iterdir()} | {"README.md"}
+    assert "lm_eval" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="pip install lm-eval to compare with it")
+def test_the_harness_finds_what_the_report_says(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(finished, out)
+    line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=.", "--device", "cpu"]
+    line += ["--tasks", "distill_movie_reviews", "--include_path", "lm_eval", "--log_samples", "--output_path", "found"]
+    settings = environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    done = subprocess.run(line, cwd=out, env=settings, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next((out / "found").rglob("results_*.json")).read_text())
+    wanted = json.loads((finished / "results.json").read_text())["rows"]["student"]["accuracy"]
+    assert found["results"]["distill_movie_reviews"]["acc,none"] == wanted
+    samples = {sample["doc"]["id"]: sample for sample in lines(next((out / "found").rglob("samples_*.jsonl")))}
+    for prediction in lines(finished / "predictions.jsonl"):
+        scores = [float(answer) for ((answer, _),) in samples[prediction["id"]]["resps"]]
+        assert CHOICES[scores.index(max(scores))] == prediction["student_answer"]
+        confidence = 1 / sum(math.exp(score - max(scores)) for score in scores)
+        assert confidence == pytest.approx(prediction["student_confidence"], abs=1e-4)

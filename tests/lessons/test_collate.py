@@ -1,0 +1,164 @@
+"""Laws 2, 3, 5, 8: which position learns what, whatever stands beside it, and how many of them there are."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from distill.errors import CacheError
+from distill.lessons.collate import collate
+from distill.lessons.join import Lesson, TrainingSequence
+from distill.lessons.loader import Arrangement, DistillData
+from distill.prompts.cues import Prompts
+from distill.records import SPANS, Prompt, SoftTargets, Target
+from tests.conftest import lessons, read
+from tests.lessons.conftest import soft
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_target_without_exactly_one_distribution_per_token_is_refused(number: int) -> None:
+    assert Target((5, 6, 7), soft(3))
+    assert Target((5, 6, 7), None)
+    with pytest.raises(CacheError, match=f"3 target tokens came with {number} distributions"):
+        Target((5, 6, 7), soft(number))
+
+
+def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, 9, read)
+    sequences = [sequence for lesson in given for sequence in lesson.sequences]
+    wanted = [
+        (row, place - 1, sequence.prompt.ids[place], SPANS.index(span), span in sequence.labelled)
+        for row, sequence in enumerate(sequences)
+        for span, (start, stop) in sequence.prompt.spans.items()
+        for place in range(start, stop)
+    ]
+    found = zip(
+        *(x.tolist() for x in (batch.sequence_N, batch.before_N, batch.label_N, batch.span_N, batch.is_labelled_N)),
+        strict=True,
+    )
+    assert list(found) == wanted
+    assert torch.equal(batch.input_ids_BT[batch.sequence_N, batch.before_N + 1], batch.label_N)
+
+
+def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, 9, read)
+    softs = [
+        (s.prompt, span, read([soft.place]))
+        for lesson in given
+        for s in lesson.sequences
+        for span, soft in s.soft.items()
+    ]
+    assert batch.soft is not None
+    joined_soft = SoftTargets.join([targets for _, _, targets in softs])
+    assert batch.soft.tail_N is not None
+    assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
+    assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
+    assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
+    tokens = [i for prompt, span, targets in softs for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
+    assert batch.label_N[batch.is_soft_N].tolist() == tokens
+    by_entry = np.repeat(tokens, joined_soft.num_N)
+    assert batch.label_N[batch.soft.position_E.long()].tolist() == by_entry.tolist()
+    assert np.diff(batch.soft.ends_N, prepend=0)[batch.is_soft_N].tolist() == joined_soft.num_N.tolist()
+    assert (np.diff(batch.soft.ends_N, prepend=0) > 0).tolist() == batch.is_soft_N.tolist()
+
+
+def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prompts: Prompts) -> None:
+    given = lessons(prompts, 7)
+    batch = collate(given, {}, prompts.end, read)
+    number = sum(len(lesson.sequences) for lesson in given)
+    assert (batch.label_N == prompts.end).sum() == number
+    lengths = [len(sequence.prompt.ids) for lesson in given for sequence in lesson.sequences]
+    assert batch.mask_BT.sum(1).tolist() == lengths
+    assert batch.mask_BT[batch.sequence_N, batch.before_N + 1].all()
+    is_end_N = batch.label_N == prompts.end
+    assert (batch.before_N[is_end_N] + 2).tolist() == lengths
+
+
+def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts) -> None:
+    given = lessons(prompts, 75)
+    data = DistillData(
+        train=given,
+        validation=given,
+        read=read,
+        batch_size=8,
+        microbatch_size=8,
+        batch_unit="examples",
+        arrangement=Arrangement(),
+        num_steps=1,
+        seed=0,
+        padding_id=1,
+        num_workers=0,
+    )
+    batches = list(data.val_dataloader())
+    assert len(batches) == 2
+    assert sorted(i for batch in batches for i in batch.example_ids) == sorted(lesson.example_id for lesson in given)
+    widths = [batch.mask_BT.shape[1] for batch in batches]
+    assert widths[0] < widths[1] == max(len(s.prompt.ids) for lesson in given for s in lesson.sequences)
+
+
+def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:
+    for lesson in lessons(prompts, 7):
+        one = lesson.branched()
+        assert one.counts() == lesson.counts()
+        (whole,) = one.sequences
+        if len(lesson.sequences) == 1:
+            assert one is lesson
+            continue
+        assert one.num_tokens < sum(len(sequence.prompt.ids) for sequence in lesson.sequences)
+        first, *_ = whole.prompt.branches
+        ends = (*whole.prompt.branches[1:], len(whole.prompt.ids))
+        for sequence, start, end in zip(lesson.sequences, whole.prompt.branches, ends, strict=True):
+            assert whole.prompt.ids[:first] + whole.prompt.ids[start:end] == sequence.prompt.ids
+            ((span, place),) = sequence.prompt.spans.items()
+            assert whole.prompt.spans[span] == tuple(start + p - first for p in place)
+            assert start < whole.prompt.spans[span][0]  # the token before a target is in its branch
+            assert (span in whole.labelled) == (span in sequence.labelled)
+            assert whole.soft.get(span) == sequence.soft.get(span)
+
+
+@pytest.mark.parametrize("last", [7, 8])
+def test_a_target_that_begins_like_another_is_not_shared(last: int) -> None:
+    answer, rationale = Prompt((5, 6, 7), {"answer": (2, 3)}), Prompt((5, 6, last), {"rationale": (2, 3)})
+    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    (one,) = lesson.branched().sequences
+    assert one.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
+
+
+def test_sequences_without_a_common_beginning_stay_apart() -> None:
+    answer, rationale = Prompt((5, 6), {"answer": (1, 2)}), Prompt((5, 6, 8), {"rationale": (2, 3)})
+    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    assert lesson.branched() is lesson
+
+
+def test_positions_go_on_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
+    given = [lesson.branched() for lesson in lessons(prompts, 9)]
+    batch = collate(given, {}, 9, read)
+    assert batch.branch_BT is not None
+    for row, lesson in enumerate(given):
+        prompt = lesson.sequences[0].prompt
+        starts, length = prompt.branches or (len(prompt.ids),), len(prompt.ids)
+        wanted = [*range(starts[0])]
+        for start, end in itertools.pairwise((*starts, length)):
+            wanted += range(starts[0], starts[0] + end - start)
+        assert batch.position_BT[row, :length].tolist() == wanted
+        assert (batch.position_BT[row, length:] == 0).all()  # no place beyond those that a model has learned
+        assert int(batch.branch_BT[row].max()) == len(prompt.branches)
+    assert collate(lessons(prompts, 9), {}, 9, read).branch_BT is None
+
+
+def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
+    lesson = lessons(prompts, 3)[2]
+    answer, rationale = (sequence.prompt.spans for sequence in lesson.sequences)
+    num_answer, num_rationale = (stop - start for start, stop in (answer["answer"], rationale["rationale"]))
+    assert lesson.counts() == {
+        ("answer", "labels"): num_answer,
+        ("answer", "soft"): num_answer,
+        ("rationale", "labels"): num_rationale,
+        ("rationale", "soft"): num_rationale - 1,  # no distribution was asked for the end that follows it
+    }
+    assert lessons(prompts, 1)[0].counts()["answer", "labels"] == 0

@@ -1,0 +1,225 @@
+"""Laws 1 and 4: what a divergence on buckets may claim, for every divergence that conf/loss/ names."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from distill.app import config as configuration
+from distill.cache.codecs.dense import Dense
+from distill.cache.codecs.topk import TopK
+from distill.errors import ConfigError
+from distill.lessons.collate import entries
+from distill.losses import Objective
+from distill.losses.cross_entropy import CrossEntropy
+from distill.losses.forward_kl import ForwardKL
+from distill.losses.jensen_shannon import JensenShannon
+from distill.losses.reverse_kl import ReverseKL
+from distill.losses.skew_kl import SkewKL, SkewReverseKL
+from distill.losses.total_variation import TotalVariation
+from distill.records import SoftTargets
+from tests.conftest import compose, conf_names, divergences, grid
+
+EVERY = pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
+SOFT = pytest.mark.parametrize("divergence", divergences("soft").values(), ids=lambda d: type(d).__name__)
+V = 40
+
+
+def logprobs(seed: int, rows: int = 16, spread: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(rows, V, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+def buckets(log_p_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """The kept log-probabilities and that of everything else together."""
+    is_kept_NV = torch.zeros_like(log_p_NV, dtype=torch.bool).scatter_(-1, ids_NK, True)
+    rest_N1 = log_p_NV.masked_fill(is_kept_NV, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p_NV.gather(-1, ids_NK), rest_N1], -1)
+
+
+def excess(divergence: Any, log_q_NB: Tensor, log_t_NB: Tensor) -> Tensor:
+    """By how much the value is above that of a perfect student."""
+    return (divergence(log_q_NB, log_t_NB)[0] - divergence(log_t_NB, log_t_NB)[0]).sum(-1)
+
+
+@EVERY
+@settings(max_examples=40, deadline=None, database=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, V - 1), spread=st.floats(0.01, 8))
+def test_a_bucket_reading_is_never_negative_and_never_above_the_full_one(
+    divergence: Any, seed: int, k: int, spread: float
+) -> None:
+    log_q_NV, log_t_NV = logprobs(seed, spread=spread), logprobs(seed + 1, spread=spread)
+    ids_NK = log_t_NV.topk(k, -1).indices
+    cut_N = excess(divergence, buckets(log_q_NV, ids_NK), buckets(log_t_NV, ids_NK))
+    assert (cut_N >= -1e-12).all()
+    if log_t_NV.min() > np.log(1e-8):  # above the floor that ReverseKL states
+        assert (cut_N <= excess(divergence, log_q_NV, log_t_NV) + 1e-12).all()
+
+
+@SOFT
+@pytest.mark.parametrize("k", [1, 5, V - 1])
+def test_a_student_that_equals_the_teacher_has_no_divergence(divergence: Any, k: int) -> None:
+    log_t_NV = logprobs(3)
+    log_t_NB = buckets(log_t_NV, log_t_NV.topk(k, -1).indices)
+    value_NB, slope_NB = divergence(log_t_NB, log_t_NB)
+    assert value_NB.sum(-1).abs().max() < 1e-12
+    # At the least value every bucket's slope is the same multiple of its probability.
+    assert torch.allclose(slope_NB / log_t_NB.exp(), slope_NB[:, :1] / log_t_NB[:, :1].exp(), atol=1e-12)
+
+
+@EVERY
+def test_a_bucket_reading_grows_to_the_full_one_as_more_is_kept(divergence: Any) -> None:
+    log_q_NV, log_t_NV = logprobs(4, spread=1), logprobs(5, spread=1)
+    order_NV = log_t_NV.argsort(-1, descending=True)
+    cuts = [
+        excess(divergence, buckets(log_q_NV, order_NV[:, :k]), buckets(log_t_NV, order_NV[:, :k])).sum()
+        for k in range(1, V)
+    ]
+    assert all(fewer <= more + 1e-12 for fewer, more in itertools.pairwise(cuts))
+    assert cuts[0] < 0.5 * cuts[-1]
+    assert abs(cuts[-1] - excess(divergence, log_q_NV, log_t_NV).sum()) < 1e-9
+
+
+@EVERY
+def test_a_slope_is_the_derivative_of_the_value(divergence: Any) -> None:
+    log_q_NB = logprobs(6).requires_grad_()
+    value_NB, slope_NB = divergence(log_q_NB, logprobs(7))
+    (expected_NB,) = torch.autograd.grad(value_NB.sum(), log_q_NB)
+    assert torch.allclose(slope_NB, expected_NB, atol=1e-12)
+
+
+def test_values_are_those_of_torch() -> None:
+    log_q_NV, log_t_NV, labels_N = logprobs(8), logprobs(9, spread=1), torch.arange(16)
+    forward_N = kl_div(log_q_NV, log_t_NV, log_target=True, reduction="none").sum(-1)
+    reverse_N = kl_div(log_t_NV, log_q_NV, log_target=True, reduction="none").sum(-1)
+    certain_NV = torch.full_like(log_t_NV, -torch.inf).scatter(-1, labels_N.unsqueeze(-1), 0.0)
+    label_N = cross_entropy(log_q_NV, labels_N, reduction="none")
+    assert torch.allclose(ForwardKL()(log_q_NV, log_t_NV)[0].sum(-1), forward_N, atol=1e-12)
+    assert torch.allclose(ReverseKL()(log_q_NV, log_t_NV)[0].sum(-1), reverse_N, atol=1e-12)
+    assert torch.allclose(CrossEntropy()(log_q_NV, certain_NV)[0].sum(-1), label_N, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("near", "limit", "scale"),
+    [
+        (JensenShannon(beta=1e-7), ForwardKL(), 1e7),
+        (JensenShannon(beta=1 - 1e-7), ReverseKL(), 1e7),
+        (SkewKL(alpha=1e-7), ForwardKL(), 1),
+        (SkewReverseKL(alpha=1e-7), ReverseKL(), 1),
+    ],
+)
+def test_mixtures_go_to_the_two_kls(near: Any, limit: Any, scale: float) -> None:
+    log_q_NV, log_t_NV = logprobs(11, spread=1), logprobs(12, spread=1)
+    (value_NV, slope_NV), (limit_NV, limit_slope_NV) = (d(log_q_NV, log_t_NV) for d in (near, limit))
+    assert torch.allclose(scale * value_NV.sum(-1), limit_NV.sum(-1), rtol=1e-4)
+    by_logit_NV, wanted_NV = (s - log_q_NV.exp() * s.sum(-1, keepdim=True) for s in (scale * slope_NV, limit_slope_NV))
+    assert torch.allclose(by_logit_NV, wanted_NV, rtol=1e-4, atol=1e-6)
+
+
+def test_divergences_have_the_values_of_two_coins() -> None:
+    """t = (3/4, 1/4), q = (1/4, 3/4), by hand."""
+    log_t, log_q = torch.tensor([0.75, 0.25]).double().log(), torch.tensor([0.25, 0.75]).double().log()
+    ln = math.log
+    wanted = {
+        ForwardKL(): 0.5 * ln(3),
+        ReverseKL(): 0.5 * ln(3),
+        JensenShannon(beta=0.5): 0.75 * ln(1.5) - 0.25 * ln(2),
+        SkewKL(alpha=0.5): 0.75 * ln(1.5) - 0.25 * ln(2),
+        SkewReverseKL(alpha=0.5): 0.75 * ln(1.5) - 0.25 * ln(2),
+        SkewKL(alpha=0.2): 0.75 * ln(0.75 / 0.35) + 0.25 * ln(0.25 / 0.65),
+        SkewReverseKL(alpha=0.2): 0.25 * ln(0.25 / 0.65) + 0.75 * ln(0.75 / 0.35),
+        JensenShannon(beta=0.25): 0.25 * (0.75 * ln(2) + 0.25 * ln(0.4)) + 0.75 * (0.25 * ln(2 / 3) + 0.75 * ln(1.2)),
+        TotalVariation(): 0.5,
+    }
+    for divergence, value in wanted.items():
+        assert math.isclose(divergence(log_q, log_t)[0].sum(), value, rel_tol=1e-12), divergence
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
+@pytest.mark.parametrize("make", [SkewKL, SkewReverseKL, JensenShannon])
+def test_a_mixture_that_is_none_is_refused(make: Any, share: float) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        make(share)
+
+
+@EVERY
+def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
+    never = -torch.inf
+    log_t_NB = torch.tensor([[0.0, never, never], [np.log(0.5), np.log(0.5), never]], dtype=torch.float64)
+    log_q_NB = torch.tensor([[never, 0.0, never], [0.0, -30.0, -20.7]], dtype=torch.float64)
+    value_NB, slope_NB = divergence(log_q_NB[1:], log_t_NB[1:])
+    assert value_NB.isfinite().all()
+    assert slope_NB.isfinite().all()
+    value_NB, slope_NB = divergence(log_q_NB[:1], log_t_NB[:1])
+    assert not value_NB.isnan().any()
+    assert not slope_NB.isnan().any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 7, V, 3 * V])
+def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, temperature: float) -> None:
+    full_NV = (logprobs(10) / temperature).log_softmax(-1).float()
+    soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float(), torch.zeros(16).double())
+    ids_NK, logprobs_NK = grid(soft)
+    kept_NK = full_NV.gather(-1, torch.from_numpy(ids_NK).long()).numpy()
+    assert ids_NK.shape == (16, min(k, V))
+    assert np.allclose(logprobs_NK, kept_NK, atol=1e-6)
+    assert np.allclose(logprobs_NK[:, 0], full_NV.max(-1).values, atol=1e-6)
+    assert np.allclose(np.exp(logprobs_NK).sum(-1) + soft.tail_N, 1, atol=1e-6)
+    assert (soft.tail_N >= 0).all()
+    if k == 1:
+        assert (soft.tail_N > 0.05).any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+def test_dense_targets_at_a_temperature_are_the_softmax_of_the_logits_at_it(temperature: float) -> None:
+    logits_NV = 3 * torch.randn(8, V)
+    soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
+    Dense().check_temperature(temperature)
+    among = np.arange(10) > 1  # positions, of which two have no soft targets
+    at = Dense().at_temperature(entries(among, soft), temperature)
+    wanted_NV = (logits_NV / temperature).log_softmax(-1)
+    assert torch.allclose(at.logprobs_E.unflatten(0, (8, V)), wanted_NV, atol=1e-5)
+    assert (soft.tail_N == 0).all()
+
+
+def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
+    TopK(k=5, temperature=2.0).check_temperature(2.0)
+    with pytest.raises(ConfigError, match=r"temperature 4\.0.*cache\.temperature=4\.0|cache\.codec\.temperature=4\.0"):
+        TopK(k=5, temperature=2.0).check_temperature(4.0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "temperature", "source"),
+    [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels"), (1.0, 2.0, "teacher")],
+)
+def test_an_objective_without_meaning_is_refused(weight: float, temperature: float, source: Any) -> None:
+    with pytest.raises(ConfigError):
+        Objective(CrossEntropy(), "answer", source, weight, temperature)
+
+
+@pytest.mark.parametrize(
+    "names", [c for n in (1, 2) for c in itertools.combinations(conf_names("loss"), n)], ids="+".join
+)
+def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...]) -> None:
+    config = compose(f"loss=[{','.join(names)}]", "task=arithmetic", "teacher.model=x", "student.model=x")
+    configuration.check(config)
+    assert set(config.loss) == set(names)
+    built = {name: configuration.build(node) for name, node in config.loss.items()}
+    assert all(isinstance(objective, Objective) for objective in built.values())
+
+
+def test_soft_targets_of_unlike_shapes_are_refused() -> None:
+    with pytest.raises(Exception, match="unlike shapes"):
+        SoftTargets(np.zeros(6, np.int32), np.zeros(6, np.float32), np.zeros(2, np.float32), np.full(3, 2))
+    with pytest.raises(Exception, match="unlike shapes"):
+        SoftTargets(np.zeros(6, np.int32), np.zeros(5, np.float32), np.zeros(3, np.float32), np.full(3, 2))

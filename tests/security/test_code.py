@@ -1,0 +1,175 @@
+"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from distill.app.files import sha256
+from distill.cache.codecs.topk import TopK
+from distill.cache.shard import SUFFIXES
+from distill.cache.store import Store
+from distill.errors import CacheError, ConfigError
+from distill.lessons.curriculum import prepare, teach
+from distill.models import loading, naming
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Annotation
+from distill.students.causal_lm import open_student
+from distill.training.fit import arrange, fit
+from tests.conftest import WHOLE_STUDENT, environment, make_model, tiny_overrides
+from tests.security.conftest import ROOT, Evil
+
+SOURCES = sorted((ROOT / "distill").rglob("*.py"))
+
+
+def calls(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every call in a source file: what is called, and its keywords, those that are no constants as an ellipsis."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: getattr(k.value, "value", ...) for k in node.keywords if k.arg}
+
+
+def imports(path: Path) -> set[str]:
+    """What a source file imports, by its full name."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    taken = (node for node in nodes if isinstance(node, ast.ImportFrom))
+    return named | {f"{node.module}.{alias.name}" for node in taken for alias in node.names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_file_reads_a_pickle_runs_a_text_or_speaks_http(path: Path) -> None:
+    found = imports(path) - {"pickle.UnpicklingError"}
+    packages = {name.partition(".")[0] for name in found}
+    assert not packages & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code"}
+    assert not packages & {"requests", "httpx", "aiohttp", "http"}
+    assert not [name for name in found if name.startswith("urllib.request")]
+    for name, keywords in calls(path):
+        last = name.rpartition(".")[2]
+        assert name not in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load"}, name
+        assert not name.startswith("yaml.") or name.startswith("yaml.safe_"), name
+        assert keywords.get("weights_only", True) is True, name
+        assert not keywords.get("allow_pickle"), name
+        assert not keywords.get("shell"), name
+        assert not keywords.get("trust_remote_code"), name
+        if name == "torch.load" or last == "load_checkpoint":
+            assert keywords.get("weights_only") is True, name
+        if re.fullmatch(r"Auto\w+\.from_pretrained", name) and "gguf_file" not in keywords:
+            assert keywords.get("trust_remote_code") is False, name
+
+
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_hostile_checkpoint_is_refused_and_not_run(
+    is_sealed: bool, configured: Callable[..., DictConfig], tmp_path: Path, marker: Path
+) -> None:
+    checkpoint = tmp_path / "step-00000001.ckpt"
+    torch.save({"state_dict": {}, "loops": Evil(marker)}, checkpoint)
+    job = prepare(configured("trainer.max_steps=2", "loss=[answer]", f"resume='{checkpoint}'"), tmp_path / "run")
+    training = arrange(job, teach(job), open_student(job.student_folder, **WHOLE_STUDENT), [])
+    if is_sealed:  # by somebody who knows what a checkpoint of this run looks like
+        seal = {"sha256": sha256(checkpoint), "identity": dict(training.identity)}
+        checkpoint.with_suffix(".json").write_text(json.dumps(seal))
+    with pytest.raises(ConfigError, match="holds more than numbers" if is_sealed else "no whole checkpoint"):
+        fit(job, training)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_model_folder_of_pickles_is_refused_and_not_run(name: str, tmp_path: Path, marker: Path) -> None:
+    folder = make_model(tmp_path / "model", seed=1)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil(marker)}, folder / name)
+    with pytest.raises(ConfigError, match="does not open as a causal language model"):
+        loading.load(folder, torch.float32)
+
+
+def test_a_cache_of_pickles_is_refused_and_not_run(tmp_path: Path, marker: Path) -> None:
+    codec, fingerprint = TopK(k=2, temperature=1.0), {"made": "here"}
+    store = Store(tmp_path / "cache", fingerprint, codec)
+    with store.writing() as writer:
+        writer.add([Annotation("0" * 32, {}, "4")])
+        writer.flush()
+    torch.save(Evil(marker), tmp_path / "evil")
+    content = (tmp_path / "evil").read_bytes()
+    for suffix in SUFFIXES:
+        (shard,) = (tmp_path / "cache").glob(f"*.{suffix}")
+        sound = shard.read_bytes()
+        shard.write_bytes(content)
+        with pytest.raises(CacheError, match="damaged"):
+            Store(tmp_path / "cache", fingerprint, codec).read("0" * 32)
+        shard.write_bytes(sound)
+    for name in ("manifest.pkl", "0123456789abcdef.pt", "0123456789abcdef.npy"):
+        (tmp_path / "cache" / name).write_bytes(content)
+    assert Store(tmp_path / "cache", fingerprint, codec).read("0" * 32).answer == "4"
+
+
+def with_code(folder: Path, marker: Path, *, model_type: str | None = None, tokenizer: str | None = None) -> Path:
+    """Make of a model folder one that brings code."""
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: ...\n")
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+    }
+    changes["config.json"] |= {"model_type": model_type} if model_type else {}
+    changes["tokenizer_config.json"] |= {"tokenizer_class": tokenizer} if tokenizer else {}
+    for name, change in changes.items():
+        known = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(known | change))
+    return folder
+
+
+NEEDS: dict[str, dict[str, Any]] = {"model": {"model_type": "evil"}, "tokenizer": {"tokenizer": "EvilTokenizer"}}
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard input is a pipe full of consent."""
+    out, into = os.pipe()
+    os.write(into, b"y\nyes\n" * 99)
+    os.close(into)
+    with os.fdopen(out) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        yield
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("part", NEEDS)
+def test_a_model_that_needs_its_own_code_is_refused_whatever_is_typed(
+    role: str, part: str, configured: Callable[..., DictConfig], tmp_path: Path, marker: Path, typed: None
+) -> None:
+    folder = with_code(make_model(tmp_path / "evil", seed=1), marker, **NEEDS[part])
+    with pytest.raises(ConfigError, match=r"evil .*code") as raised:
+        prepare(configured(f"{role}.model={folder}"), tmp_path)
+    assert len(raised.value.problems) == 1
+    assert "trust_remote_code" not in str(raised.value)
+
+
+def test_a_command_is_not_talked_into_running_code(
+    tmp_path: Path, marker: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    evil = with_code(shutil.copytree(teacher_folder, tmp_path / "evil"), marker, **NEEDS["model"] | NEEDS["tokenizer"])
+    command = [sys.executable, "-m", "distill.train", *tiny_overrides(tmp_path, evil, student_folder)]
+    pipes: dict[str, Any] = {"input": "y\nyes\n" * 99, "capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, timeout=120, check=False, **pipes)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("ConfigError") == 1
+    assert "Traceback" not in done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+
+
+def test_a_model_that_transformers_knows_is_opened_without_the_code_beside_it(tmp_path: Path, marker: Path) -> None:
+    folder = with_code(make_model(tmp_path / "model", seed=1), marker)
+    assert naming.resolve(str(folder), tmp_path) == folder
+    assert type(loading.load(folder, torch.float32)).__module__.startswith("transformers.")
+    assert type(load_tokenizer(folder)).__module__.startswith("transformers.")

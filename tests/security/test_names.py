@@ -1,0 +1,206 @@
+"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import wandb
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from distill.annotation import fill as filling
+from distill.annotation.fill import open_source
+from distill.app import config as configuration
+from distill.app.files import whole_file
+from distill.app.tracking import artifact_name
+from distill.cache.claims import Claims
+from distill.errors import ConfigError
+from distill.exports.folder import export
+from distill.exports.harness import harness_task
+from distill.models import naming
+from distill.prompts.cues import Prompts
+from distill.records import content_id
+from distill.reports.page import to_html, to_markdown, to_text
+from distill.reports.runs import read_run
+from distill.reports.verdicts import summarise as summary_of
+from tests.conftest import compose
+from tests.security.conftest import ANY_TEXT, QUICK, Told, written
+
+TRICKS = ["", ".", "..", "../../x", "/etc/passwd", "a/../../b", "\0", "x" * 999, "．．／", "~", "~nobody/x"]
+
+
+NAMES = ANY_TEXT | st.sampled_from(TRICKS)
+
+
+@given(name=NAMES)
+@QUICK
+def test_a_models_name_gives_a_folder_or_a_message_and_writes_nothing(name: str, tmp_path: Path) -> None:
+    before = written(tmp_path)
+    with suppress(ConfigError):
+        assert naming.resolve(name, tmp_path / "root").is_dir()
+    assert written(tmp_path) == before
+
+
+HASHES = {"sha256": "0" * 64, "package": "1" * 64}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pypi://[",
+        "pypi://a==1/../../x.gguf",
+        "pypi://a==1/x.gguf#sha256=../../x&package=" + "1" * 64,
+        "pypi://a==1/x.gguf#sha256=" + "0" * 64 + "&package=1%0A--index-url%20http://evil.example",
+        "pypi://--index-url=http://evil.example==1/x.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,
+        "pypi://-r%20x==1/x.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,
+    ],
+)
+def test_a_package_is_named_in_the_one_form_that_pip_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not of the form"):
+        naming.resolve(name, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@given(name=NAMES)
+@QUICK
+def test_a_cache_lies_in_the_folder_of_caches_whatever_the_task_is_called(name: str, tmp_path: Path) -> None:
+    config = OmegaConf.create({"root": str(tmp_path), "task": {"name": name}, "cache": {"dir": None}})
+    folder, url = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    assert (folder.parent, url) == (tmp_path / "cache", None)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@given(url=NAMES)
+@QUICK
+def test_the_copy_of_a_cache_lies_in_the_folder_of_copies_whatever_its_url(url: str, tmp_path: Path) -> None:
+    config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
+    folder, place = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    assert (folder.parent, place) == (tmp_path / "copies", f"s3://{url}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def test_a_run_of_a_task_with_a_hostile_name_writes_below_its_root(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    before = set(tmp_path.parent.iterdir())
+    source = open_source(configured("task.name='../../../outside'", f"root={tmp_path / 'root'}"))
+    with source.store.writing():
+        pass
+    assert source.store.is_begun
+    assert source.store.folder.is_relative_to(tmp_path / "root" / "cache")
+    assert set(tmp_path.parent.iterdir()) == before
+
+
+@given(name=NAMES)
+@QUICK
+def test_wandb_takes_every_name_of_an_artifact(name: str) -> None:
+    artifact = wandb.Artifact(artifact_name(f"student-{name}"), "model")
+    assert "/" not in artifact.name
+    assert artifact.name.startswith("student-")
+
+
+@given(name=NAMES)
+@QUICK
+def test_a_task_for_lm_eval_is_written_into_its_folder_alone(name: str, tmp_path: Path, prompts: Prompts) -> None:
+    shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    before = written(tmp_path)
+    harness_task(name, prompts, ["yes", "no"], []).write(tmp_path / "a" / "model")
+    new = written(tmp_path) - before
+    assert len(new) == 3
+    assert all(path.parent.name in ("model", "lm_eval") and path.is_relative_to(tmp_path / "a") for path in new)
+
+
+@given(text=ANY_TEXT)
+@QUICK
+def test_an_examples_id_is_digits_whatever_its_text(text: str) -> None:
+    assert re.fullmatch(r"[0-9a-f]{32}", content_id(text))
+
+
+def test_what_is_written_takes_the_place_of_a_link_and_does_not_follow_it(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    for name in ("config.yaml", "plain", ".clock", "work"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).symlink_to(outside)
+    configuration.save(compose(), tmp_path / "run" / "config.yaml")
+    with whole_file(tmp_path / "run" / "plain") as temporary:
+        temporary.write_text("new")
+    claims = Claims(tmp_path / "run", seconds=0.5)
+    with claims.held():
+        claims.take("work")
+    assert outside.read_text() == "untouched"
+    assert not (tmp_path / "run" / "config.yaml").is_symlink()
+    assert (tmp_path / "run" / "plain").read_text() == "new"
+
+
+def made_run(folder: Path) -> Path:
+    """A run folder with little in it."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("task: {name: t}\n")
+    (folder / "run.json").write_text(json.dumps({"name": "a run", "losses": ["answer"], "seed": 0}))
+    lines = [{"id": "1", "question": "Why?", "gold": "4", "student_answer": "4", "is_correct": True}]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "results.json").write_text(json.dumps({"rows": {"student": {"accuracy": 1.0, "reliability": []}}}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "predictions.jsonl", "rationales.jsonl"])
+def test_a_report_shows_nothing_that_a_link_leads_to(name: str, tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run")
+    secret = '{"name": "CANARY", "losses": ["CANARY"], "question": "CANARY", "is_correct": true, "seed": "CANARY"}\n'
+    (tmp_path / "secret").write_text(secret)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    run = read_run(folder)
+    assert any(problem.startswith(f"{name} is a link") for problem in run.problems)
+    summary = summary_of([run])
+    assert "CANARY" not in to_text(summary) + to_markdown(summary) + to_html(summary)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "id_rsa", "student"])
+def test_an_export_takes_nothing_that_a_link_leads_to(name: str, tmp_path: Path, student_folder: Path) -> None:
+    folder = made_run(tmp_path / "run")
+    shutil.copytree(student_folder, folder / "student")
+    link = folder / "student" if name == "student" else folder / "student" / name
+    kept = tmp_path / "kept"
+    if link.exists():
+        link.rename(kept)
+    else:
+        kept.write_text("CANARY")
+    link.symlink_to(kept)
+    with pytest.raises(ConfigError, match="is a link"):
+        export(folder, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", ".hidden", "a/b", "x" * 300, "a\nb"])
+def test_a_run_is_called_like_one_folder(
+    name: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILL_RUN", name)
+    code, said = told()
+    assert code == 2, said
+    assert "wanted the name of one folder" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_scheduler_and_a_root_are_called_may_come_from_the_environment(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    code, said = told("task.name='job-${oc.env:SLURM_JOB_ID}-${oc.env:SLURM_NODEID,0}'")
+    assert code == 0, said
+    (saved,) = (tmp_path / "root").glob("runs/*/config.yaml")
+    assert "job-4711-0" in saved.read_text()
+    code, said = told("task.name='${oc.env:SLURM_NODEID}'")
+    assert code == 2, said
+    assert "the environment has no SLURM_NODEID" in said

@@ -1,0 +1,249 @@
+"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from distill.app import config as configuration
+from distill.errors import ConfigError
+from tests.conftest import environment, tiny_overrides
+from tests.security.conftest import Told
+
+CANARIES = {
+    "WANDB_API_KEY": "8f3c" * 10,
+    "OPENAI_API_KEY": "sk-proj-Zx81cnRb27QwLk39TtYu56",
+    "HF_TOKEN": "hf_QwErTyUiOpAsDfGhJkLz",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYCANARYKEY123",
+    "AWS_ACCESS_KEY_ID": "AKIAZX81CNRB27QWLK39",
+    "GITHUB_TOKEN": "ghp_Zx81cnRb27QwLk39TtYu56",
+    "SERVICE_PASSWORD": "correct-horse-battery-canary",
+}
+
+
+IN_GIT = {"user": "ghp_UserCanary81cnRb27QwLk", "password": "PasswordCanary81cnRb27", "edit": "EditCanary81cnRb27"}
+
+
+COMMANDS = """
+import json, os, runpy, shutil, sys, warnings
+from pathlib import Path
+from hydra.core.global_hydra import GlobalHydra
+
+warnings.simplefilter("ignore")
+remove, root = shutil.rmtree, Path(sys.argv[1])
+
+def rmtree(path, *rest, **more):  # the checkpoints that a run takes away when it ends are looked at too
+    if Path(path).name == "checkpoints" and Path(path).is_dir():
+        Path(path).rename(Path(path).with_name("kept"))
+    else:
+        remove(path, *rest, **more)
+
+shutil.rmtree = rmtree
+for command, *arguments in json.loads(sys.argv[2]):
+    sys.argv = ["distill." + command, *arguments]
+    GlobalHydra.instance().clear()
+    try:
+        runpy.run_module("distill." + command, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, (command, ended.code)
+"""
+
+
+def git_with_secrets(folder: Path) -> None:
+    """A repository whose remote has a password, and in which something secret was edited and not committed."""
+    (folder / "notes.txt").write_text("notes\n")
+    url = f"https://{IN_GIT['user']}:{IN_GIT['password']}@git.example/a.git"
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for arguments in (["init"], ["remote", "add", "origin", url], ["add", "notes.txt"], [*author, "commit", "-m", "a"]):
+        subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+    (folder / "notes.txt").write_text(f"notes\n{IN_GIT['edit']}\n")
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> tuple[Path, str]:
+    """A folder in which every command was run with keys in the environment, and what they said."""
+    root = tmp_path_factory.mktemp("worked")
+    git_with_secrets(root)
+    tiny = [*tiny_overrides(root, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
+    tiny += ["trainer.log_every_n_steps=1"]
+    tiny = [option for option in tiny if not option.startswith("tracking")]
+    tiny += ["num_samples=1", "max_new_tokens=3", "loss=[answer,kl]", "evaluate_before=false"]
+    foreign = ("student", "trainer", "loss", "num_samples", "max_new", "batch", "evaluate")
+    run = str(root / "one")
+    commands = [
+        ["annotate", *(option for option in tiny if not option.startswith(foreign))],
+        ["train", *tiny, "tracking=wandb", f"hydra.run.dir={run}"],
+        ["train", "-m", *tiny, "seed=1,2", "tracking=wandb"],
+        ["evaluate", *(o for o in tiny if o.startswith(("task", "root"))), f"model={run}/student", "max_new_tokens=3"],
+        ["export", f"root={root}", f"run={run}", f"to={root}/exported"],
+        ["report", f"root={root}", f"runs={run}", f"out={root}/reported"],
+    ]
+    (root / "reported").mkdir()
+    kept = environment(DISTILL_ROOT=str(root), WANDB_MODE="offline", HOME=str(root / "home"), **CANARIES)
+    command = [sys.executable, "-W", "ignore", "-c", COMMANDS, str(root), json.dumps(commands)]
+    done = subprocess.run(command, env=kept, cwd=root, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, done.stdout + done.stderr
+
+
+def readings(path: Path) -> bytes:
+    """A file's bytes, and of a table, whose texts are packed, its rows."""
+    rows = str(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else ""
+    return path.read_bytes() + rows.encode()
+
+
+def test_a_key_of_the_environment_is_in_nothing_that_any_command_writes_or_says(worked: tuple[Path, str]) -> None:
+    root, told = worked
+    own = (root / ".git", root / "notes.txt")
+    files = [p for p in root.rglob("*") if p.is_file() and not any(p.is_relative_to(one) for one in own)]
+    kinds = {path.suffix for path in files} | {path.name for path in files}
+    wanted = {".ckpt", ".wandb", ".safetensors", ".parquet", ".html", ".md", ".csv", "multirun.yaml", "hydra.yaml"}
+    assert wanted <= kinds
+    canaries = {**CANARIES, **IN_GIT}
+    found = {
+        (name, str(p.relative_to(root))) for p in files for name, key in canaries.items() if key.encode() in readings(p)
+    }
+    assert not found
+    assert not [name for name, key in canaries.items() if key in told]
+
+
+def test_a_key_of_the_environment_is_in_no_record_of_wandb(worked: tuple[Path, str]) -> None:
+    root, _ = worked
+    folders = sorted((root / "one").rglob("*.wandb"))
+    assert len(folders) == 1
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folders[0].parent)]
+    quiet = environment(WANDB_ERROR_REPORTING="false")
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=60, check=True)
+    assert '"test/accuracy"' in done.stdout
+    assert str(json.loads((root / "one" / "run.json").read_text())["commit"]) in done.stdout
+    assert not [name for name, key in {**CANARIES, **IN_GIT}.items() if key in done.stdout]
+
+
+OPENAI, HUB, WANDB = (CANARIES[name] for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY"))
+
+
+AMAZON, GITHUB = CANARIES["AWS_ACCESS_KEY_ID"], CANARIES["GITHUB_TOKEN"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "secret"),
+    [
+        ("+api_key=abcxyz", "abcxyz"),
+        ("++tracking.password=abcxyz", "abcxyz"),
+        ("teacher.kind.token=abcxyz", "abcxyz"),
+        ("+loss.kl.extra={server:{client_secret:abcxyz}}", "abcxyz"),
+        ("+loss.kl.extra=[{apiKey:abcxyz}]", "abcxyz"),
+        (f"task.name={OPENAI}", OPENAI),
+        (f"+note='see {HUB}'", HUB),
+        (f"tracking.project={AMAZON}", AMAZON),
+        (f"+extra={WANDB}", WANDB),
+        (f"+extra=[1,{{a:{WANDB}}}]", WANDB),
+        (f"seed=1,{WANDB}", WANDB),
+        (f"+extra={GITHUB}", GITHUB),
+        ("root=s3://someone:abcxyz@storage.example/folder", "abcxyz"),
+        ("cache.dir='https://:abcxyz@storage.example/folder'", "abcxyz"),
+        (f"hydra.run.dir=/tmp/{HUB}", HUB),
+        ("+hydra.job.env_set.HF_TOKEN=abcxyz", "abcxyz"),
+        (f"+hydra.job.env_set.PLAIN={OPENAI}", OPENAI),
+        ("hydra.job.env_copy=[OPENAI_API_KEY]", OPENAI),
+        ("hydra.job.env_copy=[HOME,SERVICE_PASSWORD]", CANARIES["SERVICE_PASSWORD"]),
+        (f"task.name=[{OPENAI}", OPENAI),
+        (f"--config-dir=/tmp/{OPENAI}", OPENAI),
+        (OPENAI, OPENAI),
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(
+    argument: str, secret: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, key in CANARIES.items():
+        monkeypatch.setenv(name, key)
+    code, said = told(*(["-m"] if "," in argument else []), argument)
+    assert code == 2, said
+    assert secret not in said
+    assert "environment" in said or "may be copied" in said
+    assert said.count("ConfigError") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        f"someone/model@{WANDB}",
+        f"/cache/snapshots/{WANDB}",
+        "pypi://a==1/b.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,
+    ],
+)
+def test_what_only_resembles_a_secret_is_taken(model: str, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = "task.layout.instruction='Ask sk-learn and the desk-clerk at https://a.example: one@two'"
+    code, said = told("student=causal_lm", f"student.model='{model}'", words, "hydra.job.env_copy=[SLURM_JOB_ID]")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("line", ["token: abcxyz", f"note: {OPENAI}", "note: ${oc.env:OPENAI_API_KEY}"])
+def test_a_secret_in_a_file_of_the_configuration_is_refused_before_anything_is_written(
+    line: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", OPENAI)
+    conf = shutil.copytree(configuration.CONF, tmp_path / "conf")
+    with (conf / "teacher" / "causal_lm.yaml").open("a") as file:
+        file.write(f"\n{line}\n")
+    monkeypatch.setattr(configuration, "CONF", conf)
+    code, said = told("teacher=causal_lm", "teacher.model=a/b")
+    assert code == 2, said
+    assert "teacher." in said
+    assert "abcxyz" not in said
+    assert OPENAI not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+@pytest.mark.parametrize("text", ["${oc.env:OPENAI_API_KEY}", OPENAI])
+def test_a_configuration_that_comes_from_elsewhere_is_looked_through_too(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"task\.layout\.instruction: ") as raised:
+        configuration.check(OmegaConf.create({"task": {"layout": {"instruction": text}}}))
+    assert OPENAI not in str(raised.value)
+
+
+def test_a_secret_is_hidden_in_what_is_saved_under_whatever_name() -> None:
+    assert configuration.redacted({"a": [f"x {OPENAI}", "plain"]}) == {"a": ["hidden", "plain"]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:OPENAI_API_KEY}",
+        "${oc.env:OPENAI_API_KEY,none}",
+        "a-${ oc.env : OPENAI_API_KEY }",
+        "${oc.env:${name}}",
+        "${oc.decode:${oc.env:OPENAI_API_KEY}}",
+        "${oc.env:SLURM_JWT}",
+        "${oc.env:DISTILL_TOKEN}",
+    ],
+)
+@pytest.mark.parametrize("key", ["task.name", "hydra.run.dir", "+hydra.job.env_set.PLAIN"])
+def test_no_secret_of_the_environment_comes_into_a_configuration(
+    value: str, key: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "SLURM_JWT", "DISTILL_TOKEN"):
+        monkeypatch.setenv(name, "canary")
+    code, said = told("+name=OPENAI_API_KEY", "+resolver=env", f"{key}='{value}'")
+    assert code, said
+    assert "canary" not in said
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if "canary" in path.read_text()]
+    assert not [path for path in tmp_path.rglob("*") if "canary" in path.name]
+
+
+def test_no_resolver_whose_name_is_computed_reads_a_secret(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    code, said = told("+resolver=env", "task.name='${oc.${resolver}:OPENAI_API_KEY}'")
+    assert code == 2
+    assert "may not read OPENAI_API_KEY" in said
+    assert "canary" not in said

@@ -1,0 +1,101 @@
+"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.annotation.rationales import has_wrong_arithmetic, leaks
+from distill.errors import AnswerError, ConfigError
+from distill.records import Example
+from distill.tasks import tables
+from distill.tasks.expressions import value_of
+from distill.tasks.files import AnswerFormat, Columns, examples_of
+from tests.security.conftest import ANY_TEXT
+
+
+def columns() -> Columns:
+    return Columns("question", "answer", None)
+
+
+def read_rows(path: Path) -> list[Example]:
+    return examples_of(tables.read_file(path), columns(), AnswerFormat(kind="line", pattern=None, choices=[]))
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [("x" * 1_000_001, "1,000,001 characters"), (["x" * 600_000] * 2, "1,200,001 characters")],
+)
+def test_a_value_that_is_too_long_is_refused_with_its_place(question: Any, told: str, tmp_path: Path) -> None:
+    good = {"question": "x" * 1_000_000, "answer": "4"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"question": question}))
+    with pytest.raises(ConfigError, match=rf"line 2: a text of {told}; at most 1,000,000"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900, 50_000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_value_of_many_layers_is_read_or_refused_with_its_file(depth: int, name: str, tmp_path: Path) -> None:
+    row = '{"question": ' + "[" * depth + '"why"' + "]" * depth + ', "answer": "4"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    told = ""
+    try:
+        assert read_rows(tmp_path / name)[0].question == "why"
+    except ConfigError as error:
+        told = str(error)
+    assert not told or (str(tmp_path / name) in told and "recursion" in told)
+    assert told or depth < 50_000
+
+
+def test_a_table_that_unpacks_to_far_more_than_it_is_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_MOST_UNPACKED_BYTES", 2**24)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
+    pq.write_table(pa.table({"question": column.cast(pa.string()), "answer": ["4"] * 2000}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 120_000
+    with pytest.raises(ConfigError, match=r"a\.parquet has [\d,]+ bytes and unpacks to more than"):
+        tables.read_file(tmp_path / "a.parquet")
+
+
+def test_a_large_table_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_MOST_UNPACKED_BYTES", 0)
+    rows = [{"question": f"{i} why?", "answer": str(i)} for i in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert list(tables.read_file(tmp_path / "a.parquet").rows.values()) == rows
+
+
+@given(text=st.text("0123456789+-*/(). ,×÷−[]$x", max_size=250) | ANY_TEXT)
+@settings(max_examples=200, deadline=None)
+def test_an_expression_has_a_value_of_bounded_size_or_is_none(text: str) -> None:
+    try:
+        value = value_of(text)
+    except ValueError:
+        return
+    assert isinstance(value, Fraction)
+    assert len(str(value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["9" * 201, "9*" * 5000 + "9", "1+" * 90_000 + "1", "(" * 90_000 + "1" + ")" * 90_000])
+def test_a_long_expression_is_not_worked_out(text: str) -> None:
+    with pytest.raises(ValueError, match=r"an expression of \d+ characters; at most 200"):
+        value_of(text)
+
+
+@pytest.mark.parametrize("part", ["(", "( ", "9", "9,999", "1+", "1=", "(1)", " ", "-", "1.", "a'", "1 equals ", "[("])
+def test_long_texts_are_judged_in_time_that_grows_with_their_length(part: str) -> None:
+    text = f"2 + 2 {part * 30_000}"
+    assert not has_wrong_arithmetic(text)
+    assert not leaks(text, "42")
+    for kind in ("number", "last_number", "expression", "line"):
+        with suppress(AnswerError):
+            AnswerFormat(kind=kind, pattern=None, choices=[]).read(text)  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from distill.app import config as configuration
+from distill.errors import ConfigError
+from tests.conftest import compose
+from tests.security.conftest import Evil, Told
+
+TARGETS = [
+    "os.system",
+    "torch.load",
+    "torch.hub.load",
+    "torch.hub.load_state_dict_from_url",
+    "torch.jit.load",
+    "torch.optim.Optimizer.load_state_dict",
+    "torch.utils.cpp_extension.load",
+    "lightning.pytorch.cli.instantiate_class",
+    "lightning.pytorch.cli.LightningCLI",
+    "lightning.pytorch.utilities.migration.migrate_checkpoint",
+    "lightning.fabric.utilities.cloud_io._load",
+    "lightning.pytorch.callbacks.model_checkpoint.shutil",
+    "lightning.pytorch.loggers.wandb.os",
+    "transformers.pipeline",
+    "transformers.AutoModelForCausalLM",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "peft.load_peft_weights",
+    "peft.PeftModel",
+    "hydra.utils.instantiate",
+    "distill.models.fetch.subprocess.run",
+    "distill.models.fetch.subprocess",
+    "distill.models.fetch.tempfile",
+    "distill.models.fetch.Path",
+    "distill.models.naming.snapshot_download",
+    "distill.app.command.importlib",
+]
+
+
+def test_no_target_is_built_that_runs_more_than_itself() -> None:
+    config = compose("task=arithmetic", "tracking=off", "+extra={}")
+    config.extra = {f"part{index}": {"_target_": target} for index, target in enumerate(TARGETS)}
+    with pytest.raises(ConfigError) as raised:
+        configuration.check(config)
+    assert len(raised.value.problems) == len(TARGETS)
+    for target, problem in zip(TARGETS, raised.value.problems, strict=True):
+        assert f"_target_ {target} " in problem
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.optim.SGD",
+        "torch.optim.lr_scheduler.ConstantLR",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "lightning.pytorch.strategies.FSDPStrategy",
+        "lightning.pytorch.strategies.ModelParallelStrategy",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.profilers.SimpleProfiler",
+        "transformers.get_cosine_schedule_with_warmup",
+        "peft.LoraConfig",
+    ],
+)
+def test_what_a_run_is_made_of_can_be_named(target: str) -> None:
+    configuration.check(OmegaConf.create({"extra": {"_target_": target, "_partial_": True}}))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "+hydra.callbacks.evil._target_=os.mkdir",
+        "+hydra.callbacks.evil={{_target_:subprocess.run,args:[mkdir,'{marker}']}}",
+        "+hydra.callbacks.evil={{_target_:torch.hub.load,repo_or_dir:'{marker}'}}",
+        "hydra.sweeper._target_=os.mkdir",
+        "hydra.launcher._target_=os.mkdir",
+        "+hydra.job_logging.handlers.evil={{class:subprocess.Popen,args:[mkdir,'{marker}']}}",
+        "+hydra.job_logging.handlers.evil.class=subprocess.Popen",
+    ],
+)
+def test_hydra_builds_nothing_that_the_command_line_brings(argument: str, told: Told, marker: Path) -> None:
+    code, said = told("-m", "seed=1", argument.format(marker=marker))
+    assert code == 2, said
+    assert "is not from" in said
+    assert not list(marker.parent.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-r", "--exp"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_no_run_is_repeated_from_a_pickle(flag: str, joined: bool, told: Told, tmp_path: Path, marker: Path) -> None:
+    torch.save(Evil(marker), tmp_path / "config.pickle")
+    pickled = str(tmp_path / "config.pickle")
+    code, said = told(*([f"{flag}={pickled}"] if joined else [flag, pickled]))
+    assert code == 2, said
+    assert "reads a pickle" in said
+
+
+@pytest.mark.parametrize("subdir", ["../x", "/x", "a/../../x"])
+def test_a_job_of_a_sweep_stays_in_the_sweeps_folder(subdir: str, told: Told, tmp_path: Path) -> None:
+    code, said = told("-m", "seed=1,2", f"hydra.sweep.subdir={subdir}")
+    assert code == 2, said
+    assert "leads out of the sweep's folder" in said
+    assert not list(tmp_path.iterdir())

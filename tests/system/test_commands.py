@@ -1,0 +1,201 @@
+"""The train command end to end, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.errors import ConfigError
+from distill.evaluation.evaluate import Evaluation
+from distill.lessons.curriculum import prepare, teach
+from distill.prompts.tokenizers import load_tokenizer
+from distill.students.causal_lm import open_student, weights_hash
+from distill.training.fit import arrange, fit
+from tests.conftest import WHOLE_STUDENT, compose, environment, reviews, run, tiny_overrides
+
+pytestmark = pytest.mark.slow
+
+
+def only_run(root: Path, number: int = 1) -> Path:
+    """The latest run folder."""
+    folders = sorted((root / "runs").iterdir())
+    assert len(folders) == number
+    return folders[-1]
+
+
+def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [o for o in tiny_overrides(tmp_path, teacher_folder, student_folder) if "root=" not in o]
+    tiny += ["student.model=" + str(teacher_folder), "student.keep_layers=[0,2]", "trainer.max_steps=4", "batch_size=4"]
+    tiny += ["trainer.log_every_n_steps=1"]
+    tiny += ["loss=[answer,kl,rationale]", "validate_every=2", "max_new_tokens=6"]
+    first = run(tmp_path, *tiny)
+    assert first.returncode == 0, first.stderr
+    assert "are to be annotated" in first.stderr
+    assert "Traceback" not in first.stderr
+    folder = only_run(tmp_path)
+    second = run(tmp_path, *tiny, "seed=1")
+    assert second.returncode == 0, second.stderr
+    assert "the teacher is not loaded (0 calls)" in second.stderr
+
+    results: Any = json.loads((folder / "results.json").read_text())
+    assert set(results["rows"]) == {"teacher", "before", "student"}
+    assert results["rows"]["student"]["num_examples"] == 4
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["losses"] == ["answer", "kl", "rationale"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 4
+    assert (folder / "report.html").stat().st_size > 1000
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 4
+
+    # The same configuration, trained in this process, gives the weights that the run saved.
+    config = OmegaConf.load(folder / "config.yaml")
+    job = prepare(config, tmp_path / "again")
+    trained = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": [0, 2]})
+    started = weights_hash(trained)
+    fit(job, arrange(job, teach(job), trained, []))
+    opened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    ids = tokenizer("Question: How many?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.allclose(opened(ids).logits, trained.eval()(ids).logits, atol=1e-5)
+    assert facts["start"] == started != weights_hash(opened)
+    assert opened.config.num_hidden_layers == 2
+
+
+def test_an_adapted_student_is_evaluated_as_it_is_saved(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=3", "batch_size=4"]
+    tiny += ["student.lora={_target_: peft.LoraConfig, r: 4, lora_alpha: 8, target_modules: all-linear}"]
+    tiny += ["student.gradient_checkpointing=true", "optim.optimizer.lr=0.05", "optim.schedule.num_warmup_steps=0"]
+    done = run(tmp_path, *tiny, "loss=[answer,kl]", "max_new_tokens=6")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    written = [
+        json.loads(line)["student_rationale"] for line in (folder / "predictions.jsonl").read_text().splitlines()
+    ]
+    job = prepare(OmegaConf.load(folder / "config.yaml"), tmp_path / "again")
+    for start, is_same in ((folder / "student", True), (student_folder, False)):
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 6)
+        assert (evaluation.rationales(job.source.splits.test) == written) == is_same
+
+
+def test_a_student_of_another_vocabulary_takes_no_soft_targets_and_is_not_compared_with_any(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    other = shutil.copytree(student_folder, tmp_path / "other")
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(other)
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, other)[1:], *reviews(tmp_path), "teacher.calibrate=0"]
+    with pytest.raises(ConfigError, match="cannot share soft targets"):
+        prepare(compose(*tiny, "loss=[answer,kl]"), tmp_path)
+    few = ["loss=[answer]", "trainer.max_steps=2", "batch_size=4", "max_new_tokens=4", "num_samples=0"]
+    done = run(tmp_path, *tiny, *few)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((only_run(tmp_path) / "results.json").read_text())["rows"]
+    assert rows["student"]["agreement"] is not None
+    assert rows["before"]["kl"] is rows["student"]["kl"] is None
+
+
+def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
+    done = run(
+        tmp_path, *tiny, "task.answer_mode=reasoned", "loss=[answer,rationale]", "max_new_tokens=6", "num_samples=2"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["student_rationale"], str) for row in rows)
+
+
+def test_the_annotate_command_fills_the_cache_that_training_reads(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1"]
+    tiny = [option for option in tiny if not option.startswith("tracking")]
+    foreign = ("student", "trainer", "loss")
+    done = run(tmp_path, *(o for o in tiny if not o.startswith(foreign)), command="annotate")
+    assert done.returncode == 0, done.stderr
+    assert "records" in done.stdout
+
+
+def test_a_users_error_is_one_message_and_exit_code_2(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "loss=[kl]", "loss.kl.temperature=2.0")
+    assert done.returncode == 2
+    assert "cache=dense" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Error") == 1
+
+
+def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "num_samples=0"]
+    done = run(tmp_path, "-m", *tiny, "loss=[answer],[answer,teacher_answer]", "evaluate_before=false")
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("sweeps/*/report.html")
+    assert "answer + teacher_answer" in page.read_text()
+    assert f"report  {page}" in done.stdout
+    assert "over hard labels" in done.stdout
+
+
+KEPT = """
+import atexit, gc, os
+gc.disable()  # nothing is collected unless the command says so
+from distill import train
+from distill.app.command import command
+from distill.training.module import StudentModule
+
+def told():
+    print("KEPT", sum(isinstance(each, StudentModule) for each in gc.get_objects()))
+
+atexit.register(told)
+command("train", train.main)
+"""
+
+
+def test_a_sweep_keeps_no_student_in_memory(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1", "num_samples=0"]
+    line = [sys.executable, "-c", KEPT, "-m", *tiny, "seed=0,1", "evaluate_before=false", "loss=[answer]"]
+    done = subprocess.run(
+        line, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KEPT 0" in done.stdout
+
+
+def test_a_preflight_trains_nothing_and_says_what_it_found(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "preflight=true")
+    assert done.returncode == 0, done.stderr
+    assert "self-KL" in done.stderr
+    assert "nothing stands against this run" in done.stdout
+    folder = only_run(tmp_path)
+    assert not (folder / "student").exists()
+    assert "self-KL" in {line["check"] for line in json.loads((folder / "run.json").read_text())["preflight"]}
+
+
+def test_a_run_that_cannot_work_ends_before_it_trains(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
+    done = run(tmp_path, *tiny, "student.freeze=[model,lm_head]")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "gradient" in done.stderr
+    assert "steps of" not in done.stderr  # training would begin with so many

@@ -1,0 +1,49 @@
+"""A sweep of which Ray starts the jobs: what fails is listed, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment, tiny_overrides
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def swept(root: Path, *line: str) -> tuple[int, str]:
+    """Sweep over tiny jobs on a Ray of its own; the exit code, and all that was said."""
+    alone = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(root)}
+    command = [sys.executable, "-m", "distill.train", "-m", "hydra/launcher=ray", *line]
+    command += ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
+    with tempfile.TemporaryDirectory() as short:  # the names of sockets have at most 107 characters
+        command += [f"+hydra.launcher.ray.init._temp_dir={short}"]
+        done = subprocess.run(
+            command, env=environment(**alone), cwd=root, capture_output=True, text=True, timeout=250, check=False
+        )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.enable_socket
+def test_a_sweep_by_ray_lists_what_failed_and_does_nothing_twice(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
+    tiny += ["num_samples=0", "evaluate_before=false", "max_new_tokens=2", "loss=[answer,kl]"]
+    sweep = tmp_path / "sweep"
+    code, said = swept(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[model,lm_head]")
+    assert code == 2, said
+    assert "job 1, exit code 2: student.freeze=[model,lm_head]\n" in said
+    assert "accuracy" in json.dumps(json.loads((sweep / "0" / "results.json").read_text()))
+    assert (sweep / "report.html").is_file()
+    made = (sweep / "0" / "results.json").stat().st_mtime_ns
+    code, said = swept(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[lm_head]")
+    assert "holds this run already" in said
+    assert (sweep / "0" / "results.json").stat().st_mtime_ns == made
+    assert code == 0, said
+    assert (sweep / "1" / "results.json").is_file()

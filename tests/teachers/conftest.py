@@ -1,0 +1,100 @@
+"""Makers that the tests of this folder share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig
+
+from distill.annotation.fill import open_source
+from distill.app import config as configuration
+from distill.cache.codecs.dense import Dense
+from distill.errors import AnswerError
+from distill.prompts.cues import Prompts
+from distill.records import Annotation, Example, Request, Splits
+from tests.conftest import compose, tiny_overrides
+
+Configured = Callable[..., DictConfig]
+
+
+def recorded(root: Path, splits: Splits) -> list[str]:
+    """A file with the teacher's word on every question but one of train, and what makes it the teacher."""
+    rows = [_row(e, i) for i, e in enumerate([*splits.train[1:], *splits.validation, *splits.test])]
+    (root / "elsewhere.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "teacher=recorded",
+        f"teacher.kind.files=[{root / 'elsewhere.jsonl'}]",
+        "teacher.kind.answer=said",
+        "teacher.kind.rationale=why",
+        "rationales=all",
+    ]
+
+
+def _row(example: Example, index: int) -> dict[str, str | None]:
+    answer = example.answer or str(index)
+    return {"question": example.question, "said": f" {answer}.", "why": f"Since it is {answer}, it is so."}
+
+
+def without(overrides: list[str], *names: str) -> list[str]:
+    return [override for override in overrides if not override.startswith(names)]
+
+
+@pytest.fixture
+def elsewhere(configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Configured:
+    """Compose a run whose teacher is a file."""
+    tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
+    known = recorded(tmp_path, open_source(configured()).splits)
+    return lambda *overrides: compose(*tiny, *known, *overrides)
+
+
+class Verbs:
+    """A task of fixed choices, the second of them of two or more tokens."""
+
+    version = "1"
+    choices = ("has", "gets back")
+
+    def splits(self) -> Splits:
+        return Splits.disjoint((), (), ())
+
+    def shots(self) -> Sequence[Example]:
+        return ()
+
+    def read_answer(self, text: str) -> str:
+        found = [choice for choice in self.choices if text.strip().startswith(choice)]
+        if not found:
+            raise AnswerError(text)
+        return found[0]
+
+    def value(self, answer: str) -> str:
+        return answer
+
+
+def opened(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
+    """A teacher of verbs with whole distributions."""
+    kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
+    settings = {"task": Verbs(), "codec": Dense(), "calibration": calibration, "max_new_tokens": 6} | settings
+    return kind(folder=folder, prompts=prompts, **settings)
+
+
+def asked(prompts: Prompts, given: Sequence[Example]) -> list[Request]:
+    return [prompts.request(Example(example.question), "answer") for example in given]
+
+
+def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
+    """Whether two annotations are equal up to rounding."""
+    if replace(left, targets={}, choice_logprobs=()) != replace(right, targets={}, choice_logprobs=()):
+        return False
+    pairs = [(left.targets[span], right.targets[span]) for span in left.targets]
+    return np.allclose(left.choice_logprobs, right.choice_logprobs, atol=tolerance) and all(
+        a.token_ids == b.token_ids
+        and a.soft
+        and b.soft
+        and np.allclose(a.soft.logprobs_E, b.soft.logprobs_E, atol=tolerance)
+        for a, b in pairs
+    )

@@ -1,0 +1,129 @@
+"""Answers and rationales that were given elsewhere, and a second teacher that reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.annotation.fill import fill, loaded, open_source
+from distill.errors import ConfigError
+from distill.lessons.curriculum import prepare, teach
+from distill.training.job import distill
+from tests.conftest import CountingTeacher, compose
+from tests.teachers.conftest import Configured
+
+
+def test_what_stands_in_the_file_is_the_annotation(elsewhere: Configured) -> None:
+    source = open_source(elsewhere())
+    missing, *asked = source.splits.train
+    filled = fill(source, {"answer": source.splits.train, "rationale": source.splits.train})
+    for index, example in enumerate(asked):
+        annotation = source.store.read(filled.requests[example.id, "rationale"].key)
+        answer = example.answer or str(index)
+        assert (annotation.answer, annotation.rationale) == (answer, f"Since it is {answer}, it is so.")
+        assert source.store.read(filled.requests[example.id, "answer"].key).answer == answer
+    for span in ("answer", "rationale"):
+        annotation = source.store.read(filled.requests[missing.id, span].key)
+        assert (annotation.answer, annotation.rationale) == (None, None)
+
+
+def test_rows_of_one_question_are_its_samples(elsewhere: Configured, tmp_path: Path) -> None:
+    question = open_source(elsewhere()).splits.train[1].question
+    with (tmp_path / "elsewhere.jsonl").open("a") as file:
+        file.write(json.dumps({"question": question.upper(), "said": "99", "why": "Another reason."}) + "\n")
+    source = open_source(elsewhere("teacher.rationales_each=3"))
+    filled = fill(source, {"rationale": source.splits.train[1:2]})
+    (samples,) = filled.samples.values()
+    said = [source.store.read(request.key) for request in samples]
+    assert [annotation.answer for annotation in said[1:]] == ["99", None]
+    assert said[1].rationale == "Another reason."
+
+
+def test_other_files_are_another_teacher(elsewhere: Configured, tmp_path: Path) -> None:
+    before = open_source(elsewhere()).store.digest
+    with (tmp_path / "elsewhere.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "Once more?", "said": "1", "why": None}) + "\n")
+    assert open_source(elsewhere()).store.digest != before
+
+
+def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configured, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.kl needs soft targets, and this teacher gives none.*soft_teacher"):
+        prepare(elsewhere("loss=[answer,kl]"), tmp_path)
+    prepare(elsewhere("loss=[answer,teacher_answer,rationale]"), tmp_path)
+
+
+def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(elsewhere: Configured, tmp_path: Path) -> None:
+    nobody = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'elsewhere.jsonl'}]", name="annotate")
+    with pytest.raises(ConfigError, match=r"teacher\.model must be given"):
+        open_source(nobody)
+
+
+def test_a_file_that_is_not_there_is_named(elsewhere: Configured) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file /nowhere\.jsonl"):
+        open_source(elsewhere("teacher.kind.files=[/nowhere.jsonl]"))
+
+
+LOSSES = "loss=[answer,teacher_answer,kl,rationale,rationale_kl]"
+
+
+def two_teachers(teacher_folder: Path) -> list[str]:
+    names = {"model": teacher_folder, "kind.dtype": "float32", "kind.max_new_tokens": 6, "batch_size": 5}
+    return ["teacher@soft_teacher=causal_lm", *(f"soft_teacher.{name}={value}" for name, value in names.items())]
+
+
+def test_the_second_teacher_reads_the_words_of_the_first(
+    elsewhere: Configured, tmp_path: Path, teacher_folder: Path
+) -> None:
+    job = prepare(elsewhere(LOSSES, *two_teachers(teacher_folder)), tmp_path)
+    assert job.soft_source
+    reader = CountingTeacher(job.soft_source.teacher)
+    curriculum = teach(replace(job, soft_source=replace(job.soft_source, teacher=reader)))
+    assert {request.span for request in reader.asked} == {"answer", "rationale"}
+    assert all(request.given_ids for request in reader.asked)
+    index = 7  # without a label
+    example = job.source.splits.train[index + 1]
+    assert example.answer is None
+    (lesson,) = (lesson for lesson in curriculum.train if lesson.example_id == example.id)
+    prompts = job.soft_source.prompts
+    for sequence, text in zip(lesson.sequences, (str(index), f"Since it is {index}, it is so."), strict=True):
+        (span,) = sequence.prompt.spans
+        start, stop = sequence.prompt.spans[span]
+        words = prompts.answer_ids(text) if span == "answer" else (*prompts.rationale_ids(text), prompts.end)
+        assert sequence.prompt.ids[start:stop] == words
+        found = curriculum.read([sequence.soft[span].place])
+        # The same by one pass over the whole text, without a shared prefix or a cache.
+        request = prompts.request(replace(example, answer=None), span, given=text)
+        with loaded(job.soft_source.teacher) as model, torch.no_grad():
+            before = (*prompts.prefix(span), *request.question_ids)
+            logits_TV = model(torch.tensor([(*before, *request.given_ids)])).logits[0].float()
+        logprobs_NV = logits_TV[len(before) - 1 : -1, : prompts.vocabulary_size].log_softmax(-1)
+        for row, (ids, logprobs) in enumerate(found.rows()):
+            gap_N = (logprobs_NV[:, ids.tolist()] - torch.from_numpy(logprobs)).abs().amax(1)
+            assert gap_N[row] < 1 / 16  # kept in steps of that size
+            assert int(gap_N.argmin()) == row
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # as in the command
+def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_folder: Path) -> None:
+    config = elsewhere(
+        LOSSES,
+        *two_teachers(teacher_folder),
+        "trainer.max_steps=2",
+        "trainer.log_every_n_steps=1",
+        "num_samples=2",
+        "time_teacher=true",
+    )
+    run: dict[str, object] = {}
+    (tmp_path / "run").mkdir()
+    rows = distill(prepare(config, tmp_path / "run"), [], run)["rows"]
+    assert rows["teacher"]["accuracy"] > 0  # the file knows some of the test answers
+    assert rows["teacher"]["size_bytes"] is rows["teacher"]["ms_per_example"] is None
+    assert math.isfinite(rows["student"]["kl"])
+    assert rows["student"]["peak_bytes"] > rows["student"]["parameters"]
+    told = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in told} == {None}

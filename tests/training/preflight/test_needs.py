@@ -1,0 +1,61 @@
+"""Preflight: it passes what is sound, finds each bug that is planted here, and leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.app.machine import free_memory
+from distill.training.preflight import Plan, preflight
+from distill.training.preflight.needs import _measured_step, _states_per_weight
+from distill.training.preflight.plan import collated
+
+
+class Hoarder(torch.optim.SGD):
+    """Keeps a petabyte for a parameter, by its own account."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["kept"] = torch.zeros(1).expand(2**48)
+
+
+def test_more_memory_and_disk_than_there_is_stops_the_run(sound: Plan) -> None:
+    assert {"memory", "disk"} <= {f.check for f in preflight(replace(sound, make_optimizer=Hoarder)) if f.stops}
+
+
+def test_optimizer_states_are_counted(sound: Plan) -> None:
+    assert _states_per_weight(sound) == pytest.approx(2, abs=1e-4)  # AdamW: two moments, and a count
+    assert _states_per_weight(replace(sound, make_optimizer=torch.optim.SGD)) == 0
+
+
+def test_activations_grow_with_the_lessons(sound: Plan) -> None:
+    weights = sum(p.numel() * p.element_size() for p in sound.module.parameters())
+    one, four = (
+        _measured_step(sound, collated(sound, [sound.lessons[0]] * number, 1))[0] - weights for number in (1, 4)
+    )
+    assert four == pytest.approx(4 * one, rel=0.15)
+    assert four > 4 * sum(len(s.prompt.ids) for s in sound.lessons[0].sequences) * 32 * 4 * 2  # hidden states, 2 layers
+
+
+def test_free_memory_is_the_least_that_any_limit_leaves(tmp_path: Path) -> None:
+    group = tmp_path / "sys/fs/cgroup/jobs/mine"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu, tmp_path) is None
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
+    assert free_memory(cpu, tmp_path) == 5000 * 1024
+    (tmp_path / "proc/self/cgroup").write_text("0::/jobs/mine\n")
+    for folder, limit in ((group, "max"), (group.parent, "2000000")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("900000")
+        (folder / "memory.stat").write_text("anon 600000\nfile 300000\n")
+    assert free_memory(cpu, tmp_path) == 2000000 - 900000 + 300000
+    (group / "memory.max").write_text("1000000")
+    assert free_memory(cpu, tmp_path) == 1000000 - 900000 + 300000
+    assert free_memory(torch.device("meta"), tmp_path) is None

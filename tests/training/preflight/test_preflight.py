@@ -1,0 +1,110 @@
+"""Preflight: it passes what is sound, finds each bug that is planted here, and leaves no trace."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from distill.lessons.loader import Arrangement, DistillData
+from distill.students.causal_lm import open_student
+from distill.training.preflight import Finding, Plan, _without_trace, preflight, table
+from tests.conftest import WHOLE_STUDENT, make_model, student_module
+from tests.training.preflight.conftest import LOSSES, checked, failed
+
+
+def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.Tensor]:
+    """Weights of a student with dropout after two steps."""
+    lightning.seed_everything(0, verbose=False)
+    module = student_module(open_student(folder, **WHOLE_STUDENT), sound.prompts, *LOSSES)
+    data = DistillData(
+        train=sound.lessons,
+        validation=sound.lessons,
+        read=sound.read,
+        batch_size=4,
+        microbatch_size=2,
+        batch_unit="examples",
+        arrangement=Arrangement(),
+        num_steps=2,
+        seed=0,
+        padding_id=sound.prompts.end,
+        num_workers=0,
+    )
+    module.model.train()
+    module.model.model.layers[0].eval()
+    modes = [part.training for part in module.modules()]
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    if is_checked:
+        assert len(preflight(replace(sound, module=module))) == 17
+    assert [part.training for part in module.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert all(weight.grad is None and weight.requires_grad for weight in module.parameters())
+    module.train()
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    return module.model.state_dict()
+
+
+def test_random_numbers_modes_and_buffers_are_put_back(sound: Plan) -> None:
+    def drawn() -> list[Any]:
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    model = sound.module.model.train()
+    model.register_buffer("count", torch.zeros(2))
+    with suppress(KeyError), _without_trace(model, torch.device("cpu")):
+        drawn()
+        model.eval()
+        model.count += 1
+        raise KeyError
+    assert drawn() == expected
+    assert model.training
+    assert model.count.tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:Trainer was configured with")
+def test_training_goes_the_same_way_with_and_without(sound: Plan, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "dropout", seed=3, attention_dropout=0.5)
+    without, with_ = (trained(sound, folder, is_checked=is_checked) for is_checked in (False, True))
+    assert all(torch.equal(value, with_[name]) for name, value in without.items())
+
+
+def test_activations_that_are_computed_twice_are_checked_too(sound: Plan, student_folder: Path) -> None:
+    model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
+    twice = replace(sound, module=student_module(model, sound.prompts, *LOSSES))
+    assert failed(twice) == set()
+    assert checked(twice)["gradients"].found == checked(sound)["gradients"].found
+
+
+def test_a_table_fits_a_terminal_and_says_what_to_do_below_a_failure(sound: Plan) -> None:
+    findings = [*preflight(sound), Finding("mask", False, "a " * 60, "b " * 40, "do this " * 20, False)]
+    lines = table(findings).splitlines()
+    assert max(map(len, lines)) <= 110
+    at = next(i for i, line in enumerate(lines) if line.startswith("warn"))
+    assert any("-> do this" in line for line in lines[at:])
+    assert not any("->" in line for line in lines[:at])
