@@ -326,7 +326,7 @@ class _Save(Callback):
 
 def _stop_if_asked() -> None:
     if preemption.is_asked():
-        raise PreemptedError("asked to stop: what was annotated is kept, the same command goes on from there")
+        raise PreemptedError("stopped on request; annotated records are kept, run the same command to resume")
 
 
 def _say_why(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""What a student learns from: the cache joined with the examples, in an order, as batches.
+"""Lessons: the cache joined with the examples, ordered and collated into batches.
 
-It does not know which loss reads what.
+This package does not know which loss reads what.
 """

@@ -1,4 +1,4 @@
-"""Lessons -> Batch: padded on the right, soft targets read from the cache."""
+"""Lessons -> Batch: sequences padded on the right, soft targets read from the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.records import SPANS, Batch, Entries, SoftTargets, Span
 
 
 def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:
-    """Pad on the right and list the supervised positions, in order of sequence and place; read their soft targets."""
+    """Pad on the right, list the supervised positions by sequence and position, and read their soft targets."""
     sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
     length_B = np.array([len(sequence.prompt.ids) for sequence in sequences])
     mask_BT = np.arange(length_B.max()) < length_B[:, None]
@@ -30,25 +30,25 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         for span, where in sorted(sequence.prompt.spans.items(), key=lambda item: item[1])
     ]
     sequence_S, start_S, stop_S = np.array([(row, *where) for row, _, where, _, _ in spans]).T
-    which_S, num_soft_S, is_labelled_S = np.array(
+    span_id_S, num_soft_S, is_labelled_S = np.array(
         [(SPANS.index(span), soft.num_positions if soft else 0, known) for _, span, _, soft, known in spans]
     ).T
     span_N = np.repeat(np.arange(len(spans)), stop_S - start_S)
     first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
-    place_N = np.arange(len(span_N)) - first_S[span_N]
-    at_N, sequence_N = start_S[span_N] + place_N, sequence_S[span_N]
+    offset_N = np.arange(len(span_N)) - first_S[span_N]
+    index_N, sequence_N = start_S[span_N] + offset_N, sequence_S[span_N]
     places = [soft.place for *_, soft, _ in spans if soft]
-    is_soft_N = place_N < num_soft_S[span_N]
+    is_soft_N = offset_N < num_soft_S[span_N]
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
         position_BT=torch.from_numpy(position_BT),
         branch_BT=torch.from_numpy(branch_BT) if branch_BT.any() else None,
         sequence_N=torch.from_numpy(sequence_N),
-        before_N=torch.from_numpy(at_N - 1),
-        label_N=torch.from_numpy(ids_BT[sequence_N, at_N]),
+        before_N=torch.from_numpy(index_N - 1),
+        label_N=torch.from_numpy(ids_BT[sequence_N, index_N]),
         is_labelled_N=torch.from_numpy(is_labelled_S[span_N] > 0),
-        span_N=torch.from_numpy(which_S[span_N]),
+        span_N=torch.from_numpy(span_id_S[span_N]),
         is_soft_N=torch.from_numpy(is_soft_N),
         soft=entries(is_soft_N, read(places).for_training()) if places else None,
         counts=counts,
@@ -57,10 +57,12 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
 
 
 def entries(is_soft_N: np.ndarray, soft: SoftTargets) -> Entries:
-    """What a loss reads of the soft targets of those of N positions that have them."""
+    """Return the soft targets as entries of N positions; `is_soft_N` marks the positions that have them."""
     position_M = np.flatnonzero(is_soft_N)
     if len(position_M) != len(soft):
-        raise CacheError(f"{len(position_M)} positions have the soft targets of {len(soft)}: the cache is damaged")
+        raise CacheError(
+            f"expected soft targets for {len(position_M)} positions, the cache has them for {len(soft)}: it is damaged"
+        )
     num_N, tail_N = np.zeros(len(is_soft_N), np.int64), np.zeros(len(is_soft_N), np.float32)
     num_N[position_M], tail_N[position_M] = soft.num_N, soft.tail_N
     return Entries(

@@ -1,4 +1,4 @@
-"""What a student is taught: parts that were found to work together; what the teacher said, judged and joined."""
+"""A student's curriculum: compatible parts, and the teacher's annotations, filtered and joined into lessons."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from distill.records import CheckedRationale, Example, Span
 
 @dataclass(frozen=True)
 class Job:
-    """What a configuration names, built and found to work together; nothing heavy is in memory."""
+    """The parts that a configuration names, built and checked against each other; no model is in memory."""
 
     config: Config
     run_dir: Path
     source: Source
-    soft_source: Source | None  # a second teacher, whose soft targets are learned from in the place of the first's
+    soft_source: Source | None  # a second teacher, whose soft targets replace those of the first
     objectives: Mapping[str, Objective]
     student_folder: Path
     prompts: Prompts
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What a student is taught, and what was left out of it."""
+    """The lessons of a student, and what was left out of them."""
 
     filled: Filled
     soft_filled: Filled | None
@@ -50,7 +50,7 @@ class Curriculum:
 
 
 def prepare(config: Config, run_dir: Path) -> Job:
-    """Build the parts and refuse those that cannot work together, before anything heavy is loaded."""
+    """Build the parts and raise ConfigError if they are incompatible, before any model is loaded."""
     objectives: dict[str, Objective] = {
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
@@ -71,26 +71,26 @@ def prepare(config: Config, run_dir: Path) -> Job:
 
 
 def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
-    """Raise ConfigError with every reason why these losses cannot be had from this teacher and cache."""
+    """Raise ConfigError with every reason why this teacher and cache do not support these losses."""
     problems = []
     for name, objective in objectives.items():
         if objective.source == "soft":
             if not source.teacher.gives_soft_targets:
                 problems.append(
-                    f"loss.{name} needs soft targets, and this teacher gives none; leave the loss out, or name a "
-                    "second teacher, of the student's vocabulary, to read its words: teacher@soft_teacher=smollm2_135m"
+                    f"loss.{name} needs soft targets, which this teacher does not provide; remove the loss, or add a "
+                    "second teacher of the student's vocabulary to score these texts: teacher@soft_teacher=smollm2_135m"
                 )
             if objective.divergence.needs_rest and source.codec.seed is not None:
                 problems.append(
-                    f"loss.{name} needs what the teacher leaves over as one bucket, and this cache has draws in its "
-                    "place; set cache=topk (annotates anew), or a loss that can do with draws, as loss.kl"
+                    f"loss.{name} needs the rest of each distribution as one bucket, but this cache samples it; set "
+                    "cache=topk (annotates again), or choose a loss that supports sampled targets, such as loss.kl"
                 )
             try:
                 source.codec.check_temperature(objective.temperature)
             except ConfigError as error:
                 problems.append(f"loss.{name}: {error}")
     if not objectives:
-        problems.append("loss is empty: name at least one, for example loss=[answer,kl]")
+        problems.append("loss is empty: choose at least one, for example loss=[answer,kl]")
     if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
         problems.append("task.answer_mode=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
     if problems:
@@ -98,39 +98,44 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
 
 
 def teach(job: Job) -> Curriculum:
-    """Fill the cache with what the losses read and evaluation compares with, and join it with the examples."""
+    """Fill the cache with what the losses and the evaluation read, and join it with the examples."""
     source, splits = job.source, job.source.splits
     filled = fill(source, wanted(job))
-    checked = check_rationales(source, filled)
-    kept = kept_of(checked)
-    said = Records(source.store, filled.requests)
-    soft_filled, soft_said = None, None
+    rationales = check_rationales(source, filled)
+    kept = kept_of(rationales)
+    annotations = Records(source.store, filled.requests)
+    soft_filled, soft_annotations = None, None
     if job.soft_source:
-        soft_filled = fill(job.soft_source, words_to_read(job, said, kept), are_given=True)
-        soft_said = Records(job.soft_source.store, soft_filled.requests)
-    join = join_of(job, said, soft_said, kept)
+        soft_filled = fill(job.soft_source, words_to_read(job, annotations, kept), are_given=True)
+        soft_annotations = Records(job.soft_source.store, soft_filled.requests)
+    join = join_of(job, annotations, soft_annotations, kept)
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
-        raise ConfigError(f"no train example has anything that the losses {sorted(job.objectives)} read")
+        raise ConfigError(f"no training example has targets for the losses {sorted(job.objectives)}")
     read = (job.soft_source or source).store.soft_targets
-    return Curriculum(filled, soft_filled, train, validation, read, checked, {**filled.too_long, **join.skipped})
+    return Curriculum(filled, soft_filled, train, validation, read, rationales, {**filled.too_long, **join.skipped})
 
 
-def kept_of(checked: Sequence[CheckedRationale]) -> dict[str, list[CheckedRationale]]:
-    """Those to learn from, by example id."""
+def kept_of(rationales: Sequence[CheckedRationale]) -> dict[str, list[CheckedRationale]]:
+    """Return the rationales to learn from, by example id."""
     kept: dict[str, list[CheckedRationale]] = {}
-    for rationale in checked:
+    for rationale in rationales:
         if rationale.reason is None:
             kept.setdefault(rationale.example_id, []).append(rationale)
     return kept
 
 
-def join_of(job: Job, said: Records, soft_said: Records | None, kept: Mapping[str, Sequence[CheckedRationale]]) -> Join:
-    """What makes lessons of what the teachers have said."""
+def join_of(
+    job: Job,
+    annotations: Records,
+    soft_annotations: Records | None,
+    kept: Mapping[str, Sequence[CheckedRationale]],
+) -> Join:
+    """Return the join of the teachers' annotations with the examples."""
     return Join(
         prompts=job.prompts,
-        teacher=said,
-        soft_teacher=soft_said,
+        teacher=annotations,
+        soft_teacher=soft_annotations,
         rationales=kept,
         answer=job.config.task.answer_mode,
         needed=_needed(job),
@@ -141,38 +146,40 @@ def _needed(job: Job) -> frozenset[tuple[Span, str]]:
     return frozenset((objective.span, objective.source) for objective in job.objectives.values())
 
 
-def words_to_read(job: Job, said: Records, kept: Mapping[str, Sequence[CheckedRationale]]) -> dict[Span, list[Example]]:
-    """What is learned, for the second teacher: gold words, else the first one's; its own are not asked for."""
-    splits, words = job.source.splits, dict[Span, list[Example]]()
+def words_to_read(
+    job: Job, annotations: Records, kept: Mapping[str, Sequence[CheckedRationale]]
+) -> dict[Span, list[Example]]:
+    """Return the texts that the second teacher scores: gold ones, else those of the first teacher."""
+    splits, texts = job.source.splits, dict[Span, list[Example]]()
     for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
-        annotation = said.find(example.id, "answer")
+        annotation = annotations.find(example.id, "answer")
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is not None:
-            words.setdefault("answer", []).append(replace(example, answer=answer))
+            texts.setdefault("answer", []).append(replace(example, answer=answer))
         rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
         if rationale is not None:
-            words.setdefault("rationale", []).append(replace(example, rationale=rationale))
-    return {span: examples for span, examples in words.items() if (span, "soft") in _needed(job)}
+            texts.setdefault("rationale", []).append(replace(example, rationale=rationale))
+    return {span: examples for span, examples in texts.items() if (span, "soft") in _needed(job)}
 
 
 def wanted(job: Job) -> dict[Span, Sequence[Example]]:
-    """What the losses read and evaluation compares with, for the first teacher."""
+    """Return the examples that the first teacher annotates: those that the losses and the evaluation read."""
     splits, objectives = job.source.splits, job.objectives.values()
-    explained = splits.train[: job.source.num_rationales]
-    asked: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
+    candidates = splits.train[: job.source.num_rationales]
+    examples: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
     if any(objective.span == "rationale" for objective in objectives):
-        unexplained = [example for example in explained if example.rationale is None]
-        asked["rationale"] = [*unexplained, *without_answers(splits.test[: job.config.num_samples])]
-        asked["answer"] = [*asked["answer"], *unexplained]
+        without_rationale = [example for example in candidates if example.rationale is None]
+        examples["rationale"] = [*without_rationale, *without_answers(splits.test[: job.config.num_samples])]
+        examples["answer"] = [*examples["answer"], *without_rationale]
     if any(objective.source != "labels" for objective in objectives):
-        asked["answer"] = [*asked["answer"], *splits.train, *splits.validation]
-    return asked
+        examples["answer"] = [*examples["answer"], *splits.train, *splits.validation]
+    return examples
 
 
 def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any]:
-    """What must be the same in a run that goes on from a checkpoint; steps, devices and logging need not be.
+    """Return what must be equal in a run that resumes from a checkpoint; steps, devices and logging may differ.
 
-    `student` is the hash of the weights that it begins with.
+    `student` is the hash of the initial weights.
     """
     config = configuration.plain(job.config)
     return {
@@ -188,11 +195,11 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
 
 
 def _hash_of(lessons: Sequence[Lesson]) -> str:
-    """Of all that is learned from, except the soft targets, which the cache's fingerprint stands for."""
+    """Hash everything that is learned except the soft targets, which the cache's fingerprint identifies."""
     content = hashlib.sha256()
     for lesson in lessons:
         for sequence in lesson.sequences:
-            known = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((lesson.example_id, *known)).encode())
+            spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
+            content.update(repr((lesson.example_id, *spans)).encode())
             content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
     return content.hexdigest()[:16]

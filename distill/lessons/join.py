@@ -1,4 +1,4 @@
-"""Examples and annotations joined by key: what there is to learn from each, as token ids and places in the cache."""
+"""Examples and annotations joined by key: token ids to learn, and the places of their soft targets in the cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Read = Callable[[Sequence[Place]], SoftTargets]
 
 @dataclass(frozen=True)
 class SoftPlace:
-    """Where the soft targets of a span are in the cache."""
+    """The place of a span's soft targets in the cache."""
 
     place: Place
     num_positions: int
@@ -30,7 +30,7 @@ class SoftPlace:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One prompt with its targets: what of it is a gold label (the rest the teacher said), and where soft targets are.
+    """One prompt with its targets; spans in `labelled` hold gold labels, the others the teacher's words.
 
     Soft targets stay in the cache until their batch is made.
     """
@@ -40,18 +40,18 @@ class TrainingSequence:
     soft: Mapping[Span, SoftPlace]
 
     def counts(self) -> Counter[tuple[Span, str]]:
-        """Supervised positions per (span, source)."""
-        found: Counter[tuple[Span, str]] = Counter()
+        """Return the number of supervised positions per (span, source)."""
+        counts: Counter[tuple[Span, str]] = Counter()
         for span, (start, stop) in self.prompt.spans.items():
-            found[span, "labels"] = (stop - start) * (span in self.labelled)
-            found[span, "teacher"] = (stop - start) * (span not in self.labelled)
-            found[span, "soft"] = self.soft[span].num_positions if span in self.soft else 0
-        return found
+            counts[span, "labels"] = (stop - start) * (span in self.labelled)
+            counts[span, "teacher"] = (stop - start) * (span not in self.labelled)
+            counts[span, "soft"] = self.soft[span].num_positions if span in self.soft else 0
+        return counts
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What there is to learn from one example: the answer in it, and how sure the teacher is of its own."""
+    """The sequences of one example, its answer, and the teacher's confidence in its own answer."""
 
     example_id: str
     sequences: tuple[TrainingSequence, ...]
@@ -60,15 +60,15 @@ class Lesson:
 
     @property
     def num_tokens(self) -> int:
-        """In a batch of lessons like this one, padding included."""
+        """Tokens in a batch of lessons like this, including padding."""
         return len(self.sequences) * max(len(sequence.prompt.ids) for sequence in self.sequences)
 
     def branched(self) -> Lesson:
-        """The same lesson as one sequence: what its sequences begin with, and the rest of each as a branch of that."""
+        """Return the lesson as one sequence: the common prefix of its sequences, and the rest of each as a branch."""
         if len(self.sequences) == 1:
             return self
         prompts = [sequence.prompt for sequence in self.sequences]
-        # The token before a target is in its branch, as hidden states are found one place before what they predict.
+        # The token before a target belongs to the branch: the hidden state at p predicts token p + 1.
         limit = min(start for prompt in prompts for start, _ in prompt.spans.values()) - 1
         columns = zip(*(prompt.ids[:limit] for prompt in prompts), strict=True)
         shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
@@ -88,26 +88,26 @@ class Lesson:
         return replace(self, sequences=(whole,))
 
     def counts(self) -> Counter[tuple[Span, str]]:
-        """Supervised positions per (span, source)."""
+        """Return the number of supervised positions per (span, source)."""
         return sum((sequence.counts() for sequence in self.sequences), Counter())
 
 
 @dataclass(frozen=True)
 class Records:
-    """What a teacher was asked about examples, by example id and span, and where it left what it said."""
+    """Reads a teacher's annotations from the cache, by example id and span."""
 
     store: Store
     requests: Mapping[tuple[str, Span], Request]
 
     def find(self, example_id: str, span: Span) -> Annotation | None:
-        """What it said, if it was asked."""
+        """Return the annotation, or None if none was requested."""
         request = self.requests.get((example_id, span))
         return self.store.read(request.key) if request else None
 
 
 @final
 class Join:
-    """Makes lessons of examples: gold targets where they were given, else what the teacher left."""
+    """Makes lessons from examples: gold targets where they exist, else the teacher's."""
 
     def __init__(
         self,
@@ -119,17 +119,17 @@ class Join:
         answer: AnswerMode,
         needed: Needed,
     ) -> None:
-        """`rationales` are those to learn from, by example id; `needed` says which (span, source) the losses read.
+        """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
 
-        Soft targets are the teacher's own, or with a `soft_teacher`, which read the same words, all of them that one's.
+        With a `soft_teacher`, which scored the same texts, all soft targets are its own; else they are the teacher's.
         """
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
         self.skipped: dict[str, str] = {}
 
     def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
-        """Lessons of the examples that have something the losses read; `skipped` names the too long ones."""
-        found = []
+        """Return lessons of the examples that the losses can learn from; `skipped` names those that are too long."""
+        lessons = []
         for example in examples:
             try:
                 annotation = self._teacher.find(example.id, "answer")
@@ -139,11 +139,11 @@ class Join:
                 continue
             answer = example.answer or (annotation.answer if annotation else None)
             confidence = self._confidence(example, annotation)
-            found += [Lesson(example.id, part, answer, confidence) for part in _dealt(sequences)]
-        return found
+            lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
+        return lessons
 
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
-        """The probability of the teacher's choice, or the share of its samples that agree."""
+        """Return the probability of the teacher's choice, or the share of its samples that agree."""
         if annotation and annotation.choice_logprobs:
             return max(annotation.choice_probabilities)
         rationales = self._rationales.get(example.id)
@@ -158,62 +158,64 @@ class Join:
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is None:
             return
-        soft = self._matching(
-            self._expecting(example.id, "answer", annotation), "answer", self._prompts.answer_ids(answer)
+        soft = self._soft_places(
+            self._scored(example.id, "answer", annotation), "answer", self._prompts.answer_ids(answer)
         )
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
         yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
 
     def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
         if example.rationale is not None:
-            yield from self._reason(example, example.rationale, None, self._expecting(example.id, "rationale", None))
+            yield from self._reason(example, example.rationale, None, self._scored(example.id, "rationale", None))
             return
-        for place, checked in enumerate(self._rationales.get(example.id, ())):
-            said, text = checked.annotation, checked.annotation.rationale
+        for index, rationale in enumerate(self._rationales.get(example.id, ())):
+            annotation, text = rationale.annotation, rationale.annotation.rationale
             if text is not None:
-                expecting = self._expecting(example.id, "rationale", said)
-                # A second teacher reads the first of an example's rationales alone.
-                yield from self._reason(example, text, said.answer, None if place and self._soft_teacher else expecting)
+                scored = self._scored(example.id, "rationale", annotation)
+                # A second teacher scores only the first of an example's rationales.
+                yield from self._reason(
+                    example, text, annotation.answer, None if index and self._soft_teacher else scored
+                )
 
     def _reason(
-        self, example: Example, text: str, led_to: str | None, expecting: Annotation | None
+        self, example: Example, text: str, conclusion: str | None, scored: Annotation | None
     ) -> Iterator[TrainingSequence]:
-        answer = example.answer or led_to
-        soft = self._matching(expecting, "rationale", self._prompts.rationale_ids(text))
+        answer = example.answer or conclusion
+        soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
         elif answer is not None:
-            soft |= self._matching(expecting, "answer", self._prompts.answer_ids(answer))
+            soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
-    def _expecting(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
-        """The record whose soft targets belong to the words that are learned."""
+    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
+        """Return the annotation whose soft targets belong to the learned text."""
         return self._soft_teacher.find(example_id, span) if self._soft_teacher else own
 
-    def _matching(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
+    def _soft_places(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
         target = annotation.targets.get(span) if annotation else None
         if (span, "soft") not in self._needed or annotation is None or target is None or target.soft is None:
             return {}
         if target.token_ids != ids:
             raise CacheError(
-                f"the cache's {span} tokens are {target.token_ids[:8]}…, the student's are {ids[:8]}…: "
-                "teacher and student do not write this target alike, so its soft targets cannot be used"
+                f"the {span} is {target.token_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
+                "student tokenize this target differently, so its soft targets cannot be used"
             )
         if target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
             raise CacheError(
-                f"the cache's soft targets name token {target.soft.ids_E.max()}, the student has "
-                f"{self._prompts.vocabulary_size}: the cache is damaged, or of another vocabulary; annotate anew"
+                f"the cache has soft targets for token id {target.soft.ids_E.max()}, the student has "
+                f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"
             )
         return {span: SoftPlace((annotation.key, span), len(ids))}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
-        return any(number and place in self._needed for place, number in sequence.counts().items())
+        return any(count and key in self._needed for key, count in sequence.counts().items())
 
 
-def _dealt(sequences: Sequence[TrainingSequence]) -> list[tuple[TrainingSequence, ...]]:
-    """One lesson's sequences, then each further rationale as a lesson of its own."""
+def _split_rationales(sequences: Sequence[TrainingSequence]) -> list[tuple[TrainingSequence, ...]]:
+    """Return the sequences of the first lesson, then one lesson for each further rationale."""
     reasoned = [sequence for sequence in sequences if "rationale" in sequence.prompt.spans]
     further = reasoned[1:]
     first = tuple(sequence for sequence in sequences if sequence not in further)

@@ -1,7 +1,7 @@
-"""Lessons in an order that is a function of the seed, cut into steps, collated.
+"""Lessons in an order that is a function of the seed, cut into steps and loaded as batches.
 
-A step's examples, and with them the number of positions that each loss will see in the whole step, are known
-before it begins; so a loss is divided by its true count whatever the number of microbatches and processes.
+The examples of a step, and so the number of positions that each loss sees in it, are known before the step begins.
+Each loss is therefore divided by its exact count for any number of microbatches and processes.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ _WINDOW_STEPS = 20
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which lessons come first, and which come more often.
+    """Which lessons come first, and which are repeated.
 
-    The first epoch can go from easy to hard (Bengio et al. 2009, "Curriculum Learning"): short lessons first, or those
-    whose answer the teacher is sure of. Balanced, an epoch goes through rarer answers, or rarer degrees of the
-    teacher's confidence (fifths), again until each is as frequent as the most frequent.
+    The first epoch can go from easy to hard (Bengio et al. 2009, "Curriculum Learning"): short lessons first, or
+    lessons on whose answer the teacher is confident. With `balance`, an epoch repeats the lessons of rarer answers, or
+    of rarer fifths of the teacher's confidence, until all are equally frequent.
     """
 
     order: Literal["shuffled", "short_first", "confident_first"] = "shuffled"
     balance: Literal["none", "answer", "confidence"] = "none"
 
     def check(self, lessons: Sequence[Lesson]) -> None:
-        """Raise ConfigError where the lessons lack what they would be arranged by."""
-        is_asked = self.order == "confident_first" or self.balance == "confidence"
-        lacking = sum(lesson.confidence is None for lesson in lessons) if is_asked else 0
-        if lacking:
+        """Raise ConfigError if lessons lack the confidence that they are to be arranged by."""
+        needs_confidence = self.order == "confident_first" or self.balance == "confidence"
+        num_missing = sum(lesson.confidence is None for lesson in lessons) if needs_confidence else 0
+        if num_missing:
             raise ConfigError(
-                f"{lacking} of {len(lessons)} lessons have no confidence of the teacher's: it has answers to choose "
-                "from in no other task, and votes only where teacher.rationales_each is above 1. Set "
-                "order=shuffled or order=short_first, and balance=none or balance=answer"
+                f"{num_missing} of {len(lessons)} lessons lack the teacher's confidence, which exists for tasks with "
+                "choices and, by votes, for teacher.rationales_each > 1. Set order=shuffled or order=short_first, and "
+                "balance=none or balance=answer"
             )
 
     def epoch(self, lessons: Sequence[Lesson]) -> list[int]:
-        """Indices of the lessons of one epoch, in no order that means anything."""
+        """Return the indices of the lessons of one epoch, unordered."""
         strata: dict[object, list[int]] = {}
         for index, lesson in enumerate(lessons):
             strata.setdefault(self._stratum(lesson), []).append(index)
-        most = max(map(len, strata.values()), default=0)
+        max_size = max(map(len, strata.values()), default=0)
         return sorted(
-            index for members in strata.values() for index in itertools.islice(itertools.cycle(members), most)
+            index for members in strata.values() for index in itertools.islice(itertools.cycle(members), max_size)
         )
 
     def difficulty(self, lesson: Lesson) -> float:
-        """What the first epoch is sorted by."""
+        """Return the key that the first epoch is sorted by."""
         return float(lesson.num_tokens) if self.order == "short_first" else -(lesson.confidence or 0.0)
 
     def _stratum(self, lesson: Lesson) -> object:
@@ -71,7 +71,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Indices of the examples that pass through the model together, and the counts of their whole step."""
+    """Indices of the lessons of one forward pass, and the counts of their whole step."""
 
     indices: tuple[int, ...]
     counts: Mapping[tuple[Span, str], int]
@@ -79,10 +79,10 @@ class Microbatch:
 
 @final
 class StepSampler(Sampler[Microbatch]):
-    """Endless epochs of the lessons, each in a new order that (seed, epoch) alone decides, cut into steps.
+    """Endless epochs of the lessons, each in an order that depends on (seed, epoch), cut into steps.
 
-    A step is cut into `world_size * num_microbatches` parts of nearly equal size, dealt to the processes in
-    turn. The position in the stream is the number of steps done, so any step can be resumed from.
+    A step is cut into `world_size * num_microbatches` chunks of nearly equal size, assigned to the processes in turn.
+    The position in the stream is the number of completed steps, so training can resume at any step.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class StepSampler(Sampler[Microbatch]):
         world_size: int = 1,
         start_step: int = 0,
     ) -> None:
-        """`batch_size` is of one optimizer step over all microbatches and processes.
+        """`batch_size` is the size of one optimizer step over all microbatches and processes.
 
-        It counts examples, or tokens with their padding: then as many lessons of like length as it holds make a
-        step, but at least one for each microbatch.
+        It counts examples, or tokens including padding. With tokens, a step holds as many lessons of similar length
+        as fit, and at least one for each microbatch.
         """
-        self._num_parts = world_size * num_microbatches
-        if batch_size < self._num_parts:
+        self._num_chunks = world_size * num_microbatches
+        if batch_size < self._num_chunks:
             raise ConfigError(
-                f"batch_size={batch_size} leaves some of {world_size} processes x {num_microbatches} microbatches "
-                f"without an example; make it at least {self._num_parts}, or microbatch_size larger"
+                f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
+                f"set it to at least {self._num_chunks}, or increase microbatch_size"
             )
         self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
         self._num_tokens = [lesson.num_tokens for lesson in lessons]
@@ -118,19 +118,19 @@ class StepSampler(Sampler[Microbatch]):
         self._epoch, self._arrangement = arrangement.epoch(lessons), arrangement
 
     def __len__(self) -> int:
-        """Number of this process's microbatches in the whole run."""
+        """Return the number of this process's microbatches in the whole run."""
         return self._num_steps * self._num_microbatches
 
     def __iter__(self) -> Iterator[Microbatch]:
-        """Yield this process's microbatches from the first step that is to be done."""
+        """Yield this process's microbatches, beginning at the first step that is not done."""
         for indices in itertools.islice(self.steps(), self._start_step, self._num_steps):
             counts = sum((self._lessons[index].counts() for index in indices), Counter[tuple[Span, str]]())
-            parts = np.array_split(np.array(indices), self._num_parts)
-            for part in parts[self._rank :: self._world_size]:
-                yield Microbatch(tuple(part.tolist()), counts)
+            chunks = np.array_split(np.array(indices), self._num_chunks)
+            for chunk in chunks[self._rank :: self._world_size]:
+                yield Microbatch(tuple(chunk.tolist()), counts)
 
     def steps(self) -> Iterator[list[int]]:
-        """Lessons of one optimizer step after the other, without an end."""
+        """Yield the lesson indices of each optimizer step, without end."""
         last: list[int] = []
         for epoch in itertools.count():
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
@@ -138,7 +138,7 @@ class StepSampler(Sampler[Microbatch]):
             is_graded = not epoch and self._arrangement.order != "shuffled"
             if is_graded:
                 order.sort(key=lambda index: self._arrangement.difficulty(self._lessons[index]))
-            # What the last epoch left over is filled up first, so that no other step is of unlike lengths.
+            # Fill the incomplete step of the last epoch first, so that no other step mixes lengths.
             while last and order and self._fits(len(last) + 1, max(self._sizes[i] for i in (*last, order[-1]))):
                 last.append(order.pop())
             if last and order:
@@ -153,17 +153,17 @@ class StepSampler(Sampler[Microbatch]):
             yield from (steps[place] for place in places)
 
     def _cut(self, order: Sequence[int]) -> Iterator[list[int]]:
-        """Lessons of like length share a step, so there is little padding: windows of many steps are sorted."""
+        """Put lessons of similar length into one step to reduce padding: sort windows of many steps by length."""
         before = np.cumsum([0, *(self._sizes[index] for index in order[:-1])])
         window = before // (self._batch_size * _WINDOW_STEPS)
         step: list[int] = []
         for start, stop in itertools.pairwise([*np.flatnonzero(np.diff(window, prepend=-1)), len(order)]):
-            # Where the last of a window's steps is not full, its lessons go on into the next window.
+            # The lessons of a window's incomplete last step move on into the next window.
             if step and not self._fits(len(step) + 1, self._sizes[step[-1]]):
                 yield step
                 step = []
-            near, step = sorted([*step, *order[start:stop]], key=self._num_tokens.__getitem__), []
-            for index in near:
+            by_length, step = sorted([*step, *order[start:stop]], key=self._num_tokens.__getitem__), []
+            for index in by_length:
                 if step and not self._fits(len(step) + 1, self._sizes[index]):
                     yield step
                     step = []
@@ -171,7 +171,7 @@ class StepSampler(Sampler[Microbatch]):
         yield step
 
     def _fits(self, number: int, largest: int) -> bool:
-        return number <= self._num_parts or number * largest <= self._batch_size
+        return number <= self._num_chunks or number * largest <= self._batch_size
 
 
 @final
@@ -186,7 +186,7 @@ class _Lessons(Dataset[Batch]):
 
 @final
 class DistillData(lightning.LightningDataModule):
-    """Feeds one student's training: steps of lessons, and the validation lessons in order."""
+    """The data of one student's training: steps of lessons, and the validation lessons by length."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class DistillData(lightning.LightningDataModule):
     ) -> None:
         """`batch_size` counts examples or tokens per optimizer step, `microbatch_size` per forward pass.
 
-        `read` gives the soft targets of places in the cache, one after the other.
+        `read` returns the soft targets of places in the cache, concatenated.
         """
         super().__init__()
         self._train, self._validation, self._read = train, validation, read
@@ -215,7 +215,7 @@ class DistillData(lightning.LightningDataModule):
         arrangement.check(train)
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches per process and optimizer step."""
+        """Return the number of microbatches per process and optimizer step."""
         return max(1, -(-self._batch_size // (self._microbatch_size * world_size)))
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -238,10 +238,10 @@ class DistillData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         order = np.argsort([lesson.num_tokens for lesson in self._validation], kind="stable")
         indices = np.array_split(order, max(1, len(order) // 32))
-        batches = [Microbatch(tuple(part.tolist()), {}) for part in indices]
+        batches = [Microbatch(tuple(chunk.tolist()), {}) for chunk in indices]
         return self._loader(self._validation, batches)
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
-        # A batch is made whole by the dataset, so there is nothing left to collate.
+        # The dataset returns whole batches, so the loader has nothing to collate.
         dataset = _Lessons(lessons, self._read, self._padding_id)
         return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=self._num_workers)

@@ -1,9 +1,9 @@
 """Losses: one formula each, on probabilities in buckets.
 
-At a supervised position the vocabulary falls into kept ids and one bucket for all the rest. A divergence is a sum
-over buckets: it sees the student's and the teacher's log-probability of each and returns what that bucket adds, and
-its slope; the head sums, and makes logit gradients of that. It knows neither its weight nor where a target came
-from. A new loss is one file here and one in conf/loss/.
+At each supervised position the vocabulary is divided into the kept ids and one bucket for the rest. A divergence is
+a sum over these buckets. It receives the student's and the teacher's log-probability of each bucket and returns the
+bucket's value and slope; the head sums the values and turns the slopes into logit gradients. A divergence knows
+neither its weight nor where its target came from. A new loss is one file here and one in conf/loss/.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from distill.records import Span
 
 @runtime_checkable
 class Divergence(Protocol):
-    """A sum over buckets of a function of the two probabilities, least where the distributions are equal.
+    """A sum over buckets of a function of both probabilities, minimal where the distributions are equal.
 
-    `needs_rest` says that it reads the rest bucket as what it is, also where the student alone has something
-    there; so it is not linear in the target, and draws cannot stand for the rest.
+    `needs_rest` is True if the value depends on the rest bucket even where the teacher has no mass in it. Such a
+    divergence is not linear in the target, so sampled entries cannot replace the rest bucket.
     """
 
     needs_rest: ClassVar[bool]
@@ -31,18 +31,17 @@ class Divergence(Protocol):
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
     ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
-        """What each bucket adds to D, and its slope dD/d(log q), where each q moves by itself."""
+        """Return each bucket's value and its slope dD/d(log q), each q taken as a free variable."""
         ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One term of the training loss: a divergence, where it applies and how much it counts.
+    """One term of the training loss: a divergence, the span and targets it reads, and its weight.
 
-    `source` names what it learns from: `labels` (tokens that are given), `teacher` (the teacher's answer as if it
-    were a label, where there is none) or `soft` (the teacher's distributions). `temperature` divides the logits of
-    student and teacher, and the term is multiplied by its square (Hinton et al. 2015, section 2). It has nothing to
-    do with sampling.
+    `source` names the targets: `labels` (gold tokens), `teacher` (the teacher's answer as a label, where there is no
+    gold one) or `soft` (the teacher's distributions). `temperature` divides the logits of student and teacher, and
+    the term is multiplied by its square (Hinton et al. 2015, section 2). It is not the sampling temperature.
     """
 
     divergence: Divergence
@@ -52,11 +51,13 @@ class Objective:
     temperature: float
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Validate weight and temperature."""
         if self.weight < 0 or self.temperature <= 0:
             raise ConfigError(
                 f"a loss has weight={self.weight} and temperature={self.temperature}; "
                 "the weight must not be negative and the temperature must be positive"
             )
         if self.source != "soft" and self.temperature != 1:
-            raise ConfigError(f"a loss on {self.source} has temperature 1; temperature belongs to soft targets")
+            raise ConfigError(
+                f"a loss with source={self.source} must have temperature=1; only soft targets have a temperature"
+            )

@@ -1,4 +1,4 @@
-"""Cross-entropy: the case of one kept id, the label."""
+"""Cross-entropy: the special case of one kept id, the label."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class CrossEntropy:
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
     ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
-        """Buckets the target gives nothing to count nothing, also where the student gives them nothing."""
+        """Buckets without target mass contribute 0, even where the student's probability is 0."""
         t = log_t.exp()
         return -torch.where(t > 0, t * log_q, 0), -t

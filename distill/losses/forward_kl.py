@@ -1,4 +1,4 @@
-"""Forward Kullback-Leibler divergence, KL(teacher || student): the student covers what the teacher does."""
+"""Forward Kullback-Leibler divergence, KL(teacher || student): the student covers all modes of the teacher."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """D = sum_b t_b (log t_b - log q_b); on buckets a lower bound of the full divergence (data processing).
+    """D = sum_b t_b (log t_b - log q_b); on buckets a lower bound of the full divergence (data processing inequality).
 
-    Where draws stand for the rest t sums to 1 only on average; then the expected gradient is that of the full
-    divergence, and the expected value lies above it by a number that no student can change.
+    With sampled entries, t sums to 1 only in expectation. The expected gradient is then that of the full divergence,
+    and the expected value exceeds it by a constant that does not depend on the student.
     """
 
     needs_rest: ClassVar[bool] = False
@@ -23,6 +23,6 @@ class ForwardKL:
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
     ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
-        """Buckets the teacher gives nothing to count nothing."""
+        """Buckets without teacher mass contribute 0."""
         t = log_t.exp()
         return torch.where(t > 0, t * (log_t - log_q), 0), -t

@@ -1,4 +1,4 @@
-"""Reverse Kullback-Leibler divergence, KL(student || teacher): the student keeps to what the teacher does."""
+"""Reverse Kullback-Leibler divergence, KL(student || teacher): the student concentrates on modes of the teacher."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_FLOOR = -20.723265836946414  # log 1e-9: a bucket the teacher gave nothing costs much, not infinitely much
+_FLOOR = -20.723265836946414  # log 1e-9: a bucket without teacher mass has a large, finite cost
 
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """D = sum_b q_b (log q_b - log t_b), with t_b not below 1e-9."""
+    """D = sum_b q_b (log q_b - log t_b), with t_b clamped to at least 1e-9."""
 
     needs_rest: ClassVar[bool] = True
 

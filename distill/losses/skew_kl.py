@@ -1,6 +1,7 @@
-"""Skew Kullback-Leibler divergences (DistiLLM: Ko et al. 2024, arXiv 2402.03898): one side is mixed into the other.
+"""Skew Kullback-Leibler divergences, one distribution mixed into the other (DistiLLM: arXiv 2402.03898).
 
-A mixture is nowhere 0 where the other side is not, so gradients stay bounded where a plain divergence explodes.
+The mixture is positive wherever the other distribution is, so gradients stay bounded where those of a plain KL
+diverge.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ class _Skew:
     needs_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no share."""
+        """Validate alpha."""
         if not 0 < self.alpha < 1:
-            raise ConfigError(f"alpha={self.alpha}: a mixture lies between 0 and 1; without it: ForwardKL, ReverseKL")
+            raise ConfigError(f"alpha={self.alpha}: expected 0 < alpha < 1; use loss=kl or loss=reverse_kl for alpha=0")
 
 
 @dataclass(frozen=True)
 class SkewKL(_Skew):
-    """D = KL(t || alpha t + (1 - alpha) q); the forward KL as alpha goes to 0."""
+    """D = KL(t || alpha t + (1 - alpha) q); tends to the forward KL as alpha tends to 0."""
 
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
     ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
-        """dD/d(log q) = -(1 - alpha) t q / m, m being the mixture."""
+        """dD/d(log q) = -(1 - alpha) t q / m, where m is the mixture."""
         q, t = log_q.exp(), log_t.exp()
         m = self.alpha * t + (1 - self.alpha) * q
         value = torch.where(t > 0, t * (log_t - m.log()), 0)
@@ -42,12 +43,12 @@ class SkewKL(_Skew):
 
 @dataclass(frozen=True)
 class SkewReverseKL(_Skew):
-    """D = KL(q || (1 - alpha) t + alpha q); the reverse KL as alpha goes to 0."""
+    """D = KL(q || (1 - alpha) t + alpha q); tends to the reverse KL as alpha tends to 0."""
 
     def __call__(
         self, log_q: Float[Tensor, "*buckets"], log_t: Float[Tensor, "*buckets"]
     ) -> tuple[Float[Tensor, "*buckets"], Float[Tensor, "*buckets"]]:
-        """dD/d(log q) = q (log (q / m) + 1 - alpha q / m), m being the mixture."""
+        """dD/d(log q) = q (log (q / m) + 1 - alpha q / m), where m is the mixture."""
         q, t = log_q.exp(), log_t.exp()
         m = (1 - self.alpha) * t + self.alpha * q
         value = torch.where(q > 0, q * (log_q - m.log()), 0)

@@ -1,4 +1,4 @@
-"""Total variation: the largest difference in probability that any set of tokens can have."""
+"""Total variation distance: the largest difference in probability over all sets of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TotalVariation:
-    """D = 1/2 sum_b |q_b - t_b|, at most 1; its gradient does not fade as the student comes near."""
+    """D = 1/2 sum_b |q_b - t_b|, at most 1; its gradient does not shrink as the student approaches the teacher."""
 
     needs_rest: ClassVar[bool] = True
 

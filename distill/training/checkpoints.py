@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from: whole files, of the same run, saved between two steps and never within one."""
+"""Checkpoints to resume from: complete files of the same run, saved between two steps."""
 
 from __future__ import annotations
 
@@ -20,69 +20,71 @@ from distill.app.files import sha256, whole_file
 from distill.errors import ConfigError, PreemptedError
 
 Identity = Mapping[str, Any]
-_NUM_KEPT = 2  # the newest, and one to fall back on
+_NUM_KEPT = 2  # the newest one and a fallback
 
 
 @final
 class WholeFiles(TorchCheckpointIO):
-    """A checkpoint has its name only once it is whole and on disk."""
+    """Writes each checkpoint atomically: it gets its name only once it is complete and on disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Lightning's own writes beside another file system's files, and leaves a part where the disk is full."""
+        """Save atomically. Lightning's own writer leaves a truncated file if the disk is full."""
         with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # where the disk is full, torch says something else after it
+            except RuntimeError as error:  # on a full disk, torch raises another error after the OSError
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors, numbers, texts and what holds them: nothing in a checkpoint is run."""
+        """Load tensors, numbers and texts only; no code from a checkpoint is run."""
         try:
             content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except UnpicklingError as error:
             reason = str(error).partition("\n")[0]
-            raise ConfigError(f"{path} holds more than numbers and texts, so it is not read: {reason}") from None
+            raise ConfigError(
+                f"{path} holds objects other than tensors, numbers and texts, and is not loaded: {reason}"
+            ) from None
         return content
 
 
 @final
 class Checkpoints(Callback):
-    """Saves every so many steps and at the end, and stops the run where it was asked to, on all processes at once."""
+    """Saves every `every` steps and at the end; stops all processes together when a stop is requested."""
 
     def __init__(self, folder: Path, *, every: int, identity: Identity) -> None:
-        """`identity` is what must be the same in a run that goes on from here, in JSON's types."""
+        """`identity` holds what must be equal in a run that resumes from here, in JSON types."""
         self._folder, self._every, self._identity = folder, every, identity
         self._step, self._seconds, self._start = -1, 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """What the steps that count have taken, over all parts of a run that broke off."""
+        """Training time of the completed steps, over all parts of an interrupted run."""
         return self._seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """The time until now goes with the state."""
+        """Return the training time so far."""
         now = time.monotonic()
         self._seconds, self._start = self._seconds + now - self._start, now
         return {"seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Time that was spent before."""
+        """Restore the training time of the earlier parts."""
         self._seconds = state_dict["seconds"]
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse processes that train different things; they would be averaged without a word."""
+        """Raise ConfigError if processes have different identities: their gradients would be averaged silently."""
         digests = [digest(self._identity)]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             digests = [""] * trainer.world_size
             torch.distributed.all_gather_object(digests, digest(self._identity))
         if len(set(digests)) > 1:
-            told = ", ".join(f"process {rank} {each[:8]}" for rank, each in enumerate(digests))
+            listed = ", ".join(f"process {rank} {value[:8]}" for rank, value in enumerate(digests))
             raise ConfigError(
-                f"the processes of this run have different configurations or data: {told}. Start them all alike"
+                f"the processes of this run have different configurations or data: {listed}. Start all with one command"
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Count microbatches as this number of processes does, which need not be that of the run's beginning."""
+        """Set Lightning's microbatch count for the present number of processes, which may have changed."""
         preemption.watch_on()
         done = trainer.global_step * trainer.accumulate_grad_batches
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -93,21 +95,21 @@ class Checkpoints(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps nothing is half done: what is saved here is all that there is."""
+        """Save, or stop, between two steps, where the state is complete."""
         step, before = trainer.global_step, self._step
         if step == before:
             return
         self._step = step
-        is_asked = trainer.strategy.reduce_boolean_decision(preemption.is_asked(), all=False)
-        if before >= 0 and (is_asked or step % self._every == 0):
+        is_stopping = trainer.strategy.reduce_boolean_decision(preemption.is_asked(), all=False)
+        if before >= 0 and (is_stopping or step % self._every == 0):
             self._save(trainer)
-        if is_asked:
+        if is_stopping:
             raise PreemptedError(
-                f"asked to stop after step {step}: its state is saved, the same command goes on from there"
+                f"stopped on request after step {step}; the state is saved, run the same command to resume"
             )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """What comes after training may be broken off too."""
+        """Save the final state: what follows training may be interrupted too."""
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
@@ -122,47 +124,46 @@ class Checkpoints(Callback):
 
 
 def newest(folder: Path, identity: Identity, warn: Any) -> Path | None:
-    """The last whole checkpoint of a folder; damaged ones are passed over with a word.
+    """Return the newest complete checkpoint of a folder; warn about damaged ones and skip them.
 
-    Raises ConfigError where it is of a run on other data, another cache or another student.
+    Raises ConfigError if it belongs to a run with another configuration, data, cache or student.
     """
     for seal in sorted(folder.glob("step-*.json"), reverse=True):
         path = seal.with_suffix(".ckpt")
         if checked(path, identity):
             return path
-        warn(f"{path} is damaged; the checkpoint before it is taken")
+        warn(f"{path} is damaged; using the checkpoint before it")
     return None
 
 
 def checked(path: Path, identity: Identity) -> bool:
-    """Whether a checkpoint is whole; raises ConfigError where it is of another run, with the differences."""
+    """Return whether a checkpoint is complete; raise ConfigError with the differences if it is of another run."""
     try:
-        known = json.loads(_seal(path).read_text())
-        is_whole = sha256(path) == known["sha256"]
+        seal = json.loads(_seal(path).read_text())
+        is_whole = sha256(path) == seal["sha256"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    theirs = known["identity"]
-    differing = [
-        f"{key} was {_brief(theirs.get(key))} and is now {_brief(identity.get(key))}"
-        for key in sorted({*theirs, *identity})
-        if theirs.get(key) != identity.get(key)
+    saved = seal["identity"]
+    differences = [
+        f"{key} was {_brief(saved.get(key))} and is now {_brief(identity.get(key))}"
+        for key in sorted({*saved, *identity})
+        if saved.get(key) != identity.get(key)
     ]
-    if is_whole and differing:
-        told = "; ".join(differing)
+    if is_whole and differences:
         raise ConfigError(
-            f"{path} is of another run: {told}. Run the command as it was, or begin anew: another hydra.run.dir, "
-            "or resume=never"
+            f"{path} belongs to another run: {'; '.join(differences)}. Run the original command, or start "
+            "over with another hydra.run.dir or resume=never"
         )
     return bool(is_whole)
 
 
 def step_of(path: Path) -> int:
-    """The number of steps that were done when a checkpoint was saved."""
+    """Return the number of completed steps of a checkpoint."""
     return int(path.stem.removeprefix("step-"))
 
 
 def digest(identity: Identity) -> str:
-    """One hash of it all."""
+    """Return a hash of the identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

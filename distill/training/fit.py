@@ -1,4 +1,4 @@
-"""A student's training: put together, looked ahead at, and run from where it broke off."""
+"""A student's training: built, checked by preflight, and run or resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """All that trains a student, put together and not yet started."""
+    """Everything that trains a student, built and not yet started."""
 
     module: StudentModule
     data: DistillData
@@ -48,7 +48,7 @@ class Training:
 
 
 def opened_student(job: Job) -> Any:
-    """The student as the configuration wants it, from its start."""
+    """Open the student as configured, before training."""
     settings = job.config.student
     return open_student(
         job.student_folder,
@@ -61,7 +61,7 @@ def opened_student(job: Job) -> Any:
 
 
 def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
-    """Put together what trains the student in place."""
+    """Build everything that trains the student in place."""
     config = job.config
     identity = identity_of(job, curriculum, weights_hash(student))
     module = StudentModule(
@@ -100,30 +100,33 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         callbacks=[
             progress("steps", config.trainer.max_steps),
             *(configuration.build(node) for node in config.get("callback", {}).values()),
-            checkpoints,  # after those that change weights in the end
+            checkpoints,  # after callbacks that change weights at the end
         ],
         logger=[curves, *loggers],
     )
     _check_sharded(config, trainer)
     trainer.accumulate_grad_batches = data.num_microbatches(trainer.world_size)
     trainer.val_check_interval = config.validate_every * trainer.accumulate_grad_batches
-    # Deterministic mode also overwrites all new memory, to show reads of what was never written: an eighth of a step.
+    # Deterministic mode also fills all new memory to reveal uninitialised reads, which costs an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Training(module, data, trainer, checkpoints, curves, curriculum, identity)
 
 
 def _check_sharded(config: Config, trainer: lightning.Trainer) -> None:
-    """Raise ConfigError with what a sharded student cannot have."""
+    """Raise ConfigError with the settings that a sharded student does not support."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
     averaged = [name for name, node in config.get("callback", {}).items() if "WeightAveraging" in node._target_]
-    wrong = [*(f"callback.{name}" for name in averaged), *(["student.compile=true"] if config.student.compile else [])]
-    if wrong:
-        raise ConfigError(*(f"trainer=fsdp2 does not go with {each}; leave one of them out" for each in wrong))
+    unsupported = [
+        *(f"callback.{name}" for name in averaged),
+        *(["student.compile=true"] if config.student.compile else []),
+    ]
+    if unsupported:
+        raise ConfigError(*(f"trainer=fsdp2 does not support {setting}; remove one" for setting in unsupported))
 
 
 def look_ahead(job: Job, training: Training) -> list[Json]:
-    """Find out on the first lessons what cannot work, and stop there, before hours are spent."""
+    """Run preflight on the first lessons; return its findings, or raise ConfigError if a check failed."""
     config = job.config
     if config.preflight is False:
         return []
@@ -137,13 +140,13 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
 
 
 def stop_at(findings: Sequence[Finding]) -> None:
-    """Raise ConfigError with all that must stop the run."""
+    """Raise ConfigError with every finding that must stop the run."""
     if stops := [finding.problem for finding in findings if finding.stops]:
         raise ConfigError(*stops)
 
 
 def plan_of(job: Job, training: Training) -> Plan:
-    """What preflight and forecast look at."""
+    """Collect what preflight and the forecast inspect."""
     config, trainer = job.config, training.trainer
     return Plan(
         module=training.module,
@@ -167,67 +170,71 @@ def plan_of(job: Job, training: Training) -> Plan:
 
 
 def fit(job: Job, training: Training) -> float:
-    """Train the student in place, from where a run of this folder broke off; return the seconds it took in all."""
+    """Train the student in place, resuming the folder's run if there is one; return the total seconds."""
     config, trainer = job.config, training.trainer
-    checkpoint = _resumed(config.resume, job.run_dir / "checkpoints", training.identity)
+    checkpoint = _checkpoint_to_resume(config.resume, job.run_dir / "checkpoints", training.identity)
     num_lessons = len(training.curriculum.train)
     say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
     if checkpoint:
-        say(f"going on from {checkpoint}")
-    training.curves.go_on(step_of(checkpoint) if checkpoint else 0)
+        say(f"resuming from {checkpoint}")
+    training.curves.resume(step_of(checkpoint) if checkpoint else 0)
     training.module.model.train()
     try:
         trainer.fit(training.module, training.data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C, and of a signal before it was told to leave these alone
+    except SystemExit:  # Lightning raises this on Ctrl-C, and on a signal that arrives before its handlers are disabled
         if preemption.is_asked():
-            raise PreemptedError("asked to stop before the first step; the same command begins it") from None
-        say(f"to go on from the last checkpoint add hydra.run.dir={job.run_dir}")
+            raise PreemptedError("stopped on request before the first step; run the same command to start it") from None
+        say(f"to resume from the last checkpoint, add hydra.run.dir={job.run_dir}")
         raise KeyboardInterrupt from None
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         longest = max(lesson.num_tokens for lesson in training.curriculum.train)
         raise OutOfMemoryError(
-            f"memory is full at step {trainer.global_step}, with microbatch_size={config.microbatch_size} and lessons "
-            f"of up to {longest} tokens. A smaller microbatch_size gives the same result in less memory; so does "
+            f"out of memory at step {trainer.global_step} with microbatch_size={config.microbatch_size} and lessons of "
+            f"up to {longest} tokens. A smaller microbatch_size gives the same result in less memory; so does "
             "student.gradient_checkpointing=true"
         ) from None
     return training.checkpoints.seconds
 
 
-def _resumed(asked: str, folder: Path, identity: Identity) -> Path | None:
-    """The checkpoint to go on from, if any."""
-    if asked == "never":
+def _checkpoint_to_resume(choice: str, folder: Path, identity: Identity) -> Path | None:
+    """Return the checkpoint to resume from, if any."""
+    if choice == "never":
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    if asked == "auto":
+    if choice == "auto":
         return newest(folder, identity, say)
-    if not checked(Path(asked), identity):
-        raise ConfigError(f"resume={asked} is no whole checkpoint: wanted <run folder>/checkpoints/step-….ckpt")
-    return Path(asked)
+    if not checked(Path(choice), identity):
+        raise ConfigError(
+            f"resume={choice} is not a complete checkpoint; expected <run folder>/checkpoints/step-….ckpt"
+        )
+    return Path(choice)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a device torch says so by a class of its own, of the host in words alone."""
+    """Recognise both: torch has an exception class for devices, but only a message for the host."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_id: int) -> Curriculum:
-    """One sequence for answer and rationale, where this student makes of it what it makes of two."""
+    """Put answer and rationale into one sequence, if the student computes the same for one as for two."""
     train, validation = ([lesson.branched() for lesson in part] for part in (curriculum.train, curriculum.validation))
-    every = zip([*curriculum.train, *curriculum.validation], [*train, *validation], strict=True)
-    pairs = sorted((pair for pair in every if pair[0] is not pair[1]), key=lambda pair: pair[1].num_tokens)
+    lessons = zip([*curriculum.train, *curriculum.validation], [*train, *validation], strict=True)
+    pairs = sorted((pair for pair in lessons if pair[0] is not pair[1]), key=lambda pair: pair[1].num_tokens)
     if not pairs:
         return curriculum
-    # The longest would show a window of attention, the shortest beside it what padding does.
-    apart, branched = (collate(part, {}, padding_id, curriculum.read) for part in zip(pairs[0], pairs[-1], strict=True))
-    if not module.sees_alike(apart, branched):
-        say("this student cannot read answer and rationale behind one prompt; each has a sequence of its own")
+    # The longest pair reveals a limited attention window; the shortest beside it, an effect of padding.
+    separate, branched = (
+        collate(part, {}, padding_id, curriculum.read) for part in zip(pairs[0], pairs[-1], strict=True)
+    )
+    if not module.sees_alike(separate, branched):
+        say("this student does not support a shared prompt; answer and rationale become separate sequences")
         return curriculum
     return replace(curriculum, train=train, validation=validation)
 
 
-def _precision(asked: str) -> Any:
-    if asked != "auto":
-        return asked
+def _precision(setting: str) -> Any:
+    if setting != "auto":
+        return setting
     return "bf16-mixed" if loading.native_dtype() == torch.bfloat16 else "32-true"

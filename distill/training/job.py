@@ -1,4 +1,4 @@
-"""The main job: annotate what the cache lacks, free the teacher, train a student, evaluate it, report."""
+"""The main job: fill the cache, release the teacher, train a student, evaluate it, report."""
 
 from __future__ import annotations
 
@@ -33,28 +33,27 @@ from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
 from distill.training.checkpoints import digest
 from distill.training.fit import Training, arrange, fit, look_ahead, opened_student, plan_of, stop_at
-from distill.training.forecast import foresee, verdict
-from distill.training.forecast import training as training_needs
+from distill.training.forecast import foresee, training_findings, verdict
 from distill.training.preflight import table
 from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
 from distill.training.sharding import in_one_piece
 
 Json = dict[str, Any]
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
-# Between a run and its repetition.
+# Settings that may differ between a complete run and its repetition.
 _MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
 
 
 def train(config: Config) -> float:
-    """Run the main job; return the student's accuracy, on test if not on validation, the same in all processes."""
+    """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
     configuration.check(config)
     if config.objective not in _OBJECTIVES:
-        raise ConfigError(f"objective={config.objective}: wanted {' or '.join(_OBJECTIVES)}")
+        raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
     run_dir = configuration.run_dir()
     if config.plan:
-        return forecast(prepare(config, run_dir)) if is_first_process() else 0.0
+        return plan(prepare(config, run_dir)) if is_first_process() else 0.0
     if (accuracy := _finished(config, run_dir)) is not None:
-        say(f"{run_dir} holds this run already, and it is complete; resume=never runs it again")
+        say(f"{run_dir} already holds this run, complete; resume=never runs it again")
         return accuracy
     if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))
@@ -70,15 +69,15 @@ def train(config: Config) -> float:
         if results:
             _write(run_dir / "run.json", run)
             summary = write_report([run_dir], run_dir)
-            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # were for a run that breaks off
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # not needed once the run is complete
             _track(tracking, results, run, job, summary)
         exit_code = 0
     finally:
-        gc.collect()  # Lightning's parts refer to each other: a sweep would keep this student beside the next
+        gc.collect()  # break Lightning's reference cycles, or a sweep would keep this student in memory
         run["tracking"] = tracking.finish(exit_code)
         _write(run_dir / "run.json", run)
     if not results:
-        print("preflight: nothing stands against this run; leave out preflight=true to start it")
+        print("preflight passed; remove preflight=true to start the run")
         return 0.0
     print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
@@ -86,14 +85,14 @@ def train(config: Config) -> float:
     return _accuracy(config, results)
 
 
-def forecast(job: Job) -> float:
-    """Print what the run would need beside what there is; raises ConfigError with all that lacks."""
-    job.run_dir.mkdir(parents=True, exist_ok=True)  # whose disk is looked at
-    foreseen = foresee(job)
+def plan(job: Job) -> float:
+    """Print the resources that the run needs and those available; raise ConfigError with all that are missing."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)  # free disk space is measured there
+    forecast = foresee(job)
     student = opened_student(job)
-    what = plan_of(job, arrange(job, foreseen.curriculum, student, []))
-    findings = [*foreseen.findings, *training_needs(foreseen, what)]
-    print(f"{table(findings)}\n\n{verdict(findings, foreseen.is_bound)}")
+    inputs = plan_of(job, arrange(job, forecast.curriculum, student, []))
+    findings = [*forecast.findings, *training_findings(forecast, inputs)]
+    print(f"{table(findings)}\n\n{verdict(findings, forecast.is_bound)}")
     stop_at(findings)
     return 0.0
 
@@ -103,23 +102,22 @@ def _accuracy(config: Config, results: Json) -> float:
 
 
 def _finished(config: Config, run_dir: Path) -> float | None:
-    """The accuracy of a run that is complete in this folder; raises ConfigError where it is another run."""
+    """Return the accuracy of the folder's run if it is complete; raise ConfigError if it is another run."""
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differing := configuration.differences(config, run_dir / "config.yaml", besides=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", besides=_MAY_DIFFER):
         raise ConfigError(
-            f"{run_dir} holds another run: {'; '.join(differing)}. Name another folder (hydra.run.dir, in a sweep "
-            "hydra.sweep.dir), or replace it with resume=never"
+            f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
+            "sweep hydra.sweep.dir), or replace the run with resume=never"
         )
     return _accuracy(config, json.loads(results.read_text()))
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
-    """Annotate, train, evaluate; write the student and all figures to the run folder, and return these.
+    """Annotate, train, evaluate; write the student and all figures to the run folder; return the figures.
 
-    Returns nothing where only the preflight was asked for. Of several processes the first evaluates and writes; the
-    others return what it found.
+    Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
     curriculum = teach(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
@@ -137,47 +135,47 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     evaluation = Evaluation(
         student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
     )
-    teacher = _said_on_test(job, curriculum)
+    teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
     student = in_one_piece(training.module, lambda: opened_student(job))
     merge_adapters(student)
     evaluation = evaluation.of(student)
-    found = _judged(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
-    shared: Json = training.trainer.strategy.broadcast(found)
+    results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
+    shared: Json = training.trainer.strategy.broadcast(results)
     return shared
 
 
-def _said_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
-    """The teacher's answers to the test questions, with the soft targets that a student's are compared with."""
+def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
+    """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
     teacher = _annotations(job, curriculum, job.source.splits.test, "answer")
     if job.soft_source and curriculum.soft_filled:
         soft = Records(job.soft_source.store, curriculum.soft_filled.requests)
-        read = {id_: soft.find(id_, "answer") for id_ in teacher}
-        teacher = {id_: replace(a, targets=s.targets if (s := read[id_]) else {}) for id_, a in teacher.items()}
+        scored = {id_: soft.find(id_, "answer") for id_ in teacher}
+        teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
         teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
     return teacher
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
-    """What is known before the student learns: the teacher's row, and its own; found once, also where a run goes on."""
+    """Return the rows known before training: the teacher's, and the student's, which a resumed run reads back."""
     test, path = job.source.splits.test, job.run_dir / "before.json"
     folder = job.source.folder if job.source.teacher.gives_soft_targets else None
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
     if not job.config.evaluate_before:
         return rows
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("of") != digest(training.identity):
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if saved.get("of") != digest(training.identity):
         say(f"evaluating the student before training on {len(test)} test examples ...")
         row = row_of(evaluation.predict(test, teacher), job.source.task, training.module.model)
-        known = {"of": digest(training.identity), "row": row}
-        _write(path, known)
-    return rows | {"before": known["row"]}
+        saved = {"of": digest(training.identity), "row": row}
+        _write(path, saved)
+    return rows | {"before": saved["row"]}
 
 
-def _judged(
+def _results(
     job: Job,
     curriculum: Curriculum,
     evaluation: Evaluation,
@@ -186,7 +184,7 @@ def _judged(
     run: Json,
     seconds: float,
 ) -> Json:
-    """Save the student and what it answers to the test questions; return all figures."""
+    """Save the student, evaluate it on test, save its predictions; return all figures."""
     test, student = job.source.splits.test, evaluation.model
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
@@ -197,45 +195,45 @@ def _judged(
     if job.config.objective == "validation":
         on_validation = row_of(evaluation.predict(job.source.splits.validation, {}), job.source.task, student)
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
-    for name, measured in _speeds(job, evaluation).items():
-        rows[name] |= measured
+    for name, speed in _speeds(job, evaluation).items():
+        rows[name] |= speed
     shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
     rows |= {"before": rows["before"] | shape} if "before" in rows else {}
-    told = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
-    seconds_read = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
+    predicted_rows = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
+    scoring_seconds = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
     run["seconds"] = {
-        "annotate": curriculum.filled.seconds + seconds_read,
+        "annotate": curriculum.filled.seconds + scoring_seconds,
         "train": seconds,
         "evaluate": time.monotonic() - start,
     }
-    _write_lines(job.run_dir / "predictions.jsonl", told)
+    _write_lines(job.run_dir / "predictions.jsonl", predicted_rows)
     _write(job.run_dir / "results.json", {"rows": rows})
-    return {"rows": rows, "predictions": told}
+    return {"rows": rows, "predictions": predicted_rows}
 
 
 def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
-    """Time and memory of an answer: the student's, and where it was asked for the teacher's beside it."""
+    """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
     test, source = job.source.splits.test, job.source
     if not job.config.time_teacher or not source.teacher.gives_soft_targets:
         return speeds({"student": student}, test)
     say("timing teacher and student in turn ...")
     with loaded(source.teacher) as model:
-        asked = job.config.task.answer_mode, job.config.max_new_tokens
-        return speeds({"teacher": Evaluation(model, source.prompts, source.task, *asked), "student": student}, test)
+        mode = job.config.task.answer_mode, job.config.max_new_tokens
+        return speeds({"teacher": Evaluation(model, source.prompts, source.task, *mode), "student": student}, test)
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    said = Records(job.source.store, curriculum.filled.requests)
-    return {example.id: found for example in examples if (found := said.find(example.id, span))}
+    reader = Records(job.source.store, curriculum.filled.requests)
+    return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 
 def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: Evaluation) -> list[Json]:
     """Add the teacher's and the student's reasoning to the first rows."""
-    chosen = job.source.splits.test[: job.config.num_samples]
-    theirs = _annotations(job, curriculum, chosen, "rationale")
-    for row, example, text in zip(rows, chosen, evaluation.rationales(chosen), strict=False):
+    samples = job.source.splits.test[: job.config.num_samples]
+    teacher = _annotations(job, curriculum, samples, "rationale")
+    for row, example, text in zip(rows, samples, evaluation.rationales(samples), strict=False):
         row["student_rationale"] = row["student_rationale"] or text
-        row["teacher_rationale"] = theirs[example.id].rationale if example.id in theirs else None
+        row["teacher_rationale"] = teacher[example.id].rationale if example.id in teacher else None
         row["gold_rationale"] = example.rationale
     return rows
 
@@ -258,7 +256,7 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
 
 
 def _plain(value: Any) -> Any:
-    """A number or a text; None for what was not measured."""
+    """Return the value, or None if it is NaN or infinite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

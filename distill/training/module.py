@@ -1,4 +1,4 @@
-"""The two LightningModules: a teacher that only predicts, and a student that learns one step."""
+"""The student as a LightningModule: one exact optimizer step over all active losses."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from distill.training.sharding import shard
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-_ROUNDING = 1e-4  # by which float32 hidden states may differ for another order of summation, relative to the largest
+_ROUNDING = 1e-4  # relative to the largest hidden state: float32 error of another order of summation
 
 Retemper = Callable[[Entries, float], Entries]
 
 
 class NonFiniteLossError(DistillError):
-    """The loss is NaN or infinite; the optimizer has not moved."""
+    """The loss is NaN or infinite; the optimizer step was not taken."""
 
     exit_code = 6
 
 
 @final
 class StudentModule(lightning.LightningModule):
-    """A student and what it is to learn: the sum over losses of weight * sum of D / count of the step."""
+    """A student and its objective: the sum over losses of weight * sum of D / count in the step."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class StudentModule(lightning.LightningModule):
         make_schedule: MakeSchedule,
         seed: int,
     ) -> None:
-        """`vocabulary_size` cuts padded rows off the head; `retemper` gives kept log-probabilities at T."""
+        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T."""
         super().__init__()
         self.model: Any = model
         self._objectives = dict(objectives)
@@ -63,57 +63,57 @@ class StudentModule(lightning.LightningModule):
             shard(self)
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        # Where the student is sharded, only within a forward pass are its weights whole, and the loss needs the head's.
+        # A sharded student has whole weights only within its forward pass, and the loss needs the whole head.
         return work()
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
-        """Hidden state that predicts each supervised position."""
+        """Return the hidden state that predicts each supervised position."""
         if batch.branch_BT is None:
-            seen = {"attention_mask": batch.mask_BT}
+            inputs = {"attention_mask": batch.mask_BT}
         else:
             mask_B1TT = branch_mask(batch.branch_BT, self.model.dtype)
-            seen = {"attention_mask": mask_B1TT, "position_ids": batch.position_BT}
-        out = self.model.base_model(batch.input_ids_BT, **seen, use_cache=False)
+            inputs = {"attention_mask": mask_B1TT, "position_ids": batch.position_BT}
+        out = self.model.base_model(batch.input_ids_BT, **inputs, use_cache=False)
         hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
         return hidden_NH
 
     @torch.no_grad()
     def sees_alike(self, left: Batch, right: Batch) -> bool:
-        """Whether the model makes of two batches the same hidden states, to rounding in float32."""
+        """Return whether the model computes the same hidden states for two batches, up to float32 rounding."""
         was_training = self.model.training
         self.model.eval()
         try:
             left_NH, right_NH = self.hidden(left), self.hidden(right)
-        except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such mask, or no positions
+        except (TypeError, ValueError, IndexError, RuntimeError):  # the model does not take such a mask, or positions
             return False
         finally:
             self.model.train(was_training)
         return bool((left_NH - right_NH).abs().max() <= _ROUNDING * left_NH.abs().max())
 
     def head(self) -> Head:
-        """The language-model head, padded rows cut off."""
+        """Return the language-model head without padding rows."""
         return Head.of(self.model, self._vocabulary_size)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """The losses that have positions in this batch, each scaled by weight / count."""
-        found = {}
+        """Return the losses that have positions in this batch, each scaled by weight / count."""
+        terms = {}
         for name, objective in self._objectives.items():
             if objective.source in ("labels", "teacher"):
-                is_known_N, targets = batch.is_labelled_N == (objective.source == "labels"), _labels(batch)
+                has_target_N, targets = batch.is_labelled_N == (objective.source == "labels"), _labels(batch)
             elif batch.soft is not None:
-                is_known_N, targets = batch.is_soft_N, self._retemper(batch.soft, objective.temperature)
+                has_target_N, targets = batch.is_soft_N, self._retemper(batch.soft, objective.temperature)
             else:
                 continue
-            is_used_N = is_known_N & (batch.span_N == SPANS.index(objective.span))
+            is_used_N = has_target_N & (batch.span_N == SPANS.index(objective.span))
             scale = objective.weight / _count(batch, objective)
-            found[name] = Term(objective.divergence, targets, is_used_N, objective.temperature, scale)
-        return found
+            terms[name] = Term(objective.divergence, targets, is_used_N, objective.temperature, scale)
+        return terms
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
     def training_step(self, batch: Batch) -> Tensor:
-        # Chance is a function of the place in the run, so a run that goes on from a checkpoint is the unbroken one.
+        # The seed is a function of the position in the run, so a resumed run equals an uninterrupted one.
         torch.manual_seed(hash((self._seed, self.global_step, len(self._totals), self.global_rank)) % 2**63)
         terms = self.terms(batch)
         total: Tensor
@@ -121,8 +121,8 @@ class StudentModule(lightning.LightningModule):
         self._totals.append((total.detach(), batch.example_ids))
         for name, sum_ in zip(terms, sums_L, strict=True):
             self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
-        # Lightning divides by the number of microbatches and averages over processes; the counts already
-        # are those of the whole step.
+        # Undo Lightning's division by the number of microbatches and its average over processes: the counts are
+        # already those of the whole step.
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def configure_gradient_clipping(
@@ -131,48 +131,48 @@ class StudentModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning refuses to clip for fused optimizers under autocast; without a gradient scaler it is plain.
+        # Lightning refuses to clip with fused optimizers under autocast; without a gradient scaler this is safe.
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         totals, self._totals = self._totals, []
         sums, self._step_sums = self._step_sums, {}
-        # The one time in a step that the host waits for the device. What one process sees stops all of them.
+        # The only time in a step that the host waits for the device. A failure in one process stops all.
         is_finite = bool(torch.stack([total for total, _ in totals]).isfinite().all())
         if not self.trainer.strategy.reduce_boolean_decision(is_finite):
-            nowhere = (torch.tensor(math.nan), ("those of another process",))
-            total, example_ids = next((each for each in totals if not each[0].isfinite()), nowhere)
+            elsewhere = (torch.tensor(math.nan), ("those of another process",))
+            total, example_ids = next((pair for pair in totals if not pair[0].isfinite()), elsewhere)
             raise NonFiniteLossError(
-                f"the loss is {total.item()} at step {self.global_step} on the examples {', '.join(example_ids)}; the "
-                "last checkpoint is from before. Lower optim.optimizer.lr or look at these examples"
+                f"the loss is {total.item()} at step {self.global_step} on the examples {', '.join(example_ids)}; no "
+                "checkpoint contains this step. Lower optim.optimizer.lr or inspect these examples"
             )
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
-            # Every process names every loss, also one that had no position in its microbatches.
-            nothing = torch.zeros((), device=self.device)
-            values = {f"train/{name}": sums.get(name, nothing).float() for name in self._objectives}
+            # Every process logs every loss, including those without positions in its microbatches.
+            zero = torch.zeros((), device=self.device)
+            values = {f"train/{name}": sums.get(name, zero).float() for name in self._objectives}
             self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-            self.log("step", float(self.global_step))  # Lightning's own count is one too many where a run goes on
+            self.log("step", float(self.global_step))  # Lightning's own count is off by one after resuming
 
     def validation_step(self, batch: Batch) -> None:
         terms = self.terms(batch)
         is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
-        sums_L, predicted_M = self(lambda: self._judged(batch, list(terms.values()), is_answer_N))
+        sums_L, predicted_M = self(lambda: self._evaluate(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
-            if number := int(term.is_used_N.sum()):
-                self._tally(f"val/{name}", sum_, number)
+            if count := int(term.is_used_N.sum()):
+                self._tally(f"val/{name}", sum_, count)
         is_wrong_M = predicted_M != batch.label_N[is_answer_N]
         answers_M = batch.sequence_N[is_answer_N]
         num_answers, wrong = len(answers_M.unique()), answers_M[is_wrong_M].unique()
         if num_answers:
             self._tally("val/accuracy", torch.tensor(num_answers - len(wrong)), num_answers)
 
-    def _judged(
+    def _evaluate(
         self, batch: Batch, terms: Sequence[Term], is_answer_N: Bool[Tensor, "N"]
     ) -> tuple[Float[Tensor, "L"], Int[Tensor, "M"]]:
-        """The sum of each loss, and the most probable token at each position of answers."""
+        """Return the sum of each loss, and the most probable token at each answer position."""
         hidden_NH, head = self.hidden(batch), self.head()
         return head_loss(hidden_NH, head, terms)[1], predicted_ids(hidden_NH[is_answer_N], head)
 
@@ -189,30 +189,30 @@ class StudentModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _tally(self, name: str, value: Tensor, count: int) -> None:
-        total, number = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
-        self._tallies[name] = [total + value.detach().cpu(), number + count]
+        total, total_count = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
+        self._tallies[name] = [total + value.detach().cpu(), total_count + count]
 
 
 def branch_mask(branch_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
-    """What is added to attention scores: 0 where a token sees another, else the least number.
+    """Return the additive attention mask: 0 where a token attends to another, else the dtype's minimum.
 
-    A token sees what is not behind it in branch 0 and in its own branch. No token sees the padding, which is on the
-    right.
+    A token attends to itself and to earlier tokens of branch 0 and of its own branch. Padding is on the right, so no
+    token attends to it.
     """
-    is_near_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    hidden_BTT = ~is_near_BTT.tril()
-    added_BTT = torch.zeros(hidden_BTT.shape, dtype=dtype, device=branch_BT.device)
-    return added_BTT.masked_fill_(hidden_BTT, torch.finfo(dtype).min).unsqueeze(1)
+    is_related_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+    is_masked_BTT = ~is_related_BTT.tril()
+    mask_BTT = torch.zeros(is_masked_BTT.shape, dtype=dtype, device=branch_BT.device)
+    return mask_BTT.masked_fill_(is_masked_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _labels(batch: Batch) -> Entries:
-    """All the probability is the next token's."""
-    number, device = len(batch.label_N), batch.label_N.device
-    position_N = torch.arange(number, device=device)
-    certain_N = torch.zeros(number, device=device)
-    return Entries(np.arange(1, number + 1), position_N, batch.label_N, certain_N, None)
+    """Return one-hot targets: the next token has probability 1."""
+    num_positions, device = len(batch.label_N), batch.label_N.device
+    position_N = torch.arange(num_positions, device=device)
+    logprob_N = torch.zeros(num_positions, device=device)
+    return Entries(np.arange(1, num_positions + 1), position_N, batch.label_N, logprob_N, None)
 
 
 def _count(batch: Batch, objective: Objective) -> int:
-    """Positions of a loss in the whole optimizer step."""
+    """Return the number of positions of a loss in the whole optimizer step."""
     return max(1, batch.counts.get((objective.span, objective.source), 1))

@@ -1,4 +1,4 @@
-"""What a run writes down of what it was given: its settings, its cache, its examples, and what was left out."""
+"""The facts that a run records: its settings, its cache, its examples, and what was left out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from distill.app.config import Config
 from distill.lessons.curriculum import Curriculum, Job
 
 Json = dict[str, Any]
-_MOST_OVERLAPS = 200
+_MAX_LISTED = 200
 
 
 def settings(config: Config) -> Json:
-    """What the arms of a comparison are told apart by, beside their losses."""
+    """Return the settings that, besides the losses, distinguish the arms of a comparison."""
     return {
         "steps": config.trainer.max_steps,
         "batch_size": config.batch_size,
@@ -25,7 +25,7 @@ def settings(config: Config) -> Json:
 
 
 def cache_card(job: Job, curriculum: Curriculum) -> Json:
-    """Which cache was learned from, and what it cost to fill."""
+    """Return the cache that was used, and the cost of filling it."""
     store = job.source.store
     return {
         "dir": str(store.folder),
@@ -38,7 +38,7 @@ def cache_card(job: Job, curriculum: Curriculum) -> Json:
 
 
 def counts(job: Job, curriculum: Curriculum) -> Json:
-    """How many examples there are, and how many were left out for which reason."""
+    """Return the number of examples, and of those left out for each reason."""
     splits = job.source.splits
     return {
         "train": len(splits.train),
@@ -54,23 +54,23 @@ def counts(job: Job, curriculum: Curriculum) -> Json:
 
 
 def contamination(job: Job) -> Json:
-    """Train questions that share words with one of validation or test; the first of them by name."""
-    found, overlap = job.source.overlaps, job.config.overlap
-    num_train = len({each.train_id for each in found})
-    is_dropped = overlap.action == "drop"
-    told = [asdict(each) for each in found[:_MOST_OVERLAPS]]
-    return {"n": overlap.words, "num_train": num_train, "num_dropped": num_train if is_dropped else 0, "found": told}
+    """Return the overlap of train with validation and test; the first overlapping pairs are listed."""
+    overlaps, settings = job.source.overlaps, job.config.overlap
+    num_train = len({overlap.train_id for overlap in overlaps})
+    is_dropped = settings.action == "drop"
+    listed = [asdict(overlap) for overlap in overlaps[:_MAX_LISTED]]
+    return {"n": settings.words, "num_train": num_train, "num_dropped": num_train if is_dropped else 0, "found": listed}
 
 
 def rejected(curriculum: Curriculum) -> list[Json]:
-    """What was left out, each with the reason."""
-    bad = [c for c in curriculum.rationales if c.reason]
-    rows = [{"id": c.example_id, "reason": c.reason, "text": c.annotation.rationale} for c in bad]
+    """Return everything that was left out, with the reason."""
+    rejected = [c for c in curriculum.rationales if c.reason]
+    rows = [{"id": c.example_id, "reason": c.reason, "text": c.annotation.rationale} for c in rejected]
     return rows + [{"id": i, "reason": "too long", "text": why} for i, why in curriculum.too_long.items()]
 
 
 def rationales(job: Job, curriculum: Curriculum) -> list[Json]:
-    """Every rationale of the teacher's, kept or not, beside the question and what is known of it."""
+    """Return every rationale of the teacher, kept or rejected, with its question and gold answer."""
     examples = {example.id: example for example in job.source.splits.train}
     return [
         {

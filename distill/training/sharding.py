@@ -1,7 +1,7 @@
-"""A student whose weights are shared out over processes, by torch's FSDP2.
+"""A student whose weights are sharded over processes with torch's FSDP2.
 
-Zhao et al., PyTorch FSDP (https://arxiv.org/abs/2304.11277): each process keeps a part of every weight, and has the
-whole ones for as long as a layer is computed.
+Zhao et al., PyTorch FSDP (https://arxiv.org/abs/2304.11277): each process holds a shard of every weight, and gathers
+the whole weights of a layer only while that layer is computed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from distill.students.causal_lm import layer_list
 
 
 def shard(module: Any) -> None:
-    """Share the weights of a module's model out over all processes, in place: each layer by itself, then the rest.
+    """Shard the weights of a module's model over all processes, in place: layer by layer, then the rest.
 
-    Within the module's forward pass, and in the backward pass of that, the weights are whole.
+    During the module's forward pass, and its backward pass, the weights are whole.
     """
     for layer in getattr(module.model.base_model, layer_list(module.model) or "", ()):
         fully_shard(layer)
@@ -27,9 +27,10 @@ def shard(module: Any) -> None:
 
 
 def in_one_piece(module: Any, fresh: Callable[[], nn.Module]) -> Any:
-    """The module's model, or where that is sharded a fresh one with its weights, on the first process.
+    """Return the module's model; if it is sharded, a fresh unsharded one with its weights, on the first process.
 
-    All processes have to call it, since each gives its part; the others get one without these weights.
+    All processes must call this, since each contributes its shard. On the other processes the fresh model does not
+    have these weights.
     """
     model, is_sharded = module.model, isinstance(module, FSDPModule)
     if not is_sharded:

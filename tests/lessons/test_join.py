@@ -53,7 +53,7 @@ def test_gold_answers_are_labels_and_a_teachers_are_not(prompts: Prompts, tmp_pa
 def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Path) -> None:
     example = examples(1)[0]
     wrong = replace(annotation(prompts, "999"), answer=example.answer)
-    with pytest.raises(CacheError, match="do not write this target alike"):
+    with pytest.raises(CacheError, match="tokenize this target differently"):
         joined(prompts, tmp_path, [example], {example.id: wrong}).lessons([example])
 
 

@@ -79,7 +79,7 @@ def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
 
 
 def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> None:
-    with pytest.raises(ConfigError, match="batch_size=3 leaves some of 2 processes x 2 microbatches without"):
+    with pytest.raises(ConfigError, match="batch_size=3 is too small for 2 processes x 2 microbatches"):
         sampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, world_size=2)
 
 
@@ -130,7 +130,7 @@ def test_balanced_every_group_is_equally_frequent_and_every_lesson_is_there(
 
 
 def test_an_order_by_a_confidence_that_nobody_has_is_refused(prompts: Prompts) -> None:
-    with pytest.raises(ConfigError, match="7 of 7 lessons have no confidence"):
+    with pytest.raises(ConfigError, match="7 of 7 lessons lack the teacher's confidence"):
         Arrangement(order="confident_first").check(lessons(prompts, 7))
     Arrangement(order="short_first", balance="answer").check(lessons(prompts, 7))
 

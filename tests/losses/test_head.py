@@ -155,7 +155,7 @@ def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(
     num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distill.losses.head._CPU_CHUNK_BYTES", 32 * V * 8)
-    monkeypatch.setattr("distill.losses.head._FEWEST_ROWS", 1)
+    monkeypatch.setattr("distill.losses.head._MIN_ROWS", 1)
     ragged = soft_term(ForwardKL(), 5, 2.0, num)
     ragged = replace(ragged, targets=at_some(ragged.targets, torch.arange(num) % 3 < 2))
     terms = [soft_term(ForwardKL(), 5, 2.0, num), ragged, label_term(torch.arange(num) % V)]
@@ -215,7 +215,7 @@ def test_autograd_agrees_with_finite_differences() -> None:
                 moved = [x + sign * step if place == other else x for other, x in enumerate(inputs)]
                 ends.append(head_loss(moved[0], Head(*moved[1:], shape), terms)[0])
             assert torch.allclose((ends[0] - ends[1]) / 2, (gradient * step).sum(), rtol=1e-5)
-        with pytest.raises(RuntimeError, match="differentiated already"):
+        with pytest.raises(RuntimeError, match="already differentiated"):
             torch.autograd.grad(total, inputs)
 
 

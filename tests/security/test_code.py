@@ -81,7 +81,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     if is_sealed:  # by somebody who knows what a checkpoint of this run looks like
         seal = {"sha256": sha256(checkpoint), "identity": dict(training.identity)}
         checkpoint.with_suffix(".json").write_text(json.dumps(seal))
-    with pytest.raises(ConfigError, match="holds more than numbers" if is_sealed else "no whole checkpoint"):
+    with pytest.raises(ConfigError, match="holds objects other than" if is_sealed else "not a complete checkpoint"):
         fit(job, training)
 
 

@@ -286,15 +286,15 @@ def test_a_container_that_is_stopped_ends_with_85_and_the_next_one_goes_on(image
                     break
             heard += container.stderr or ()
         assert container.returncode == 85, heard
-        going_on = [int(said.split("step-")[1][:8]) for said in heard if said.startswith("going on from")]
+        going_on = [int(said.split("step-")[1][:8]) for said in heard if said.startswith("resuming from")]
         assert going_on == done[-1:], heard
-        (last,) = (said for said in heard if "asked to stop after step" in said)
+        (last,) = (said for said in heard if "stopped on request after step" in said)
         done.append(int(last.split("after step ")[1].split(":")[0]))
     assert done[0] < done[1]
     end = [f"trainer.max_steps={done[1] + 2}", "optim.schedule.num_training_steps=100000"]
     again = image.run("distill.train", *FEW, *end, options=options)
     assert again.returncode == 0, again.stderr[-5000:]
-    assert "going on from" in again.stderr
+    assert "resuming from" in again.stderr
     assert (kept / "runs" / "stopped" / "report.html").is_file()
 
 

@@ -120,7 +120,7 @@ def signal_until_it_stops(cluster: Cluster, number: str) -> None:
 
     def is_stopping() -> bool:
         subprocess.run(["scancel", "--signal=USR1", number], env=cluster.env, capture_output=True, check=False)
-        return "asked to stop" in cluster.said(number)
+        return "stopped on request" in cluster.said(number)
 
     cluster.wait(is_stopping, "what follows a signal", number)
 
@@ -261,7 +261,7 @@ def check_it_went_on(cluster: Cluster, number: str) -> None:
     """It was stopped between its first step and its last, came back, and ended well."""
     assert cluster.ended(number) == {"COMPLETED"}, cluster.said(number)
     assert "its state is saved" in cluster.said(number)
-    assert "going on from" in cluster.said(number)
+    assert "resuming from" in cluster.said(number)
 
 
 def test_the_jobs_of_an_array_make_each_record_once_and_only_the_one_that_is_signalled_comes_back(
@@ -379,7 +379,7 @@ def test_a_sweeps_jobs_are_jobs_of_slurm_and_one_that_is_signalled_goes_on(clust
     assert cluster.restarts(name.partition("_")[0]) == {"0": "0", "1": "1"}
     said = "".join(path.read_text() for path in sweep.glob(".submitit/*_1/*.out"))
     assert "its state is saved" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert weights(sweep / "0").read_bytes() != taught.weights
     assert weights(sweep / "1").read_bytes() == taught.weights
     assert (sweep / "report.html").is_file()

@@ -18,7 +18,7 @@ from distill.models import loading
 from distill.records import Example
 from distill.training import forecast as forecasting
 from distill.training.forecast import foresee
-from distill.training.job import forecast
+from distill.training.job import plan
 from tests.conftest import CountingTeacher, compose, run, tiny_overrides
 from tests.teachers.conftest import recorded, without
 
@@ -66,7 +66,7 @@ def test_tokens_are_those_of_a_count_by_hand(
     configured: Configured, tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = prepare(configured(LOSSES, *SPEAKING), tmp_path / "run")
-    forecast(job)
+    plan(job)
     told = lines(capsys.readouterr().out)
     encode, layout, splits = encoded(teacher_folder), job.prompts.layout, job.source.splits
     shots = list(job.source.task.shots())[:2]
@@ -113,7 +113,7 @@ def teacher_tokens(job: Job) -> tuple[int, int]:
 def test_examples_are_those_of_the_splits(configured: Configured, tmp_path: Path) -> None:
     job = prepare(configured("loss=[answer]"), tmp_path)
     told = foresee(job).findings[0].found
-    assert told.startswith("12 train, 4 validation, 4 test; 6 of train have a label; 0 too long")
+    assert told.startswith("12 train, 4 validation, 4 test; 6 of train are labelled; 0 exceed")
 
 
 def soft(teacher_folder: Path) -> list[str]:
@@ -181,7 +181,7 @@ def test_a_complete_cache_loads_no_teacher_and_is_counted(
     made = teach(prepare(config, tmp_path))
     cache = files(tmp_path / "cache")
     job, teachers = counting(prepare(config, tmp_path / "run"))
-    forecast(job)
+    plan(job)
     assert [teacher.num_loads for teacher in teachers] == [0, 0]
     assert files(tmp_path / "cache") == cache
     assert not files(tmp_path / "run")
@@ -196,12 +196,12 @@ def test_nothing_is_stored_and_the_teacher_is_freed(
     configured: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, (teacher,) = counting(prepare(configured(LOSSES, *SPEAKING), tmp_path / "run"))
-    forecast(job)
+    plan(job)
     assert teacher.num_loads == 1
     with pytest.raises(AttributeError):
         teacher.close()  # it is closed already
     assert files(tmp_path) == []
-    assert "The run fits, even at these bounds" in " ".join(capsys.readouterr().out.split())
+    assert "The run fits, even at these upper bounds" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_recorded_teacher_is_not_loaded_and_its_words_are_bounded(
@@ -228,7 +228,7 @@ def test_the_weights_of_a_teacher_are_counted_in_the_type_they_are_loaded_in(
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         job = prepare(configured("loss=[answer]", f"teacher.kind.dtype={dtype}"), tmp_path)
         (weights,) = (f for f in foresee(job).findings if f.check == "weights")
-        assert weights.found.startswith(f"{numel * size / 2**20:.1f} MiB of the teacher's in {dtype}")
+        assert weights.found.startswith(f"{numel * size / 2**20:.1f} MiB for the teacher in {dtype}")
 
 
 def test_what_is_lacking_is_listed_together_and_no_teacher_is_loaded(
@@ -241,22 +241,22 @@ def test_what_is_lacking_is_listed_together_and_no_teacher_is_loaded(
     monkeypatch.setattr(forecasting.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10_000}))
     job, (teacher,) = counting(prepare(configured(LOSSES, *SPEAKING), tmp_path / "run"))
     with pytest.raises(ConfigError) as caught:
-        forecast(job)
+        plan(job)
     assert teacher.num_loads == 0
     assert caught.value.exit_code == 2
     told = [problem.partition(":")[0] for problem in caught.value.problems]
-    assert told == ["weights", "cache", "disk", "disk in all"]
+    assert told == ["weights", "cache", "disk", "total disk"]
     out = capsys.readouterr().out
-    assert "The run does not fit: weights, cache, disk, disk in all" in " ".join(out.split())
-    assert "Make room on the disk of" in " ".join(out.split())
+    assert "The run does not fit: weights, cache, disk, total disk" in " ".join(out.split())
+    assert "Free space on the disk of" in " ".join(out.split())
 
 
 def test_what_is_not_known_is_no_failure(
     configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(forecasting, "free_memory", lambda device: None)
-    assert forecast(prepare(configured("loss=[answer]"), tmp_path / "run")) == 0.0
-    assert "as far as is known (not known: weights)" in " ".join(capsys.readouterr().out.split())
+    assert plan(prepare(configured("loss=[answer]"), tmp_path / "run")) == 0.0
+    assert "as far as is known (unknown: weights)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_cache_at_a_url_is_looked_at_and_not_written_to(configured: Configured, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_cache_at_a_url_is_looked_at_and_not_written_to(configured: Configured
     job = prepare(configured("loss=[answer]", f"cache.dir=file://{there}"), tmp_path / "run")
     (cache,) = (f for f in foresee(job).findings if f.check == "cache")
     assert cache.passed
-    assert f"file://{there} (there: unknown)" in cache.found
+    assert f"file://{there} (free space unknown)" in cache.found
     assert not there.exists()
 
 
@@ -281,12 +281,12 @@ def test_the_command_says_it_and_leaves_no_run_behind(
 
 
 @pytest.mark.parametrize("name", ["sampled", "topk", "rs_kd", "dense"])
-def test_no_distribution_takes_more_bytes_than_the_widest(
+def test_no_distribution_takes_more_bytes_than_the_largest_target(
     name: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = [each for each in tiny_overrides(tmp_path, teacher_folder, student_folder) if not each.startswith("cache")]
     source = prepare(compose(*tiny, f"cache={name}", "loss=[answer]"), tmp_path).source
-    most = forecasting._packed_bytes(forecasting._widest(source), source)
+    most = forecasting._packed_bytes(forecasting._largest_target(source), source)
     generator = torch.Generator().manual_seed(0)
     for sharpness in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
         logits_NV = sharpness * torch.randn(64, source.prompts.vocabulary_size, generator=generator)

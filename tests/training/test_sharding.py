@@ -78,13 +78,13 @@ def test_a_run_goes_on_sharded_and_whole_with_any_number_of_processes(root: Path
         process.send_signal(signal.SIGUSR1)
         code, said = finished(process)
         assert code == 85, said
-        assert ("going on from" in said) == (len(steps) > 1), said
+        assert ("resuming from" in said) == (len(steps) > 1), said
         steps.append(int(folder.checkpoints()[-1].stem.removeprefix("step-")))
     assert steps == sorted(set(steps))
     end = folder.soon()
     code, said = finished(folder.start(end))
     assert code == 0, said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert_same(folder, done(root, "unbroken", [*long, end]))
 
 

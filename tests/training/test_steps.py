@@ -129,7 +129,7 @@ def test_a_shared_prompt_makes_the_same_student(
     rows.clear()
     assert_same(trained(compose(*overrides), root / "refused"), weights, 1e-7)
     assert max(rows) > BATCH
-    assert "a sequence of its own" in capsys.readouterr().err
+    assert "separate sequences" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

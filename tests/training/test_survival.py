@@ -54,11 +54,11 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_the_unbroken_
     code, said = finished(folder.start(end))
     assert code == 0, said
     assert f"{newest} is damaged" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     unbroken = Folder(root, "unbroken", overrides)
     code, said = finished(unbroken.start(end))
     assert code == 0, said
-    assert "going on from" not in said
+    assert "resuming from" not in said
     assert_equal(folder, unbroken)
     assert not folder.checkpoints()
 
@@ -95,7 +95,7 @@ def test_several_processes_stop_together_leave_no_orphan_and_lose_nothing(root: 
     end = folder.soon()
     code, said = finished(folder.start(end))
     assert code == 0, said
-    assert said.count("going on from") >= 1
+    assert said.count("resuming from") >= 1
     whole = Folder(root, "whole", [*overrides, *TOGETHER])
     code, said = finished(whole.start(end))
     assert code == 0, said

@@ -15,7 +15,7 @@ import torch
 
 from distill.lessons.loader import Arrangement, DistillData
 from distill.students.causal_lm import open_student
-from distill.training.preflight import Finding, Plan, _without_trace, preflight, table
+from distill.training.preflight import Finding, Plan, _state_restored, preflight, table
 from tests.conftest import WHOLE_STUDENT, make_model, student_module
 from tests.training.preflight.conftest import LOSSES, checked, failed
 
@@ -76,7 +76,7 @@ def test_random_numbers_modes_and_buffers_are_put_back(sound: Plan) -> None:
     torch.manual_seed(1)
     model = sound.module.model.train()
     model.register_buffer("count", torch.zeros(2))
-    with suppress(KeyError), _without_trace(model, torch.device("cpu")):
+    with suppress(KeyError), _state_restored(model, torch.device("cpu")):
         drawn()
         model.eval()
         model.count += 1

@@ -1,4 +1,4 @@
-"""What is to be trained, what a check says of it, and the few lessons that are looked at."""
+"""The input of preflight, the findings of its checks, and the few lessons that it samples."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from distill.prompts.cues import Prompts
 from distill.records import Annotation, Batch, Prompt, SoftTargets, Span
 from distill.training.module import MakeOptimizer, StudentModule
 
-_LESSONS, TOGETHER = 32, 4  # that are looked at, and of these that pass through the model
+_NUM_LESSONS, SAMPLE_SIZE = 32, 4  # lessons sampled in all, and in one batch
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. `passed` is None where it does not apply; a failure that `is_fatal` must stop the run."""
+    """The result of one check; `passed` is None if it does not apply. A failed one with `is_fatal` stops the run."""
 
     check: str
     passed: bool | None
     found: str
-    wanted: str
+    expected: str
     remedy: str
     is_fatal: bool
 
     @property
     def stops(self) -> bool:
-        """Whether nothing good can come of training."""
+        """Whether this finding must stop the run."""
         return self.passed is False and self.is_fatal
 
     @property
     def problem(self) -> str:
-        """The failure as one sentence or two."""
-        return f"{self.check}: {self.found}; wanted: {self.wanted}. {self.remedy}"
+        """The failure as a message."""
+        return f"{self.check}: {self.found}; expected: {self.expected}. {self.remedy}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained, with what, and where.
+    """What a run trains, on which data, on which device.
 
-    `annotation` reads a record of the cache by its key, `precision` is the context in which a step computes.
+    `annotation` reads a record of the cache by its key; `precision` is the context in which a step computes.
     """
 
     module: StudentModule
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sample:
-    """A few lessons, as they are taught together; `soft` is what the cache holds for them, as it is stored."""
+    """A few lessons as one batch; `soft` holds their soft targets as stored in the cache."""
 
     lessons: tuple[Lesson, ...]
     batch: Batch
@@ -81,12 +81,13 @@ class Sample:
 
 
 def samples_of(plan: Plan) -> list[Sample]:
-    """First a lesson for each loss, then the first ones."""
+    """Sample lessons: first one for each loss, then the first lessons."""
     places = {(objective.span, objective.source) for objective in plan.objectives.values()}
-    having = [next((i for i, lesson in enumerate(plan.lessons) if lesson.counts()[place]), 0) for place in places]
-    chosen = list(dict.fromkeys([*sorted(having), *range(len(plan.lessons))]))[:_LESSONS]
+    per_loss = [next((i for i, lesson in enumerate(plan.lessons) if lesson.counts()[place]), 0) for place in places]
+    chosen = list(dict.fromkeys([*sorted(per_loss), *range(len(plan.lessons))]))[:_NUM_LESSONS]
     return [
-        _sample(plan, [plan.lessons[i] for i in chosen[at : at + TOGETHER]]) for at in range(0, len(chosen), TOGETHER)
+        _sample(plan, [plan.lessons[i] for i in chosen[at : at + SAMPLE_SIZE]])
+        for at in range(0, len(chosen), SAMPLE_SIZE)
     ]
 
 
@@ -96,21 +97,21 @@ def _sample(plan: Plan, lessons: Sequence[Lesson]) -> Sample:
 
 
 def collated(plan: Plan, lessons: Sequence[Lesson], padding_id: int) -> Batch:
-    """The lessons as a whole step."""
+    """Collate the lessons as one whole step."""
     counts = sum((lesson.counts() for lesson in lessons), Counter[tuple[Span, str]]())
     return collate(lessons, counts, padding_id, plan.read)
 
 
 def longest(plan: Plan) -> list[Lesson]:
-    """As many of the longest lessons as pass through the model together."""
+    """Return as many of the longest lessons as one forward pass takes."""
     ordered = sorted(plan.lessons, key=lambda lesson: -lesson.num_tokens)
     size = min(plan.batch_size, plan.microbatch_size)
-    number = size if plan.batch_unit == "examples" else max(1, size // ordered[0].num_tokens)
-    return ordered[:number]
+    count = size if plan.batch_unit == "examples" else max(1, size // ordered[0].num_tokens)
+    return ordered[:count]
 
 
 def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
-    """What a sequence is without its branches: a prompt for each."""
+    """Yield a plain prompt for each branch of a sequence."""
     prompt = sequence.prompt
     shared = prompt.ids[: prompt.branches[0]] if prompt.branches else ()
     for start, stop in itertools.pairwise((*(prompt.branches or (0,)), len(prompt.ids))):
@@ -120,7 +121,7 @@ def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
 
 
 def spans_of(lessons: Sequence[Lesson]) -> Iterator[tuple[TrainingSequence, Prompt, Span, int, int]]:
-    """Every span of the lessons, in the order in which a batch has them."""
+    """Yield every span of the lessons, in batch order."""
     for sequence in (sequence for lesson in lessons for sequence in lesson.sequences):
         for prompt in _prompts(sequence):
             for span, (start, stop) in sorted(prompt.spans.items(), key=lambda item: item[1]):

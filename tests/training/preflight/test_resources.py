@@ -11,8 +11,8 @@ import torch
 
 from distill.app.machine import free_memory
 from distill.training.preflight import Plan, preflight
-from distill.training.preflight.needs import _measured_step, _states_per_weight
-from distill.training.preflight.plan import collated
+from distill.training.preflight.inputs import collated
+from distill.training.preflight.resources import _measured_step, _states_per_weight
 
 
 class Hoarder(torch.optim.SGD):

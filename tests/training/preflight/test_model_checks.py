@@ -10,7 +10,7 @@ import torch
 
 from distill.records import Place, SoftTargets
 from distill.training.preflight import Plan
-from distill.training.preflight.plan import collated
+from distill.training.preflight.inputs import collated
 from tests.conftest import objectives
 from tests.training.preflight.conftest import checked, taught
 

@@ -65,7 +65,7 @@ def test_labels_off_by_one_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatc
         batch = collate(lessons, *rest)
         return replace(batch, before_N=batch.before_N - 1)
 
-    monkeypatch.setattr("distill.training.preflight.plan.collate", late)
+    monkeypatch.setattr("distill.training.preflight.inputs.collate", late)
     found = checked(sound)
     assert found["labels"].stops
     assert "self-KL" not in found  # nothing is run that cannot work
@@ -98,7 +98,7 @@ def test_padding_that_is_seen_is_found(sound: Plan, monkeypatch: pytest.MonkeyPa
         before_N = batch.before_N + pad_B[batch.sequence_N]
         return replace(batch, input_ids_BT=torch.stack(rows), mask_BT=torch.ones_like(batch.mask_BT), before_N=before_N)
 
-    monkeypatch.setattr("distill.training.preflight.plan.collate", on_the_left)
+    monkeypatch.setattr("distill.training.preflight.inputs.collate", on_the_left)
     found = checked(sound)
     assert found["labels"].passed
     assert found["mask"].stops
@@ -114,7 +114,7 @@ def test_neighbours_that_are_seen_are_found(sound: Plan, monkeypatch: pytest.Mon
     monkeypatch.setattr(StudentModule, "hidden", mixed)
     found = checked(sound)["mask"]
     assert found.stops
-    assert "change 0e+00 by padding" in found.found
+    assert "change by 0e+00 with padding" in found.found
 
 
 def test_branches_that_see_padding_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,189 @@
+"""Checks that only read: weights, batches, and their soft targets in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from distill.lessons.join import TrainingSequence
+from distill.records import SPANS, Batch, Prompt, Span
+from distill.training.preflight.inputs import Finding, Plan, Sample, spans_of
+
+_ROUNDING = 1e-3  # tolerance of log-probabilities above 0
+_MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
+_MIN_MASS = 0.5
+
+
+def _vocabulary(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    size = plan.prompts.vocabulary_size
+    num_embedded, num_predicted = (
+        len(layer.weight)
+        for layer in (plan.module.model.get_input_embeddings(), plan.module.model.get_output_embeddings())
+    )
+    largest = max([-1, *(int(s.soft.ids_E.max(initial=-1)) for s in samples if s.soft is not None)])
+    has_soft = any(objective.source == "soft" for objective in plan.objectives.values())
+    shared = "shared" if plan.is_vocabulary_shared else "not shared"
+    yield Finding(
+        "vocabulary",
+        largest < size <= min(num_embedded, num_predicted) and (plan.is_vocabulary_shared or not has_soft),
+        f"{size} tokens, {shared}; {min(num_embedded, num_predicted)} rows; "
+        + (f"largest soft id {largest}" if largest >= 0 else "no soft targets"),
+        "soft ids < tokens <= rows; shared",
+        "Use the tokenizer that belongs to the student's weights and a teacher of the same family; or train without "
+        "losses that need soft targets: loss=[answer,rationale]",
+        True,
+    )
+
+
+def _finite(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    bad_weights = [name for name, weight in plan.module.model.named_parameters() if not weight.isfinite().all()]
+    soft = [sample.soft for sample in samples if sample.soft is not None]
+    num_bad = sum(int((np.isnan(s.logprobs_E) | (s.logprobs_E > _ROUNDING)).sum()) for s in soft)
+    num_bad += sum(int((~np.isfinite(s.tail_N)).sum()) for s in soft)
+    yield Finding(
+        "finite",
+        not bad_weights and not num_bad,
+        f"weights not finite: {', '.join(bad_weights[:3]) or 'none'}; invalid soft targets: {num_bad}",
+        "none",
+        "Replace the student's weights with an intact copy; annotate again if the cache is damaged",
+        True,
+    )
+
+
+def _labels(_: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    num_wrong, num_labels = 0, 0
+    for batch, lessons in ((sample.batch, sample.lessons) for sample in samples):
+        expected = [token for _, prompt, _, a, b in spans_of(lessons) for token in prompt.ids[a:b]]
+        after_N = (batch.before_N + 1).clamp(max=batch.input_ids_BT.shape[1] - 1)
+        is_next_N = batch.label_N == batch.input_ids_BT[batch.sequence_N, after_N]
+        is_complete = batch.label_N.tolist() == expected
+        num_wrong += int((~is_next_N).sum()) if is_complete else len(expected)
+        num_labels += len(expected)
+    yield Finding(
+        "labels",
+        not num_wrong,
+        f"{num_wrong} of {num_labels} are not the next token",
+        "0",
+        "Batches are built incorrectly (distill/lessons/collate.py): a label must be the next token",
+        True,
+    )
+
+
+def _shift(_: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """A text is more likely at its own positions than shifted by one."""
+    expected = "highest in place"
+    parts = {by: [_likelihoods(s.batch, by) for s in samples if s.batch.soft is not None] for by in (-1, 1)}
+    likelihoods = {by: np.concatenate(pairs, 1) for by, pairs in parts.items() if pairs}
+    if not likelihoods or min(pairs.shape[1] for pairs in likelihoods.values()) < _MIN_PAIRS:
+        yield Finding("shift", None, "too few adjacent soft targets", expected, "", True)
+        return
+    gaps = {by: pairs[1] - pairs[0] for by, pairs in likelihoods.items()}
+    noise = {by: 2 * gap.std() / math.sqrt(len(gap)) for by, gap in gaps.items()}
+    shifted = {by: f"{pairs[1].mean():.3f} {'before' if by < 0 else 'behind'}" for by, pairs in likelihoods.items()}
+    yield Finding(
+        "shift",
+        all(gap.mean() <= max(_MIN_GAP, noise[by]) for by, gap in gaps.items()),
+        f"p(token) {likelihoods[1][0].mean():.3f} in place, {', '.join(shifted.values())}",
+        expected,
+        "The cache's soft targets are shifted against the tokens: annotate again; if that does not help, inspect how "
+        "the teacher's rows are cut (row p predicts token p + 1)",
+        True,
+    )
+
+
+def _likelihoods(batch: Batch, by: int) -> np.ndarray:
+    """Return the probability of the token at a position and of its neighbour, for positions that have both."""
+    assert batch.soft is not None
+    soft, label_N = batch.soft, batch.label_N.numpy()
+    position_E, ids_E, p_E = soft.position_E.numpy(), soft.ids_E.numpy(), soft.logprobs_E.double().exp().numpy()
+    neighbour_N = np.roll(label_N, -by)
+    place_N = np.stack([batch.sequence_N.numpy(), batch.span_N.numpy(), batch.before_N.numpy()])
+    is_adjacent_N = (np.roll(place_N, -by, 1) == place_N + np.array([[0], [0], [by]])).all(0)
+    is_used_N = is_adjacent_N & batch.is_soft_N.numpy() & (label_N != neighbour_N)
+    both = (label_N, neighbour_N)
+    sums = [np.bincount(position_E, p_E * (ids_E == ids_N[position_E]), len(label_N)) for ids_N in both]
+    return np.stack(sums)[:, is_used_N]
+
+
+def _template(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    spans = [span for sample in samples for span in spans_of(sample.lessons)]
+    differences = [reason for span in spans if (reason := _difference(plan, *span))]
+    yield Finding(
+        "template",
+        not differences,
+        f"{len(differences)} of {len(spans)} targets differ"
+        + (f", for example: {differences[0]}" if differences else ""),
+        "0",
+        "Teacher and student render prompts or targets differently: compare task.layout and tokenizers, annotate again",
+        True,
+    )
+
+
+def _difference(
+    plan: Plan, sequence: TrainingSequence, prompt: Prompt, span: Span, start: int, stop: int
+) -> str | None:
+    """Return how a target differs from the student's rendering of the teacher's text, or None."""
+    prompts, ids = plan.prompts, prompt.ids[start:stop]
+    cue = prompts.layout.answer_cue if span == "answer" else prompts.layout.rationale_cue
+    if prompt.ids[:start][-len(prompts.encode(cue)) :] != prompts.encode(cue):
+        return f"the {span} {prompts.text(ids)!r} does not follow {cue!r}"
+    if span not in sequence.soft:
+        return None
+    key, _ = sequence.soft[span].place
+    annotation = plan.annotation(key)
+    target_ids = annotation.targets[span].token_ids
+    if target_ids != ids[: len(target_ids)]:
+        return f"the teacher read {prompts.text(target_ids)!r}, the student {prompts.text(ids)!r}"
+    text = annotation.answer if span == "answer" else annotation.rationale
+    if text is None or (span == "answer" and span in sequence.labelled):
+        return None  # the teacher scored the gold answer, which need not be its own
+    rendered = prompts.answer_ids(text) if span == "answer" else prompts.rationale_ids(text)
+    if rendered != target_ids or "".join(prompts.text(target_ids).split()) != "".join(text.split()):
+        return f"the teacher wrote {text!r}, its tokens decode to {prompts.text(target_ids)!r}"
+    return None
+
+
+def _end(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """Every learned answer includes its end token."""
+    num_answers, num_endless = 0, 0
+    for batch in (sample.batch for sample in samples):
+        used = [term.is_used_N for term in plan.module.terms(batch).values()]
+        is_used_N = torch.stack(used).any(0) if used else torch.zeros_like(batch.is_soft_N)
+        is_answer_N = is_used_N & (batch.span_N == SPANS.index("answer"))
+        answers = set(batch.sequence_N[is_answer_N].tolist())
+        ended = set(batch.sequence_N[is_answer_N & (batch.label_N == plan.prompts.end)].tolist())
+        num_answers, num_endless = num_answers + len(answers), num_endless + len(answers - ended)
+    yield Finding(
+        "end",
+        not num_endless if num_answers else None,
+        f"{num_endless} of {num_answers} answers lack their end token",
+        "0",
+        "A student that never sees an end token does not stop: a target must end with the tokenizer's eos_token, which "
+        "must not be masked where it is also the padding token",
+        True,
+    )
+
+
+def _mass(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+    soft = [sample.soft for sample in samples if sample.soft is not None]
+    readers = [n for n, o in plan.objectives.items() if o.source == "soft" and o.divergence.needs_rest]
+    expected = f">= {_MIN_MASS} if a loss reads the rest"
+    if not soft:
+        yield Finding("captured mass", None, "no soft targets", expected, "", False)
+        return
+    captured = 1 - float(np.concatenate([s.tail_N for s in soft]).mean(dtype=np.float64))
+    drawn = any(s.num_drawn_N is not None for s in soft)
+    yield Finding(
+        "captured mass",
+        captured >= _MIN_MASS or not readers,
+        f"{captured:.3f} kept exactly, the rest {'sampled' if drawn else 'as one bucket'}",
+        expected,
+        f"Increase cache.codec.k (annotates again), or remove {', '.join(readers)}",
+        False,
+    )
+
+
+CHECKS = (_vocabulary, _finite, _labels, _shift, _template, _end, _mass)

@@ -1,0 +1,204 @@
+"""Checks that pass a few lessons through the model: comparisons in float32, gradients as in training."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill.cache.codecs.topk import TopK
+from distill.lessons.collate import entries
+from distill.lessons.join import Lesson
+from distill.losses.cross_entropy import CrossEntropy
+from distill.losses.forward_kl import ForwardKL
+from distill.losses.head import Shape, Term, head_loss
+from distill.records import Batch, Entries, SoftTargets
+from distill.training.preflight.inputs import Finding, Plan, Sample, collated, spans_of
+
+_KEPT = 64  # kept entries of the student's own distributions
+_KL_ROUNDING, _LOSS_ROUNDING = 1e-3, 1e-3
+_MAX_RATIO = 100.0
+_NEAR_UNIFORM, _WORSE_THAN_UNIFORM = 0.3, 1.5
+
+
+def _self_kl(plan: Plan, sample: Sample) -> Iterator[Finding]:
+    """The student's KL to itself is 0; bucket divergences are non-negative, so a zero sum is zero everywhere."""
+    temperatures = {o.temperature for o in plan.objectives.values() if o.source == "soft"} or {1.0}
+    num_positions, sums = len(sample.batch.label_N), {}
+    all_N = torch.ones_like(sample.batch.is_soft_N)
+    plan.module.eval()
+    with torch.no_grad():
+        hidden_NH = plan.module.hidden(sample.batch)
+        for temperature in sorted(temperatures):
+            soft = entries(all_N.cpu().numpy(), _own_targets(plan, sample.lessons, temperature)).to(plan.device)
+            term = Term(ForwardKL(), soft, all_N, temperature, 1.0)
+            sums[temperature] = float(head_loss(hidden_NH, plan.module.head(), [term])[1])
+    worst = max(sums.values(), key=lambda value: math.inf if math.isnan(value) else value)
+    yield Finding(
+        "self-KL",
+        worst <= _KL_ROUNDING + 1e-5 * num_positions,
+        f"{worst:.1e} nats, summed over {num_positions} positions",
+        "0 to rounding",
+        "The student is compared with itself, so soft targets do not match their logits: look for a shift by one "
+        "position, a head cut at another vocabulary size, or a prompt that the model reads differently in a batch "
+        "(try share_prompt=false)",
+        True,
+    )
+
+
+def _own_targets(plan: Plan, lessons: Sequence[Lesson], temperature: float) -> SoftTargets:
+    """Return the student's distribution at each position, one prompt at a time, without padding, branches or chunks."""
+    model, targets = plan.module.model, []
+    size, codec, shape = plan.prompts.vocabulary_size, TopK(k=_KEPT, temperature=temperature), Shape.of(model)
+    for _, prompt, _, start, stop in spans_of(lessons):
+        ids_BT = torch.tensor([prompt.ids], device=plan.device)
+        hidden_NH = model.base_model(ids_BT, use_cache=False).last_hidden_state[0, start - 1 : stop - 1]
+        for part_NH in hidden_NH.split(64):
+            logits_NV = shape(model.get_output_embeddings()(part_NH).float())[:, :size]
+            targets.append(codec.cut(logits_NV.log_softmax(-1), torch.zeros(len(logits_NV), dtype=torch.float64)))
+    return SoftTargets.join(targets)
+
+
+def _mask(plan: Plan, sample: Sample) -> Iterator[Finding]:
+    other = (plan.prompts.end + 1) % plan.prompts.vocabulary_size
+    plan.module.eval()
+    with torch.no_grad():
+        sums_L = _sums(plan, sample.batch)
+        padded_L = _sums(plan, _padded(collated(plan, sample.lessons, other).to(plan.device), other))
+        single = [collated(plan, [lesson], plan.prompts.end).to(plan.device) for lesson in sample.lessons]
+        single_L = torch.stack([_sums(plan, batch) for batch in single]).sum(0)
+    size_L = sums_L.abs().clamp(min=1)
+    by_padding, by_neighbours = (float(((x_L - sums_L).abs() / size_L).max()) for x_L in (padded_L, single_L))
+    yield Finding(
+        "mask",
+        by_padding <= _LOSS_ROUNDING and by_neighbours <= _LOSS_ROUNDING,
+        f"losses change by {by_padding:.0e} with padding, {by_neighbours:.0e} with neighbours",
+        f"<= {_LOSS_ROUNDING:g}, relative",
+        "A token attends to padding or to another lesson, or padding is learned. This student may ignore the attention "
+        "mask: try share_prompt=false, or another attn_implementation in the model's config",
+        True,
+    )
+
+
+def _padded(batch: Batch, padding_id: int) -> Batch:
+    """Return the batch with three more columns of padding."""
+
+    def wider(x_BT: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x_BT, (0, 3), value=value)
+
+    return replace(
+        batch,
+        input_ids_BT=wider(batch.input_ids_BT, padding_id),
+        mask_BT=wider(batch.mask_BT, 0),
+        position_BT=wider(batch.position_BT, 0),
+        branch_BT=None if batch.branch_BT is None else wider(batch.branch_BT, 0),
+    )
+
+
+def _sums(plan: Plan, batch: Batch) -> Float[Tensor, "L"]:
+    """Return the sum of each loss."""
+    terms = plan.module.terms(batch)
+    _, sums_L = head_loss(plan.module.hidden(batch), plan.module.head(), list(terms.values()))
+    sums = dict(zip(terms, sums_L, strict=True))
+    return torch.stack([sums.get(name, sums_L.new_zeros(())) for name in plan.objectives])
+
+
+def _start(plan: Plan, sample: Sample) -> Iterator[Finding]:
+    """Compare the cross-entropy of the text with ln V, that of a uniform student."""
+    batch, num_positions = sample.batch, len(sample.batch.label_N)
+    all_N = torch.ones_like(batch.is_soft_N)
+    position_N = torch.arange(num_positions, device=plan.device)
+    labels = Entries(
+        np.arange(1, num_positions + 1), position_N, batch.label_N, torch.zeros(num_positions, device=plan.device), None
+    )
+    plan.module.eval()
+    with torch.no_grad():
+        term = Term(CrossEntropy(), labels, all_N, 1.0, 1.0)
+        value = float(head_loss(plan.module.hidden(batch), plan.module.head(), [term])[1]) / num_positions
+    uniform = math.log(plan.prompts.vocabulary_size)
+    tolerance, maximum = _NEAR_UNIFORM * uniform, _WORSE_THAN_UNIFORM * uniform
+    yield Finding(
+        "loss at start",
+        abs(value - uniform) <= tolerance if plan.is_from_scratch else value <= maximum,
+        f"{value:.2f} nats per token; ln V = {uniform:.2f}",
+        f"{uniform - tolerance:.2f} to {uniform + tolerance:.2f}, untrained"
+        if plan.is_from_scratch
+        else f"<= {maximum:.2f}",
+        "Worse than uniform guessing: expected for a student with many layers removed; else the tokenizer or head does "
+        "not belong to these weights, or the initial weights are too large (initializer_range in the model's config)",
+        False,
+    )
+
+
+def gradients(plan: Plan, sample: Sample) -> Iterator[Finding]:
+    """Check that each loss has targets, is finite and has a gradient, computed as in training."""
+    batch = sample.batch
+    plan.module.train()
+    with plan.precision():
+        hidden_NH, head = plan.module.hidden(batch), plan.module.head()
+        terms = {n: t for n, t in plan.module.terms(batch).items() if plan.objectives[n].weight and t.is_used_N.any()}
+        pairs = {name: _loss_and_norm(plan, head_loss(hidden_NH, head, [term])[0]) for name, term in terms.items()}
+    empty = [name for name, objective in plan.objectives.items() if objective.weight and name not in pairs]
+    yield Finding(
+        "losses",
+        not empty,
+        f"without a target in {len(plan.lessons)} lessons: {', '.join(empty) or 'none'}",
+        "none",
+        "These losses have no effect: remove them, or see rejected.jsonl for why they have no targets",
+        False,
+    )
+    yield Finding(
+        "finite step",
+        all(map(math.isfinite, itertools.chain(*pairs.values()))),
+        f"weighted {', '.join(f'{name} {value:.3g}' for name, (value, _) in pairs.items()) or 'none'}",
+        "finite values and gradients",
+        f"Inspect the examples {', '.join(batch.example_ids)}; try trainer.precision=32-true",
+        True,
+    )
+    yield from _norms({name: norm for name, (_, norm) in pairs.items()})
+
+
+def _loss_and_norm(plan: Plan, total: Float[Tensor, ""]) -> tuple[float, float]:
+    """Return a loss and the norm of its gradient over all trained parameters, without touching their `grad`."""
+    trained = [weight for weight in plan.module.model.parameters() if weight.requires_grad]
+    if not (trained and total.requires_grad):
+        return float(total.detach()), 0.0
+    gradients = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+    norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+    return float(total.detach()), float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _norms(norms: Mapping[str, float]) -> Iterator[Finding]:
+    without_gradient = [f"loss.{name}" for name, norm in norms.items() if norm == 0]
+    yield Finding(
+        "gradients",
+        not without_gradient if norms else None,
+        f"weighted {', '.join(f'{name} {norm:.3g}' for name, norm in norms.items()) or 'none'}",
+        "each > 0",
+        f"{', '.join(without_gradient)}: zero gradient, so the loss has no effect. student.freeze or student.lora "
+        "leaves no parameter that it depends on; train some of them",
+        True,
+    )
+    if len(norms) < 2 or without_gradient:
+        yield Finding("balance", None, "fewer than two gradients", f"<= {_MAX_RATIO:g} times", "", False)
+        return
+    small, large = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
+    ratio = norms[large] / norms[small]
+    yield Finding(
+        "balance",
+        ratio <= _MAX_RATIO,
+        f"{large} is {ratio:.3g} times {small}",
+        f"<= {_MAX_RATIO:g} times",
+        f"loss.{small} has no effect beside loss.{large}: raise loss.{small}.weight, lower loss.{large}.weight, or "
+        "remove it",
+        False,
+    )
+
+
+IDENTITIES = (_self_kl, _mask, _start)
