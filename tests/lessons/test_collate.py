@@ -44,7 +44,7 @@ def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> N
     assert torch.equal(batch.input_ids_BT[batch.sequence_N, batch.before_N + 1], batch.label_N)
 
 
-def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> None:
+def test_soft_targets_are_aligned_with_their_tokens(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
     batch = collate(given, {}, 9, read)
     softs = [
@@ -67,7 +67,7 @@ def test_soft_rows_stand_at_the_tokens_that_they_are_for(prompts: Prompts) -> No
     assert (np.diff(batch.soft.ends_N, prepend=0) > 0).tolist() == batch.is_soft_N.tolist()
 
 
-def test_the_end_of_the_sequence_is_supervised_also_where_it_is_the_padding(prompts: Prompts) -> None:
+def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(prompts: Prompts) -> None:
     given = lessons(prompts, 7)
     batch = collate(given, {}, prompts.end, read)
     number = sum(len(lesson.sequences) for lesson in given)
@@ -122,20 +122,20 @@ def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts)
 
 
 @pytest.mark.parametrize("last", [7, 8])
-def test_a_target_that_begins_like_another_is_not_shared(last: int) -> None:
+def test_a_target_with_a_common_beginning_is_not_shared(last: int) -> None:
     answer, rationale = Prompt((5, 6, 7), {"answer": (2, 3)}), Prompt((5, 6, last), {"rationale": (2, 3)})
     lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
     (one,) = lesson.branched().sequences
     assert one.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
 
 
-def test_sequences_without_a_common_beginning_stay_apart() -> None:
+def test_sequences_without_a_common_prefix_stay_separate() -> None:
     answer, rationale = Prompt((5, 6), {"answer": (1, 2)}), Prompt((5, 6, 8), {"rationale": (2, 3)})
     lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
     assert lesson.branched() is lesson
 
 
-def test_positions_go_on_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
+def test_positions_continue_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
     given = [lesson.branched() for lesson in lessons(prompts, 9)]
     batch = collate(given, {}, 9, read)
     assert batch.branch_BT is not None

@@ -40,7 +40,7 @@ def annotation(prompts: Prompts, answer: str) -> Annotation:
     return Annotation("", {"answer": Target(ids, soft(len(ids)))}, answer)
 
 
-def test_gold_answers_are_labels_and_a_teachers_are_not(prompts: Prompts, tmp_path: Path) -> None:
+def test_gold_answers_are_labels_and_teacher_answers_are_not(prompts: Prompts, tmp_path: Path) -> None:
     gold, asked = examples(2)
     asked = Example(asked.question)
     join = joined(prompts, tmp_path, [gold, asked], {e.id: annotation(prompts, e.answer or "8") for e in (gold, asked)})
@@ -57,7 +57,7 @@ def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Pat
         joined(prompts, tmp_path, [example], {example.id: wrong}).lessons([example])
 
 
-def test_targets_that_name_a_token_beyond_the_vocabulary_are_refused(prompts: Prompts, tmp_path: Path) -> None:
+def test_targets_with_ids_beyond_the_vocabulary_are_refused(prompts: Prompts, tmp_path: Path) -> None:
     example = examples(1)[0]
     made = annotation(prompts, example.answer)
     targets = made.targets["answer"].soft
@@ -75,7 +75,7 @@ def test_targets_that_name_a_token_beyond_the_vocabulary_are_refused(prompts: Pr
                 join.lessons([example])
 
 
-def test_only_checked_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:
+def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:
     kept, rejected, explained = (Example(e.question, e.answer) for e in examples(3))
     explained = replace(explained, rationale="Gold.")
     every = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
@@ -120,7 +120,7 @@ def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Pat
     assert sequence.labelled == {"answer", "rationale"}
 
 
-def test_what_no_loss_reads_makes_no_lesson_and_what_is_too_long_is_listed(prompts: Prompts, tmp_path: Path) -> None:
+def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts: Prompts, tmp_path: Path) -> None:
     short, long = Example("Why?"), Example("why " * 300, "3")
     every = {short.id: annotation(prompts, "8")}
     join = joined(prompts, tmp_path, [short], every, needed=frozenset({("answer", "labels")}))
@@ -129,7 +129,7 @@ def test_what_no_loss_reads_makes_no_lesson_and_what_is_too_long_is_listed(promp
     assert "over max_length=256" in join.skipped[long.id]
 
 
-def test_a_student_learns_from_train_and_is_watched_on_validation_alone(configured: Callable[..., DictConfig]) -> None:
+def test_a_student_learns_from_train_and_is_validated_on_validation_only(configured: Callable[..., DictConfig]) -> None:
     job = prepare(configured("loss=[answer,kl,rationale]"), Path("unused"))
     curriculum, splits = teach(job), job.source.splits
     taught, watched = ({lesson.example_id for lesson in part} for part in (curriculum.train, curriculum.validation))

@@ -25,7 +25,7 @@ def sampler(given: list[Lesson], **settings: Any) -> StepSampler:
 
 
 @pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
-def test_a_step_is_the_same_examples_however_it_is_cut(
+def test_a_step_has_the_same_examples_for_any_number_of_processes(
     prompts: Prompts, num_microbatches: int, world_size: int
 ) -> None:
     given = lessons(prompts, 11)
@@ -68,7 +68,7 @@ def test_another_seed_is_another_order(prompts: Prompts) -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
+def test_lessons_of_similar_length_share_a_step(prompts: Prompts) -> None:
     given = lessons(prompts, 48)
     lengths = [lesson.num_tokens for lesson in given]
     steps = [[lengths[index] for index in step] for step in itertools.islice(sampler(given).steps(), 12)]
@@ -78,7 +78,7 @@ def test_lessons_of_like_length_share_a_step(prompts: Prompts) -> None:
     assert [max(step) for step in steps] != sorted(max(step) for step in steps)
 
 
-def test_a_step_with_fewer_examples_than_parts_is_refused(prompts: Prompts) -> None:
+def test_a_step_with_fewer_examples_than_chunks_is_refused(prompts: Prompts) -> None:
     with pytest.raises(ConfigError, match="batch_size=3 is too small for 2 processes x 2 microbatches"):
         sampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, world_size=2)
 
@@ -115,7 +115,7 @@ GROUPS = {"answer": lambda lesson: lesson.answer, "confidence": lambda lesson: i
 
 
 @pytest.mark.parametrize(("balance", "group"), GROUPS.items(), ids=GROUPS)
-def test_balanced_every_group_is_equally_frequent_and_every_lesson_is_there(
+def test_balancing_makes_strata_equally_frequent_and_keeps_every_lesson(
     balance: Any, group: Callable[[Lesson], Any], prompts: Prompts
 ) -> None:
     given = [lesson for i, lesson in enumerate(graded(prompts, 40)) if i % 3 or lesson.confidence > 0.5]
@@ -129,7 +129,7 @@ def test_balanced_every_group_is_equally_frequent_and_every_lesson_is_there(
     assert Counter(index for (index,) in itertools.islice(steps, len(epoch))) == Counter(epoch)
 
 
-def test_an_order_by_a_confidence_that_nobody_has_is_refused(prompts: Prompts) -> None:
+def test_ordering_by_a_missing_confidence_is_refused(prompts: Prompts) -> None:
     with pytest.raises(ConfigError, match="7 of 7 lessons lack the teacher's confidence"):
         Arrangement(order="confident_first").check(lessons(prompts, 7))
     Arrangement(order="short_first", balance="answer").check(lessons(prompts, 7))
@@ -145,7 +145,7 @@ def test_only_the_step_between_two_epochs_mixes_lengths(prompts: Prompts) -> Non
 
 
 @pytest.mark.parametrize("batch_size", [100, 400, 1600])
-def test_a_step_of_tokens_is_as_full_as_like_lengths_allow(batch_size: int, prompts: Prompts) -> None:
+def test_a_step_of_tokens_is_as_full_as_similar_lengths_allow(batch_size: int, prompts: Prompts) -> None:
     given = lessons(prompts, 48)
     steps = list(itertools.islice(sampler(given, batch_size=batch_size, batch_unit="tokens").steps(), 60))
     whole = Counter(index for step in steps for index in step)

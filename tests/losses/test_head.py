@@ -164,9 +164,7 @@ def test_positions_on_both_sides_of_a_chunk_border_equal_the_plain_formula(
 
 @EVERY
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_positions_that_have_no_targets_count_nothing_where_they_are_not_used(
-    divergence: Any, temperature: float
-) -> None:
+def test_unused_positions_without_targets_contribute_nothing(divergence: Any, temperature: float) -> None:
     inputs, everywhere = head(), soft_term(divergence, 5, temperature)
     there = replace(everywhere, targets=at_some(everywhere.targets, everywhere.is_used_N))
     assert_like_plain(inputs, [there], 1e-10)
@@ -194,7 +192,7 @@ def test_positions_with_different_numbers_of_entries_equal_their_own_terms(diver
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_targets_whose_draws_stand_for_the_rest_have_no_rest_bucket(temperature: float) -> None:
+def test_sampled_targets_have_no_rest_bucket(temperature: float) -> None:
     """Their sum is 1 on average only, so that the gradient is sum(t) q - t."""
     inputs, term = head(), soft_term(ForwardKL(), 5, temperature)
     drawn = replace(term, targets=replace(term.targets, tail_N=None))
@@ -220,7 +218,7 @@ def test_autograd_agrees_with_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (1, 2)])
-def test_a_frozen_head_changes_no_other_gradient(frozen: tuple[int, ...]) -> None:
+def test_a_frozen_head_does_not_change_other_gradients(frozen: tuple[int, ...]) -> None:
     inputs, terms = head(), [soft_term(ForwardKL(), 5)]
     wanted = torch.autograd.grad(plain(inputs, terms), inputs)
     for index in frozen:
@@ -232,7 +230,7 @@ def test_a_frozen_head_changes_no_other_gradient(frozen: tuple[int, ...]) -> Non
 
 
 @EVERY
-def test_the_value_is_the_same_where_no_gradient_is_wanted(divergence: Any) -> None:
+def test_the_value_is_the_same_without_gradients(divergence: Any) -> None:
     inputs, terms = head(), [soft_term(divergence, 5, 2.0)]
     total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), terms)
     with torch.no_grad():
@@ -258,7 +256,7 @@ def test_half_precision_states_are_computed_in_float32() -> None:
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_certain_teachers_and_certain_students_give_no_nan(divergence: Any, dtype: Any, spread: float) -> None:
+def test_probabilities_of_one_give_no_nan(divergence: Any, dtype: Any, spread: float) -> None:
     inputs = head(spread=spread, dtype=dtype)
     one_hot_NK = torch.tensor([[0.0, -torch.inf]]).expand(N, 2)
     targets = rows(torch.stack([torch.arange(N), torch.arange(N) + 1], -1), one_hot_NK, torch.zeros(N))
@@ -271,7 +269,7 @@ def test_certain_teachers_and_certain_students_give_no_nan(divergence: Any, dtyp
 
 
 @EVERY
-def test_a_student_sure_of_the_kept_tokens_gets_an_accurate_gradient_in_float32(divergence: Any) -> None:
+def test_the_gradient_is_accurate_in_float32_when_the_rest_is_nearly_empty(divergence: Any) -> None:
     hidden_NH, weight_VH = torch.eye(4, H), torch.zeros(V, H)
     weight_VH[:4, :4] = 40 * torch.eye(4)  # each position gives its own token all but 1e-17
     ids_NK = torch.stack([torch.arange(4), torch.arange(4) + 4], -1)
@@ -286,7 +284,7 @@ def test_a_student_sure_of_the_kept_tokens_gets_an_accurate_gradient_in_float32(
 
 
 @pytest.mark.parametrize("temperature", [2.0, 4.0])
-def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -> None:
+def test_temperature_keeps_the_scale_of_gradients(temperature: float) -> None:
     """For logits near to uniform T^2 undoes what T takes away (Hinton et al. 2015, section 2)."""
     student_NV, teacher_NV = 0.01 * torch.randn(2, N, V, dtype=torch.float64)
     norms = {}
@@ -307,7 +305,7 @@ def test_temperature_leaves_the_size_of_gradients_as_it_is(temperature: float) -
     assert abs(norms[temperature] / norms[1.0] - 1) < 0.02
 
 
-def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
+def test_a_label_term_equals_torchs_summed_cross_entropy() -> None:
     inputs, labels_N = head(), torch.randint(V, (N,))
     total, sums_L = head_loss(inputs[0], Head(*inputs[1:]), [label_term(labels_N, scale=0.25)])
     expected = cross_entropy(inputs[0] @ inputs[1].T + inputs[2], labels_N, reduction="sum")
@@ -316,7 +314,7 @@ def test_a_label_term_is_the_cross_entropy_of_torch_in_sums() -> None:
 
 
 @pytest.mark.parametrize("num", [0, N])
-def test_where_nothing_is_to_be_learned_all_gradients_are_zero(num: int) -> None:
+def test_without_targets_all_gradients_are_zero(num: int) -> None:
     inputs = head(num)
     junk = [torch.full((V, H), torch.nan, dtype=torch.float64) for _ in range(9)]  # what new memory may hold
     del junk
@@ -327,12 +325,12 @@ def test_where_nothing_is_to_be_learned_all_gradients_are_zero(num: int) -> None
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(total, inputs))
 
 
-def test_no_positions_have_no_predictions() -> None:
+def test_no_positions_give_no_predictions() -> None:
     inputs = head(0)
     assert predicted_ids(inputs[0], Head(*inputs[1:])).tolist() == []
 
 
-def test_the_predicted_ids_are_the_largest_logits() -> None:
+def test_predicted_ids_are_the_largest_logits() -> None:
     inputs = head(300)
     expected_N = (inputs[0] @ inputs[1].T + inputs[2]).argmax(-1)
     assert torch.equal(predicted_ids(inputs[0], Head(*inputs[1:])), expected_N)

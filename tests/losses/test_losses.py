@@ -54,7 +54,7 @@ def excess(divergence: Any, log_q_NB: Tensor, log_t_NB: Tensor) -> Tensor:
 @EVERY
 @settings(max_examples=40, deadline=None, database=None)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, V - 1), spread=st.floats(0.01, 8))
-def test_a_bucket_reading_is_never_negative_and_never_above_the_full_one(
+def test_a_bucket_divergence_is_between_zero_and_the_full_divergence(
     divergence: Any, seed: int, k: int, spread: float
 ) -> None:
     log_q_NV, log_t_NV = logprobs(seed, spread=spread), logprobs(seed + 1, spread=spread)
@@ -67,7 +67,7 @@ def test_a_bucket_reading_is_never_negative_and_never_above_the_full_one(
 
 @SOFT
 @pytest.mark.parametrize("k", [1, 5, V - 1])
-def test_a_student_that_equals_the_teacher_has_no_divergence(divergence: Any, k: int) -> None:
+def test_equal_distributions_have_zero_divergence(divergence: Any, k: int) -> None:
     log_t_NV = logprobs(3)
     log_t_NB = buckets(log_t_NV, log_t_NV.topk(k, -1).indices)
     value_NB, slope_NB = divergence(log_t_NB, log_t_NB)
@@ -77,7 +77,7 @@ def test_a_student_that_equals_the_teacher_has_no_divergence(divergence: Any, k:
 
 
 @EVERY
-def test_a_bucket_reading_grows_to_the_full_one_as_more_is_kept(divergence: Any) -> None:
+def test_a_bucket_divergence_tends_to_the_full_one_as_more_is_kept(divergence: Any) -> None:
     log_q_NV, log_t_NV = logprobs(4, spread=1), logprobs(5, spread=1)
     order_NV = log_t_NV.argsort(-1, descending=True)
     cuts = [
@@ -117,7 +117,7 @@ def test_values_are_those_of_torch() -> None:
         (SkewReverseKL(alpha=1e-7), ReverseKL(), 1),
     ],
 )
-def test_mixtures_go_to_the_two_kls(near: Any, limit: Any, scale: float) -> None:
+def test_mixtures_tend_to_forward_and_reverse_kl(near: Any, limit: Any, scale: float) -> None:
     log_q_NV, log_t_NV = logprobs(11, spread=1), logprobs(12, spread=1)
     (value_NV, slope_NV), (limit_NV, limit_slope_NV) = (d(log_q_NV, log_t_NV) for d in (near, limit))
     assert torch.allclose(scale * value_NV.sum(-1), limit_NV.sum(-1), rtol=1e-4)
@@ -125,7 +125,7 @@ def test_mixtures_go_to_the_two_kls(near: Any, limit: Any, scale: float) -> None
     assert torch.allclose(by_logit_NV, wanted_NV, rtol=1e-4, atol=1e-6)
 
 
-def test_divergences_have_the_values_of_two_coins() -> None:
+def test_divergences_of_two_coins_have_their_closed_form() -> None:
     """t = (3/4, 1/4), q = (1/4, 3/4), by hand."""
     log_t, log_q = torch.tensor([0.75, 0.25]).double().log(), torch.tensor([0.25, 0.75]).double().log()
     ln = math.log
@@ -146,13 +146,13 @@ def test_divergences_have_the_values_of_two_coins() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
 @pytest.mark.parametrize("make", [SkewKL, SkewReverseKL, JensenShannon])
-def test_a_mixture_that_is_none_is_refused(make: Any, share: float) -> None:
+def test_a_mixture_weight_outside_0_and_1_is_refused(make: Any, share: float) -> None:
     with pytest.raises(ConfigError, match=r"expected 0 < (alpha|beta) < 1"):
         make(share)
 
 
 @EVERY
-def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
+def test_buckets_with_zero_probability_give_no_nan(divergence: Any) -> None:
     never = -torch.inf
     log_t_NB = torch.tensor([[0.0, never, never], [np.log(0.5), np.log(0.5), never]], dtype=torch.float64)
     log_q_NB = torch.tensor([[never, 0.0, never], [0.0, -30.0, -20.7]], dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_impossible_buckets_give_no_nan(divergence: Any) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 7, V, 3 * V])
-def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, temperature: float) -> None:
+def test_top_k_keeps_full_softmax_probabilities_and_the_tail_mass(k: int, temperature: float) -> None:
     full_NV = (logprobs(10) / temperature).log_softmax(-1).float()
     soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float(), torch.zeros(16).double())
     ids_NK, logprobs_NK = grid(soft)
@@ -181,7 +181,7 @@ def test_top_k_keeps_probabilities_of_the_full_softmax_and_what_is_left(k: int, 
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-def test_dense_targets_at_a_temperature_are_the_softmax_of_the_logits_at_it(temperature: float) -> None:
+def test_dense_targets_at_a_temperature_are_the_softmax_at_that_temperature(temperature: float) -> None:
     logits_NV = 3 * torch.randn(8, V)
     soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
     Dense().check_temperature(temperature)
@@ -202,7 +202,7 @@ def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
     ("weight", "temperature", "source"),
     [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels"), (1.0, 2.0, "teacher")],
 )
-def test_an_objective_without_meaning_is_refused(weight: float, temperature: float, source: Any) -> None:
+def test_an_invalid_objective_is_refused(weight: float, temperature: float, source: Any) -> None:
     with pytest.raises(ConfigError):
         Objective(CrossEntropy(), "answer", source, weight, temperature)
 
@@ -218,7 +218,7 @@ def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...])
     assert all(isinstance(objective, Objective) for objective in built.values())
 
 
-def test_soft_targets_of_unlike_shapes_are_refused() -> None:
+def test_soft_targets_with_inconsistent_shapes_are_refused() -> None:
     with pytest.raises(Exception, match="unlike shapes"):
         SoftTargets(np.zeros(6, np.int32), np.zeros(6, np.float32), np.zeros(2, np.float32), np.full(3, 2))
     with pytest.raises(Exception, match="unlike shapes"):

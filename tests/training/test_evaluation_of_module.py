@@ -43,7 +43,7 @@ def divergence_by_position(module: StudentModule, batch: Batch) -> dict[str, lis
 
 # Not the codecs that draw: their targets are the teacher's on average only, and they refuse reverse KL.
 @pytest.mark.parametrize(("cache", "rounding"), [("dense", 1e-5), ("topk", 3e-4)])
-def test_a_student_that_is_the_teacher_has_nothing_to_learn_at_any_position(
+def test_a_student_equal_to_the_teacher_has_zero_kl_at_every_position(
     cache: str, rounding: float, teacher_folder: Path, tmp_path: Path
 ) -> None:
     same = tiny_overrides(tmp_path, teacher_folder, teacher_folder)
@@ -87,7 +87,7 @@ class Sevens:
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
+def test_rationale_and_following_answer_have_targets_at_their_positions(
     shots: int, prompts: Prompts, teacher_folder: Path
 ) -> None:
     shown = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
@@ -111,9 +111,7 @@ def test_reasoning_and_the_answer_after_it_have_targets_at_their_own_positions(
     assert max(map(abs, found["kl"] + found["rationale_kl"])) < 1e-5
 
 
-def test_a_model_that_is_the_teacher_is_measured_to_be_no_distance_from_it(
-    prompts: Prompts, teacher_folder: Path
-) -> None:
+def test_evaluation_measures_zero_kl_for_the_teacher_itself(prompts: Prompts, teacher_folder: Path) -> None:
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     settings = {"codec": Dense(), "task": Sevens(), "calibration": (), "max_new_tokens": 6}
     teacher, given = kind(folder=teacher_folder, prompts=prompts, **settings), examples(18)
@@ -125,9 +123,7 @@ def test_a_model_that_is_the_teacher_is_measured_to_be_no_distance_from_it(
     assert max(abs(prediction.kl) for prediction in evaluation.predict(given, left)) < 1e-5
 
 
-def test_a_teachers_answer_that_cannot_be_read_is_wrong_and_agrees_with_nothing(
-    prompts: Prompts, student_folder: Path
-) -> None:
+def test_an_unreadable_teacher_answer_is_wrong_and_agrees_with_nothing(prompts: Prompts, student_folder: Path) -> None:
     given = [Example("One?", "7"), Example("Two?", "7"), Example("Three?", "7"), Example("Four?", "7")]
     said = {given[0].id: "7", given[1].id: "8", given[2].id: None}
     teacher = {id_: Annotation("", {}, answer) for id_, answer in said.items()}
@@ -137,7 +133,7 @@ def test_a_teachers_answer_that_cannot_be_read_is_wrong_and_agrees_with_nothing(
     assert [prediction.agrees is None for prediction in found] == [False, False, True, True]
 
 
-def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
+def test_an_answer_is_correct_only_if_all_its_tokens_are(prompts: Prompts, student_folder: Path) -> None:
     model = opened(student_folder, torch.float32).eval()
     module = student_module(model, prompts, "answer")
     batch = collate(lessons(prompts, 12), {}, 0, read)
@@ -156,7 +152,7 @@ def test_an_answer_counts_as_right_only_where_all_its_tokens_are(prompts: Prompt
     assert len(second) > 1
 
 
-def test_validation_has_the_same_means_however_it_is_cut(prompts: Prompts, student_folder: Path) -> None:
+def test_validation_means_do_not_depend_on_the_batches(prompts: Prompts, student_folder: Path) -> None:
     module, given = student_module(opened(student_folder).eval(), prompts), lessons(prompts, 12)
     found = []
     for size in (12, 5, 1):
@@ -171,7 +167,7 @@ def test_validation_has_the_same_means_however_it_is_cut(prompts: Prompts, stude
     assert weighted == pytest.approx(plain_loss(module.model, given, prompts.vocabulary_size).item(), rel=1e-5)
 
 
-def test_a_loss_that_no_validation_example_has_is_not_logged(
+def test_a_loss_without_validation_positions_is_not_logged(
     prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = student_module(opened(student_folder, torch.float32).eval(), prompts, "answer", "kl", "rationale")
@@ -186,7 +182,7 @@ def test_a_loss_that_no_validation_example_has_is_not_logged(
     assert all(math.isfinite(value) for value in logged_.values())
 
 
-def test_evaluation_sees_what_a_model_has_learned_meanwhile(prompts: Prompts, student_folder: Path) -> None:
+def test_evaluation_uses_the_current_weights(prompts: Prompts, student_folder: Path) -> None:
     shown = Prompts(prompts.tokenizer, LAYOUT, examples(2), max_length=256, too_long="drop")
     model, asked, task = opened(student_folder, torch.float32), examples(5), Sevens()
     task.choices = ("7", "2")
@@ -200,7 +196,9 @@ def test_evaluation_sees_what_a_model_has_learned_meanwhile(prompts: Prompts, st
     assert [p.choice_probabilities for p in after] != [p.choice_probabilities for p in before]
 
 
-def test_padded_rows_do_not_matter_in_validation_and_evaluation(prompts: Prompts, student_folder: Path) -> None:
+def test_padding_rows_of_the_head_do_not_change_validation_or_evaluation(
+    prompts: Prompts, student_folder: Path
+) -> None:
     model, asked, ids = opened(student_folder, torch.float32).eval(), examples(5), prompts.answer_ids("7")
     batch, module = collate(lessons(prompts, 12), {}, 0, read), student_module(model, prompts)
     with torch.no_grad():

@@ -28,7 +28,7 @@ command("train", train.main)
 """
 
 
-def test_a_full_memory_is_told_with_what_to_make_smaller(root: Path, overrides: list[str]) -> None:
+def test_out_of_memory_names_the_settings_to_reduce(root: Path, overrides: list[str]) -> None:
     more = ["batch_size=4096", "microbatch_size=4096", "trainer.max_steps=2", "task.examples.num_unlabelled=3000"]
     more += ["loss=[answer]", f"hydra.run.dir={root / 'runs' / 'memory'}", "task.examples.num_labelled=4000"]
     line = [sys.executable, "-c", SHORT_OF_MEMORY, *overrides, *more]
@@ -47,7 +47,7 @@ command("train", train.main)
 """
 
 
-def test_a_full_disk_leaves_no_part_of_a_checkpoint(root: Path, overrides: list[str]) -> None:
+def test_a_full_disk_leaves_no_partial_checkpoint(root: Path, overrides: list[str]) -> None:
     folder = root / "runs" / "full"
     line = [sys.executable, "-c", SHORT_OF_DISK, *overrides, f"hydra.run.dir={folder}"]
     code, said = finished(launch(root, line))
@@ -84,7 +84,7 @@ command("train", train.main)
 """
 
 
-def test_two_thousand_steps_leave_memory_files_and_threads_as_they_were(root: Path, overrides: list[str]) -> None:
+def test_two_thousand_steps_leak_no_memory_files_or_threads(root: Path, overrides: list[str]) -> None:
     folder = root / "runs" / "soak"
     line = [sys.executable, "-c", SOAK, *overrides, "trainer.max_steps=2000", f"hydra.run.dir={folder}"]
     line += ["checkpoint_every=100", "validate_every=100"]
@@ -106,7 +106,7 @@ def deaf() -> int:
 
 @pytest.mark.enable_socket
 @pytest.mark.parametrize("server", ["deaf", "broken"])
-def test_a_tracker_that_cannot_be_reached_stops_no_run(
+def test_an_unreachable_tracker_does_not_stop_a_run(
     server: str, root: Path, overrides: list[str], request: pytest.FixtureRequest
 ) -> None:
     folder, url = root / "runs" / f"untracked-{server}", f"http://127.0.0.1:{request.getfixturevalue(server)}"

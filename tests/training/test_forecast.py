@@ -62,7 +62,7 @@ def encoded(folder: Path) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_tokens_are_those_of_a_count_by_hand(
+def test_token_counts_equal_a_count_by_hand(
     configured: Configured, tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = prepare(configured(LOSSES, *SPEAKING), tmp_path / "run")
@@ -110,7 +110,7 @@ def teacher_tokens(job: Job) -> tuple[int, int]:
     return reads, writes
 
 
-def test_examples_are_those_of_the_splits(configured: Configured, tmp_path: Path) -> None:
+def test_example_counts_are_those_of_the_splits(configured: Configured, tmp_path: Path) -> None:
     job = prepare(configured("loss=[answer]"), tmp_path)
     told = foresee(job).findings[0].found
     assert told.startswith("12 train, 4 validation, 4 test; 6 of train are labelled; 0 exceed")
@@ -133,7 +133,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bounds_are_above_what_was_then_needed(
+def test_bounds_are_not_below_the_actual_figures(
     case: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     more = [each for each in CASES[case] if each not in ("soft", "~cache.codec.k")]
@@ -174,7 +174,7 @@ def test_bounds_are_above_what_was_then_needed(
     assert max(lesson.num_tokens for lesson in foreseen.curriculum.train) <= 2 * config.prompt.max_length
 
 
-def test_a_complete_cache_loads_no_teacher_and_is_counted(
+def test_a_complete_cache_is_counted_without_loading_a_teacher(
     configured: Configured, tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(LOSSES, *SPEAKING, *soft(teacher_folder), "trainer.max_steps=3", "batch_size=4")
@@ -192,7 +192,7 @@ def test_a_complete_cache_loads_no_teacher_and_is_counted(
     assert not {"weights", "annotation", "cache", "soft weights"} & told.keys()
 
 
-def test_nothing_is_stored_and_the_teacher_is_freed(
+def test_the_forecast_stores_nothing_and_releases_the_teacher(
     configured: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, (teacher,) = counting(prepare(configured(LOSSES, *SPEAKING), tmp_path / "run"))
@@ -204,7 +204,7 @@ def test_nothing_is_stored_and_the_teacher_is_freed(
     assert "The run fits, even at these upper bounds" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_recorded_teacher_is_not_loaded_and_its_words_are_bounded(
+def test_a_recorded_teacher_is_not_loaded_and_its_texts_are_bounded(
     configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     splits = prepare(configured(), tmp_path).source.splits
@@ -221,7 +221,7 @@ def test_a_recorded_teacher_is_not_loaded_and_its_words_are_bounded(
     assert max(lesson.num_tokens for lesson in made.train) <= max(x.num_tokens for x in foreseen.curriculum.train)
 
 
-def test_the_weights_of_a_teacher_are_counted_in_the_type_they_are_loaded_in(
+def test_teacher_weights_are_counted_in_the_dtype_they_are_loaded_in(
     configured: Configured, tmp_path: Path, teacher_folder: Path
 ) -> None:
     numel = sum(p.numel() for p in loading.load(teacher_folder, torch.float32).parameters())
@@ -231,7 +231,7 @@ def test_the_weights_of_a_teacher_are_counted_in_the_type_they_are_loaded_in(
         assert weights.found.startswith(f"{numel * size / 2**20:.1f} MiB for the teacher in {dtype}")
 
 
-def test_what_is_lacking_is_listed_together_and_no_teacher_is_loaded(
+def test_all_missing_resources_are_listed_without_loading_a_teacher(
     configured: Configured,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -251,7 +251,7 @@ def test_what_is_lacking_is_listed_together_and_no_teacher_is_loaded(
     assert "Free space on the disk of" in " ".join(out.split())
 
 
-def test_what_is_not_known_is_no_failure(
+def test_an_unknown_resource_is_not_a_failure(
     configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(forecasting, "free_memory", lambda device: None)
@@ -259,7 +259,7 @@ def test_what_is_not_known_is_no_failure(
     assert "as far as is known (unknown: weights)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_cache_at_a_url_is_looked_at_and_not_written_to(configured: Configured, tmp_path: Path) -> None:
+def test_a_cache_at_a_url_is_read_and_not_written(configured: Configured, tmp_path: Path) -> None:
     there = tmp_path / "bucket"
     job = prepare(configured("loss=[answer]", f"cache.dir=file://{there}"), tmp_path / "run")
     (cache,) = (f for f in foresee(job).findings if f.check == "cache")
@@ -268,9 +268,7 @@ def test_a_cache_at_a_url_is_looked_at_and_not_written_to(configured: Configured
     assert not there.exists()
 
 
-def test_the_command_says_it_and_leaves_no_run_behind(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
-) -> None:
+def test_plan_prints_the_forecast_and_leaves_no_run(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     done = run(tmp_path, *tiny_overrides(tmp_path, teacher_folder, student_folder), "plan=true")
     assert done.returncode == 0, done.stderr
     assert "The run fits" in done.stdout

@@ -17,9 +17,7 @@ from tests.conftest import lessons, read, student_module
 from tests.training.conftest import BATCH, Values, assert_same, counts_of, loss_and_gradients, opened, plain_loss
 
 
-def test_the_loss_is_a_weighted_sum_of_means_each_over_its_own_positions(
-    prompts: Prompts, student_folder: Path
-) -> None:
+def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(prompts: Prompts, student_folder: Path) -> None:
     model, given = opened(student_folder), lessons(prompts, BATCH)
     expected = plain_loss(model, given, prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
@@ -29,14 +27,16 @@ def test_the_loss_is_a_weighted_sum_of_means_each_over_its_own_positions(
 
 
 @pytest.mark.parametrize("padding_id", [1, 319])
-def test_the_padding_id_changes_nothing(padding_id: int, prompts: Prompts, student_folder: Path) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_padding_id(
+    padding_id: int, prompts: Prompts, student_folder: Path
+) -> None:
     given = lessons(prompts, BATCH)
     module = student_module(opened(student_folder), prompts)
     found = loss_and_gradients(module, collate(given, counts_of(given), padding_id, read))
     assert_same(found, loss_and_gradients(module, collate(given, counts_of(given), 0, read)))
 
 
-def test_the_padding_side_changes_nothing(prompts: Prompts, student_folder: Path) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_padding_side(prompts: Prompts, student_folder: Path) -> None:
     given = lessons(prompts, BATCH)
     right = collate(given, counts_of(given), 0, read)
     shift_B = right.mask_BT.shape[1] - right.mask_BT.sum(1)
@@ -50,7 +50,7 @@ def test_the_padding_side_changes_nothing(prompts: Prompts, student_folder: Path
     assert_same(loss_and_gradients(module, left), loss_and_gradients(module, right), 1e-5)
 
 
-def test_an_example_teaches_the_same_in_whatever_company(prompts: Prompts, student_folder: Path) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_batch(prompts: Prompts, student_folder: Path) -> None:
     given = lessons(prompts, BATCH)
     counts, module = counts_of(given), student_module(opened(student_folder), prompts)
     whole = loss_and_gradients(module, collate(given, counts, 0, read))
@@ -63,9 +63,7 @@ def test_an_example_teaches_the_same_in_whatever_company(prompts: Prompts, stude
 
 
 @pytest.mark.parametrize("change", ["prompt", "unsupervised"])
-def test_only_what_stands_before_a_token_is_used_to_predict_it(
-    change: str, prompts: Prompts, student_folder: Path
-) -> None:
+def test_a_token_is_predicted_from_earlier_tokens_only(change: str, prompts: Prompts, student_folder: Path) -> None:
     batch = collate(lessons(prompts, 3), {}, 0, read)
     module = student_module(opened(student_folder), prompts)
     row, place = int(batch.sequence_N[-1]), int(batch.before_N[-1]) - (3 if change == "prompt" else 0)
@@ -77,7 +75,7 @@ def test_only_what_stands_before_a_token_is_used_to_predict_it(
     assert has_moved_N.any()
 
 
-def test_padded_rows_of_the_students_head_do_not_matter(prompts: Prompts, student_folder: Path) -> None:
+def test_padding_rows_of_the_students_head_do_not_change_the_loss(prompts: Prompts, student_folder: Path) -> None:
     given, model = lessons(prompts, BATCH), opened(student_folder)
     module, batch = student_module(model, prompts), collate(given, counts_of(given), 0, read)
     before = loss_and_gradients(module, batch)

@@ -38,7 +38,7 @@ def run_ranks(root: Path, name: str, *lines: Sequence[str]) -> list[tuple[int, s
 
 
 @pytest.mark.enable_socket
-def test_processes_with_different_configurations_stop_at_once(root: Path, overrides: list[str]) -> None:
+def test_processes_with_different_configurations_stop_immediately(root: Path, overrides: list[str]) -> None:
     line = [*overrides, *TOGETHER, "trainer.max_steps=5"]
     for code, said in run_ranks(root, "unlike", *([*line, f"optim.optimizer.lr={rate}"] for rate in (0.001, 0.002))):
         assert code == 2, said
@@ -64,7 +64,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory, student_folder: Path) -> Pa
 
 @pytest.mark.enable_socket
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_step(
+def test_a_nonfinite_loss_in_one_process_stops_all_before_the_step(
     rank: int, tmp_path: Path, teacher_folder: Path, marked: Path
 ) -> None:
     # Short ones come first: the examples 8 to 11 make the third step, of which each process has two.

@@ -89,7 +89,7 @@ def taken(whole: Path, to: Path, steps: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_is_broken_off_at_any_step_ends_with_the_weights_of_the_unbroken_one(
+def test_a_run_interrupted_at_any_step_ends_with_the_uninterrupted_weights(
     way: str, tmp_path: Path, teacher_folder: Path, dropping: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints_of, "_NUM_KEPT", STEPS + 1)
@@ -107,7 +107,7 @@ def test_a_run_that_is_broken_off_at_any_step_ends_with_the_weights_of_the_unbro
             assert resumed.logged(0) == whole.logged(step)
 
 
-def test_a_run_goes_on_with_another_number_of_microbatches(
+def test_a_run_resumes_with_another_number_of_microbatches(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     overrides = [*tiny_overrides(tmp_path, teacher_folder, student_folder), *BRIEF]
@@ -148,7 +148,7 @@ def half(
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_run_on_other_terms_is_refused_with_what_differs(other: str, half: tuple[Path, list[str]]) -> None:
+def test_resuming_another_run_is_refused_with_the_differences(other: str, half: tuple[Path, list[str]]) -> None:
     root, overrides = half
     job = prepare(compose(*overrides, other), root / "run")
     keep = [0] if "keep_layers" in other else None
@@ -159,7 +159,7 @@ def test_a_run_on_other_terms_is_refused_with_what_differs(other: str, half: tup
     assert "resume=never" in str(raised.value)
 
 
-def test_more_steps_and_other_logging_are_no_other_terms(half: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_more_steps_and_other_logging_may_differ_when_resuming(half: tuple[Path, list[str]], tmp_path: Path) -> None:
     root, overrides = half
     shutil.copytree(root / "run", tmp_path / "run")
     more = Run(tmp_path / "run", *overrides, "trainer.max_steps=4", "trainer.log_every_n_steps=2", "validate_every=1")
@@ -167,7 +167,7 @@ def test_more_steps_and_other_logging_are_no_other_terms(half: tuple[Path, list[
     assert [step for step, _ in more.seen] == [2, 3]
 
 
-def test_never_begins_anew(half: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_resume_never_starts_over(half: tuple[Path, list[str]], tmp_path: Path) -> None:
     root, overrides = half
     shutil.copytree(root / "run", tmp_path / "run")
     anew = Run(tmp_path / "run", *overrides, "resume=never")
@@ -190,7 +190,7 @@ def flipped(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("suffix", [".ckpt", ".json"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     suffix: str, damage: str, half: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     root, _ = half
@@ -220,7 +220,7 @@ def watching() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("microbatch", [0, 3, 4, 11])
-def test_a_signal_stops_a_run_between_two_steps_and_nothing_is_lost(
+def test_a_signal_stops_a_run_between_two_steps_without_loss(
     number: signal.Signals,
     microbatch: int,
     tmp_path: Path,

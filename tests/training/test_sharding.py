@@ -59,7 +59,7 @@ def assert_same(left: Folder, right: Folder) -> None:
     [[], ["student.freeze=[embed_tokens]"], ["student.gradient_checkpointing=true", "batch_size=8"]],
     ids=["all", "frozen", "recomputed"],
 )
-def test_a_sharded_student_is_the_one_that_a_single_process_makes(
+def test_a_sharded_student_equals_that_of_a_single_process(
     more: list[str], root: Path, overrides: list[str], request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id
@@ -70,7 +70,7 @@ def test_a_sharded_student_is_the_one_that_a_single_process_makes(
     assert left["student"]["accuracy"] == right["student"]["accuracy"]
 
 
-def test_a_run_goes_on_sharded_and_whole_with_any_number_of_processes(root: Path, overrides: list[str]) -> None:
+def test_a_run_resumes_sharded_or_whole_with_any_number_of_processes(root: Path, overrides: list[str]) -> None:
     long = [*overrides, "validate_every=1000", "checkpoint_every=10", "optim.schedule.num_training_steps=1000"]
     folder, steps = Folder(root, "broken", long), [0]
     for more in ([], SHARDED, SHARDED):
@@ -107,7 +107,7 @@ command("train", train.main)
 """
 
 
-def test_each_process_holds_its_part_of_weights_and_of_the_optimizers_state(root: Path, overrides: list[str]) -> None:
+def test_each_process_holds_its_shard_of_weights_and_optimizer_state(root: Path, overrides: list[str]) -> None:
     (root / "held.py").write_text(HELD)
     line = [sys.executable, str(root / "held.py"), *overrides, *SHARDED, f"hydra.run.dir={root / 'runs' / 'held'}"]
     code, said = finished(launch(root, line))
@@ -122,7 +122,9 @@ def test_each_process_holds_its_part_of_weights_and_of_the_optimizers_state(root
 @pytest.mark.parametrize(
     ("wrong", "told"), [("student.compile=true", "student.compile"), ("callback=[ema]", "callback.ema")]
 )
-def test_what_a_sharded_student_cannot_have_is_refused(wrong: str, told: str, root: Path, overrides: list[str]) -> None:
+def test_settings_that_sharding_does_not_support_are_refused(
+    wrong: str, told: str, root: Path, overrides: list[str]
+) -> None:
     code, said = finished(Folder(root, "refused", [*overrides, *SHARDED, wrong]).start())
     assert code == 2, said
     assert told in said

@@ -68,7 +68,7 @@ def of_family(name: str) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - TWO_SEQUENCES))
-def test_one_sequence_for_both_tasks_teaches_what_two_do(name: str, dtype: torch.dtype, prompts: Prompts) -> None:
+def test_a_shared_sequence_has_the_loss_and_gradients_of_two(name: str, dtype: torch.dtype, prompts: Prompts) -> None:
     given = lessons(prompts, BATCH)
     branched = [lesson.branched() for lesson in given]
     counts = counts_of(given)
@@ -87,7 +87,7 @@ def test_one_sequence_for_both_tasks_teaches_what_two_do(name: str, dtype: torch
 
 
 @pytest.mark.parametrize("name", sorted(TWO_SEQUENCES))
-def test_a_model_that_cannot_share_a_prompt_is_found_out(name: str, prompts: Prompts) -> None:
+def test_a_model_that_does_not_support_shared_prompts_is_detected(name: str, prompts: Prompts) -> None:
     given = lessons(prompts, 15)
     apart, one = (collate(part, {}, 1, read) for part in (given, [lesson.branched() for lesson in given]))
     module = student_module(of_family(name), prompts)
@@ -96,7 +96,7 @@ def test_a_model_that_cannot_share_a_prompt_is_found_out(name: str, prompts: Pro
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - TWO_SEQUENCES))
-def test_no_branch_sees_another(name: str, prompts: Prompts) -> None:
+def test_no_branch_attends_to_another(name: str, prompts: Prompts) -> None:
     (given,) = [lesson.branched() for lesson in lessons(prompts, 3) if len(lesson.sequences) > 1]
     batch, module = collate([given], {}, 1, read), student_module(of_family(name), prompts)
     prompt = given.sequences[0].prompt

@@ -76,7 +76,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, studen
 
 
 @pytest.mark.parametrize("microbatch_size", [4, 3, 1])
-def test_microbatches_make_the_same_student(
+def test_microbatches_do_not_change_the_student(
     microbatch_size: int, uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
 ) -> None:
     root, weights = uncut
@@ -108,7 +108,7 @@ def test_one_step_is_plain_gradient_descent_on_the_plain_loss(
     assert_same(after, wanted, 1e-7)
 
 
-def test_a_shared_prompt_makes_the_same_student(
+def test_a_shared_prompt_does_not_change_the_student(
     uncut: tuple[Path, Values],
     teacher_folder: Path,
     student_folder: Path,
@@ -191,7 +191,7 @@ def test_two_processes_make_the_same_student_as_one(
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
+def test_a_nonfinite_loss_stops_before_the_optimizer_step(
     uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
 ) -> None:
     root, _ = uncut
@@ -229,7 +229,7 @@ def test_the_averaged_student_is_the_average_of_its_steps(
     assert any((found[name] - value).abs().max() > 1e-4 for name, value in passed[-1].items())
 
 
-def test_training_stops_where_validation_no_longer_gains(
+def test_early_stopping_stops_when_validation_stops_improving(
     uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path
 ) -> None:
     root, _ = uncut
@@ -247,7 +247,7 @@ def test_training_stops_where_validation_no_longer_gains(
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_losses_are_logged_every_so_many_steps(
+def test_losses_are_logged_every_n_steps(
     every: int, uncut: tuple[Path, Values], teacher_folder: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, _ = uncut

@@ -37,9 +37,7 @@ def assert_equal(left: Folder, right: Folder) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in left.weights().items())
 
 
-def test_a_run_that_everything_happens_to_ends_with_the_weights_of_the_unbroken_one(
-    root: Path, overrides: list[str]
-) -> None:
+def test_a_run_interrupted_in_every_way_ends_with_the_uninterrupted_weights(root: Path, overrides: list[str]) -> None:
     folder = Folder(root, "broken", overrides)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
     for number, wanted in ((signal.SIGTERM, 85), (signal.SIGKILL, -9), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
@@ -70,7 +68,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_the_unbroken_
     assert "seed was 0 and is now 1" in said
 
 
-def test_several_processes_stop_together_leave_no_orphan_and_lose_nothing(root: Path, overrides: list[str]) -> None:
+def test_processes_stop_together_without_orphans_or_losses(root: Path, overrides: list[str]) -> None:
     folder = Folder(root, "together", [*overrides, *TOGETHER])
 
     def strike(number: int, *, first: bool, hangs: bool = False) -> int:
@@ -134,7 +132,7 @@ def learned(notes: Path) -> list[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_that_goes_on_with_another_number_of_processes_learns_the_same(
+def test_a_run_resumed_with_another_number_of_processes_learns_the_same(
     before: int, after: int, root: Path, overrides: list[str]
 ) -> None:
     (root / "noted.py").write_text(NOTED)
@@ -162,7 +160,7 @@ def test_a_run_that_goes_on_with_another_number_of_processes_learns_the_same(
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 1.0, 4.0])
-def test_no_signal_at_the_start_is_a_failure(seconds: float, root: Path, overrides: list[str]) -> None:
+def test_a_signal_at_startup_is_not_a_failure(seconds: float, root: Path, overrides: list[str]) -> None:
     # As the batch scripts start it: what comes before Python can take note is ignored.
     begun = root / f"begun-{seconds}"
     line = f"trap '' USR1 TERM; touch {begun}; exec \"$@\""
@@ -176,7 +174,7 @@ def test_no_signal_at_the_start_is_a_failure(seconds: float, root: Path, overrid
     assert code in (0, 85), said
 
 
-def test_no_signal_at_the_end_is_a_failure(root: Path, overrides: list[str]) -> None:
+def test_a_signal_during_shutdown_is_not_a_failure(root: Path, overrides: list[str]) -> None:
     folder = Folder(root, "late", [*overrides, "trainer.max_steps=2"])
     process = folder.start()
     until((folder.path / "results.json").exists, process)

@@ -20,19 +20,19 @@ from tests.conftest import objectives
 from tests.training.preflight.conftest import checked, failed, taught
 
 
-def test_a_sound_plan_passes_every_check(sound: Plan) -> None:
+def test_a_correct_run_passes_every_check(sound: Plan) -> None:
     findings = preflight(sound)
     assert [finding.check for finding in findings if finding.passed is not True] == []
     assert len(findings) == 17
 
 
-def test_a_sound_plan_with_shared_prompts_passes_every_check(sound: Plan) -> None:
+def test_a_correct_run_with_shared_prompts_passes_every_check(sound: Plan) -> None:
     lessons = [lesson.branched() for lesson in sound.lessons]
     assert any(lesson.sequences[0].prompt.branches for lesson in lessons)
     assert failed(replace(sound, lessons=lessons)) == set()
 
 
-def test_a_hidden_state_one_place_too_early_is_found_by_self_kl(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_kl_detects_hidden_states_shifted_by_one(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     right = StudentModule.hidden
 
     def early(self: StudentModule, batch: Batch) -> Any:
@@ -44,7 +44,7 @@ def test_a_hidden_state_one_place_too_early_is_found_by_self_kl(sound: Plan, mon
     assert found["labels"].passed
 
 
-def test_padded_rows_that_are_not_cut_off_are_found_by_self_kl(sound: Plan) -> None:
+def test_self_kl_detects_padding_rows_in_the_head(sound: Plan) -> None:
     model = sound.module.model
     rows = len(model.get_output_embeddings().weight)
     assert rows > sound.prompts.vocabulary_size
@@ -60,7 +60,7 @@ def test_padded_rows_that_are_not_cut_off_are_found_by_self_kl(sound: Plan) -> N
     assert checked(replace(sound, module=module))["self-KL"].stops
 
 
-def test_labels_off_by_one_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_shifted_by_one_are_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         return replace(batch, before_N=batch.before_N - 1)
@@ -84,13 +84,13 @@ def sure(plan: Plan, by: int) -> Callable[[Sequence[Place]], SoftTargets]:
     return read
 
 
-def test_soft_targets_off_by_one_are_found(sound: Plan) -> None:
+def test_soft_targets_shifted_by_one_are_detected(sound: Plan) -> None:
     assert checked(replace(sound, read=sure(sound, 0)))["shift"].passed
     assert checked(replace(sound, read=sure(sound, 1)))["shift"].stops
     assert checked(replace(sound, read=sure(sound, -1)))["shift"].stops
 
 
-def test_padding_that_is_seen_is_found(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_padding_is_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_the_left(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         pad_B = (1 - batch.mask_BT).sum(1)
@@ -104,7 +104,7 @@ def test_padding_that_is_seen_is_found(sound: Plan, monkeypatch: pytest.MonkeyPa
     assert found["mask"].stops
 
 
-def test_neighbours_that_are_seen_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_neighbours_is_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     right = StudentModule.hidden
 
     def mixed(self: StudentModule, batch: Batch) -> Any:
@@ -117,7 +117,7 @@ def test_neighbours_that_are_seen_are_found(sound: Plan, monkeypatch: pytest.Mon
     assert "change by 0e+00 with padding" in found.found
 
 
-def test_branches_that_see_padding_are_found(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_attend_to_padding_are_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_mask(branch_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(branch_BT), 1, branch_BT.shape[1], branch_BT.shape[1], dtype=dtype)
 
@@ -127,7 +127,7 @@ def test_branches_that_see_padding_are_found(sound: Plan, monkeypatch: pytest.Mo
     assert found["self-KL"].stops
 
 
-def test_ids_beyond_the_vocabulary_are_found_before_anything_runs(sound: Plan) -> None:
+def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(sound: Plan) -> None:
     def foreign(places: Sequence[Place]) -> SoftTargets:
         soft = sound.read(places)
         return replace(soft, ids_E=soft.ids_E + sound.prompts.vocabulary_size)
@@ -137,13 +137,13 @@ def test_ids_beyond_the_vocabulary_are_found_before_anything_runs(sound: Plan) -
     assert "self-KL" not in found
 
 
-def test_a_vocabulary_that_is_not_shared_fails_where_soft_targets_are_read(sound: Plan) -> None:
+def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(sound: Plan) -> None:
     apart = replace(sound, is_vocabulary_shared=False)
     assert checked(apart)["vocabulary"].stops
     assert checked(taught(apart, objectives("answer", "rationale")))["vocabulary"].passed
 
 
-def test_a_target_that_is_not_what_the_teacher_read_is_found(sound: Plan) -> None:
+def test_a_target_that_the_teacher_did_not_read_is_detected(sound: Plan) -> None:
     def other(key: str) -> Annotation:
         annotation = sound.annotation(key)
         turned = {
@@ -155,7 +155,7 @@ def test_a_target_that_is_not_what_the_teacher_read_is_found(sound: Plan) -> Non
     assert checked(replace(sound, annotation=other))["template"].stops
 
 
-def test_tokens_that_do_not_read_as_the_teachers_text_are_found(sound: Plan) -> None:
+def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(sound: Plan) -> None:
     unlabelled = [
         Lesson(lesson.example_id, tuple(replace(s, labelled=frozenset[Any]()) for s in lesson.sequences))
         for lesson in sound.lessons
@@ -171,13 +171,13 @@ def test_tokens_that_do_not_read_as_the_teachers_text_are_found(sound: Plan) -> 
     assert checked(other)["template"].stops
 
 
-def test_a_target_behind_another_cue_is_found(sound: Plan) -> None:
+def test_a_target_after_another_cue_is_detected(sound: Plan) -> None:
     layout = replace(sound.prompts.layout, answer_cue="Result:")
     other = type(sound.prompts)(sound.prompts.tokenizer, layout, (), max_length=256, too_long="drop")
     assert checked(replace(sound, prompts=other))["template"].stops
 
 
-def test_an_answer_without_its_end_is_found(sound: Plan) -> None:
+def test_an_answer_without_its_end_token_is_detected(sound: Plan) -> None:
     def endless(lesson: Lesson) -> Lesson:
         sequences = []
         for sequence in lesson.sequences:

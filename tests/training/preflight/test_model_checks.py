@@ -35,7 +35,7 @@ def test_a_loss_without_gradient_stops_the_run(sound: Plan) -> None:
     assert checked(sound)["gradients"].stops
 
 
-def test_a_loss_that_does_nothing_beside_another_is_a_warning(sound: Plan) -> None:
+def test_a_negligible_loss_is_a_warning(sound: Plan) -> None:
     both = objectives("answer", "kl")
     losses = both | {"kl": replace(both["kl"], weight=1e-4)}
     found = checked(taught(sound, losses))["balance"]
@@ -55,13 +55,13 @@ def test_gradient_norms_are_those_of_the_training_loss(sound: Plan) -> None:
     assert checked(alone)["gradients"].found == f"weighted answer {norm:.3g}"
 
 
-def test_a_loss_with_nothing_to_read_is_a_warning(sound: Plan) -> None:
+def test_a_loss_without_targets_is_a_warning(sound: Plan) -> None:
     found = checked(taught(sound, objectives("answer", "rationale_kl")))["losses"]
     assert (found.passed, found.is_fatal) == (False, False)
     assert "rationale_kl" in found.found
 
 
-def test_numbers_that_are_not_finite_stop_the_run(sound: Plan) -> None:
+def test_nonfinite_weights_or_targets_stop_the_run(sound: Plan) -> None:
     def broken(places: Sequence[Place]) -> SoftTargets:
         soft = sound.read(places)
         return replace(soft, logprobs_E=np.where(np.arange(len(soft.logprobs_E)) == 0, np.nan, soft.logprobs_E))
@@ -72,6 +72,6 @@ def test_numbers_that_are_not_finite_stop_the_run(sound: Plan) -> None:
     assert checked(sound)["finite"].stops
 
 
-def test_a_step_that_is_not_finite_stops_the_run(sound: Plan) -> None:
+def test_a_nonfinite_step_stops_the_run(sound: Plan) -> None:
     kl = objectives("kl")
     assert checked(taught(sound, {"kl": replace(kl["kl"], weight=float("inf"))}))["finite step"].stops

@@ -63,7 +63,7 @@ def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.T
     return module.model.state_dict()
 
 
-def test_random_numbers_modes_and_buffers_are_put_back(sound: Plan) -> None:
+def test_random_states_modes_and_buffers_are_restored(sound: Plan) -> None:
     def drawn() -> list[Any]:
         return [random.random(), np.random.rand(), torch.rand(()).item()]
 
@@ -88,20 +88,20 @@ def test_random_numbers_modes_and_buffers_are_put_back(sound: Plan) -> None:
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Trainer was configured with")
-def test_training_goes_the_same_way_with_and_without(sound: Plan, tmp_path: Path) -> None:
+def test_preflight_does_not_change_training(sound: Plan, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "dropout", seed=3, attention_dropout=0.5)
     without, with_ = (trained(sound, folder, is_checked=is_checked) for is_checked in (False, True))
     assert all(torch.equal(value, with_[name]) for name, value in without.items())
 
 
-def test_activations_that_are_computed_twice_are_checked_too(sound: Plan, student_folder: Path) -> None:
+def test_gradient_checkpointing_is_checked_too(sound: Plan, student_folder: Path) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
     twice = replace(sound, module=student_module(model, sound.prompts, *LOSSES))
     assert failed(twice) == set()
     assert checked(twice)["gradients"].found == checked(sound)["gradients"].found
 
 
-def test_a_table_fits_a_terminal_and_says_what_to_do_below_a_failure(sound: Plan) -> None:
+def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(sound: Plan) -> None:
     findings = [*preflight(sound), Finding("mask", False, "a " * 60, "b " * 40, "do this " * 20, False)]
     lines = table(findings).splitlines()
     assert max(map(len, lines)) <= 110

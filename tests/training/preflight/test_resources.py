@@ -24,7 +24,7 @@ class Hoarder(torch.optim.SGD):
                 self.state[weight]["kept"] = torch.zeros(1).expand(2**48)
 
 
-def test_more_memory_and_disk_than_there_is_stops_the_run(sound: Plan) -> None:
+def test_missing_memory_or_disk_stops_the_run(sound: Plan) -> None:
     assert {"memory", "disk"} <= {f.check for f in preflight(replace(sound, make_optimizer=Hoarder)) if f.stops}
 
 
@@ -42,7 +42,7 @@ def test_activations_grow_with_the_lessons(sound: Plan) -> None:
     assert four > 4 * sum(len(s.prompt.ids) for s in sound.lessons[0].sequences) * 32 * 4 * 2  # hidden states, 2 layers
 
 
-def test_free_memory_is_the_least_that_any_limit_leaves(tmp_path: Path) -> None:
+def test_free_memory_is_the_minimum_over_all_limits(tmp_path: Path) -> None:
     group = tmp_path / "sys/fs/cgroup/jobs/mine"
     group.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
