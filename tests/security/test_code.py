@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_file_reads_a_pickle_runs_a_text_or_speaks_http(path: Path) -> None:
+def test_no_source_file_unpickles_evaluates_text_or_uses_http(path: Path) -> None:
     found = imports(path) - {"pickle.UnpicklingError"}
     packages = {name.partition(".")[0] for name in found}
     assert not packages & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code"}
@@ -145,7 +145,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("part", NEEDS)
-def test_a_model_that_needs_its_own_code_is_refused_whatever_is_typed(
+def test_a_model_that_needs_remote_code_is_refused_for_any_reply(
     role: str, part: str, configured: Callable[..., DictConfig], tmp_path: Path, marker: Path, typed: None
 ) -> None:
     folder = with_code(make_model(tmp_path / "evil", seed=1), marker, **NEEDS[part])
@@ -155,7 +155,7 @@ def test_a_model_that_needs_its_own_code_is_refused_whatever_is_typed(
     assert "trust_remote_code" not in str(raised.value)
 
 
-def test_a_command_is_not_talked_into_running_code(
+def test_a_command_never_asks_to_run_remote_code(
     tmp_path: Path, marker: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     evil = with_code(shutil.copytree(teacher_folder, tmp_path / "evil"), marker, **NEEDS["model"] | NEEDS["tokenizer"])
@@ -168,7 +168,7 @@ def test_a_command_is_not_talked_into_running_code(
     assert "[y/N]" not in done.stdout + done.stderr
 
 
-def test_a_model_that_transformers_knows_is_opened_without_the_code_beside_it(tmp_path: Path, marker: Path) -> None:
+def test_a_known_model_is_opened_without_the_code_in_its_folder(tmp_path: Path, marker: Path) -> None:
     folder = with_code(make_model(tmp_path / "model", seed=1), marker)
     assert naming.resolve(str(folder), tmp_path) == folder
     assert type(loading.load(folder, torch.float32)).__module__.startswith("transformers.")

@@ -40,7 +40,7 @@ def test_every_dependency_is_locked_to_a_version_that_it_allows() -> None:
             )
 
 
-def test_no_requirement_names_another_index_or_a_place_of_its_own() -> None:
+def test_no_requirement_names_another_index_or_url() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *(line for part in project["optional-dependencies"].values() for line in part)]
     assert not [line for line in every if Requirement(line).url]

@@ -41,7 +41,7 @@ NAMES = ANY_TEXT | st.sampled_from(TRICKS)
 
 @given(name=NAMES)
 @QUICK
-def test_a_models_name_gives_a_folder_or_a_message_and_writes_nothing(name: str, tmp_path: Path) -> None:
+def test_a_model_name_resolves_to_a_folder_or_an_error_and_writes_nothing(name: str, tmp_path: Path) -> None:
     before = written(tmp_path)
     with suppress(ConfigError):
         assert naming.resolve(name, tmp_path / "root").is_dir()
@@ -62,7 +62,7 @@ HASHES = {"sha256": "0" * 64, "package": "1" * 64}
         "pypi://-r%20x==1/x.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,
     ],
 )
-def test_a_package_is_named_in_the_one_form_that_pip_is_told(name: str, tmp_path: Path) -> None:
+def test_a_package_name_is_accepted_only_with_version_and_hashes(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
         naming.resolve(name, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -70,7 +70,7 @@ def test_a_package_is_named_in_the_one_form_that_pip_is_told(name: str, tmp_path
 
 @given(name=NAMES)
 @QUICK
-def test_a_cache_lies_in_the_folder_of_caches_whatever_the_task_is_called(name: str, tmp_path: Path) -> None:
+def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": str(tmp_path), "task": {"name": name}, "cache": {"dir": None}})
     folder, url = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, url) == (tmp_path / "cache", None)
@@ -79,14 +79,14 @@ def test_a_cache_lies_in_the_folder_of_caches_whatever_the_task_is_called(name: 
 
 @given(url=NAMES)
 @QUICK
-def test_the_copy_of_a_cache_lies_in_the_folder_of_copies_whatever_its_url(url: str, tmp_path: Path) -> None:
+def test_a_copy_of_a_cache_stays_in_the_copies_folder_for_any_url(url: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
     folder, place = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, place) == (tmp_path / "copies", f"s3://{url}")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def test_a_run_of_a_task_with_a_hostile_name_writes_below_its_root(
+def test_a_task_with_a_hostile_name_writes_below_the_root_only(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     before = set(tmp_path.parent.iterdir())
@@ -100,7 +100,7 @@ def test_a_run_of_a_task_with_a_hostile_name_writes_below_its_root(
 
 @given(name=NAMES)
 @QUICK
-def test_wandb_takes_every_name_of_an_artifact(name: str) -> None:
+def test_wandb_accepts_every_artifact_name(name: str) -> None:
     artifact = wandb.Artifact(artifact_name(f"student-{name}"), "model")
     assert "/" not in artifact.name
     assert artifact.name.startswith("student-")
@@ -108,7 +108,7 @@ def test_wandb_takes_every_name_of_an_artifact(name: str) -> None:
 
 @given(name=NAMES)
 @QUICK
-def test_a_task_for_lm_eval_is_written_into_its_folder_alone(name: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_an_lm_eval_task_is_written_into_its_folder_only(name: str, tmp_path: Path, prompts: Prompts) -> None:
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     (tmp_path / "a" / "model").mkdir(parents=True)
     before = written(tmp_path)
@@ -120,11 +120,11 @@ def test_a_task_for_lm_eval_is_written_into_its_folder_alone(name: str, tmp_path
 
 @given(text=ANY_TEXT)
 @QUICK
-def test_an_examples_id_is_digits_whatever_its_text(text: str) -> None:
+def test_an_example_id_is_hexadecimal_for_any_text(text: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{32}", content_id(text))
 
 
-def test_what_is_written_takes_the_place_of_a_link_and_does_not_follow_it(tmp_path: Path) -> None:
+def test_writing_replaces_a_link_instead_of_following_it(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("untouched")
     for name in ("config.yaml", "plain", ".clock", "work"):
@@ -153,7 +153,7 @@ def made_run(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "predictions.jsonl", "rationales.jsonl"])
-def test_a_report_shows_nothing_that_a_link_leads_to(name: str, tmp_path: Path) -> None:
+def test_a_report_does_not_follow_links(name: str, tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run")
     secret = '{"name": "CANARY", "losses": ["CANARY"], "question": "CANARY", "is_correct": true, "seed": "CANARY"}\n'
     (tmp_path / "secret").write_text(secret)
@@ -166,7 +166,7 @@ def test_a_report_shows_nothing_that_a_link_leads_to(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "id_rsa", "student"])
-def test_an_export_takes_nothing_that_a_link_leads_to(name: str, tmp_path: Path, student_folder: Path) -> None:
+def test_an_export_does_not_follow_links(name: str, tmp_path: Path, student_folder: Path) -> None:
     folder = made_run(tmp_path / "run")
     shutil.copytree(student_folder, folder / "student")
     link = folder / "student" if name == "student" else folder / "student" / name
@@ -182,7 +182,7 @@ def test_an_export_takes_nothing_that_a_link_leads_to(name: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "..", ".hidden", "a/b", "x" * 300, "a\nb"])
-def test_a_run_is_called_like_one_folder(
+def test_a_run_name_is_a_single_folder_name(
     name: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTILL_RUN", name)
@@ -192,7 +192,7 @@ def test_a_run_is_called_like_one_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_scheduler_and_a_root_are_called_may_come_from_the_environment(
+def test_scheduler_ids_and_the_root_may_come_from_the_environment(
     told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")

@@ -99,7 +99,7 @@ def readings(path: Path) -> bytes:
     return path.read_bytes() + rows.encode()
 
 
-def test_a_key_of_the_environment_is_in_nothing_that_any_command_writes_or_says(worked: tuple[Path, str]) -> None:
+def test_no_command_writes_or_prints_a_key_of_the_environment(worked: tuple[Path, str]) -> None:
     root, told = worked
     own = (root / ".git", root / "notes.txt")
     files = [p for p in root.rglob("*") if p.is_file() and not any(p.is_relative_to(one) for one in own)]
@@ -114,7 +114,7 @@ def test_a_key_of_the_environment_is_in_nothing_that_any_command_writes_or_says(
     assert not [name for name, key in canaries.items() if key in told]
 
 
-def test_a_key_of_the_environment_is_in_no_record_of_wandb(worked: tuple[Path, str]) -> None:
+def test_no_wandb_record_holds_a_key_of_the_environment(worked: tuple[Path, str]) -> None:
     root, _ = worked
     folders = sorted((root / "one").rglob("*.wandb"))
     assert len(folders) == 1
@@ -180,7 +180,9 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(
         "pypi://a==1/b.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,
     ],
 )
-def test_what_only_resembles_a_secret_is_taken(model: str, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_only_resembles_a_secret_is_accepted(
+    model: str, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     words = "task.layout.instruction='Ask sk-learn and the desk-clerk at https://a.example: one@two'"
     code, said = told("student=causal_lm", f"student.model='{model}'", words, "hydra.job.env_copy=[SLURM_JOB_ID]")
@@ -188,7 +190,7 @@ def test_what_only_resembles_a_secret_is_taken(model: str, told: Told, monkeypat
 
 
 @pytest.mark.parametrize("line", ["token: abcxyz", f"note: {OPENAI}", "note: ${oc.env:OPENAI_API_KEY}"])
-def test_a_secret_in_a_file_of_the_configuration_is_refused_before_anything_is_written(
+def test_a_secret_in_a_configuration_file_is_refused_before_anything_is_written(
     line: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", OPENAI)
@@ -205,13 +207,13 @@ def test_a_secret_in_a_file_of_the_configuration_is_refused_before_anything_is_w
 
 
 @pytest.mark.parametrize("text", ["${oc.env:OPENAI_API_KEY}", OPENAI])
-def test_a_configuration_that_comes_from_elsewhere_is_looked_through_too(text: str) -> None:
+def test_a_configuration_from_elsewhere_is_checked_too(text: str) -> None:
     with pytest.raises(ConfigError, match=r"task\.layout\.instruction: ") as raised:
         configuration.check(OmegaConf.create({"task": {"layout": {"instruction": text}}}))
     assert OPENAI not in str(raised.value)
 
 
-def test_a_secret_is_hidden_in_what_is_saved_under_whatever_name() -> None:
+def test_a_secret_is_hidden_in_saved_configurations_under_any_name() -> None:
     assert configuration.redacted({"a": [f"x {OPENAI}", "plain"]}) == {"a": ["hidden", "plain"]}
 
 
@@ -228,7 +230,7 @@ def test_a_secret_is_hidden_in_what_is_saved_under_whatever_name() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["task.name", "hydra.run.dir", "+hydra.job.env_set.PLAIN"])
-def test_no_secret_of_the_environment_comes_into_a_configuration(
+def test_no_configuration_reads_a_secret_of_the_environment(
     value: str, key: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OPENAI_API_KEY", "SLURM_JWT", "DISTILL_TOKEN"):
@@ -241,7 +243,7 @@ def test_no_secret_of_the_environment_comes_into_a_configuration(
     assert not [path for path in tmp_path.rglob("*") if "canary" in path.name]
 
 
-def test_no_resolver_whose_name_is_computed_reads_a_secret(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_with_a_computed_name_reads_no_secret(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "canary")
     code, said = told("+resolver=env", "task.name='${oc.${resolver}:OPENAI_API_KEY}'")
     assert code == 2

@@ -42,7 +42,7 @@ TARGETS = [
 ]
 
 
-def test_no_target_is_built_that_runs_more_than_itself() -> None:
+def test_targets_that_could_run_other_code_are_refused() -> None:
     config = compose("task=arithmetic", "tracking=off", "+extra={}")
     config.extra = {f"part{index}": {"_target_": target} for index, target in enumerate(TARGETS)}
     with pytest.raises(ConfigError) as raised:
@@ -66,7 +66,7 @@ def test_no_target_is_built_that_runs_more_than_itself() -> None:
         "peft.LoraConfig",
     ],
 )
-def test_what_a_run_is_made_of_can_be_named(target: str) -> None:
+def test_every_part_of_a_run_is_an_allowed_target(target: str) -> None:
     configuration.check(OmegaConf.create({"extra": {"_target_": target, "_partial_": True}}))
 
 
@@ -82,7 +82,7 @@ def test_what_a_run_is_made_of_can_be_named(target: str) -> None:
         "+hydra.job_logging.handlers.evil.class=subprocess.Popen",
     ],
 )
-def test_hydra_builds_nothing_that_the_command_line_brings(argument: str, told: Told, marker: Path) -> None:
+def test_hydra_builds_no_target_from_the_command_line(argument: str, told: Told, marker: Path) -> None:
     code, said = told("-m", "seed=1", argument.format(marker=marker))
     assert code == 2, said
     assert "is not from" in said
@@ -91,7 +91,7 @@ def test_hydra_builds_nothing_that_the_command_line_brings(argument: str, told: 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-r", "--exp"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_no_run_is_repeated_from_a_pickle(flag: str, joined: bool, told: Told, tmp_path: Path, marker: Path) -> None:
+def test_rerunning_from_a_pickle_is_refused(flag: str, joined: bool, told: Told, tmp_path: Path, marker: Path) -> None:
     torch.save(Evil(marker), tmp_path / "config.pickle")
     pickled = str(tmp_path / "config.pickle")
     code, said = told(*([f"{flag}={pickled}"] if joined else [flag, pickled]))
@@ -100,7 +100,7 @@ def test_no_run_is_repeated_from_a_pickle(flag: str, joined: bool, told: Told, t
 
 
 @pytest.mark.parametrize("subdir", ["../x", "/x", "a/../../x"])
-def test_a_job_of_a_sweep_stays_in_the_sweeps_folder(subdir: str, told: Told, tmp_path: Path) -> None:
+def test_a_sweep_job_stays_in_the_sweep_folder(subdir: str, told: Told, tmp_path: Path) -> None:
     code, said = told("-m", "seed=1,2", f"hydra.sweep.subdir={subdir}")
     assert code == 2, said
     assert "leads out of the sweep's folder" in said

@@ -33,7 +33,7 @@ def only_run(root: Path, number: int = 1) -> Path:
     return folders[-1]
 
 
-def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
+def test_a_run_saves_a_student_and_a_second_run_makes_no_teacher_call(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = [o for o in tiny_overrides(tmp_path, teacher_folder, student_folder) if "root=" not in o]
@@ -73,9 +73,7 @@ def test_a_run_ends_with_a_student_and_a_second_one_asks_the_teacher_nothing(
     assert opened.config.num_hidden_layers == 2
 
 
-def test_an_adapted_student_is_evaluated_as_it_is_saved(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
-) -> None:
+def test_a_lora_student_is_evaluated_as_saved(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=3", "batch_size=4"]
     tiny += ["student.lora={_target_: peft.LoraConfig, r: 4, lora_alpha: 8, target_modules: all-linear}"]
     tiny += ["student.gradient_checkpointing=true", "optim.optimizer.lr=0.05", "optim.schedule.num_warmup_steps=0"]
@@ -92,7 +90,7 @@ def test_an_adapted_student_is_evaluated_as_it_is_saved(
         assert (evaluation.rationales(job.source.splits.test) == written) == is_same
 
 
-def test_a_student_of_another_vocabulary_takes_no_soft_targets_and_is_not_compared_with_any(
+def test_a_student_of_another_vocabulary_uses_no_soft_targets(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     other = shutil.copytree(student_folder, tmp_path / "other")
@@ -131,7 +129,7 @@ def test_the_annotate_command_fills_the_cache_that_training_reads(
     assert "records" in done.stdout
 
 
-def test_a_users_error_is_one_message_and_exit_code_2(
+def test_a_configuration_error_is_one_message_and_exit_code_2(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
@@ -177,7 +175,7 @@ def test_a_sweep_keeps_no_student_in_memory(tmp_path: Path, teacher_folder: Path
     assert "KEPT 0" in done.stdout
 
 
-def test_a_preflight_trains_nothing_and_says_what_it_found(
+def test_preflight_trains_nothing_and_prints_its_findings(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
@@ -190,7 +188,7 @@ def test_a_preflight_trains_nothing_and_says_what_it_found(
     assert "self-KL" in {line["check"] for line in json.loads((folder / "run.json").read_text())["preflight"]}
 
 
-def test_a_run_that_cannot_work_ends_before_it_trains(
+def test_a_failed_preflight_ends_the_run_before_training(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)

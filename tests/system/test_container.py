@@ -218,7 +218,7 @@ def holds(blob: Path, text: bytes) -> bool:
     return False
 
 
-def test_the_labels_name_the_commit_and_the_requirements_that_were_installed(image: Images) -> None:
+def test_image_labels_name_the_commit_and_the_installed_requirements(image: Images) -> None:
     labels = inspected(image)["Labels"]
     written = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
     assert labels["org.opencontainers.image.revision"] == COMMIT
@@ -231,14 +231,14 @@ def test_the_labels_name_the_commit_and_the_requirements_that_were_installed(ima
     assert locked <= pins
 
 
-def test_a_label_that_would_name_other_requirements_ends_the_build(images: Images, context: Path, pip: Pip) -> None:
+def test_the_build_fails_if_the_label_names_other_requirements(images: Images, context: Path, pip: Pip) -> None:
     done = images.build(context, pip, lock="0" * 64)
     assert done.returncode != 0
     assert f"LOCK={'0' * 64} is not the SHA-256 of requirements.txt" in done.stdout + done.stderr
     assert "Collecting" not in done.stdout
 
 
-def test_no_layer_holds_a_secret_of_the_builders(image: Images, tmp_path: Path) -> None:
+def test_no_image_layer_holds_a_build_secret(image: Images, tmp_path: Path) -> None:
     found = blobs(image, tmp_path)
     known = (ROOT / "LICENSE").read_bytes()[:60]
     assert any(holds(blob, known) for blob in found)  # what is in a layer is found
@@ -248,7 +248,7 @@ def test_no_layer_holds_a_secret_of_the_builders(image: Images, tmp_path: Path) 
         blob.unlink()
 
 
-def test_an_ordinary_user_can_write_data_and_temporary_files_and_nothing_else(image: Images, data: Path) -> None:
+def test_an_unprivileged_user_can_write_only_data_and_temporary_files(image: Images, data: Path) -> None:
     who = image.run("-c", "id -u; id -g; pwd; ls -A /data", options=["--entrypoint", "sh"])
     assert who.stdout.split() == ["1000", "1000", "/data"]  # and the image's own data folder is empty
     skipped = ["(", "-path", "/proc", "-o", "-path", "/sys", "-o", "-path", "/dev", ")", "-prune"]
@@ -271,7 +271,7 @@ def test_the_embedded_default_trains_on_a_read_only_root(image: Images, pip: Pip
     assert {path.lstat().st_uid for path in kept.rglob("*")} == {1000}
 
 
-def test_a_container_that_is_stopped_ends_with_85_and_the_next_one_goes_on(image: Images, pip: Pip, kept: Path) -> None:
+def test_a_stopped_container_exits_with_85_and_the_next_resumes(image: Images, pip: Pip, kept: Path) -> None:
     name = f"distill-{CANARY[-8:]}"
     options = [*read_only(kept), *served(pip), "--env", "DISTILL_RUN=stopped", "--name", name]
     line = image.line("podman", *_run(options), IMAGE, "distill.train", *FEW, "trainer.max_steps=100000")
@@ -298,7 +298,7 @@ def test_a_container_that_is_stopped_ends_with_85_and_the_next_one_goes_on(image
     assert (kept / "runs" / "stopped" / "report.html").is_file()
 
 
-def test_a_wrong_override_ends_the_container_with_the_exit_code_of_the_configuration(image: Images, data: Path) -> None:
+def test_a_wrong_override_exits_the_container_with_code_2(image: Images, data: Path) -> None:
     done = image.run("distill.train", "trainer.max_stepz=2", options=read_only(data))
     assert done.returncode == 2, done.stderr
     assert "max_steps" in done.stderr

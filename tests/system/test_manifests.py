@@ -81,12 +81,12 @@ def started(name: str, folder: Path, **environment: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_manifest_is_one_that_kubernetes_takes(path: Path) -> None:
+def test_manifests_are_valid_for_kubernetes(path: Path) -> None:
     for each in objects(path):
         kubernetes_validate.validate(each, "1.33", strict=True)
 
 
-def test_a_wrong_word_in_a_manifest_is_found() -> None:
+def test_a_misspelt_key_in_a_manifest_is_detected() -> None:
     wrong = job("train")
     wrong["spec"]["podFailurePolicies"] = wrong["spec"].pop("podFailurePolicy")
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -94,14 +94,14 @@ def test_a_wrong_word_in_a_manifest_is_found() -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_each_exit_code_of_distill_is_acted_on_as_it_is_meant(name: str) -> None:
+def test_each_exit_code_has_the_intended_pod_failure_action(name: str) -> None:
     decided = {each.exit_code: "FailJob" for each in AGAIN_IS_THE_SAME} | {PreemptedError.exit_code: "Ignore"}
     assert actions(name) == decided | dict.fromkeys(MAY_BE_WELL_NEXT_TIME, "Count")
     assert {each.exit_code for each in errors() if each.exit_code != 1} <= set(actions(name))
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_pod_that_is_taken_away_is_replaced_and_not_counted(name: str) -> None:
+def test_an_evicted_pod_is_replaced_and_not_counted_as_a_failure(name: str) -> None:
     spec = job(name)["spec"]
     conditions = [rule for rule in spec["podFailurePolicy"]["rules"] if "onPodConditions" in rule]
     assert [(rule["action"], rule["onPodConditions"][0]["type"]) for rule in conditions] == [
@@ -113,7 +113,7 @@ def test_a_pod_that_is_taken_away_is_replaced_and_not_counted(name: str) -> None
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_pod_has_no_rights_and_writes_only_where_something_is_mounted(name: str) -> None:
+def test_a_pod_is_unprivileged_and_writes_only_to_mounts(name: str) -> None:
     pod = job(name)["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 1000
@@ -130,7 +130,7 @@ def test_a_pod_has_no_rights_and_writes_only_where_something_is_mounted(name: st
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_what_a_job_refers_to_is_there(name: str) -> None:
+def test_objects_referenced_by_a_job_exist(name: str) -> None:
     pod = job(name)["spec"]["template"]["spec"]
     volumes = {each["name"]: each for each in pod["volumes"]}
     assert set(volumes) == {each["name"] for each in container(name)["volumeMounts"]}
@@ -139,7 +139,7 @@ def test_what_a_job_refers_to_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_waits_in_the_queue_that_it_names(name: str) -> None:
+def test_a_job_is_suspended_in_its_queue(name: str) -> None:
     assert job(name)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert job(name)["spec"]["suspend"] is True
     assert set(container(name)["resources"]["requests"]) >= {"cpu", "memory"}  # Kueue counts these
@@ -153,9 +153,7 @@ def test_no_manifest_holds_a_secret(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_jobs_command_line_is_one_that_the_command_takes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_lines_of_manifests_compose(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_ROOT", str(tmp_path))
     words = started(name, tmp_path, JOB_COMPLETION_INDEX="0")
     assert words[:2] == ["-m", f"distill.{name}"]
@@ -164,7 +162,7 @@ def test_a_jobs_command_line_is_one_that_the_command_takes(
     configuration.check(compose(*words[2:], name=name))
 
 
-def test_the_pods_of_the_annotation_see_to_each_part_once(tmp_path: Path) -> None:
+def test_annotation_pods_cover_each_part_once(tmp_path: Path) -> None:
     spec = job("annotate")["spec"]
     assert spec["completionMode"] == "Indexed"
     number = spec["completions"]
@@ -177,7 +175,7 @@ def test_the_pods_of_the_annotation_see_to_each_part_once(tmp_path: Path) -> Non
     assert spec["parallelism"] <= number
 
 
-def test_annotation_and_training_of_the_manifests_speak_of_one_cache(tmp_path: Path) -> None:
+def test_annotation_and_training_manifests_use_one_cache(tmp_path: Path) -> None:
     both = shared("ConfigMap")["data"]["both"].splitlines()
     assert {line.partition("=")[0] for line in both} >= {"task", "teacher"}
     for name in JOBS:
@@ -185,7 +183,7 @@ def test_annotation_and_training_of_the_manifests_speak_of_one_cache(tmp_path: P
         assert not own & {"task", "teacher", "prompt", "cache", "rationales", "root"}
 
 
-def test_a_pod_that_takes_over_finds_the_run_of_the_one_before() -> None:
+def test_a_replacement_pod_finds_the_run_of_its_predecessor() -> None:
     (run,) = [each for each in container("train")["env"] if each["name"] == "DISTILL_RUN"]
     assert run["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
 
@@ -226,7 +224,7 @@ class SkyTask(Part):
     run: str
 
 
-def test_the_sky_task_is_of_the_right_form_and_goes_on_after_a_preemption() -> None:
+def test_the_sky_task_is_valid_and_recovers_from_preemption() -> None:
     task = TypeAdapter(SkyTask).validate_python(yaml.safe_load((SCRIPTS / "sky.yaml").read_text()))
     assert task.resources.job_recovery.recover_on_exit_codes == [PreemptedError.exit_code]
     assert task.file_mounts["/data"].mode in {"MOUNT", "MOUNT_CACHED"}
@@ -234,9 +232,7 @@ def test_the_sky_task_is_of_the_right_form_and_goes_on_after_a_preemption() -> N
     assert (SCRIPTS.parent / task.workdir / task.setup).is_file()
 
 
-def test_the_sky_tasks_command_line_is_one_that_the_command_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_line_of_the_sky_task_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = yaml.safe_load((SCRIPTS / "sky.yaml").read_text())
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

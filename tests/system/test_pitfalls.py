@@ -68,9 +68,7 @@ def test_sampling_settings_of_a_model_folder_reach_neither_text_nor_distribution
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_teacher_computes_in_the_type_that_its_fingerprint_names(
-    dtype: str, prompts: Prompts, teacher_folder: Path
-) -> None:
+def test_a_teacher_computes_in_the_dtype_of_its_fingerprint(dtype: str, prompts: Prompts, teacher_folder: Path) -> None:
     teacher = opened(teacher_folder, prompts, dtype=dtype)
     assert teacher.fingerprint()["dtype"] == dtype
     assert {parameter.dtype for parameter in teacher.load().parameters()} == {getattr(torch, dtype)}
@@ -106,9 +104,7 @@ def test_a_teacher_in_bfloat16_has_its_softmax_in_float32(
 
 
 @pytest.mark.parametrize("span", ["answer", "rationale"])
-def test_a_tokenizer_that_begins_texts_does_so_once_in_whatever_a_teacher_reads(
-    span: str, prompts: Prompts, tmp_path: Path
-) -> None:
+def test_a_start_token_appears_once_in_every_teacher_input(span: str, prompts: Prompts, tmp_path: Path) -> None:
     make_tokenizer(tmp_path, has_start=True)
     started, plain = shown(prompts, tmp_path), shown(prompts)
     question = started.request(examples(3)[2], span)
@@ -118,7 +114,7 @@ def test_a_tokenizer_that_begins_texts_does_so_once_in_whatever_a_teacher_reads(
     assert question.key != plain.request(examples(3)[2], span).key
 
 
-def test_a_chat_template_in_the_folder_changes_nothing_and_the_layouts_own_words_everything(
+def test_the_layout_decides_the_prompt_and_a_chat_template_does_not(
     prompts: Prompts, student_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(student_folder, tmp_path / "chat")
@@ -131,7 +127,7 @@ def test_a_chat_template_in_the_folder_changes_nothing_and_the_layouts_own_words
     assert chatting.fingerprint() == shown(prompts).fingerprint()
 
 
-def test_no_question_that_is_evaluated_is_among_those_of_training(configured: Callable[..., DictConfig]) -> None:
+def test_no_evaluation_question_is_in_train(configured: Callable[..., DictConfig]) -> None:
     source = open_source(configured())
     splits = source.splits
 
@@ -146,7 +142,7 @@ def test_no_question_that_is_evaluated_is_among_those_of_training(configured: Ca
     assert again.dropped == {"train": 1, "validation": 1}
 
 
-def test_the_annotate_command_never_asks_with_a_label_of_the_test_split(tmp_path: Path, teacher_folder: Path) -> None:
+def test_annotate_never_uses_test_labels(tmp_path: Path, teacher_folder: Path) -> None:
     config = compose(*tiny(tmp_path, teacher_folder), f"root={tmp_path}", name="annotate")
     main(config)
     source = open_source(config)
@@ -159,7 +155,7 @@ def test_the_annotate_command_never_asks_with_a_label_of_the_test_split(tmp_path
         assert source.prompts.request(example, "rationale").key not in source.store
 
 
-def test_the_head_is_applied_to_a_bounded_number_of_positions_at_once(prompts: Prompts, teacher_folder: Path) -> None:
+def test_the_head_is_applied_to_a_bounded_number_of_positions(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = opened(teacher_folder, prompts, codec=TopK(k=4, temperature=1.0))
     seen: list[int] = []
     head = teacher.load().get_output_embeddings()
@@ -193,7 +189,7 @@ class Ragged(CountingTeacher):
 
 
 @pytest.mark.parametrize("how", ["one less", "none", "one more", "one twice", "in another order", "of something else"])
-def test_replies_that_are_not_one_for_each_request_are_refused(how: str, configured: Callable[..., DictConfig]) -> None:
+def test_annotations_must_match_requests_one_to_one(how: str, configured: Callable[..., DictConfig]) -> None:
     source, _ = counted(configured())
     source = replace(source, teacher=Ragged(source.teacher, how))
     with pytest.raises(CacheError, match="one for each"):
@@ -203,7 +199,7 @@ def test_replies_that_are_not_one_for_each_request_are_refused(how: str, configu
 
 @pytest.mark.parametrize("span", ["answer", "rationale"])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_documents_of_one_batch_do_not_see_each_other(
+def test_sequences_of_a_batch_do_not_attend_to_each_other(
     shots: int, span: str, prompts: Prompts, teacher_folder: Path
 ) -> None:
     given = Prompts(prompts.tokenizer, LAYOUT, SHOWN[:shots], max_length=256, too_long="drop")
@@ -219,7 +215,7 @@ def test_documents_of_one_batch_do_not_see_each_other(
             assert same(made, alone, 1e-4)
 
 
-def test_a_test_question_that_is_too_long_counts_as_wrong_and_does_not_end_the_run(
+def test_a_too_long_test_question_counts_as_wrong(
     student_folder: Path, prompts: Prompts, configured: Callable[..., DictConfig]
 ) -> None:
     source = open_source(configured())

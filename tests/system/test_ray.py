@@ -29,7 +29,7 @@ def swept(root: Path, *line: str) -> tuple[int, str]:
 
 
 @pytest.mark.enable_socket
-def test_a_sweep_by_ray_lists_what_failed_and_does_nothing_twice(
+def test_a_ray_sweep_lists_failures_and_repeats_nothing(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")

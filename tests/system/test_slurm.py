@@ -264,7 +264,7 @@ def check_it_went_on(cluster: Cluster, number: str) -> None:
     assert "resuming from" in cluster.said(number)
 
 
-def test_the_jobs_of_an_array_make_each_record_once_and_only_the_one_that_is_signalled_comes_back(
+def test_array_jobs_make_each_record_once_and_only_the_signalled_job_requeues(
     cluster: Cluster, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     foreign = ("student", "trainer", "tracking")
@@ -286,7 +286,7 @@ def test_the_jobs_of_an_array_make_each_record_once_and_only_the_one_that_is_sig
     assert source.store.check() == []
 
 
-def test_two_tasks_end_with_the_weights_of_one(taught: Taught, by_two: bytes, tmp_path: Path) -> None:
+def test_two_tasks_train_the_same_weights_as_one(taught: Taught, by_two: bytes, tmp_path: Path) -> None:
     assert next((taught.root / "by-two").glob("*.safetensors"))
     (tmp_path / "two").write_bytes(by_two)
     (tmp_path / "one").write_bytes(taught.weights)
@@ -299,7 +299,7 @@ def test_two_tasks_end_with_the_weights_of_one(taught: Taught, by_two: bytes, tm
 
 
 @pytest.mark.parametrize("partition", ["patient", "hasty"])
-def test_a_preempted_training_ends_with_the_weights_of_the_unbroken_one(
+def test_a_preempted_run_ends_with_the_uninterrupted_weights(
     cluster: Cluster, taught: Taught, by_two: bytes, partition: str
 ) -> None:
     # A patient partition gives jobs a minute to leave by themselves; a hasty one puts them back into the queue at once.
@@ -312,7 +312,7 @@ def test_a_preempted_training_ends_with_the_weights_of_the_unbroken_one(
     assert weights(folder_of(taught, number)).read_bytes() == by_two
 
 
-def test_a_training_that_is_signalled_at_its_start_and_in_its_middle_ends_with_the_weights_of_the_unbroken_one(
+def test_a_run_signalled_at_start_and_midway_ends_with_the_uninterrupted_weights(
     cluster: Cluster, taught: Taught, by_two: bytes
 ) -> None:
     number = train(cluster, taught)
@@ -325,7 +325,7 @@ def test_a_training_that_is_signalled_at_its_start_and_in_its_middle_ends_with_t
     assert weights(folder_of(taught, number)).read_bytes() == by_two
 
 
-def test_a_cancelled_training_does_not_come_back_and_leaves_no_process(cluster: Cluster, taught: Taught) -> None:
+def test_a_cancelled_run_is_not_requeued_and_leaves_no_process(cluster: Cluster, taught: Taught) -> None:
     number = train(cluster, taught, ENDLESS)
     wait_for_steps(cluster, number, folder_of(taught, number))
     assert len(processes(number)) == 2
@@ -336,7 +336,7 @@ def test_a_cancelled_training_does_not_come_back_and_leaves_no_process(cluster: 
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_where_one_task_dies_the_job_ends_and_leaves_no_process(cluster: Cluster, taught: Taught, rank: str) -> None:
+def test_if_one_task_dies_the_job_ends_and_leaves_no_process(cluster: Cluster, taught: Taught, rank: str) -> None:
     number = train(cluster, taught, ENDLESS)
     wait_for_steps(cluster, number, folder_of(taught, number))
     os.kill(processes(number)[rank], signal.SIGKILL)
@@ -360,7 +360,7 @@ def processes(number: str) -> dict[str, int]:
     return found
 
 
-def test_a_sweeps_jobs_are_jobs_of_slurm_and_one_that_is_signalled_goes_on(cluster: Cluster, taught: Taught) -> None:
+def test_sweep_jobs_are_slurm_jobs_and_a_signalled_one_resumes(cluster: Cluster, taught: Taught) -> None:
     sweep = taught.root / "sweeps" / "here"
     line = [sys.executable, "-m", "distill.train", "-m", "hydra/launcher=slurm", "seed=1,0", *taught.overrides]
     with (taught.root / "sweep.log").open("w") as log:
@@ -398,7 +398,7 @@ def test_the_pipeline_annotates_trains_evaluates_and_exports(
     assert weights(folder).read_bytes() == (folder / "export" / "model.safetensors").read_bytes()
 
 
-def test_where_a_job_of_the_pipeline_fails_none_waits_for_it(
+def test_if_a_pipeline_job_fails_no_job_waits_for_it(
     cluster: Cluster, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     numbers, folder = submit_pipeline(cluster, tmp_path, teacher_folder, student_folder, "rebuild=nothing")
