@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special  # a quarter of the time that scipy.stats takes to import; the quantiles are the same
 
 Matrix = NDArray[np.float64]
 
 NUM_DRAWS, BLOCK = 10_000, 1_000
-Z_POWER = 0.841621  # the 0.8 quantile of the normal distribution: a power of 80 %
+POWER = 0.8  # of the test that `detectable` describes
 
 
 class Interval(NamedTuple):
@@ -50,25 +51,8 @@ class Bin(NamedTuple):
 
 
 def student_t(level: float, freedom: int) -> float:
-    """The t with P(|T| < t) = level: bisection of the closed form for whole degrees of freedom.
-
-    With T = sqrt(freedom) tan(angle): Abramowitz & Stegun 1964, 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _inside(middle, freedom) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _inside(angle: float, freedom: int) -> float:
-    is_odd, cosine = freedom % 2, math.cos(angle)
-    term, total = cosine if is_odd else 1.0, 0.0
-    for k in range(is_odd, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if is_odd else total
+    """The t with P(|T| < t) = level."""
+    return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
 def paired_interval(
@@ -149,7 +133,7 @@ def detectable(interval: Interval) -> float:
 
     2.8 standard errors where the half-width is the normal 1.96; more with few seeds or many arms.
     """
-    return (interval.high - interval.low) / 2 + Z_POWER * interval.error
+    return (interval.high - interval.low) / 2 + float(special.ndtri(POWER)) * interval.error
 
 
 def break_even(making: float, teacher_per_request: float, student_per_request: float) -> float | None:
@@ -166,18 +150,13 @@ def fit_power_law(x: Sequence[float], error: Sequence[float], *, level: float = 
     if len(set(x)) < 3 or min(*x, *error) <= 0:
         return None
     log_x, log_error = np.log(np.asarray(x, np.float64)), np.log(np.asarray(error, np.float64))
-    slope, height = _line(log_x, log_error)
+    slope, height = map(float, np.polyfit(log_x, log_error, 1))
     number = len(log_x)
     others = ~np.eye(number, dtype=bool)
-    left_out = np.array([_line(log_x[keep], log_error[keep])[0] for keep in others if np.ptp(log_x[keep]) > 0])
+    left_out = np.array([np.polyfit(log_x[keep], log_error[keep], 1)[0] for keep in others if np.ptp(log_x[keep]) > 0])
     spread = math.sqrt((number - 1) / number * float(((left_out - left_out.mean()) ** 2).sum()))
     half = student_t(level, number - 2) * spread
     return PowerLaw(math.exp(height), -slope, -slope - half, -slope + half)
-
-
-def _line(x: Matrix, y: Matrix) -> tuple[float, float]:
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    return slope, float(y.mean() - slope * x.mean())
 
 
 def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 10) -> list[Bin]:
