@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import statistics
 import time
@@ -11,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
+# psutil reads a process's resident size, but it neither reads nor resets the peak: see proc(5).
 _RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 T = TypeVar("T")
 
@@ -31,43 +32,44 @@ def median_milliseconds(
 
 
 def extra_bytes(work: Callable[[], object]) -> int | None:
-    """How far memory rises above what is held already; None where the system does not tell."""
+    """How far `work` raises memory, the GPU's or else this process's; None where the system keeps no peak."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
-    # What was freed before is given back to the system, or it would be taken again without a rise.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    # Freed memory is returned to the system first, or it would be used again without a rise.
+    with suppress(AttributeError):  # psutil has it for some allocators only
+        psutil.heap_trim()
     try:
-        _RESET_PEAK.write_text("5")  # see proc(5): the highest resident size becomes the present one
-        before = _resident_bytes("VmRSS")
+        _RESET_PEAK.write_text("5")  # the peak becomes the present resident size
+        resident: int = psutil.Process().memory_info().rss
         work()
-        return max(0, _resident_bytes("VmHWM") - before)
+        return max(0, _peak_resident_bytes() - resident)
     except OSError:
         return None
 
 
-def _resident_bytes(name: str) -> int:
-    return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(name))
+def _peak_resident_bytes() -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can be had on a GPU, or on a Linux host within the limits of its cgroups; None where unknown."""
+    """Bytes available on a GPU, or on the host within the limits of its cgroups; None for other devices."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu" or not (root / "proc/meminfo").is_file():
+    if device.type != "cpu":
         return None
-    told = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
-    if "MemAvailable" not in told:
-        return None
-    return int(min(int(told["MemAvailable"].split()[0]) * 1024, *_cgroup_rooms(root)))
+    return int(min(psutil.virtual_memory().available, *_cgroup_rooms(root)))
 
 
 def _cgroup_rooms(root: Path) -> Iterator[float]:
-    """What each memory limit above this process leaves; pages of files can be given up, so they do not count."""
+    """What each memory limit above this process leaves; pages of files can be given up, so they do not count.
+
+    psutil does not read the limits of cgroups.
+    """
     yield math.inf
     own = root / "proc/self/cgroup"
     lines = own.read_text().splitlines() if own.is_file() else []

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distill.app.machine import free_memory
 from distill.training.preflight import Plan, preflight
 from distill.training.preflight.inputs import collated
 from distill.training.preflight.resources import _measured_step, _states_per_weight
@@ -40,22 +38,3 @@ def test_activations_grow_with_the_lessons(sound: Plan) -> None:
     )
     assert four == pytest.approx(4 * one, rel=0.15)
     assert four > 4 * sum(len(s.prompt.ids) for s in sound.lessons[0].sequences) * 32 * 4 * 2  # hidden states, 2 layers
-
-
-def test_free_memory_is_the_minimum_over_all_limits(tmp_path: Path) -> None:
-    group = tmp_path / "sys/fs/cgroup/jobs/mine"
-    group.mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    cpu = torch.device("cpu")
-    assert free_memory(cpu, tmp_path) is None
-    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
-    assert free_memory(cpu, tmp_path) == 5000 * 1024
-    (tmp_path / "proc/self/cgroup").write_text("0::/jobs/mine\n")
-    for folder, limit in ((group, "max"), (group.parent, "2000000")):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text("900000")
-        (folder / "memory.stat").write_text("anon 600000\nfile 300000\n")
-    assert free_memory(cpu, tmp_path) == 2000000 - 900000 + 300000
-    (group / "memory.max").write_text("1000000")
-    assert free_memory(cpu, tmp_path) == 1000000 - 900000 + 300000
-    assert free_memory(torch.device("meta"), tmp_path) is None
