@@ -36,7 +36,6 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics.functional.classification import binary_calibration_error
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.measure import Row, keep
@@ -56,6 +55,7 @@ from distill.losses.head import head_loss
 from distill.models import loading, naming
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Batch, Place, Prompt, SoftTargets, Span, content_id
+from distill.reports.statistics import calibration_error
 from distill.students.causal_lm import open_student
 from distill.training.module import StudentModule
 
@@ -382,12 +382,11 @@ def _figures(
         agrees.append(said_N == log_p_NV.argmax(-1))
         confidence.append(top_N.exp())
         is_right.append(said_N == batch.label_N)
-    ece = binary_calibration_error(torch.cat(confidence), torch.cat(is_right).int(), n_bins=10)
     return {
         "kl": float(torch.cat(kl).double().mean()),
         "agreement": float(torch.cat(agrees).double().mean()),
         "accuracy": float(torch.cat(is_right).double().mean()),
-        "ece": float(ece),
+        "ece": calibration_error(torch.cat(confidence).tolist(), torch.cat(is_right).tolist()),
     }
 
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torchmetrics.functional.classification import multiclass_calibration_error
+import numpy as np
 
-_BINS = 10
+from distill.reports.statistics import calibration_error, confidence_bins
 
 
 @dataclass(frozen=True)
@@ -94,25 +93,23 @@ def _ratio(total: int | float, number: int) -> float | None:
 
 
 def _calibration_error(predictions: Sequence[Prediction], choices: Sequence[str]) -> float | None:
-    """Expected calibration error, ten equal bins (Guo et al. 2017, eq. 3)."""
+    """Of the most likely choices, where the gold answer is a choice."""
     chosen = [p for p in predictions if p.choice_probabilities and p.gold in choices]
     if not chosen:
         return None
-    probabilities_BC = torch.tensor([p.choice_probabilities for p in chosen])
-    gold_B = torch.tensor([list(choices).index(p.gold) for p in chosen])
-    return float(multiclass_calibration_error(probabilities_BC, gold_B, len(choices), n_bins=_BINS))
+    confidence = [max(p.choice_probabilities) for p in chosen]
+    best = [choices[p.choice_probabilities.index(top)] for p, top in zip(chosen, confidence, strict=True)]
+    return calibration_error(confidence, [choice == p.gold for choice, p in zip(best, chosen, strict=True)])
 
 
 def _reliability(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
-    bins: dict[int, list[Prediction]] = {}
-    for prediction in predictions:
-        if prediction.confidence is not None:
-            bins.setdefault(min(_BINS - 1, int(prediction.confidence * _BINS)), []).append(prediction)
+    known = [(p.confidence, p.is_correct) for p in predictions if p.confidence is not None]
+    values = np.array(known, np.float64).reshape(-1, 2)
     return [
         {
-            "confidence": math.fsum(p.confidence or 0 for p in inside) / len(inside),
-            "accuracy": sum(p.is_correct for p in inside) / len(inside),
-            "num": len(inside),
+            "confidence": float(values[places, 0].mean()),
+            "accuracy": float(values[places, 1].mean()),
+            "num": len(places),
         }
-        for _, inside in sorted(bins.items())
+        for _, _, places in confidence_bins(values[:, 0])
     ]

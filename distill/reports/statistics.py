@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,14 +166,28 @@ def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 1
     keys = ("teacher_confidence", "is_teacher_correct", "is_correct")
     told = [[line.get(key) for key in keys] for line in predictions]
     values = np.array([line for line in told if None not in line], np.float64).reshape(-1, 3)
-    place = np.clip((values[:, 0] * num_bins).astype(int), 0, num_bins - 1)
-    edges = [k / num_bins for k in range(num_bins + 1)]
-    inside = [values[place == k] for k in range(num_bins)]
     return [
-        Bin(low, high, len(part), float(part[:, 1].mean()), float(part[:, 2].mean()))
-        for (low, high), part in zip(pairwise(edges), inside, strict=True)
-        if len(part)
+        Bin(low, high, len(places), float(values[places, 1].mean()), float(values[places, 2].mean()))
+        for low, high, places in confidence_bins(values[:, 0], num_bins=num_bins)
     ]
+
+
+def calibration_error(confidence: Sequence[float], is_correct: Sequence[bool]) -> float:
+    """Expected calibration error in ten equal bins (Guo et al. 2017, eq. 3)."""
+    gaps = np.asarray(is_correct, np.float64) - np.asarray(confidence, np.float64)
+    return math.fsum(abs(float(gaps[places].sum())) for _, _, places in confidence_bins(confidence)) / len(gaps)
+
+
+def confidence_bins(
+    confidence: Sequence[float] | NDArray[np.float64], *, num_bins: int = 10
+) -> list[tuple[float, float, NDArray[np.intp]]]:
+    """Both ends of each equal bin of [0, 1], and the indices of the values in it; empty bins are left out.
+
+    A value on an edge is in the upper bin, 1 in the last.
+    """
+    edges = np.arange(num_bins + 1) / num_bins
+    bins = np.digitize(confidence, edges[1:-1])
+    return [(float(edges[k]), float(edges[k + 1]), np.flatnonzero(bins == k)) for k in np.unique(bins)]
 
 
 def explained(groups: Sequence[Sequence[float]]) -> float:

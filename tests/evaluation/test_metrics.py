@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distill.evaluation.metrics import wilson_interval
+from distill.evaluation.metrics import Prediction, score, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "number"), [(0, 7), (1, 1), (17, 200), (24_000, 25_000)])
@@ -18,3 +18,40 @@ def test_the_ends_of_the_wilson_interval_are_those_at_which_the_score_test_is_ju
     for end, is_at_the_edge in ((low, right == 0), (high, right == number)):
         score = abs(right / number - end) / math.sqrt(end * (1 - end) / number) if 0 < end < 1 else None
         assert score is None if is_at_the_edge else score == pytest.approx(1.959964, abs=1e-6)
+
+
+def prediction(gold: str, answer: str, *probabilities: float) -> Prediction:
+    return Prediction(
+        example_id="",
+        question="",
+        gold=gold,
+        answer=answer,
+        written_answer=None,
+        is_correct=answer == gold,
+        is_written_correct=None,
+        choice_probabilities=probabilities,
+        kl=None,
+    )
+
+
+def test_calibration_is_the_gap_between_confidence_and_accuracy_in_each_bin() -> None:
+    predictions = [
+        prediction("no", "no", 0.75, 0.25),
+        prediction("yes", "no", 0.71, 0.29),  # in one bin with the first: accuracy 1/2, confidence 0.73
+        prediction("yes", "yes", 0.2, 0.8),  # on an edge: in the upper bin
+        prediction("yes", "yes", 0.0, 1.0),
+        prediction("no", "yes", 0.05, 0.95),  # in one bin with certainty: accuracy 1/2, confidence 0.975
+        prediction("maybe", "no", 0.55, 0.45),  # not a choice: in no calibration error, and wrong
+        prediction("yes", "yes", 0.62, 0.38),  # judged by another answer than its most likely choice
+        prediction("yes", "yes"),
+    ]
+    row = score(predictions, ("no", "yes"))
+    assert row["ece"] == pytest.approx((2 * 0.23 + 0.2 + 2 * 0.475 + 0.62) / 6)
+    assert [(part["confidence"], part["accuracy"], part["num"]) for part in row["reliability"]] == [
+        pytest.approx(values) for values in ((0.55, 0, 1), (0.62, 1, 1), (0.73, 0.5, 2), (0.8, 1, 1), (0.975, 0.5, 2))
+    ]
+
+
+def test_answers_without_probabilities_have_no_calibration() -> None:
+    row = score([prediction("yes", "yes")], ("no", "yes"))
+    assert (row["ece"], row["reliability"]) == (None, [])
