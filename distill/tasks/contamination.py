@@ -32,8 +32,9 @@ def overlaps(splits: Splits, n: int) -> list[Overlap]:
     others: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
     for split, examples in (("validation", splits.validation), ("test", splits.test)):
         for example in examples:
+            key = example.id, split  # the id is a hash of the question
             for ngram in _ngrams(example.question, n):
-                others[ngram][example.id, split] = None
+                others[ngram][key] = None
     return [overlap for example in splits.train for overlap in _of(example, n, others)]
 
 
@@ -61,7 +62,8 @@ def _of(example: Example, n: int, others: dict[str, dict[tuple[str, str], None]]
     for ngram in dict.fromkeys(_ngrams(example.question, n)):
         for other in others.get(ngram, ()):
             first.setdefault(other, ngram)
-    return [Overlap(example.id, other_id, split, ngram) for (other_id, split), ngram in first.items()]
+    train_id = example.id
+    return [Overlap(train_id, other_id, split, ngram) for (other_id, split), ngram in first.items()]
 
 
 def _ngrams(text: str, n: int) -> Iterator[str]:
