@@ -223,22 +223,26 @@ class _NearDuplicates:
     other. So, with entries in one order, both have one in common among their first |A| - ceil(t |A|) + 1: the prefix
     filter (Chaudhuri et al. 2006; Bayardo et al. 2007). In order of rarity few texts share one, and only these are
     compared, exactly.
+
+    MinHash with 128 permutations missed up to 1 pair in 50 even with an exact check of its candidates (datasketch 2.0,
+    which took 1.5 times as long, and rensa 0.5, which took a third of the time but missed 1 in 100 at 0.5).
     """
 
-    def __init__(self, texts: Iterable[str], similarity: float) -> None:
+    def __init__(self, texts: Sequence[str], similarity: float) -> None:
         self._similarity = similarity
-        self._frequency = Counter(shingle for text in texts for shingle in _shingles(text))
+        self._shingles = {text: _shingles(text) for text in texts}
+        self._frequency = Counter(shingle for text in texts for shingle in self._shingles[text])
         self._kept: dict[tuple[str, ...], list[tuple[str, Shingles]]] = defaultdict(list)
 
     def add(self, text: str, example_id: str) -> None:
-        """Keep a text."""
-        shingles = _shingles(text)
+        """Keep a text, one of those given at first."""
+        shingles = self._shingles[text]
         for shingle in self._rare(shingles):
             self._kept[shingle].append((example_id, shingles))
 
     def holds(self, text: str, example_id: str) -> bool:
         """Whether a text that is much like this one was kept for another example."""
-        mine = _shingles(text)
+        mine = self._shingles[text]
         return any(
             other_id != example_id and len(mine & others) / len(mine | others) >= self._similarity
             for shingle in self._rare(mine)
