@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,9 @@ class Material:
 
 
 def is_in_history() -> bool:
-    """Whether the repository holds the commit; a shallow clone and a source archive do not."""
+    """Whether git is here and the repository holds the commit; a shallow clone and a source archive do not."""
+    if shutil.which("git") is None:
+        return False
     done = subprocess.run(_git("cat-file", "-e", f"{COMMIT}^{{commit}}"), capture_output=True, check=False)
     return done.returncode == 0
 
