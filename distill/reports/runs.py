@@ -34,6 +34,7 @@ HOW = (
 PLACES = re.compile(r"(^|[._])(root|dir|path|files)$")
 TEACHING = ("teacher", "soft_teacher", "rationales", "cache")  # of no matter to who learns from labels alone
 COUNTED = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # the facts have these
+NULL = str(None)  # a setting without a value, flat
 SEEDS = re.compile(r"(?<!split_)seed$")
 
 Json = Mapping[str, Any]
