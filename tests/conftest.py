@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWar
 from distill.annotation.fill import Source, open_source  # noqa: E402
 from distill.app import config as configuration  # noqa: E402
 from distill.app.config import CONF  # noqa: E402
+from distill.app.moved import MOVED  # noqa: E402
 from distill.cache import uniforms  # noqa: E402
 from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
@@ -51,6 +52,7 @@ from distill.training.module import StudentModule  # noqa: E402
 
 LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32
+_BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
     "keep_layers": None,
     "freeze": [],
@@ -71,6 +73,13 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     configuration.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
+
+
+def as_before(value: Any) -> Any:
+    """A configuration under the names that its parts had before they moved."""
+    if isinstance(value, dict):
+        return {key: _BEFORE.get(v, v) if key == "_target_" else as_before(v) for key, v in value.items()}
+    return [as_before(item) for item in value] if isinstance(value, list) else value
 
 
 def conf_names(group: str) -> list[str]:

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distill.app import preemption
-from distill.app.config import CONF, register
+from distill.app.config import CONF, register, renamed
 from distill.app.console import visible
 from distill.app.overrides import check_command_line, check_processes
 from distill.errors import DistillError, OutOfMemoryError, PreemptedError
@@ -37,7 +37,7 @@ def command(name: str, work: Work) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             check_processes(config)
-            return work(config)
+            return work(renamed(config))
 
     register()
     if work.__module__ == "__main__":  # launchers send the job to other processes, where that is something else

@@ -20,8 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.app.console import say
 from distill.app.credentials import HIDDEN, READABLE, disclosures, is_readable, is_secret_name, looks_secret, texts
 from distill.app.files import is_url, whole_file
+from distill.app.moved import MOVED, current
 from distill.app.targets import nodes, problems_of
 from distill.errors import ConfigError, DistillError
 
@@ -53,6 +55,20 @@ def check(config: DictConfig) -> None:
         raise ConfigError(*problems)
 
 
+def renamed(config: DictConfig) -> DictConfig:
+    """The configuration with the present name of each part that has moved; a line says what is renamed where."""
+    given = OmegaConf.to_container(config, resolve=False)
+    moved = [(path, name) for path, node in nodes(given) if (name := str(node["_target_"])) in MOVED]
+    if not moved:
+        return config
+    for path, name in moved:
+        say(f"{path}._target_: {name} is now {MOVED[name]}")
+    present = OmegaConf.create(current(given))
+    assert isinstance(present, DictConfig)
+    OmegaConf.set_struct(present, bool(OmegaConf.is_struct(config)))
+    return present
+
+
 def build(node: DictConfig | None, **arguments: Any) -> Any:
     """Call what a node's `_target_` names with the node's values and `arguments`; no node builds None."""
     try:
@@ -72,7 +88,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def differences(config: DictConfig, path: Path, *, besides: tuple[str, ...]) -> list[str]:
     """What is not as in a configuration that was saved, in keys that are not below one of `besides`."""
-    left, right = (dict(_leaves(each)) for each in (yaml.safe_load(path.read_text()), plain(config)))
+    left, right = (dict(_leaves(each)) for each in (current(yaml.safe_load(path.read_text())), plain(config)))
     return [
         f"{key} was {left.get(key)!r} and is now {right.get(key)!r}"
         for key in sorted({*left, *right})

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.app.config import CONF, compose, run_name, walk
 from distill.app.credentials import READABLE, REMEDY, disclosures, is_readable, is_secret_name, looks_secret, texts
+from distill.app.moved import MOVED
 from distill.app.targets import suggest
 from distill.errors import ConfigError
 
@@ -165,6 +166,8 @@ def _check_hydra(path: str, text: str) -> list[str]:
     allowed = _ALLOWED_IN_HYDRA.get(path.rpartition(".")[2])
     if allowed and not text.startswith(allowed):
         return [f"{path}={text}: it is not from {', '.join(allowed)}"]
+    if allowed and text in MOVED:
+        return [f"{path}={text}: it is now {MOVED[text]}"]
     if path == "hydra.job.env_copy" and not is_readable(text):
         return [f"{path}: {text} would be written down; only {READABLE} may be copied"]
     if path == "hydra.sweep.subdir" and (Path(text).is_absolute() or ".." in Path(text).parts):

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from distill.app.console import visible
-from distill.reports.runs import SEEDS, Json, Run, number
+from distill.reports.runs import NULL, SEEDS, Json, Run, number
 from distill.reports.statistics import student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
@@ -152,7 +152,9 @@ def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
 def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     groups: dict[tuple[object, ...], dict[str, Run]] = {}
     for run in runs:
-        seeds = groups.setdefault((run.losses, *sorted(run.settings.items())), {})
+        # A setting that is null and one that an earlier version did not have are the same.
+        chosen = sorted(item for item in run.settings.items() if item[1] != NULL)
+        seeds = groups.setdefault((run.losses, *chosen), {})
         seed = run.seed.zfill(9)
         if seed in seeds:
             notes.append(f"{seeds[seed].folder} is left out: {run.folder} is a later run of the same seed")
@@ -190,7 +192,7 @@ def _told_apart(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
         differing = [
             f"{key}={visible(value, 24)}"
             for key, value in arm.settings.items()
-            if any(other.settings.get(key) != value for other in (arms if key in always else twins))
+            if any(other.settings.get(key, NULL) != value for other in (arms if key in always else twins))
         ]
         labelled.append(replace(arm, label=f"{arm.label} ({', '.join(differing[:5])})") if differing else arm)
     return labelled

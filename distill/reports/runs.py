@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from distill.app.console import visible
+from distill.app.moved import current
 from distill.errors import ConfigError
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
@@ -33,11 +34,12 @@ HOW = (
 PLACES = re.compile(r"(^|[._])(root|dir|path|files)$")
 TEACHING = ("teacher", "soft_teacher", "rationales", "cache")  # of no matter to who learns from labels alone
 COUNTED = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # the facts have these
+NULL = str(None)  # a setting without a value, flat
 SEEDS = re.compile(r"(?<!split_)seed$")
 
 Json = Mapping[str, Any]
 PARSERS: Mapping[str, Callable[[str], Iterable[object]]] = {
-    ".yaml": lambda text: [yaml.safe_load(text)],
+    ".yaml": lambda text: [current(yaml.safe_load(text))],
     ".json": lambda text: [json.loads(text)],
     ".jsonl": lambda text: (json.loads(line) for line in text.split("\n") if line.strip()),
     ".csv": lambda text: csv.DictReader(text.split("\n")),
@@ -169,7 +171,7 @@ def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
             items.append(item)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
-    except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
         problems.append(f"{path.name} is damaged after {len(items)} lines: {' '.join(str(error).split())}")
     return tuple(items)
 

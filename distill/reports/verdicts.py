@@ -16,7 +16,7 @@ import numpy as np
 
 from distill.app.console import visible
 from distill.reports.arms import BUDGET, COLUMNS, Arm, cell, group
-from distill.reports.runs import Run
+from distill.reports.runs import NULL, Run
 from distill.reports.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
 
 BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
@@ -148,7 +148,8 @@ def _contrasts(arms: Sequence[Arm], level: float, notes: list[str]) -> tuple[Con
     found = []
     for rival, arm in combinations((arm for arm in arms if arm.runs), 2):
         same = arm.losses == rival.losses and all(arm.settings[key] == rival.settings[key] for key in ("task", "test"))
-        chosen = [key for key in {**arm.choices, **rival.choices} if arm.choices.get(key) != rival.choices.get(key)]
+        ours, theirs = arm.choices, rival.choices
+        chosen = [key for key in {**ours, **theirs} if ours.get(key, NULL) != theirs.get(key, NULL)]
         if same and len({key.partition(".")[0] for key in chosen}) == 1:
             found.append((arm, rival, _choice(arm, rival, chosen)))
     if len(found) > MOST_CONTRASTS:

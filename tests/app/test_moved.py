@@ -1,0 +1,56 @@
+"""Configurations that name parts where they were before: taken as if they named the present place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from distill.app import config as configuration
+from distill.app.config import CONF
+from distill.app.moved import MOVED, current
+from distill.app.overrides import check_command_line
+from distill.app.targets import nodes
+from distill.errors import ConfigError
+from tests.conftest import as_before, compose
+
+
+def test_configurations_name_parts_where_they_are_defined() -> None:
+    files = [yaml.safe_load(path.read_text()) or {} for path in CONF.rglob("*.yaml")]
+    named = {str(node["_target_"]) for file in files for _, node in nodes(file)}
+    assert not named & set(MOVED)
+    assert set(MOVED.values()) <= named
+
+
+def test_only_targets_are_renamed_at_any_depth() -> None:
+    old, new = "distill.prompts.Layout", "distill.prompts.cues.Layout"
+    kept = {"name": old, "items": [old, None, 1], "part": {"_target_": ["no", "name"]}}
+    assert current({"a": [{"_target_": old, "b": kept}]}) == {"a": [{"_target_": new, "b": kept}]}
+
+
+def test_an_earlier_name_in_a_configuration_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose("task=arithmetic", "task.layout._target_=distill.prompts.Layout", "tracking=off")
+    now = configuration.renamed(config)
+    assert now == compose("task=arithmetic", "tracking=off")
+    assert OmegaConf.is_struct(now) == OmegaConf.is_struct(config)
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["task.layout._target_: distill.prompts.Layout is now distill.prompts.cues.Layout"]
+    assert configuration.renamed(now) is now
+    assert not capsys.readouterr().err
+
+
+def test_an_earlier_name_of_what_hydra_builds_is_refused_with_the_present_one() -> None:
+    with pytest.raises(ConfigError, match=r"distill\.report\.AfterSweep: .*distill\.reports\.after_sweep\.AfterSweep"):
+        check_command_line("train", ["hydra.callbacks.report._target_=distill.report.AfterSweep"])
+
+
+def test_a_saved_configuration_differs_by_no_name_that_has_moved(tmp_path: Path) -> None:
+    config = compose("task=arithmetic", "teacher.model=none")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(as_before(configuration.plain(config))))
+    assert saved.read_text().count("distill.prompts.Layout") == 1
+    assert configuration.differences(config, saved, besides=()) == []
+    config.batch_size += 1
+    assert len(configuration.differences(config, saved, besides=())) == 1

@@ -1,0 +1,144 @@
+"""What the version before the packages has saved still opens: runs, students, checkpoints, caches, configurations."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from distill.app.moved import MOVED
+from distill.app.targets import nodes
+from distill.reports.arms import group
+from distill.reports.runs import read_runs
+from distill.training.checkpoints import Checkpoints
+from tests.conftest import run
+from tests.system.earlier_version import COMMIT, REPOSITORY, Material, is_in_history, make
+
+needs_history = pytest.mark.skipif(
+    not is_in_history(), reason=f"this checkout's history does not hold commit {COMMIT[:7]}, whose code the test runs"
+)
+STEPS = "trainer.max_steps=3"
+
+
+def targets(text: str) -> list[str]:
+    """Names of this package's parts in a YAML text."""
+    return [
+        name for _, node in nodes(yaml.safe_load(text) or {}) if (name := str(node["_target_"])).startswith("distill.")
+    ]
+
+
+def locate(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@needs_history
+def test_whatever_the_earlier_configurations_name_is_found() -> None:
+    files = git("ls-tree", "-r", "--name-only", COMMIT, "conf/").split()
+    named = {name for path in files for name in targets(git("show", f"{COMMIT}:{path}"))}
+    assert len(named) > 20
+    for name in sorted(named):
+        part = locate(MOVED.get(name, name))
+        assert part.__name__ == name.rpartition(".")[2]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """A cache and two runs, made by the earlier version."""
+    return make(tmp_path_factory.mktemp("earlier"))
+
+
+@pytest.fixture(scope="module")
+def repeated(material: Material) -> Path:
+    """The finished run with another seed, by this version."""
+    folder = material.root / "runs" / "repeated"
+    done = run(material.root, *material.command(folder), STEPS, "seed=1")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_cache_is_learned_from_without_the_teacher(repeated: Path, material: Material) -> None:
+    folder = repeated
+    assert json.loads((folder / "run.json").read_text())["cache"]["num_annotated"] == 0
+    assert len(list((material.root / "cache").iterdir())) == 1
+    assert results(folder)["teacher"]["accuracy"] == results(material.finished)["teacher"]["accuracy"]
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_run_is_reported_in_one_arm_with_its_repetition(
+    repeated: Path, material: Material, tmp_path: Path
+) -> None:
+    runs = [material.finished, repeated]
+    done = run(tmp_path, f"runs=[{','.join(map(str, runs))}]", f"out={tmp_path / 'out'}", command="report")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
+    arms = group(read_runs(runs), [])
+    assert [(arm.kind, len(arm.rows)) for arm in arms if arm.kind == "distilled"] == [("distilled", 2)]
+    assert len([arm for arm in arms if arm.kind in ("teacher", "before")]) == 2
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_student_is_evaluated_as_it_was(material: Material, tmp_path: Path) -> None:
+    kept = [o for o in material.overrides if o.startswith(("task", "max_new_tokens"))]
+    named = ["task.layout._target_=distill.prompts.Layout", f"hydra.run.dir={tmp_path / 'out'}"]
+    done = run(tmp_path, f"model={material.finished / 'student'}", *kept, *named, command="evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "distill.prompts.Layout is now distill.prompts.cues.Layout" in done.stderr
+    row = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    before = results(material.finished)["student"]
+    for key in ("accuracy", "generated_accuracy", "num_examples", "parameters", "ece"):
+        assert row[key] == before[key], key
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_student_is_exported_with_its_questions(material: Material, tmp_path: Path) -> None:
+    to = tmp_path / "out"
+    done = run(tmp_path, f"run={material.finished}", f"to={to}", command="export")
+    assert done.returncode == 0, done.stderr
+    assert f"evaluates with lm-eval: cd {shlex.quote(str(to))}" in done.stdout
+    assert len((to / "lm_eval" / "distill_jsonl.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_run_that_ended_is_not_run_again(material: Material) -> None:
+    before = (material.finished / "run.json").read_bytes()
+    done = run(material.root, *material.command(material.finished), STEPS)
+    assert done.returncode == 0, done.stderr
+    assert "resume=never runs it again" in done.stderr
+    assert (material.finished / "run.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@needs_history
+def test_an_earlier_run_that_was_stopped_goes_on(material: Material) -> None:
+    newest = max((material.interrupted / "checkpoints").glob("step-*.ckpt"))
+    step = int(newest.stem.removeprefix("step-"))
+    # Lightning keeps a callback's state under the name of its class, and drops what it finds no callback for.
+    assert set(torch.load(newest, weights_only=True)["callbacks"]) == {Checkpoints.__qualname__}
+    done = run(material.root, *material.command(material.interrupted), f"trainer.max_steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert str(newest) in done.stderr
+    assert json.loads((material.interrupted / "run.json").read_text())["steps"] == step + 2
+    assert results(material.interrupted)["student"]["num_examples"] == 6
