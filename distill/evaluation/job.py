@@ -12,8 +12,7 @@ from distill.app.config import Config
 from distill.app.files import whole_file
 from distill.evaluation.evaluate import Evaluation, row_of, speeds
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.cues import build_prompts
 from distill.students.causal_lm import size_bytes
 from distill.tasks import Task
 
@@ -24,9 +23,7 @@ def evaluate(config: Config) -> float:
     loading.flush_denormals()
     folder = naming.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
-    layout, limits = configuration.build(config.task.layout), dict(config.prompt)
-    shots = list(task.shots())[: limits.pop("num_shots")]
-    prompts = Prompts(load_tokenizer(folder), layout, shots, **limits)
+    prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)

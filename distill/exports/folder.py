@@ -9,8 +9,7 @@ from pathlib import Path
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.exports.harness import HarnessTask, harness_task
-from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.cues import build_prompts
 from distill.records import Example
 from distill.reports.page import to_markdown
 from distill.reports.runs import Run, read_run
@@ -54,13 +53,7 @@ def _task(run: Run) -> HarnessTask:
         raise ConfigError("this student reasons before it answers, and the harness asks only once")
     if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
         raise ConfigError(*damaged)
-    prompts = Prompts(
-        load_tokenizer(run.folder / "student"),
-        configuration.build(config.task.layout),
-        (),
-        max_length=config.prompt.max_length,
-        too_long=config.prompt.too_long,
-    )
+    prompts = build_prompts(config, run.folder / "student")
     examples = [Example(row["question"], row["gold"]) for row in run.predictions]
     return harness_task(config.task.name, prompts, configuration.build(config.task.examples).choices, examples)
 
