@@ -52,7 +52,7 @@ class Evaluation:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         unasked = [index for index in range(len(examples)) if index not in questions]
-        found = {i: self._prediction(examples[i], teacher.get(examples[i].id), None, None) for i in unasked}
+        found = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in unasked}
         # Batches of like lengths have little padding.
         order = sorted(questions, key=lambda index: len(questions[index]))
         for start in range(0, len(order), _BATCH):
@@ -137,40 +137,13 @@ class Evaluation:
         kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
         return [
             replace(
-                self._prediction(example, annotation, best[k], answers[k]),
+                _prediction(self._task, example, best[k], answers[k], annotation),
                 choice_probabilities=probabilities[k],
                 kl=kls[k],
                 rationale=rationales[k],
             )
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
-
-    def _prediction(
-        self, example: Example, annotation: Annotation | None, answer: str | None, written: str | None
-    ) -> Prediction:
-        return Prediction(
-            example_id=example.id,
-            question=example.question,
-            gold=example.answer or "",
-            answer=answer,
-            written_answer=written,
-            is_correct=_is_same(self._task, answer, example.answer),
-            is_written_correct=_is_same(self._task, written, example.answer),
-            choice_probabilities=(),
-            kl=None,
-            **self._beside(answer, example, annotation),
-        )
-
-    def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
-        """What the teacher said to the same question, and how it compares."""
-        if annotation is None:
-            return {}
-        return {
-            "teacher_answer": annotation.answer,
-            "teacher_confidence": max(annotation.choice_probabilities, default=None),
-            "is_teacher_correct": _is_same(self._task, annotation.answer, example.answer),
-            "agrees": None if annotation.answer is None else _is_same(self._task, answer, annotation.answer),
-        }
 
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
         """The model's own reasoning, behind which its answer's likelihood is read."""
@@ -213,6 +186,34 @@ def _is_same(task: Task, left: str | None, right: str | None) -> bool:
     return left is not None and right is not None and task.value(left) == task.value(right)
 
 
+def _prediction(
+    task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
+) -> Prediction:
+    """An answer held against the gold one and, where there is an annotation, against the teacher's."""
+    return Prediction(
+        example_id=example.id,
+        question=example.question,
+        gold=example.answer or "",
+        answer=answer,
+        written_answer=written,
+        is_correct=_is_same(task, answer, example.answer),
+        is_written_correct=_is_same(task, written, example.answer),
+        choice_probabilities=(),
+        kl=None,
+        **(_beside(task, example, answer, annotation) if annotation else {}),
+    )
+
+
+def _beside(task: Task, example: Example, answer: str | None, annotation: Annotation) -> dict[str, Any]:
+    """The teacher's answer to the same question, and how it compares."""
+    return {
+        "teacher_answer": annotation.answer,
+        "teacher_confidence": max(annotation.choice_probabilities, default=None),
+        "is_teacher_correct": _is_same(task, annotation.answer, example.answer),
+        "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
+    }
+
+
 def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
     """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     if target is None or target.soft is None:
@@ -250,19 +251,13 @@ def teacher_row(
 ) -> dict[str, Any]:
     """The teacher's row, from its answers in the cache and what annotating cost; without a folder it is not here."""
     predictions = [
-        Prediction(
-            example_id=example.id,
-            question=example.question,
-            gold=example.answer or "",
-            answer=annotations[example.id].answer,
-            written_answer=None,
-            is_correct=_is_same(task, annotations[example.id].answer, example.answer),
+        replace(
+            _prediction(task, example, annotation.answer, None),
             is_written_correct=None,
-            choice_probabilities=annotations[example.id].choice_probabilities,
-            kl=None,
+            choice_probabilities=annotation.choice_probabilities,
         )
         for example in examples
-        if example.id in annotations
+        if (annotation := annotations.get(example.id))
     ]
     costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
     cost: dict[str, Any] = costs[-1] if costs and folder else {}
