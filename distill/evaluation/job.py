@@ -10,7 +10,7 @@ import torch
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import whole_file
-from distill.evaluation.evaluate import Evaluation, row_of, speeds
+from distill.evaluation.answers import Evaluation, row_of, speeds
 from distill.models import loading, naming
 from distill.prompts.cues import build_prompts
 from distill.students.causal_lm import size_bytes

@@ -24,7 +24,7 @@ from distill.app.files import whole_file
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
-from distill.evaluation.evaluate import Evaluation, row_of, speeds, teacher_row
+from distill.evaluation.answers import Evaluation, row_of, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, prepare, teach
 from distill.lessons.join import Records
 from distill.records import Annotation, Example, Span
