@@ -13,8 +13,9 @@ from distill.app.config import Config
 
 def main(config: Config) -> None:
     """Report on run folders, print the tables and say where the page is."""
-    from distill.reports.page import to_text, write_report
+    from distill.reports.page import write_report
     from distill.reports.runs import find_runs, mapping
+    from distill.reports.text import to_text
 
     configuration.check(config)
     named = [config.runs] if isinstance(config.runs, str) else list(config.runs)

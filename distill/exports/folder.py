@@ -11,8 +11,8 @@ from distill.errors import ConfigError
 from distill.exports.harness import HarnessTask, harness_task
 from distill.prompts.cues import build_prompts
 from distill.records import Example
-from distill.reports.page import to_markdown
 from distill.reports.runs import Run, read_run
+from distill.reports.text import to_markdown
 from distill.reports.verdicts import summarise
 
 _HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation]\n---\n\n"

@@ -10,8 +10,9 @@ from hydra.experimental.callback import Callback
 
 from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.reports.page import to_text, write_report
+from distill.reports.page import write_report
 from distill.reports.runs import find_runs
+from distill.reports.text import to_text
 
 
 class AfterSweep(Callback):

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.reports import page as report
+from distill.reports.runs import read_run
+from distill.reports.verdicts import Summary, summarise
 
 Make = Callable[..., Path]
 
@@ -171,9 +172,9 @@ def make_run(tmp_path: Path) -> Make:
     return lambda *values, **more: write_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", *values, **more)
 
 
-def summary_of(*folders: Path) -> report.Summary:
+def summary_of(*folders: Path) -> Summary:
     """Read and summarise."""
-    return report.summarise([report.read_run(folder) for folder in folders])
+    return summarise([read_run(folder) for folder in folders])
 
 
 class Page(HTMLParser):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.reports import page as report
+from distill.reports.arms import COLUMNS, cell
 from tests.reports.conftest import PLAIN, Make, summary_of
 
 
@@ -21,13 +21,13 @@ def test_interval_over_seeds_joins_test_sampling_and_seeds(make_run: Make) -> No
     assert arm.stat("accuracy") == pytest.approx((0.74, 0.04))
     assert arm.interval == pytest.approx((0.74 - half, 0.74 + half), abs=1e-5)
     assert len(summary.seeds) == 3
-    assert report.cell(arm, report.COLUMNS[0]) == "74.0 ± 4.0 % [63.3, 84.7]"
+    assert cell(arm, COLUMNS[0]) == "74.0 ± 4.0 % [63.3, 84.7]"
 
 
 def test_one_seed_keeps_the_interval_that_evaluation_wrote(make_run: Make) -> None:
     summary = summary_of(make_run(student={"interval": [0.61, 0.83]}))
     assert summary.arms[-1].interval == (0.61, 0.83)
-    assert report.cell(summary.arms[-1], report.COLUMNS[0]) == "74.0 % [61.0, 83.0]"
+    assert cell(summary.arms[-1], COLUMNS[0]) == "74.0 % [61.0, 83.0]"
 
 
 def test_rows_come_in_order_with_the_baseline_above_the_distilled(make_run: Make) -> None:

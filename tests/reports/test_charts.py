@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from distill.reports import charts
-from distill.reports import page as report
+from distill.reports.costs import cost
+from distill.reports.page import to_html
+from distill.reports.text import to_text
 from tests.reports.conftest import Make, Page, summary_of
 
 
@@ -17,7 +19,7 @@ def test_arms_that_differ_in_the_number_of_labels_make_a_curve_and_enough_of_the
     def sweep(labelled: tuple[int, ...]) -> str:
         counts = [{"train": n + 1600, "labelled": n, "test": 500} for n in labelled]
         folders = [make_run(("kl",), 1 - 0.5 * n**-0.2, counts=part) for n, part in zip(labelled, counts, strict=True)]
-        return Page(report.to_html(summary_of(*folders))).text
+        return Page(to_html(summary_of(*folders))).text
 
     assert "x-0.200, exponent [-0.200, -0.200]" in sweep((10, 100, 1000))
     assert "too few distinct values for a power law" in sweep((10, 100))
@@ -30,7 +32,7 @@ def test_arms_that_differ_in_unlabelled_examples_are_not_seeds_of_one_arm_but_ba
     summary = summary_of(*folders, *(make_run(("kl",), 0.8, seed, counts=part) for seed, part in enumerate(counts)))
     assert [len(arm.rows) for arm in summary.trained] == [2, 1, 1]
     assert [arm.label for arm in summary.trained[1:]] == ["kl (unlabelled=400)", "kl (unlabelled=1600)"]
-    assert "unlabelled examples" in Page(report.to_html(summary)).text
+    assert "unlabelled examples" in Page(to_html(summary)).text
 
 
 def test_what_a_sweep_varied_is_told_by_what_it_explains(make_run: Make) -> None:
@@ -52,13 +54,13 @@ def test_what_a_sweep_varied_is_told_by_what_it_explains(make_run: Make) -> None
         str(weight): pytest.approx([0.6 + weight / 10 + bonus for bonus in (0, 0, 0.01, 0.01)])
         for weight in (0.5, 1.0, 2.0)
     }
-    html = report.to_html(summary)
+    html = to_html(summary)
     drawn = html.partition("<h2>What mattered</h2>")[2].partition("</section>")[0]
     assert drawn.count('<circle class="hollow"') == 12 + 3 * 13
     for chart in re.findall(r"<svg.*?</svg>", drawn, flags=re.DOTALL):
         ElementTree.fromstring(chart)
     said = "What mattered, as a share of the variance of accuracy between runs: loss.kl.weight 99 %, "
-    assert said in " ".join(report.to_text(summary).split())
+    assert said in " ".join(to_text(summary).split())
 
 
 def test_numbers_that_a_search_drew_are_compared_by_thirds(make_run: Make) -> None:
@@ -77,7 +79,7 @@ def test_numbers_that_a_search_drew_are_compared_by_thirds(make_run: Make) -> No
 def test_losses_and_seeds_alone_are_no_settings_to_tell(make_run: Make) -> None:
     folders = [make_run(losses, 0.7, seed) for losses in (("answer",), ("answer", "kl")) for seed in (0, 1)]
     assert charts.effects(summary_of(*folders).trained) == []
-    assert "What mattered" not in report.to_html(summary_of(*folders))
+    assert "What mattered" not in to_html(summary_of(*folders))
 
 
 def test_arms_are_chosen_by_accuracy_size_latency_and_cost_of_making(make_run: Make) -> None:
@@ -89,7 +91,7 @@ def test_arms_are_chosen_by_accuracy_size_latency_and_cost_of_making(make_run: M
         make_run(("answer", "rationale"), 0.65, cache={"annotation_seconds": 0.0}, seconds=seconds | {"train": 90.0}),
     ]
     summary = summary_of(*folders)
-    making = [report.cost(arm, {}).making if arm.runs else None for arm in summary.arms]
+    making = [cost(arm, {}).making if arm.runs else None for arm in summary.arms]
     assert making == [None, None, 200.0, pytest.approx(183.4), 90.0]
     chosen = dict(zip((arm.label for arm in summary.arms), charts.unbeaten(summary.arms, making), strict=True))
     assert [label for label, is_chosen in chosen.items() if is_chosen][-2:] == ["answer + kl", "answer + rationale"]

@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from distill.reports import page as report
+from distill.reports.page import to_html
 from distill.reports.statistics import family_level, paired_interval
+from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import PLAIN, Make, Page, summary_of
 
 
@@ -37,7 +38,7 @@ def test_arms_that_are_one_choice_apart_are_held_against_each_other(make_run: Ma
     assert contrast.difference.points == pytest.approx(100 * wanted.estimate) == pytest.approx(10)
     assert contrast.difference.ends == pytest.approx((100 * wanted.low, 100 * wanted.high))
     assert contrast.difference.status == "better"
-    for text in (report.to_text(summary), report.to_markdown(summary), Page(report.to_html(summary)).text):
+    for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text):
         assert "one choice apart" in text
         assert "97.5 % interval" in text
         assert contrast.choice in re.sub(r"[\\\s]+", " ", text).replace(" _", "_").replace(" =", "=")
@@ -47,7 +48,7 @@ def test_a_verdict_is_told_to_its_end_however_long_its_arms_are_called(make_run:
     named = {f"setting_{k}": f"a rather long value {k}" for k in range(5)}
     rationales = [{name: f"{value} {end}" for name, value in named.items()} for end in ("a", "b")]
     summary = summary_of(make_run(("answer",)), *(make_run(config={"rationales": each}) for each in rationales))
-    page = Page(report.to_html(summary)).text
+    page = Page(to_html(summary)).text
     for verdict in summary.verdicts:
         assert len(verdict.sentence) > 500
         assert verdict.sentence in page
@@ -58,4 +59,4 @@ def test_a_sweep_of_many_choices_is_not_taken_apart_pair_by_pair(make_run: Make)
     assert len(summary_of(*folders[:8]).contrasts) == 28
     summary = summary_of(*folders)
     assert summary.contrasts == ()
-    assert "36 pairs of arms are one choice apart: too many to be held against each other." in report.to_text(summary)
+    assert "36 pairs of arms are one choice apart: too many to be held against each other." in to_text(summary)

@@ -7,7 +7,10 @@ import re
 
 import pytest
 
-from distill.reports import page as report
+from distill.reports.page import to_html
+from distill.reports.tables import tables
+from distill.reports.text import to_markdown, to_text
+from distill.reports.verdicts import Summary
 from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, with_latency
 
 
@@ -17,7 +20,7 @@ def test_costs_and_break_even_are_those_of_the_prices(make_run: Make) -> None:
     prices = {"price_per_hour": 1, "watts": 500, "price_per_kwh": 2, "currency": "EUR", "requests_per_day": 1000}
     config = {"cost": prices | {"teacher_price_per_1000": 0.01}}
     summary = summary_of(make_run(("answer",), config=config), make_run(config=config, student=with_latency(3.0)))
-    baseline, distilled = report.tables(summary)["cost"]
+    baseline, distilled = tables(summary)["cost"]
     making = 174.5 / 3600 * 2
     saved = 0.01 / 1000 - 0.003 / 3600 * 2
     assert distilled["making"] == pytest.approx(making)
@@ -25,21 +28,21 @@ def test_costs_and_break_even_are_those_of_the_prices(make_run: Make) -> None:
     assert distilled["break_even_requests"] == pytest.approx(making / saved)
     assert distilled["break_even_days"] == pytest.approx(making / saved / 1000)
     assert baseline["annotation_seconds"] == 0
-    assert f"{math.ceil(making / saved):,} (" in " ".join(report.to_text(summary).split())
+    assert f"{math.ceil(making / saved):,} (" in " ".join(to_text(summary).split())
 
 
 def test_without_prices_costs_are_seconds_of_the_machine(make_run: Make) -> None:
     summary = summary_of(make_run(student=with_latency(2.0)))
-    (cost,) = report.tables(summary)["cost"]
+    (cost,) = tables(summary)["cost"]
     assert cost["unit"] == "machine seconds"
     assert cost["making"] == pytest.approx(174.5)
     assert cost["break_even_requests"] == pytest.approx(174.5 / (0.012 - 0.002))
-    assert "machine seconds" in Page(report.to_html(summary)).text
+    assert "machine seconds" in Page(to_html(summary)).text
 
 
 def test_prices_that_are_given_go_before_those_of_the_run(make_run: Make) -> None:
     summary = summary_of(make_run(config={"cost": {"price_per_hour": 1, "currency": "EUR"}}))
-    (cost,) = report.tables(summary, {"price_per_hour": 7.2, "currency": None})["cost"]
+    (cost,) = tables(summary, {"price_per_hour": 7.2, "currency": None})["cost"]
     assert (cost["unit"], cost["making"]) == ("EUR", pytest.approx(174.5 * 0.002))
 
 
@@ -51,9 +54,9 @@ def test_a_student_that_is_not_cheaper_never_pays_back_and_what_is_missing_was_n
     assert cost_cells(unmeasured) == ["answer + kl + rationale", "2.1 min", no, no, no, no, "12", no]
 
 
-def cost_cells(summary: report.Summary) -> list[str]:
+def cost_cells(summary: Summary) -> list[str]:
     """The last line of the table of costs."""
-    lines = [line for line in report.to_markdown(summary).split("## Cost and data")[1].splitlines() if "|" in line]
+    lines = [line for line in to_markdown(summary).split("## Cost and data")[1].splitlines() if "|" in line]
     return [text.strip() for text in lines[-1].strip("|").split("|")]
 
 
@@ -65,13 +68,13 @@ def test_yield_contamination_and_checks_are_told(make_run: Make) -> None:
         {"check": "peak", "passed": None, "found": None, "wanted": None, "remedy": None},
     ]
     summary = summary_of(make_run(contamination={"n": 8, "found": found, "num_dropped": 5}, preflight=checks))
-    text, page = " ".join(report.to_text(summary).split()), " ".join(Page(report.to_html(summary)).text.split())
+    text, page = " ".join(to_text(summary).split()), " ".join(Page(to_html(summary)).text.split())
     assert "150 of 193 kept (78 %); rejected: disagrees 40, truncated 3." in text
     for shown in (text, page):
         assert "Contamination: 1 training questions share 8 words in a row with validation or test; 5 of" in shown
     for shown in ("1 example of training that shares text", "b2", "✓ yes", "✗ no", "Take another.", "not measured"):
         assert shown in page
-    nothing = Page(report.to_html(summary_of(make_run(counts={"test": 500})))).text
+    nothing = Page(to_html(summary_of(make_run(counts={"test": 500})))).text
     for shown in ("Contamination: not measured", "Yield of rationales: not measured", "Peak memory: not measured"):
         assert shown in nothing
 
@@ -79,7 +82,7 @@ def test_yield_contamination_and_checks_are_told(make_run: Make) -> None:
 def test_a_card_of_data_names_the_runs_that_it_is_of(make_run: Make) -> None:
     few, many = ({"train": n + 400, "labelled": n, "test": 500} for n in (100, 200))
     folders = [make_run(("kl",), seed=0, counts=few), make_run(("kl",), seed=1, counts=few), make_run(counts=many)]
-    page = report.to_html(summary_of(*folders))
+    page = to_html(summary_of(*folders))
     titles = [title for title in re.findall(r"<h3>(.*?)</h3>", page) if "seed" in title]
     assert titles == ["kl-seed0, kl-seed1", "answer+kl+rationale-seed0"]
 
@@ -88,7 +91,7 @@ def test_tables_are_plain_rows_of_the_same_keys(make_run: Make) -> None:
     told = [line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))]
     others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
     summary = summary_of(*others, make_run(("kl",), 0.8, predictions=told, config={"order": "shuffled"}))
-    found = report.tables(summary)
+    found = tables(summary)
     assert set(found) == {"differences", "contrasts", "comparison", "cost", "by_confidence", "yield"}
     for rows in found.values():
         assert rows

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from distill.reports import page as report
+from distill.reports.page import write_report
 from tests.reports.conftest import HOSTILE, answers, lesson, write_run
 
 PATH = next(
@@ -182,7 +182,7 @@ def sweep(root: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sweep")
-    report.write_report(sweep(root), root / "out")
+    write_report(sweep(root), root / "out")
     return root / "out" / "report.html"
 
 

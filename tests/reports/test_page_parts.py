@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from distill.errors import ConfigError
-from distill.reports import page as report
 from distill.reports import runs
+from distill.reports.page import to_html, write_report
+from distill.reports.samples import outcomes, reasoning
+from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import HOSTILE, Make, Page, lesson, prediction, summary_of
 
 
@@ -19,9 +21,9 @@ from tests.reports.conftest import HOSTILE, Make, Page, lesson, prediction, summ
 def test_a_missing_file_is_reported_and_never_fatal(make_run: Make, name: str) -> None:
     whole = make_run(("answer",))
     summary = summary_of(whole, make_run(without=(name,)))
-    page = Page(report.to_html(summary)).text
+    page = Page(to_html(summary)).text
     assert f"{name} is missing" in page
-    assert f"{name} is missing" in report.to_text(summary)
+    assert f"{name} is missing" in to_text(summary)
     assert bool(summary.verdicts) == (name not in ("run.json", "results.json"))
     assert ("is incomplete" in page) == (name in ("run.json", "results.json"))
 
@@ -32,14 +34,14 @@ def test_a_file_cut_off_in_the_middle_is_reported_and_never_fatal(make_run: Make
     text = "a: [1, 2" if name == "config.yaml" else (folder / name).read_text()[:-9]
     (folder / name).write_text(text)
     summary = summary_of(folder)
-    assert f"{name} is damaged" in report.to_text(summary)
-    assert report.to_html(summary)
+    assert f"{name} is damaged" in to_text(summary)
+    assert to_html(summary)
 
 
 def test_a_report_on_nothing_but_interrupted_runs_can_be_made(make_run: Make) -> None:
     summary = summary_of(make_run(without=("results.json", "metrics.csv", "predictions.jsonl", "rejected.jsonl")))
-    assert "nothing to judge" in report.to_html(summary)
-    assert "nothing to judge" in report.to_text(summary)
+    assert "nothing to judge" in to_html(summary)
+    assert "nothing to judge" in to_text(summary)
 
 
 def test_folders_that_are_no_runs_are_all_named(make_run: Make, tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_folders_that_are_no_runs_are_all_named(make_run: Make, tmp_path: Path) 
     other.mkdir()
     (other / "notes.txt").write_text("hello")
     with pytest.raises(ConfigError) as caught:
-        report.write_report([make_run(), empty, other, tmp_path / "absent"], tmp_path / "out")
+        write_report([make_run(), empty, other, tmp_path / "absent"], tmp_path / "out")
     assert len(caught.value.problems) == 3
     for problem, found in zip(caught.value.problems, ("an empty folder", "notes.txt", "no such folder"), strict=True):
         assert found in problem
@@ -56,22 +58,22 @@ def test_folders_that_are_no_runs_are_all_named(make_run: Make, tmp_path: Path) 
         assert "runs=[dir,dir,...]" in problem
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no run folder was given"):
-        report.write_report([], tmp_path / "out")
+        write_report([], tmp_path / "out")
 
 
 def test_write_report_leaves_two_whole_files_and_nothing_else(make_run: Make, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     folders = [make_run(("answer",)), make_run(accuracy=0.9)]
-    report.write_report(folders, out)
+    write_report(folders, out)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
-    summary = report.write_report([*folders, folders[0]], out)
+    summary = write_report([*folders, folders[0]], out)
     assert sorted(first) == ["report.html", "report.md"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
     assert len(summary.runs) == 2
 
 
 def test_page_is_self_contained_and_its_charts_are_well_formed(make_run: Make) -> None:
-    html = report.to_html(summary_of(make_run(("answer",)), make_run(accuracy=0.9), make_run(accuracy=0.88, seed=1)))
+    html = to_html(summary_of(make_run(("answer",)), make_run(accuracy=0.9), make_run(accuracy=0.88, seed=1)))
     page = Page(html)
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert page.links == []
@@ -105,7 +107,7 @@ def test_hostile_text_stays_text_everywhere(make_run: Make) -> None:
     )
     (folder / "rejected.jsonl").write_text(json.dumps({"id": HOSTILE, "reason": HOSTILE, "text": HOSTILE}) + "\n{oops")
     summary = summary_of(folder, make_run(("answer",), task=HOSTILE))
-    html, text, markdown = report.to_html(summary), report.to_text(summary), report.to_markdown(summary)
+    html, text, markdown = to_html(summary), to_text(summary), to_markdown(summary)
     assert "script" not in Page(html).tags
     assert "<script>alert(1)</script> ⟨U+001B⟩[31mred⟨U+001B⟩[0m ⟨U+202E⟩right-to-left ⟨U+D800⟩" in Page(html).text
     for output in (html, text, markdown):
@@ -117,7 +119,7 @@ def test_hostile_text_stays_text_everywhere(make_run: Make) -> None:
 
 def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> None:
     long = prediction(1, True, True) | {"question": "x" * 800}
-    html = report.to_html(summary_of(make_run(predictions=[long])))
+    html = to_html(summary_of(make_run(predictions=[long])))
     assert "x" * 500 + "… (300 more)" in html
     assert "x" * 501 not in html
 
@@ -125,7 +127,7 @@ def test_text_is_cut_at_500_characters_and_says_by_how_much(make_run: Make) -> N
 def test_samples_are_where_student_and_teacher_part_and_where_both_fail(make_run: Make) -> None:
     items = [prediction(k, k > 1, k % 10 > 0) for k in range(100)]
     folder = make_run(predictions=items[::-1])
-    run, groups = report.outcomes(summary_of(folder))
+    run, groups = outcomes(summary_of(folder))
     # Gold is "positive": the teacher is wrong where it agrees with a wrong student, and where it does not with a right.
     assert run == runs.read_run(folder)
     assert [(group.num, [item["id"][-2:] for item in group.shown]) for group in groups] == [
@@ -133,7 +135,7 @@ def test_samples_are_where_student_and_teacher_part_and_where_both_fail(make_run
         (1, ["00"]),
         (1, ["01"]),
     ]
-    page = " ".join(Page(report.to_html(summary_of(folder))).text.split())
+    page = " ".join(Page(to_html(summary_of(folder))).text.split())
     for text in ("Student right, teacher wrong: 9 of 100", "Teacher right, student wrong: 1", "Both wrong: 1"):
         assert text in page
 
@@ -150,14 +152,14 @@ def test_rationales_pass_the_filters_of_their_answer_and_of_their_fate(make_run:
     told = [lesson(100, "positive", None), lesson(101, "negative", "disagrees"), lesson(102, "positive", HOSTILE)]
     folder = make_run(predictions=[prediction(k, k < 20, True) for k in range(30)], rationales=told)
     summary = summary_of(folder)
-    filters, shown = report.reasoning(summary)
+    filters, shown = reasoning(summary)
     assert filters == ["right", "wrong", "kept", f"rejected: {HOSTILE}", "rejected: disagrees"]
     fates = {line["id"]: marks for marks, line in shown}
     assert fates[told[0]["id"]] == ["right", "kept"]
     assert fates[told[1]["id"]] == ["wrong", "rejected: disagrees"]
     assert sum(marks == ["right"] for marks in fates.values()) == 12  # of twenty
     assert sum(marks == ["wrong"] for marks in fates.values()) == 10
-    html = report.to_html(summary)
+    html = to_html(summary)
     assert "script" not in Page(html).tags
     assert html.count('type="radio"') == 1 + len(filters)
     kept = filters.index("kept")

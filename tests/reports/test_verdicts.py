@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.reports import page as report
+from distill.reports.page import to_html
 from distill.reports.statistics import detectable, family_level, paired_interval
+from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import Make, Page, answers, prediction, shuffled, summary_of
 
 
@@ -110,8 +111,8 @@ def test_soft_targets_are_also_set_against_hard_labels_of_the_same_teacher(make_
     assert soft.points == pytest.approx(15)
     assert soft.beside is not None
     assert soft.beside.points == pytest.approx(5)
-    assert "+5.0 [" in report.to_text(summary_of(*folders))
-    assert "over hard labels" in Page(report.to_html(summary_of(*folders))).text
+    assert "+5.0 [" in to_text(summary_of(*folders))
+    assert "over hard labels" in Page(to_html(summary_of(*folders))).text
 
 
 def test_hard_labels_of_another_budget_are_no_rival(make_run: Make) -> None:
@@ -148,10 +149,10 @@ def test_seeds_that_draw_their_own_start_are_one_arm_and_are_compared(make_run: 
 def test_verdict_without_baseline_names_the_command(make_run: Make) -> None:
     summary = summary_of(make_run())
     assert summary.verdicts[0].status == "no baseline"
-    for text in (report.to_text(summary), Page(report.to_html(summary)).text):
+    for text in (to_text(summary), Page(to_html(summary)).text):
         assert "not run" in text
         assert "python -m distill.train 'loss=[answer]'" in " ".join(text.split())
-    assert "not run" in report.to_markdown(summary)
+    assert "not run" in to_markdown(summary)
 
 
 @pytest.mark.parametrize(
