@@ -1,4 +1,4 @@
-"""The report as one HTML page, written beside its Markdown."""
+"""The report as one HTML page, written together with its Markdown."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from distill.reports.tables import (
     difference_titles,
     short,
 )
-from distill.reports.text import MOST_OF_A_SENTENCE, to_markdown
+from distill.reports.text import MAX_SENTENCE, to_markdown
 from distill.reports.verdicts import BASELINE_COMMAND, Summary, summarise
 
 
-class Whole(str):
-    """A sentence of the report's own, of which the page leaves nothing out."""
+class Uncut(str):
+    """A sentence of the report that the page does not cut to 500 characters."""
 
     __slots__ = ()
 
 
 def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
-    """One page that needs no network; all text is escaped and made visible, all but verdicts cut to 500 characters."""
+    """Render one page that needs no network; text is escaped and made visible, and cut except for verdicts."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
@@ -46,21 +46,21 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     run, groups = outcomes(summary)
     filters, rationales = reasoning(summary)
     costs = [cost(arm, given) for arm in summary.trained]
-    making = [cost(arm, given).making if arm.runs else None for arm in summary.arms]
-    drawn = {
+    totals = [cost(arm, given).total if arm.runs else None for arm in summary.arms]
+    charted = {
         "costs": costs,
         "yields": yields(summary.trained),
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),
-        "fronts": fronts(summary.arms, making, " and ".join(dict.fromkeys(part.unit for part in costs))),
-        "unbeaten": unbeaten(summary.arms, making),
+        "fronts": fronts(summary.arms, totals, " and ".join(dict.fromkeys(part.unit for part in costs))),
+        "unbeaten": unbeaten(summary.arms, totals),
         "effects": effects(summary.trained),
     }
     shown = {"sampled": run, "outcomes": groups, "filters": filters, "rationales": rationales, "nothing": NOTHING}
     names = {"cell": cell, "columns": columns(summary), "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}
     texts = {"cost_titles": COST_TITLES, "cost_row": cost_row, "cost_note": cost_note, "difference_row": difference_row}
     texts |= {"contrast_titles": contrast_titles, "contrast_row": contrast_row}
-    texts |= {"whole": lambda text: Whole(visible(text, MOST_OF_A_SENTENCE))}
+    texts |= {"uncut": lambda text: Uncut(visible(text, MAX_SENTENCE))}
     lines = {"titles": difference_titles(summary), "contamination": contamination_lines(summary.runs)}
     plain = {
         "flatten": flatten,
@@ -71,15 +71,15 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
         "short": short,
     }
     page = pages.get_template("report.html.j2")
-    return page.render(summary=summary, **drawn, **shown, **names, **texts, **lines, **plain)
+    return page.render(summary=summary, **charted, **shown, **names, **texts, **lines, **plain)
 
 
 def write_report(
     run_dirs: Sequence[str | Path], out_dir: str | Path, *, level: float = 0.95, given: Json = NO_PRICES
 ) -> Summary:
-    """Write report.html and report.md, each whole or not at all; ConfigError lists every unfit folder.
+    """Write report.html and report.md, each atomically; raises ConfigError that lists every folder without a run.
 
-    `level` is that of all verdicts together; prices that are `given` go before those of the runs.
+    `level` applies to all verdicts together; prices in `given` override those of the runs.
     """
     summary = summarise(read_runs(run_dirs), level)
     for name, text in (("report.html", to_html(summary, given)), ("report.md", to_markdown(summary, given))):

@@ -18,21 +18,21 @@ COST_TITLES = (
     "annotate",
     "train",
     "evaluate",
-    "making",
-    "1000 requests",
-    "to teacher",
-    "paid back after",
+    "total",
+    "1000 to student",
+    "1000 to teacher",
+    "breaks even after",
 )
 
 
 def columns(summary: Summary) -> tuple[Column, ...]:
-    """The columns of the results; the peak of memory where it was measured."""
+    """Return the columns of the results, with peak memory if it was measured."""
     is_measured = any(not math.isnan(arm.stat(PEAK.key).mean) for arm in summary.arms)
     return (*COLUMNS, PEAK) if is_measured else COLUMNS
 
 
 def difference_titles(summary: Summary) -> list[str]:
-    """Headings of the table of differences, which name the level."""
+    """Return the headings of the table of differences; they name the level."""
     return [
         "arm",
         "points",
@@ -44,44 +44,50 @@ def difference_titles(summary: Summary) -> list[str]:
 
 
 def difference_row(verdict: Verdict) -> list[str]:
-    """The cells of one line of the table of differences."""
-    difference, beside = verdict.difference, verdict.beside
+    """Return the cells of a line of the table of differences."""
+    difference, over_hard = verdict.difference, verdict.over_hard_labels
     if difference is None:
         return [verdict.arm.label, "-", "-", "-", "-", verdict.status]
-    share = share_text(difference) if difference.share or not difference.has_teacher else "none to recover"
-    return [verdict.arm.label, *_apart(difference), share, " ".join(_apart(beside)) if beside else "-", verdict.status]
+    share = share_text(difference) if difference.share or not difference.has_teacher else "no advantage"
+    hard_labels = " ".join(_points_cells(over_hard)) if over_hard else "-"
+    return [verdict.arm.label, *_points_cells(difference), share, hard_labels, verdict.status]
 
 
 def contrast_titles(summary: Summary) -> list[str]:
-    """Headings of the table of arms that are one choice apart."""
-    return ["one choice apart", "points", _interval_title([each.difference for each in summary.contrasts]), "verdict"]
+    """Return the headings of the table of contrasts."""
+    return [
+        "changed setting",
+        "points",
+        _interval_title([contrast.difference for contrast in summary.contrasts]),
+        "verdict",
+    ]
 
 
 def contrast_row(contrast: Contrast) -> list[str]:
-    """The cells of one line of the table of arms that are one choice apart."""
+    """Return the cells of a line of the table of contrasts."""
     difference = contrast.difference
-    return [f"{contrast.losses}: {contrast.choice}", *_apart(difference), difference.status]
+    return [f"{contrast.losses}: {contrast.change}", *_points_cells(difference), difference.status]
 
 
-def _apart(difference: Difference) -> tuple[str, str]:
+def _points_cells(difference: Difference) -> tuple[str, str]:
     ends = difference.ends
     return f"{difference.points:+.1f}", f"[{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "not paired"
 
 
-def _interval_title(found: Sequence[Difference]) -> str:
-    levels = {f"{100 * difference.level:.3g} %" for difference in found}
+def _interval_title(differences: Sequence[Difference]) -> str:
+    levels = {f"{100 * difference.level:.3g} %" for difference in differences}
     return f"{'/'.join(sorted(levels)) or '95 %'} interval"
 
 
-def cost_row(part: Cost) -> list[str]:
-    """The cells of one line of the table of costs."""
-    work = map(duration, (part.annotation_seconds, part.training_seconds, part.evaluation_seconds))
-    paid = map(money, (part.making, part.student_per_1000, part.teacher_per_1000))
-    return [part.arm.label, *work, *paid, break_even_text(part)]
+def cost_row(arm_cost: Cost) -> list[str]:
+    """Return the cells of a line of the table of costs."""
+    times = map(duration, (arm_cost.annotation_seconds, arm_cost.training_seconds, arm_cost.evaluation_seconds))
+    amounts = map(money, (arm_cost.total, arm_cost.student_per_1000, arm_cost.teacher_per_1000))
+    return [arm_cost.arm.label, *times, *amounts, break_even_text(arm_cost)]
 
 
 def duration(seconds: float | None) -> str:
-    """Hours, or what is at least one of minutes and seconds."""
+    """Format a time in the largest of hours, minutes and seconds that is at least 1."""
     if seconds is None:
         return "not measured"
     size, unit = next((part for part in COLUMNS[-1].units if seconds >= part[0]), (1.0, " s"))
@@ -89,18 +95,18 @@ def duration(seconds: float | None) -> str:
 
 
 def money(amount: float | None) -> str:
-    """An amount, to three digits where it is small."""
+    """Format an amount, with three significant digits below 100."""
     return "not measured" if amount is None else f"{amount:,.3g}" if amount < 100 else f"{amount:,.0f}"
 
 
 def short(value: int | float) -> str:
-    """A number at an axis: 1600 is 1.6k."""
+    """Format a number at an axis: 1600 as 1.6k."""
     size, unit = next((part for part in COLUMNS[5].units if abs(value) >= part[0]), (1.0, ""))
     return f"{value / size:.4g}{unit.strip()}"
 
 
 def tables(summary: Summary, given: Json = NO_PRICES) -> dict[str, list[dict[str, Any]]]:
-    """The report's tables as plain rows; all rows of a table have the same keys."""
+    """Return the report's tables as plain rows; all rows of a table have the same keys."""
     keys = [column.key for column in (*COLUMNS, PEAK)]
     return {
         "differences": [_difference_values(verdict) for verdict in summary.verdicts if verdict.difference],
@@ -135,7 +141,7 @@ def _difference_values(verdict: Verdict) -> dict[str, Any]:
         "level": difference.level,
         "recovered": share.estimate if share else None,
         "detectable": difference.detectable,
-        "over_hard_labels": verdict.beside.points if verdict.beside else None,
+        "over_hard_labels": verdict.over_hard_labels.points if verdict.over_hard_labels else None,
         "verdict": difference.status,
     }
 
@@ -143,5 +149,11 @@ def _difference_values(verdict: Verdict) -> dict[str, Any]:
 def _contrast_values(contrast: Contrast) -> dict[str, Any]:
     difference = contrast.difference
     low, high = difference.ends or (None, None)
-    told = {"losses": contrast.losses, "choice": contrast.choice, "points": difference.points, "low": low, "high": high}
-    return told | {"level": difference.level, "detectable": difference.detectable, "verdict": difference.status}
+    values = {
+        "losses": contrast.losses,
+        "change": contrast.change,
+        "points": difference.points,
+        "low": low,
+        "high": high,
+    }
+    return values | {"level": difference.level, "detectable": difference.detectable, "verdict": difference.status}

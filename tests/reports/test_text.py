@@ -1,4 +1,4 @@
-"""The report: numbers that can be checked by hand, an honest verdict, and a page that no data can break."""
+"""The tables for a terminal fit its width."""
 
 from __future__ import annotations
 
