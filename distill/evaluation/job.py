@@ -1,4 +1,4 @@
-"""One model folder on one task: evaluated from its configuration."""
+"""The evaluate command: one model folder on one task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill.tasks import Task
 
 
 def evaluate(config: Config) -> float:
-    """Evaluate one model folder; print and write its row; return its accuracy."""
+    """Evaluate a model folder, print and write its results, and return its accuracy."""
     configuration.check(config)
     loading.flush_denormals()
     folder = naming.resolve(config.model, configuration.local_root(config.root))
@@ -36,5 +36,5 @@ def evaluate(config: Config) -> float:
     print(
         f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"
     )
-    print(f"as written {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nall figures  {out}")
+    print(f"generated accuracy {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nresults  {out}")
     return float(row["accuracy"])

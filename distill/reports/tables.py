@@ -14,7 +14,7 @@ from distill.reports.verdicts import Contrast, Difference, Summary, Verdict, sha
 
 NO_PRICES: Json = {}
 COST_TITLES = (
-    "one student",
+    "per student",
     "annotate",
     "train",
     "evaluate",
