@@ -67,9 +67,9 @@ class Yield(NamedTuple):
         return self.kept / (self.kept + sum(self.rejected.values()))
 
 
-def prices(config: Json, given: Json) -> Prices:
-    """Return the prices in a run's configuration, overridden by those `given`."""
-    values = {**mapping(config.get("cost")), **{key: value for key, value in given.items() if value is not None}}
+def read_prices(config: Json, overrides: Json) -> Prices:
+    """Return the prices in a run's configuration, overridden by `overrides`."""
+    values = {**mapping(config.get("cost")), **{key: value for key, value in overrides.items() if value is not None}}
     hour, watts, energy, bought = (
         number(values.get(key)) for key in ("price_per_hour", "watts", "price_per_kwh", "teacher_price_per_1000")
     )
@@ -83,9 +83,9 @@ def prices(config: Json, given: Json) -> Prices:
     )
 
 
-def cost(arm: Arm, given: Json) -> Cost:
+def cost(arm: Arm, overrides: Json) -> Cost:
     """Return the mean costs of a trained arm over its seeds; the baseline needs no annotation."""
-    price = prices(arm.runs[-1].config, given)
+    price = read_prices(arm.runs[-1].config, overrides)
     annotation = 0.0 if arm.kind == "baseline" else _mean(arm.runs, "cache", "annotation_seconds")
     training, evaluation = (_mean(arm.runs, "seconds", key) for key in ("train", "evaluate"))
     seconds = [annotation, training, evaluation]

@@ -37,7 +37,7 @@ class Uncut(str):
     __slots__ = ()
 
 
-def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
+def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     """Render one page that needs no network; text is escaped and made visible, and cut except for verdicts."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -45,8 +45,8 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
     pages.finalize = lambda value: visible(value) if type(value) is str else value
     run, groups = outcomes(summary)
     filters, rationales = reasoning(summary)
-    costs = [cost(arm, given) for arm in summary.trained]
-    totals = [cost(arm, given).total if arm.runs else None for arm in summary.arms]
+    costs = [cost(arm, prices) for arm in summary.trained]
+    totals = [cost(arm, prices).total if arm.runs else None for arm in summary.arms]
     charted = {
         "costs": costs,
         "yields": yields(summary.trained),
@@ -75,14 +75,14 @@ def to_html(summary: Summary, given: Json = NO_PRICES) -> str:
 
 
 def write_report(
-    run_dirs: Sequence[str | Path], out_dir: str | Path, *, level: float = 0.95, given: Json = NO_PRICES
+    run_dirs: Sequence[str | Path], out_dir: str | Path, *, level: float = 0.95, prices: Json = NO_PRICES
 ) -> Summary:
     """Write report.html and report.md, each atomically; raises ConfigError that lists every folder without a run.
 
-    `level` applies to all verdicts together; prices in `given` override those of the runs.
+    `level` applies to all verdicts together; prices in `prices` override those of the runs.
     """
     summary = summarise(read_runs(run_dirs), level)
-    for name, text in (("report.html", to_html(summary, given)), ("report.md", to_markdown(summary, given))):
+    for name, text in (("report.html", to_html(summary, prices)), ("report.md", to_markdown(summary, prices))):
         with whole_file(Path(out_dir) / name) as part:
             part.write_text(text, encoding="utf-8")
     return summary

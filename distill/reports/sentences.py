@@ -18,9 +18,9 @@ def remarks(summary: Summary) -> list[str]:
     return (verdicts or [NOTHING]) + list(summary.notes)
 
 
-def facts(summary: Summary, given: Json) -> list[str]:
+def facts(summary: Summary, prices: Json) -> list[str]:
     """Return sentences on effects of settings, costs, yield of rationales and contamination."""
-    costs = [cost_note([cost(arm, given) for arm in summary.trained])] if summary.trained else []
+    costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
     return [*settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 

@@ -105,7 +105,7 @@ def short(value: int | float) -> str:
     return f"{value / size:.4g}{unit.strip()}"
 
 
-def tables(summary: Summary, given: Json = NO_PRICES) -> dict[str, list[dict[str, Any]]]:
+def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[str, Any]]]:
     """Return the report's tables as plain rows; all rows of a table have the same keys."""
     keys = [column.key for column in (*COLUMNS, PEAK)]
     return {
@@ -116,7 +116,7 @@ def tables(summary: Summary, given: Json = NO_PRICES) -> dict[str, list[dict[str
             for arm in summary.arms
             if arm.rows
         ],
-        "cost": [cost(arm, given)._asdict() | {"arm": arm.label} for arm in summary.trained],
+        "cost": [cost(arm, prices)._asdict() | {"arm": arm.label} for arm in summary.trained],
         "by_confidence": [
             {"arm": arm.label, **part._asdict()} for arm, bins in confidence(summary.trained) for part in bins
         ],

@@ -27,19 +27,19 @@ TEXT_WIDTH = 110
 MAX_SENTENCE = 1500  # characters
 
 
-def to_text(summary: Summary, given: Json = NO_PRICES) -> str:
+def to_text(summary: Summary, prices: Json = NO_PRICES) -> str:
     """Format the verdicts and tables for a terminal, at most 110 columns wide."""
     results = [[arm.label, *(cell(arm, column, is_narrow=True) for column in COLUMNS)] for arm in summary.arms]
     differences = [difference_row(verdict) for verdict in summary.verdicts if verdict.difference]
     contrasts = [contrast_row(contrast) for contrast in summary.contrasts]
-    costs = [cost_row(cost(arm, given)) for arm in summary.trained]
+    costs = [cost_row(cost(arm, prices)) for arm in summary.trained]
     parts = (
         _aligned(["model", *(column.short for column in COLUMNS)], results),
         _aligned(difference_titles(summary), differences),
         _aligned(contrast_titles(summary), contrasts),
         [textwrap.fill(visible(text, MAX_SENTENCE), TEXT_WIDTH) for text in remarks(summary)],
         _aligned(COST_TITLES, [[row[0], *(text.replace("not measured", "-") for text in row[1:])] for row in costs]),
-        [textwrap.fill(visible(text), TEXT_WIDTH) for text in facts(summary, given)],
+        [textwrap.fill(visible(text), TEXT_WIDTH) for text in facts(summary, prices)],
     )
     return "\n".join(line for part in parts if part for line in (*part, ""))
 
@@ -58,7 +58,7 @@ def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return table
 
 
-def to_markdown(summary: Summary, given: Json = NO_PRICES) -> str:
+def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     """Format the verdicts and tables as GitHub Markdown."""
     lines = ["# Distillation report", "", *(f"- {_plain(text)}" for text in remarks(summary))]
     rows = [[_plain(text) for text in difference_row(verdict)] for verdict in summary.verdicts if verdict.difference]
@@ -69,9 +69,9 @@ def to_markdown(summary: Summary, given: Json = NO_PRICES) -> str:
     for heading, arms, shown in parts:
         rows = [[_plain(arm.label), *(cell(arm, column) for column in shown)] for arm in arms]
         lines += ["", f"## {heading}", "", *_grid(["model", *(column.title for column in shown)], rows)]
-    rows = [[_plain(text) for text in cost_row(cost(arm, given))] for arm in summary.trained]
+    rows = [[_plain(text) for text in cost_row(cost(arm, prices))] for arm in summary.trained]
     lines += ["", "## Cost and data", "", *_grid(COST_TITLES, rows), ""]
-    return "\n".join([*lines, *(f"- {_plain(text)}" for text in facts(summary, given)), ""])
+    return "\n".join([*lines, *(f"- {_plain(text)}" for text in facts(summary, prices)), ""])
 
 
 def _grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -293,8 +293,8 @@ def _pairing(difference: Difference) -> str:
     by = f"{seeds} seeds and " if seeds > 1 else ""
     by += f"{difference.interval.num_examples} test examples"
     level, number = f"{100 * difference.level:.3g} %", difference.num_arms
-    whole = f"{100 * (1 - number * (1 - difference.level)):.3g} %"
-    family = f"; {level} for each of the {number} arms, so {whole} for all together" if number > 1 else ""
+    joint = f"{100 * (1 - number * (1 - difference.level)):.3g} %"
+    family = f"; {level} for each of the {number} arms, so {joint} for all together" if number > 1 else ""
     includes = ", which includes 0" if difference.status == "not shown" else ""
     lead = f". The {level} interval of the difference is {low:+.1f} to {high:+.1f} points{includes}"
     return f"{lead} (paired by {by}{family})."

@@ -19,8 +19,8 @@ from tests.reports.conftest import HOSTILE, Make, Page, prediction, rationale_li
 
 @pytest.mark.parametrize("name", runs.FILES)
 def test_a_missing_file_is_reported_and_never_fatal(make_run: Make, name: str) -> None:
-    whole = make_run(("answer",))
-    summary = summary_of(whole, make_run(without=(name,)))
+    complete = make_run(("answer",))
+    summary = summary_of(complete, make_run(without=(name,)))
     page = Page(to_html(summary)).text
     assert f"{name} is missing" in page
     assert f"{name} is missing" in to_text(summary)
