@@ -15,7 +15,7 @@ from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.costs import cost, yields
 from distill.reports.runs import Json, flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
-from distill.reports.sentences import NOTHING, contamination_lines, cost_note
+from distill.reports.sentences import NOTHING, contamination_lines, cost_note, yield_lines
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
@@ -49,7 +49,7 @@ def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     totals = [cost(arm, prices).total if arm.runs else None for arm in summary.arms]
     charted = {
         "costs": costs,
-        "yields": yields(summary.trained),
+        "yields": yield_lines(yields(summary.trained)),
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),
         "fronts": fronts(summary.arms, totals, " and ".join(dict.fromkeys(part.unit for part in costs))),

@@ -21,7 +21,7 @@ from distill.reports.statistics import Interval, Matrix, detectable, family_leve
 
 BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
 MAX_CONTRASTS = 28  # each then has a 99.8 % interval
-DOUBT = " This does not show that the student is better."
+NOT_SHOWN = " This does not show that the student is better."
 NO_ADVANTAGE = "The teacher is no better than labels alone."
 ONE_SEED = "With one seed, the interval covers the sampling of test examples, not the spread between seeds."
 
@@ -273,7 +273,7 @@ def _sentence(difference: Difference) -> str:
     claim += f" ({cell(arm, COLUMNS[0])} versus {cell(difference.rival, COLUMNS[0])})"
     is_shown = difference.status != "not shown"
     lead = f"{arm.label} is {difference.status}: {claim}" if is_shown else f"{arm.label}: {claim}"
-    doubt = "" if is_shown else DOUBT if points > 0 else " The student is not better."
+    doubt = "" if is_shown else NOT_SHOWN if points > 0 else " The student is not better."
     basis = _pairing(difference) if difference.interval else _unpaired(difference)
     return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}"
 
