@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -43,35 +44,51 @@ def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
     pages.finalize = lambda value: visible(value) if type(value) is str else value
-    run, groups = outcomes(summary)
-    filters, rationales = reasoning(summary)
+    functions = (cell, flatten, mapping, mappings, number, short, uncut)
+    pages.globals.update({function.__name__: function for function in functions}, math=math)
+    content = _tables(summary, prices) | _charts(summary, prices) | _samples(summary)
+    return pages.get_template("report.html.j2").render(summary=summary, **content)
+
+
+def uncut(text: str) -> Uncut:
+    """Make a sentence of the report visible without cutting it to 500 characters."""
+    return Uncut(visible(text, MAX_SENTENCE))
+
+
+def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
     costs = [cost(arm, prices) for arm in summary.trained]
+    return {
+        "difference_titles": difference_titles(summary),
+        "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
+        "contrast_titles": contrast_titles(summary),
+        "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
+        "columns": columns(summary),
+        "seed_columns": SEED_COLUMNS,
+        "cost_titles": COST_TITLES,
+        "cost_rows": [cost_row(arm_cost) for arm_cost in costs],
+        "cost_note": cost_note(costs),
+        "command": BASELINE_COMMAND,
+        "nothing": NOTHING,
+    }
+
+
+def _charts(summary: Summary, prices: Json) -> dict[str, Any]:
+    units = dict.fromkeys(cost(arm, prices).unit for arm in summary.trained)
     totals = [cost(arm, prices).total if arm.runs else None for arm in summary.arms]
-    charted = {
-        "costs": costs,
-        "yields": yield_lines(yields(summary.trained)),
+    return {
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),
-        "fronts": fronts(summary.arms, totals, " and ".join(dict.fromkeys(part.unit for part in costs))),
+        "fronts": fronts(summary.arms, totals, " and ".join(units)),
         "unbeaten": unbeaten(summary.arms, totals),
         "effects": effects(summary.trained),
     }
-    shown = {"sampled": run, "outcomes": groups, "filters": filters, "rationales": rationales, "nothing": NOTHING}
-    names = {"cell": cell, "columns": columns(summary), "seed_columns": SEED_COLUMNS, "command": BASELINE_COMMAND}
-    texts = {"cost_titles": COST_TITLES, "cost_row": cost_row, "cost_note": cost_note, "difference_row": difference_row}
-    texts |= {"contrast_titles": contrast_titles, "contrast_row": contrast_row}
-    texts |= {"uncut": lambda text: Uncut(visible(text, MAX_SENTENCE))}
-    lines = {"titles": difference_titles(summary), "contamination": contamination_lines(summary.runs)}
-    plain = {
-        "flatten": flatten,
-        "mapping": mapping,
-        "mappings": mappings,
-        "number": number,
-        "math": math,
-        "short": short,
-    }
-    page = pages.get_template("report.html.j2")
-    return page.render(summary=summary, **charted, **shown, **names, **texts, **lines, **plain)
+
+
+def _samples(summary: Summary) -> dict[str, Any]:
+    run, groups = outcomes(summary)
+    filters, rationales = reasoning(summary)
+    data = {"yields": yield_lines(yields(summary.trained)), "contamination": contamination_lines(summary.runs)}
+    return {"sampled": run, "outcomes": groups, "filters": filters, "rationales": rationales} | data
 
 
 def write_report(
