@@ -13,15 +13,16 @@ from distill.app.config import Config
 
 def main(config: Config) -> None:
     """Report on run folders, print the tables and say where the page is."""
-    from distill.reports.page import to_text, write_report
+    from distill.reports.page import write_report
     from distill.reports.runs import find_runs, mapping
+    from distill.reports.text import to_text
 
     configuration.check(config)
     named = [config.runs] if isinstance(config.runs, str) else list(config.runs)
     out = Path(config.out or named[0]).resolve()
-    given = mapping(OmegaConf.to_container(config.cost))
-    summary = write_report(find_runs(named), out, level=config.confidence_level, given=given)
-    print(f"{to_text(summary, given)}\n\nreport  {out / 'report.html'}")
+    prices = mapping(OmegaConf.to_container(config.cost))
+    summary = write_report(find_runs(named), out, level=config.confidence_level, prices=prices)
+    print(f"{to_text(summary, prices)}\n\nreport  {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from distill.cache import Codec
 from distill.cache.store import Store, Writer, drop_shard, fingerprint_digest, nearest_difference
 from distill.errors import ConfigError, PreemptedError
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.cues import Prompts, build_prompts
 from distill.records import SPANS, CheckedRationale, Example, Group, Request, Span, Splits, distinct
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screened
@@ -99,15 +98,7 @@ def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "t
     task: Task = configuration.build(config.task.examples)
     splits, found = screened(task.splits(), config.overlap.words, config.overlap.action)
     folder = naming.resolve(settings.model, root)
-    layout = configuration.build(config.task.layout)
-    shots = list(task.shots())[: config.prompt.num_shots]
-    prompts = Prompts(
-        load_tokenizer(folder),
-        layout,
-        shots,
-        max_length=config.prompt.max_length,
-        too_long=config.prompt.too_long,
-    )
+    prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
     teacher_with = partial(
         configuration.build(settings.kind),

@@ -1,1 +1,1 @@
-"""What is measured on a model: answers, agreement, calibration, speed."""
+"""Measure a model: answers, agreement with the teacher, calibration, speed."""

@@ -1,4 +1,4 @@
-"""One model folder on one task: evaluated from its configuration."""
+"""The evaluate command: one model folder on one task."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ import torch
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import whole_file
-from distill.evaluation.evaluate import Evaluation, row_of, speeds
+from distill.evaluation.answers import Evaluation, row_of, speeds
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.cues import build_prompts
 from distill.students.causal_lm import size_bytes
 from distill.tasks import Task
 
 
 def evaluate(config: Config) -> float:
-    """Evaluate one model folder; print and write its row; return its accuracy."""
+    """Evaluate a model folder, print and write its results, and return its accuracy."""
     configuration.check(config)
     loading.flush_denormals()
     folder = naming.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
-    layout, limits = configuration.build(config.task.layout), dict(config.prompt)
-    shots = list(task.shots())[: limits.pop("num_shots")]
-    prompts = Prompts(load_tokenizer(folder), layout, shots, **limits)
+    prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)
@@ -39,5 +36,5 @@ def evaluate(config: Config) -> float:
     print(
         f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"
     )
-    print(f"as written {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nall figures  {out}")
+    print(f"generated accuracy {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nresults  {out}")
     return float(row["accuracy"])

@@ -1,4 +1,4 @@
-"""What is measured on predictions. Sums first, ratios last."""
+"""Metrics of predictions. Sums first, ratios last."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from distill.reports.statistics import calibration_error, confidence_bins
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said to one question.
+    """A model's answer to one question.
 
-    `answer` is what it is judged by: the most likely choice where there are choices, else what it wrote.
-    None stands for a text without a readable answer. Whether answers are the same is the task's to say. `kl` is
-    KL(teacher || model) in nats per answer token. What is said of the teacher is None where it was not asked.
+    `answer` is judged: the most likely choice if the task has choices, else `written_answer`; None for a text
+    without a readable answer. The task decides whether two answers are equal. `kl` is KL(teacher || model) in nats
+    per answer token. Fields about the teacher are None if it did not annotate the question.
     """
 
     example_id: str
@@ -38,11 +38,11 @@ class Prediction:
 
     @property
     def confidence(self) -> float | None:
-        """Probability of the answer among the choices."""
+        """Probability of the answer among the choices; None without choices."""
         return max(self.choice_probabilities) if self.choice_probabilities else None
 
     def as_row(self) -> dict[str, Any]:
-        """The prediction as plain values, as a run folder keeps it."""
+        """Return the prediction as a line of predictions.jsonl."""
         return {
             "id": self.example_id,
             "question": self.question,
@@ -61,11 +61,11 @@ class Prediction:
 
 
 def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str, Any]:
-    """Accuracy with its interval, agreement, KL, calibration; None where a thing was not measured."""
+    """Return accuracy with its interval, agreement, KL and calibration; None for what was not measured."""
     number = len(predictions)
     right = sum(p.is_correct for p in predictions)
     written = [p for p in predictions if p.is_written_correct is not None]
-    asked = [p.agrees for p in predictions if p.agrees is not None]
+    agreements = [p.agrees for p in predictions if p.agrees is not None]
     kls = [p.kl for p in predictions if p.kl is not None]
     return {
         "accuracy": right / number,
@@ -73,7 +73,7 @@ def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str
         "num_examples": number,
         "generated_accuracy": _ratio(sum(bool(p.is_written_correct) for p in written), len(written)),
         "num_unreadable": sum(p.written_answer is None for p in written),
-        "agreement": _ratio(sum(asked), len(asked)),
+        "agreement": _ratio(sum(agreements), len(agreements)),
         "kl": _ratio(math.fsum(kls), len(kls)),
         "ece": _calibration_error(predictions, choices),
         "reliability": _reliability(predictions),
@@ -93,7 +93,7 @@ def _ratio(total: int | float, number: int) -> float | None:
 
 
 def _calibration_error(predictions: Sequence[Prediction], choices: Sequence[str]) -> float | None:
-    """Of the most likely choices, where the gold answer is a choice."""
+    """Return the error of the most likely choices, over predictions whose gold answer is a choice."""
     chosen = [p for p in predictions if p.choice_probabilities and p.gold in choices]
     if not chosen:
         return None

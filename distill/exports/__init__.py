@@ -1,1 +1,1 @@
-"""A run's student as a folder that others can run."""
+"""Export a run's student as a folder that runs elsewhere."""

@@ -1,8 +1,8 @@
-"""A run's test questions as a task of EleutherAI's lm-evaluation-harness, which needs nothing of `distill` to run it.
+"""A run's test questions as a task of EleutherAI's lm-evaluation-harness, which runs without `distill`.
 
-The harness reads a prompt and its answer as one text; a student learned them in pieces, each tokenized by itself.
-Most tokenizers make the same tokens of both; where one does not, the questions that differ are counted. It also takes
-padding rows of a model's head for tokens: it may judge answers of several tokens otherwise if those rows are untrained.
+The harness tokenizes a prompt and its answer as one text; a student learned them in pieces, each tokenized separately.
+With most tokenizers the tokens are the same; questions for which they differ are counted. The harness also treats
+padding rows of a model's head as tokens: if those rows are untrained, answers of several tokens may score differently.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from distill.prompts.cues import Prompts
 from distill.records import Example
 
 FOLDER = "lm_eval"
-_MOST_OF_A_NAME = 50  # characters, of up to four bytes; a file's name has at most 255
+_MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 255 bytes
 
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """Prompts with a few possible answers, the most likely of which is the model's.
+    """A multiple-choice task: prompts and their choices; the model's answer is the most likely choice.
 
-    `num_differing` counts the prompts of which the harness makes other tokens than the student learned.
+    `num_differing` counts the prompts that the harness tokenizes differently from the student's training.
     """
 
     name: str
@@ -38,20 +38,20 @@ class HarnessTask:
 
     @property
     def command(self) -> str:
-        """What runs the task offline, started in the model's folder."""
-        what = f"--model hf --model_args pretrained=. --tasks {self.name} --include_path {FOLDER}"
-        return f"HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 lm_eval run {what}"
+        """Command that runs the task offline from the model's folder."""
+        arguments = f"--model hf --model_args pretrained=. --tasks {self.name} --include_path {FOLDER}"
+        return f"HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 lm_eval run {arguments}"
 
     @property
     def caution(self) -> str:
-        """What a reader of its accuracy must know; empty where there is nothing."""
+        """A caveat on the accuracy that the harness measures; empty if it equals the student's."""
         if not self.num_differing:
             return ""
         number = f"{self.num_differing} of {len(self.rows)}"
-        return f"in {number} questions the harness makes other tokens than the student learned, so its accuracy differs"
+        return f"the harness tokenizes {number} questions differently from training, so its accuracy may differ"
 
     def write(self, model_folder: Path) -> None:
-        """Put the task and its prompts into a folder of their own in the model's folder."""
+        """Write the task and its prompts to a subfolder of the model's folder."""
         folder = model_folder / FOLDER
         folder.mkdir()
         (folder / f"{self.name}.yaml").write_text(yaml.safe_dump(self._definition(), sort_keys=False))
@@ -61,7 +61,7 @@ class HarnessTask:
         return {
             "task": self.name,
             "dataset_path": "json",
-            # Seen from where the harness is started: it has no way to name a file beside this one.
+            # Relative to the working directory: the harness cannot name a file next to this one.
             "dataset_kwargs": {"data_files": {"test": f"{FOLDER}/{self.name}.jsonl"}},
             "test_split": "test",
             "output_type": "multiple_choice",
@@ -69,27 +69,27 @@ class HarnessTask:
             "doc_to_text": "prompt",
             "doc_to_choice": list(self.choices),
             "doc_to_target": "gold",
-            "target_delimiter": "",  # the choices begin with what stands before them
+            "target_delimiter": "",  # the choices include the delimiter
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
 
 
 def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: Sequence[Example]) -> HarnessTask:
-    """The task of answering the examples as `prompts` ask them; ConfigError where the harness cannot judge answers."""
+    """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers."""
     if not choices:
-        raise ConfigError(f"the answers of {name} are free text, and how they are read cannot be told to the harness")
+        raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
     if unknown := [example.answer for example in examples if example.answer not in choices]:
-        raise ConfigError(f"{unknown[0]!r} answers a test question, but is none of {', '.join(choices)}")
+        raise ConfigError(f"a test question has the answer {unknown[0]!r}; expected one of {', '.join(choices)}")
     answers = {_continuation(prompts, choice): prompts.encode(f" {choice}") for choice in choices}
     rows, num_differing = [], 0
     for example in examples:
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
         text = _text(prompts, ids)
         rows.append({"id": example.id, "prompt": text, "gold": choices.index(str(example.answer))})
-        num_differing += any(_read(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
-    # The harness has tasks of its own, some of them of the same names.
-    plain = re.sub(r"[^\w.-]+", "_", name)[:_MOST_OF_A_NAME]
-    return HarnessTask(f"distill_{plain}", tuple(answers), tuple(rows), num_differing)
+        num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
+    # The prefix avoids clashes with tasks of the harness.
+    safe_name = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
+    return HarnessTask(f"distill_{safe_name}", tuple(answers), tuple(rows), num_differing)
 
 
 def _text(prompts: Prompts, ids: Sequence[int]) -> str:
@@ -97,12 +97,12 @@ def _text(prompts: Prompts, ids: Sequence[int]) -> str:
 
 
 def _continuation(prompts: Prompts, choice: str) -> str:
-    """An answer's text as it goes on from a prompt's: some tokenizers leave out a space that a text begins with."""
+    """Text of an answer after a prompt; alone, some tokenizers drop its leading space."""
     cue = prompts.encode(prompts.layout.answer_cue)
     return _text(prompts, cue + prompts.encode(f" {choice}")).removeprefix(_text(prompts, cue))
 
 
-def _read(prompts: Prompts, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens of a prompt and of its answer as the harness finds them: the answer's are those that come on top."""
+def _harness_tokens(prompts: Prompts, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokenize a prompt and its answer as the harness does: the answer's tokens are those after the prompt's."""
     before, whole = (tuple(prompts.tokenizer.encode(text)) for text in (prompt, prompt + answer))
     return before, whole[len(before) :]

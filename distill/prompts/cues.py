@@ -14,14 +14,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
+from distill.app import config as configuration
+from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.prompts.tokenizers import vocabulary_fingerprint
+from distill.prompts.tokenizers import load_tokenizer, vocabulary_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
@@ -201,3 +204,14 @@ class Prompts:
     def _start(self) -> tuple[int, ...]:
         alone = self.tokenizer("", add_special_tokens=True).input_ids
         return tuple(int(i) for i in alone if i != self.tokenizer.eos_token_id)
+
+
+def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
+    """Prompts for the model in a folder, as `task.layout` and `prompt` configure them; uses the first `num_shots`."""
+    return Prompts(
+        load_tokenizer(model_dir),
+        configuration.build(config.task.layout),
+        list(shots)[: config.prompt.num_shots],
+        max_length=config.prompt.max_length,
+        too_long=config.prompt.too_long,
+    )

@@ -1,1 +1,1 @@
-"""Run folders -> arms -> verdicts -> one page. It needs no torch."""
+"""Run folders -> arms -> verdicts -> one page. Does not import torch."""

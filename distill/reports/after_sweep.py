@@ -1,4 +1,4 @@
-"""A sweep ends in its report."""
+"""Report on a sweep when it ends."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from hydra.experimental.callback import Callback
 
 from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.reports.page import to_text, write_report
+from distill.reports.page import write_report
 from distill.reports.runs import find_runs
+from distill.reports.text import to_text
 
 
 class AfterSweep(Callback):
-    """A sweep ends in its report, in the sweep's folder."""
+    """Hydra callback that writes a sweep's report to the sweep's folder."""
 
     def on_multirun_end(self, config: Config, **kwargs: Any) -> None:  # noqa: ARG002
-        """Hydra calls this when all jobs have ended, well or not."""
+        """Write and print the report once all jobs have ended, also if some failed."""
         out = Path(config.hydra.sweep.dir).resolve()
         try:
             summary = write_report(find_runs([str(out)]), out)

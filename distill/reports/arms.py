@@ -1,4 +1,4 @@
-"""Runs to arms: an *arm* is the runs that differ only in their seed, or a model that was measured as it was."""
+"""Group runs into arms: an *arm* is all runs that differ only in their seed, or a model that was not trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from distill.app.console import visible
-from distill.reports.runs import NULL, SEEDS, Json, Run, number
+from distill.reports.runs import NULL, SEED_KEYS, Json, Run, number
 from distill.reports.statistics import student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
@@ -22,7 +22,7 @@ Kind = Literal["teacher", "before", "baseline", "distilled"]
 
 
 class Stat(NamedTuple):
-    """Mean over seeds (not a number: nobody measured it); standard deviation where there are several."""
+    """Mean over seeds (NaN if not measured) and, with several seeds, standard deviation."""
 
     mean: float
     deviation: float | None
@@ -30,7 +30,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the results: a model with a row of numbers for each seed (no row: it was not run)."""
+    """One line of the results: a model with a row of numbers per seed (no rows: it was not run)."""
 
     kind: Kind
     label: str
@@ -39,25 +39,25 @@ class Arm:
     rows: tuple[Json, ...]
 
     def stat(self, key: str) -> Stat:
-        """The number `key` over the seeds that have it."""
+        """Mean and deviation of the number `key` over the seeds that have it."""
         values = [value for row in self.rows if (value := number(row.get(key))) is not None]
         mean = statistics.fmean(values) if values else math.nan
         return Stat(mean, statistics.stdev(values) if len(values) > 1 else None)
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the active losses, sorted; none for a model that was only measured."""
+        """Names of the active losses, sorted; empty for a model that was not trained."""
         return self.runs[0].losses if self.runs else ()
 
     @property
     def choices(self) -> Mapping[str, str]:
-        """What its configuration chose but for seeds; none for a model that was only measured."""
+        """The configuration's choices except seeds; empty for a model that was not trained."""
         chosen = self.runs[0].choices if self.runs else {}
-        return {key: value for key, value in chosen.items() if not SEEDS.search(key)}
+        return {key: value for key, value in chosen.items() if not SEED_KEYS.search(key)}
 
     @property
     def has_hard_labels(self) -> bool:
-        """Whether the teacher's answers as labels are all that the teacher gave."""
+        """Whether the student learned nothing from the teacher but its answers as labels."""
         return set(self.losses) - {"answer"} == {"teacher_answer"}
 
     @property
@@ -67,7 +67,7 @@ class Arm:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy: one seed's own; over seeds, test sampling and seeds together.
+        """95 % interval of the accuracy: of one seed as evaluated; of several, over test sampling and seeds.
 
         Half-width² = h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
         """
@@ -82,7 +82,7 @@ class Arm:
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Json]]:
-        """Each seed's predictions by example id; those that say nothing of the student are left out."""
+        """Predictions by seed and example id; those without the student's correctness are left out."""
         return {
             run.seed: {str(line.get("id")): line for line in run.predictions if line.get("is_correct") is not None}
             for run in self.runs
@@ -90,7 +90,7 @@ class Arm:
 
     @property
     def seeds(self) -> tuple[Arm, ...]:
-        """Each run as an arm of its own."""
+        """Each run as a separate arm."""
         return tuple(
             replace(self, label=f"{self.label}, seed {run.seed}", runs=(run,), rows=(row,))
             for run, row in zip(self.runs, self.rows, strict=True)
@@ -98,7 +98,7 @@ class Arm:
 
 
 class Column(NamedTuple):
-    """One number of the table: its key in results.json, headings (page, terminal), form and units."""
+    """A column of the results: key in results.json, headings (page, terminal), digits and units."""
 
     key: str
     title: str
@@ -123,7 +123,7 @@ SEED_COLUMNS = (*COLUMNS[:5], COLUMNS[8], Column("num_unreadable", "unreadable a
 
 
 def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
-    """A number of the table: mean ± standard deviation over seeds (narrow: the accuracy alone has it)."""
+    """Format one cell: mean ± standard deviation over seeds (`is_narrow`: deviation of the accuracy only)."""
     stat, is_accuracy = arm.stat(column.key), column.key == "accuracy"
     if math.isnan(stat.mean):
         return "not run" if is_accuracy else "-"
@@ -136,28 +136,28 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
-    """The arms of finished runs, teachers and students before training first, then baselines, then the distilled.
+    """Group finished runs into arms: teachers, students before training, baselines, distilled students.
 
-    Of a seed that was run twice the later run counts, which is added to `notes`.
+    If a seed was run twice, the later run counts, and a note says so.
     """
     runs = sorted(runs, key=lambda run: str(run.facts.get("started")))
     trained = _trained(runs, notes)
     baselines = [arm for arm in trained if arm.kind == "baseline"]
-    absent = [] if baselines else [Arm("baseline", "student on labels alone", {}, (), ())]
+    not_run = [] if baselines else [Arm("baseline", "student on labels alone", {}, (), ())]
     teachers = _references("teacher", "teacher", ("task", "teacher", "test"), runs)
     before = _references("before", "student before training", ("task", "start", "test"), runs)
-    return [*teachers, *before, *baselines, *absent, *(arm for arm in trained if arm.kind == "distilled")]
+    return [*teachers, *before, *baselines, *not_run, *(arm for arm in trained if arm.kind == "distilled")]
 
 
 def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     groups: dict[tuple[object, ...], dict[str, Run]] = {}
     for run in runs:
-        # A setting that is null and one that an earlier version did not have are the same.
+        # A null setting is the same as one that an earlier version lacks.
         chosen = sorted(item for item in run.settings.items() if item[1] != NULL)
         seeds = groups.setdefault((run.losses, *chosen), {})
         seed = run.seed.zfill(9)
         if seed in seeds:
-            notes.append(f"{seeds[seed].folder} is left out: {run.folder} is a later run of the same seed")
+            notes.append(f"{seeds[seed].folder} is ignored: {run.folder} is a later run with the same seed")
         seeds[seed] = run
     arms = []
     for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
@@ -166,33 +166,33 @@ def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
         label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].losses)
         rows = tuple(run.rows["student"] for run in members)
         arms.append(Arm(kind, label, members[0].settings, members, rows))
-    return _told_apart(arms, BUDGET)
+    return _with_distinct_labels(arms, BUDGET)
 
 
 def _natural(text: str) -> str:
-    """A key by which 400 comes before 1600."""
+    """Sort key that puts 400 before 1600."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), text)
 
 
 def _references(kind: Kind, label: str, keys: Sequence[str], runs: Sequence[Run]) -> list[Arm]:
-    """One arm per distinct model that was only measured, with the numbers of the latest run."""
+    """Return one arm per distinct untrained model, with the numbers of its latest run."""
     arms: dict[str, Arm] = {}
     for run in runs:
         if number(run.rows.get(kind, {}).get("accuracy")) is not None:
             settings = {key: run.settings[key] for key in keys}
             arms[str(settings)] = Arm(kind, label, settings, (), (run.rows[kind],))
-    return _told_apart(list(arms.values()))
+    return _with_distinct_labels(list(arms.values()))
 
 
-def _told_apart(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
-    """Add to each label the settings in which it differs: `always` from any arm, else from its namesakes."""
+def _with_distinct_labels(arms: Sequence[Arm], always: Sequence[str] = ()) -> list[Arm]:
+    """Add to each label the settings that distinguish it: those in `always` from all arms, others from namesakes."""
     labelled = []
     for arm in arms:
-        twins = [other for other in arms if other.label == arm.label]
+        namesakes = [other for other in arms if other.label == arm.label]
         differing = [
             f"{key}={visible(value, 24)}"
             for key, value in arm.settings.items()
-            if any(other.settings.get(key, NULL) != value for other in (arms if key in always else twins))
+            if any(other.settings.get(key, NULL) != value for other in (arms if key in always else namesakes))
         ]
         labelled.append(replace(arm, label=f"{arm.label} ({', '.join(differing[:5])})") if differing else arm)
     return labelled

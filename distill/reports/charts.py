@@ -1,4 +1,4 @@
-"""What the page draws beside the arms themselves: curves over data and size, confidence, fronts, swept settings."""
+"""Data of the page's charts: curves over data and size, confidence, Pareto fronts, effects of swept settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.reports.arms import Arm
 from distill.reports.runs import Run, number
 from distill.reports.statistics import Bin, PowerLaw, by_confidence, explained, fit_power_law, pareto
 
-DATA = ("labelled", "unlabelled", "cache")
+DATA_KEYS = ("labelled", "unlabelled", "cache")
 FRONTS = (("size_bytes", "size on disk, MB", 1e6), ("ms_per_example", "ms per example", 1.0))
 
 
 class Point(NamedTuple):
-    """An arm at its place; `place` is that among the trained arms, None for one that was only measured."""
+    """An arm at `x`; `place` is its index among the trained arms, None if it was not trained."""
 
     x: float
     arm: Arm
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy of one set of losses over a count; `law` is the fit of the error, where there are enough points."""
+    """Accuracy of one set of losses over a count; `law` is a fit of the error if there are enough points."""
 
     label: str
     points: tuple[Point, ...]
@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over one axis, of which at least one has two places."""
+    """Curves over one axis, each with at least two distinct x."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -43,7 +43,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Front:
-    """Accuracy over what an answer costs; `is_best` marks the arms that no other beats."""
+    """Accuracy over a cost; `is_best` marks the points on the Pareto front."""
 
     title: str
     points: tuple[Point, ...]
@@ -51,7 +51,7 @@ class Front:
 
 
 class Level(NamedTuple):
-    """One value of a setting, or a range of them, and the accuracy of each run that had it."""
+    """A value of a setting, or a range of values, and the accuracy of each run that had it."""
 
     name: str
     accuracies: tuple[float, ...]
@@ -59,7 +59,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Effect:
-    """A setting that a sweep varied, and the share of the accuracy's variance that it explains by itself."""
+    """A setting that a sweep varied, and the share of the variance of accuracy that it explains on its own."""
 
     setting: str
     share: float
@@ -67,20 +67,20 @@ class Effect:
 
 
 def confidence(arms: Sequence[Arm]) -> list[tuple[Arm, list[Bin]]]:
-    """Accuracy by the teacher's confidence, all seeds of an arm together; arms without a confidence are left out."""
-    told = [(arm, by_confidence([line for run in arm.runs for line in run.predictions])) for arm in arms]
-    return [(arm, bins) for arm, bins in told if bins]
+    """Bin accuracy by the teacher's confidence over all seeds of an arm; arms without confidences are left out."""
+    binned = [(arm, by_confidence([line for run in arm.runs for line in run.predictions])) for arm in arms]
+    return [(arm, bins) for arm, bins in binned if bins]
 
 
 def charts(trained: Sequence[Arm]) -> list[Chart]:
-    """Accuracy over labelled examples, unlabelled examples and parameters, where an arm has two or more of them."""
+    """Return accuracy over labelled examples, unlabelled examples and parameters, for each that varies."""
     axes: tuple[tuple[str, Callable[[Arm], float | None], Callable[[str], bool]], ...] = (
-        ("labelled examples", lambda arm: number(arm.settings.get("labelled")), lambda key: key in DATA),
-        ("unlabelled examples", lambda arm: number(arm.settings.get("unlabelled")), lambda key: key in DATA),
+        ("labelled examples", lambda arm: number(arm.settings.get("labelled")), lambda key: key in DATA_KEYS),
+        ("unlabelled examples", lambda arm: number(arm.settings.get("unlabelled")), lambda key: key in DATA_KEYS),
         ("parameters", lambda arm: _known(arm.stat("parameters").mean), _is_of_student),
     )
-    found = [Chart(title, _curves(trained, place, is_free)) for title, place, is_free in axes]
-    return [chart for chart in found if chart.curves]
+    candidates = [Chart(title, _curves(trained, x_of, is_free)) for title, x_of, is_free in axes]
+    return [chart for chart in candidates if chart.curves]
 
 
 def _is_of_student(key: str) -> bool:
@@ -92,16 +92,16 @@ def _known(value: float) -> float | None:
 
 
 def _curves(
-    trained: Sequence[Arm], place: Callable[[Arm], float | None], is_free: Callable[[str], bool]
+    trained: Sequence[Arm], x_of: Callable[[Arm], float | None], is_free: Callable[[str], bool]
 ) -> tuple[Curve, ...]:
-    """A curve for the arms that differ only in what is free."""
+    """Return a curve for each group of arms that differ only in free settings and in x."""
     groups: dict[str, list[Point]] = {}
     for index, arm in enumerate(trained):
         fixed = {key: value for key, value in arm.settings.items() if not is_free(key)}
-        if (x := place(arm)) is not None:
+        if (x := x_of(arm)) is not None:
             groups.setdefault(str((arm.losses, sorted(fixed.items()))), []).append(Point(x, arm, index))
-    kept = [sorted(points, key=lambda point: point.x) for points in groups.values()]
-    return tuple(_curve(points) for points in kept if len({point.x for point in points}) > 1)
+    ordered = [sorted(points, key=lambda point: point.x) for points in groups.values()]
+    return tuple(_curve(points) for points in ordered if len({point.x for point in points}) > 1)
 
 
 def _curve(points: Sequence[Point]) -> Curve:
@@ -111,22 +111,22 @@ def _curve(points: Sequence[Point]) -> Curve:
     return Curve(label, tuple(points), law)
 
 
-def fronts(arms: Sequence[Arm], making: Sequence[float | None], unit: str) -> list[Front]:
-    """Accuracy over size, latency and what each arm cost to make, where two or more arms differ in it."""
+def fronts(arms: Sequence[Arm], totals: Sequence[float | None], unit: str) -> list[Front]:
+    """Return accuracy over size, latency and cost, for each that differs between arms; `totals` in `unit`."""
     places: Mapping[int, int] = {id(arm): index for index, arm in enumerate(arm for arm in arms if arm.runs)}
-    found = []
-    for title, values in _axes(arms, making, unit).items():
-        told = [(arm, value) for arm, value in zip(arms, values, strict=True) if arm.rows and value is not None]
-        points = [Point(value, arm, places.get(id(arm))) for arm, value in told]
+    differing = []
+    for title, values in _axes(arms, totals, unit).items():
+        measured = [(arm, value) for arm, value in zip(arms, values, strict=True) if arm.rows and value is not None]
+        points = [Point(value, arm, places.get(id(arm))) for arm, value in measured]
         best = pareto([(point.arm.accuracy, point.x) for point in points])
         if len({point.x for point in points}) > 1:
-            found.append(Front(title, tuple(points), tuple(best)))
-    return found
+            differing.append(Front(title, tuple(points), tuple(best)))
+    return differing
 
 
-def unbeaten(arms: Sequence[Arm], making: Sequence[float | None]) -> list[bool]:
-    """Which arms no other beats in accuracy, size, latency and cost together; what was not measured beats nothing."""
-    axes = _axes(arms, making, "").values()
+def unbeaten(arms: Sequence[Arm], totals: Sequence[float | None]) -> list[bool]:
+    """Mark the arms that no other dominates in accuracy, size, latency and cost; a missing value counts as worst."""
+    axes = _axes(arms, totals, "").values()
     return pareto(
         [
             (-math.inf if math.isnan(arm.accuracy) else arm.accuracy, *(math.inf if v is None else v for v in values))
@@ -135,43 +135,43 @@ def unbeaten(arms: Sequence[Arm], making: Sequence[float | None]) -> list[bool]:
     )
 
 
-def _axes(arms: Sequence[Arm], making: Sequence[float | None], unit: str) -> dict[str, list[float | None]]:
+def _axes(arms: Sequence[Arm], totals: Sequence[float | None], unit: str) -> dict[str, list[float | None]]:
     measured = {title: [_known(arm.stat(key).mean / size) for arm in arms] for key, title, size in FRONTS}
-    return measured | {f"cost of making, {unit}": list(making)}
+    return measured | {f"total cost, {unit}": list(totals)}
 
 
 def effects(trained: Sequence[Arm]) -> list[Effect]:
-    """How much each setting of a sweep matters to the runs that have it, the most first.
+    """Return the effect of each swept setting on the runs that have it, largest first.
 
-    None where only losses and seeds differ: the arms themselves show that.
+    Empty if only losses and seeds differ: the arms themselves show that.
     """
     runs = [run for arm in trained for run in arm.runs]
     accuracies = [number(run.rows["student"]["accuracy"]) or 0.0 for run in runs]
-    found = []
+    swept = []
     for setting, values in _swept(runs).items():
-        had = [(value, accuracy) for value, accuracy in zip(values, accuracies, strict=True) if value is not None]
-        levels = _levels(*map(list, zip(*had, strict=True)))
-        if len(levels) < len(had):
-            found.append(Effect(setting, explained([level.accuracies for level in levels]), levels))
-    is_told = any(effect.setting not in ("loss", "seed") for effect in found)
-    return sorted(found, key=lambda effect: -effect.share) if is_told else []
+        known = [(value, accuracy) for value, accuracy in zip(values, accuracies, strict=True) if value is not None]
+        levels = _levels(*map(list, zip(*known, strict=True)))
+        if len(levels) < len(known):
+            swept.append(Effect(setting, explained([level.accuracies for level in levels]), levels))
+    has_settings = any(effect.setting not in ("loss", "seed") for effect in swept)
+    return sorted(swept, key=lambda effect: -effect.share) if has_settings else []
 
 
 def _swept(runs: Sequence[Run]) -> dict[str, list[str | None]]:
-    """Settings of which runs have different values; of those that tell them apart in the same way, the shortest."""
+    """Return the settings that differ between runs; of settings that split the runs alike, the shortest name."""
     flats = [{**run.choices, "loss": " + ".join(run.losses)} for run in runs]
     keys = sorted({key for flat in flats for key in flat}, key=lambda key: (len(key), key))
     columns = {key: [flat.get(key) for flat in flats] for key in keys}
-    ways: dict[tuple[int, ...], str] = {}
+    by_split: dict[tuple[int, ...], str] = {}
     for key, values in columns.items():
         if len(set(values) - {None}) > 1:
-            ways.setdefault(tuple(-1 if value is None else values.index(value) for value in values), key)
-    return {key: columns[key] for key in ways.values()}
+            by_split.setdefault(tuple(-1 if value is None else values.index(value) for value in values), key)
+    return {key: columns[key] for key in by_split.values()}
 
 
 def _levels(values: Sequence[str], accuracies: Sequence[float]) -> tuple[Level, ...]:
-    """The runs by value or, where most of many numbers differ as in a search, by the third of the numbers."""
-    numbers = [found for value in values if (found := number(value)) is not None]
+    """Group runs by value or, if most values are distinct numbers as in a search, by thirds of the numbers."""
+    numbers = [x for value in values if (x := number(value)) is not None]
     places: Sequence[float | str] = numbers if len(numbers) == len(values) else values
     groups: dict[float | str, list[int]] = {}
     is_cut = places is numbers and 2 * len(set(values)) > len(values)

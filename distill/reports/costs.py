@@ -1,4 +1,4 @@
-"""What an arm cost to make, what a request to it costs, and when it has paid its making back."""
+"""What producing a student costs, what a request to it costs, and after how many requests it breaks even."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIME = "machine seconds"
 
 @dataclass(frozen=True)
 class Prices:
-    """Price of a machine's hour with its power, and of a bought request to the teacher; None: not given."""
+    """Prices of a machine hour, power included, and of a paid request to the teacher; None if unknown."""
 
     per_hour: float | None
     teacher_per_request: float | None
@@ -26,25 +26,28 @@ class Prices:
 
     @property
     def unit(self) -> str:
-        """The currency; machine seconds where no hour has a price."""
+        """The currency, or machine seconds if an hour has no price."""
         return TIME if self.per_hour is None else self.currency
 
     def of(self, seconds: float | None) -> float | None:
-        """What so many seconds of the machine cost, in `unit`."""
+        """Return the cost of these machine seconds, in `unit`."""
         if seconds is None or self.per_hour is None:
             return seconds
         return seconds / SECONDS_PER_HOUR * self.per_hour
 
 
 class Cost(NamedTuple):
-    """An arm's seconds of work for one student, and its costs in `unit`; None: not measured."""
+    """Seconds of work that one student of an arm takes, and its costs in `unit`; None if not measured.
+
+    `total` is the cost of producing the student: annotation, training and evaluation.
+    """
 
     arm: Arm
     annotation_seconds: float | None
     training_seconds: float | None
     evaluation_seconds: float | None
     unit: str
-    making: float | None
+    total: float | None
     student_per_1000: float | None
     teacher_per_1000: float | None
     break_even_requests: float | None
@@ -52,7 +55,7 @@ class Cost(NamedTuple):
 
 
 class Yield(NamedTuple):
-    """What became of the rationales that the teacher wrote for the arms named."""
+    """Numbers of kept and rejected rationales of the named arms."""
 
     labels: tuple[str, ...]
     kept: int
@@ -60,48 +63,48 @@ class Yield(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Share of the rationales that was kept."""
+        """Share of rationales that were kept."""
         return self.kept / (self.kept + sum(self.rejected.values()))
 
 
-def prices(config: Json, given: Json) -> Prices:
-    """The prices in a run's configuration, those `given` first."""
-    told = {**mapping(config.get("cost")), **{key: value for key, value in given.items() if value is not None}}
+def read_prices(config: Json, overrides: Json) -> Prices:
+    """Return the prices in a run's configuration, overridden by `overrides`."""
+    values = {**mapping(config.get("cost")), **{key: value for key, value in overrides.items() if value is not None}}
     hour, watts, energy, bought = (
-        number(told.get(key)) for key in ("price_per_hour", "watts", "price_per_kwh", "teacher_price_per_1000")
+        number(values.get(key)) for key in ("price_per_hour", "watts", "price_per_kwh", "teacher_price_per_1000")
     )
     power = None if watts is None or energy is None else watts / 1000 * energy
     parts = [part for part in (hour, power) if part is not None]
     return Prices(
         per_hour=sum(parts) if parts else None,
         teacher_per_request=None if bought is None else bought / 1000,
-        currency=str(told.get("currency") or "of no named currency"),
-        requests_per_day=number(told.get("requests_per_day")),
+        currency=str(values.get("currency") or "an unnamed currency"),
+        requests_per_day=number(values.get("requests_per_day")),
     )
 
 
-def cost(arm: Arm, given: Json) -> Cost:
-    """The costs of a trained arm, a mean over its seeds; the baseline needs no annotation."""
-    price = prices(arm.runs[-1].config, given)
+def cost(arm: Arm, overrides: Json) -> Cost:
+    """Return the mean costs of a trained arm over its seeds; the baseline needs no annotation."""
+    price = read_prices(arm.runs[-1].config, overrides)
     annotation = 0.0 if arm.kind == "baseline" else _mean(arm.runs, "cache", "annotation_seconds")
     training, evaluation = (_mean(arm.runs, "seconds", key) for key in ("train", "evaluate"))
-    work = [annotation, training, evaluation]
-    making = None if None in work else price.of(math.fsum(part for part in work if part is not None))
+    seconds = [annotation, training, evaluation]
+    total = None if None in seconds else price.of(math.fsum(part for part in seconds if part is not None))
     student = price.of(_seconds_per_request(arm.rows))
     teacher = price.of(_seconds_per_request([run.rows.get("teacher", {}) for run in arm.runs]))
     if price.per_hour is not None and price.teacher_per_request is not None:
         teacher = price.teacher_per_request
     requests = None
-    if making is not None and student is not None and teacher is not None:
-        requests = break_even(making, teacher, student)
+    if total is not None and student is not None and teacher is not None:
+        requests = break_even(total, teacher, student)
     days = requests / price.requests_per_day if requests is not None and price.requests_per_day else None
-    each = (_thousand(student), _thousand(teacher))
-    return Cost(arm, annotation, training, evaluation, price.unit, making, *each, requests, days)
+    per_1000 = (_thousand(student), _thousand(teacher))
+    return Cost(arm, annotation, training, evaluation, price.unit, total, *per_1000, requests, days)
 
 
 def break_even_text(cost: Cost) -> str:
-    """After how many requests the student has paid its making back; never where one to it is not cheaper."""
-    if cost.making is None or cost.student_per_1000 is None or cost.teacher_per_1000 is None:
+    """Format the number of requests after which the student breaks even; "never" if its requests are not cheaper."""
+    if cost.total is None or cost.student_per_1000 is None or cost.teacher_per_1000 is None:
         return "not measured"
     if cost.break_even_requests is None:
         return "never"
@@ -125,15 +128,15 @@ def _seconds_per_request(rows: Sequence[Json]) -> float | None:
 
 
 def yields(arms: Sequence[Arm]) -> list[Yield]:
-    """What became of the rationales, once for arms of which the same was told."""
-    found: dict[str, Yield] = {}
+    """Return the yield of rationales; arms with equal counts share an entry."""
+    by_counts: dict[str, Yield] = {}
     for arm in arms:
         for run in arm.runs:
             counts = mapping(run.facts.get("counts"))
             rejected = {str(key): int(number(n) or 0) for key, n in mapping(counts.get("rationales_rejected")).items()}
             kept = int(number(counts.get("rationales_kept")) or 0)
             if kept + sum(rejected.values()):
-                known = found.get(key := str((kept, sorted(rejected.items()))))
+                known = by_counts.get(key := str((kept, sorted(rejected.items()))))
                 labels = dict.fromkeys((*(known.labels if known else ()), arm.label))
-                found[key] = Yield(tuple(labels), kept, rejected)
-    return list(found.values())
+                by_counts[key] = Yield(tuple(labels), kept, rejected)
+    return list(by_counts.values())

@@ -1,6 +1,6 @@
-"""Run folders as they are found: whole, half written or damaged.
+"""Read run folders, whether complete, half written or damaged.
 
-Nothing here trusts what a file holds: everything may be missing, and text is made visible before it is shown.
+No content of a file is trusted: anything may be missing, and text is made visible before it is shown.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from distill.errors import ConfigError
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
 OPTIONAL_FILES = ("rationales.jsonl",)
-# What says where and how a run is made, and not what is learned: whole sections, and single settings.
-HOW = (
+# Sections and single settings that decide where and how a run is made, not what the student learns.
+RUN_ONLY = (
     *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
     *("num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size", "share_prompt"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps"),
     *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.use_distributed_sampler"),
 )
-PLACES = re.compile(r"(^|[._])(root|dir|path|files)$")
-TEACHING = ("teacher", "soft_teacher", "rationales", "cache")  # of no matter to who learns from labels alone
-COUNTED = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # the facts have these
-NULL = str(None)  # a setting without a value, flat
-SEEDS = re.compile(r"(?<!split_)seed$")
+PATH_KEYS = re.compile(r"(^|[._])(root|dir|path|files)$")
+TEACHER_SECTIONS = ("teacher", "soft_teacher", "rationales", "cache")  # irrelevant to labels alone
+IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # also in run.json
+NULL = str(None)  # a flat setting that is null
+SEED_KEYS = re.compile(r"(?<!split_)seed$")
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 PARSERS: Mapping[str, Callable[[str], Iterable[object]]] = {
     ".yaml": lambda text: [current(yaml.safe_load(text))],
     ".json": lambda text: [json.loads(text)],
@@ -48,7 +48,7 @@ PARSERS: Mapping[str, Callable[[str], Iterable[object]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; `problems` names each file that is missing or damaged."""
+    """Contents of a run folder; `problems` names every file that is missing or damaged."""
 
     folder: Path
     problems: tuple[str, ...]
@@ -62,12 +62,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name that the train command gave, or the folder's."""
+        """The run's name, or the folder's if run.json has none."""
         return str(self.facts.get("name") or self.folder.name)
 
     @property
     def seed(self) -> str:
-        """The seed as text; runs of one seed are paired."""
+        """The seed as text; runs with the same seed are paired."""
         return str(self.facts.get("seed"))
 
     @property
@@ -77,29 +77,29 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the student was evaluated and the run says what trained it."""
+        """Whether the student has an accuracy and the run names its losses."""
         return bool(self.losses) and number(self.rows.get("student", {}).get("accuracy")) is not None
 
     @cached_property
     def settings(self) -> Mapping[str, str]:
-        """Everything that two runs must share to be seeds of one arm, flat."""
+        """Flat settings that two runs must share to be seeds of one arm."""
         facts = {key: self.facts.get(key) for key in ("task", "teacher", "steps", "batch_size")}
         counts = mapping(self.facts.get("counts"))
         facts |= {"start": self._start, "labelled": counts.get("labelled"), "test": counts.get("test")}
         facts |= {"unlabelled": self._unlabelled, "cache": mapping(self.facts.get("cache")).get("fingerprint")}
-        chosen = {key: value for key, value in self.choices.items() if key not in COUNTED}
-        return flatten(facts) | {key: value for key, value in chosen.items() if not SEEDS.search(key)}
+        chosen = {key: value for key, value in self.choices.items() if key not in IN_FACTS}
+        return flatten(facts) | {key: value for key, value in chosen.items() if not SEED_KEYS.search(key)}
 
     @cached_property
     def choices(self) -> Mapping[str, str]:
-        """The configuration, flat, without what says only where and how the run was made."""
-        others = tuple(f"{part}." for part in (*HOW, *(TEACHING if self.losses == ("answer",) else ())))
+        """The flat configuration without settings that decide only where and how the run is made."""
+        excluded = tuple(f"{part}." for part in (*RUN_ONLY, *(TEACHER_SECTIONS if self.losses == ("answer",) else ())))
         flat = flatten(self.config).items()
-        return {k: v for k, v in flat if not (f"{k}.".startswith(others) or PLACES.search(k))}
+        return {k: v for k, v in flat if not (f"{k}.".startswith(excluded) or PATH_KEYS.search(k))}
 
     @property
     def _start(self) -> object:
-        """Hash of the weights before training; what they were drawn for, where each seed draws its own."""
+        """Hash of the weights before training; the student's settings if each seed draws its own weights."""
         student = mapping(self.config.get("student"))
         if student.get("from_scratch") or student.get("lora"):
             return f"drawn by seed: {shlex.join(flatten(student).values())}"
@@ -107,13 +107,13 @@ class Run:
 
     @property
     def _unlabelled(self) -> int | None:
-        """Number of training examples without a label; of no matter to who learns from labels alone."""
+        """Number of training examples without a label; None for a student that learns from labels alone."""
         train, labelled = (number(mapping(self.facts.get("counts")).get(key)) for key in ("train", "labelled"))
         return None if train is None or labelled is None or self.losses == ("answer",) else int(train - labelled)
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else."""
+    """Return a finite number, or None for anything else."""
     try:
         result = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
@@ -122,51 +122,51 @@ def number(value: object) -> float | None:
 
 
 def mapping(value: object) -> Json:
-    """The value if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
+    """Return the value if it is a mapping, else an empty mapping."""
+    return value if isinstance(value, dict) else {}
 
 
 def mappings(value: object) -> list[Json]:
-    """The mappings in a list; none where the value is something else."""
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
+    """Return the mappings in a list; an empty list for any other value."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list | tuple) else []
 
 
 def flatten(tree: Json, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one flat one with dotted keys and text for values."""
+    """Flatten nested mappings: dotted keys, values as text."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         text = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": text}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": text}
     return flat
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder, however much of it there is; ConfigError where it is none."""
+    """Read a run folder, complete or not; raises ConfigError for any other folder."""
     folder = Path(folder)
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    if held is None or not {"config.yaml", "run.json"} & set(held):
-        found = "no such folder" if held is None else f"only {', '.join(held[:8]) or 'an empty folder'}"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    if names is None or not {"config.yaml", "run.json"} & set(names):
+        content = "no such folder" if names is None else ", ".join(names[:8]) or "an empty folder"
         raise ConfigError(
-            f"{visible(str(folder))} is not a run folder: found {visible(found)}; wanted config.yaml or "
-            "run.json, as `python -m distill.train` writes them. Name folders of runs: runs=[dir,dir,...]"
+            f"{visible(str(folder))} is not a run folder: got {visible(content)}; expected config.yaml or run.json, "
+            "as written by `python -m distill.train`. Give run folders: runs=[dir,dir,...]"
         )
     problems: list[str] = []
     config, facts, metrics, results, predictions, rejected = (_read(folder / name, problems) for name in FILES)
-    rationales = [_read(folder / name, problems) if name in held else () for name in OPTIONAL_FILES]
+    rationales = [_read(folder / name, problems) if name in names else () for name in OPTIONAL_FILES]
     rows = {key: mapping(row) for item in results for key, row in mapping(item.get("rows")).items()}
-    compared = tuple(map(_compared, predictions))
-    return Run(folder, tuple(problems), dict(*facts), dict(*config), rows, metrics, compared, rejected, *rationales)
+    completed = tuple(map(_with_comparisons, predictions))
+    return Run(folder, tuple(problems), dict(*facts), dict(*config), rows, metrics, completed, rejected, *rationales)
 
 
 def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
-    """The mappings in a file up to the first damage, which is added to `problems`."""
+    """Return the mappings in a file up to the first damaged line; what is wrong is added to `problems`."""
     items: list[Json] = []
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-        problems.append(f"{path.name} is a link that leads out of the folder, and is not followed")
+        problems.append(f"{path.name} is a link to a file outside the folder and is not read")
         return ()
     try:
         for item in PARSERS[path.suffix](path.read_text(encoding="utf-8", errors="replace")):
-            if not isinstance(item, Mapping):
+            if not isinstance(item, dict):
                 raise ValueError("not a mapping")
             items.append(item)
     except FileNotFoundError:
@@ -176,16 +176,16 @@ def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
     return tuple(items)
 
 
-def _compared(line: Json) -> Json:
-    """A prediction with what follows from equality of texts, where the run did not say it."""
-    teacher, is_told = line.get("teacher_answer"), line.get("teacher_answer") is not None
+def _with_comparisons(line: Json) -> Json:
+    """Add to a prediction what equality of texts shows, where the run did not record it."""
+    teacher = line.get("teacher_answer")
     derived = {"is_teacher_correct": teacher == line.get("gold"), "agrees": teacher == line.get("student_answer")}
-    absent = {key: value if is_told else None for key, value in derived.items() if line.get(key) is None}
-    return {**line, **absent}
+    missing = {key: None if teacher is None else value for key, value in derived.items() if line.get(key) is None}
+    return {**line, **missing}
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Read each folder once; ConfigError lists every one that is no run folder."""
+    """Read each folder once; raises ConfigError that lists every folder that is not a run folder."""
     runs: list[Run] = []
     problems: list[str] = []
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
@@ -194,18 +194,18 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
         except ConfigError as error:
             problems.extend(error.problems)
     if not runs and not problems:
-        problems = ["no run folder was given; wanted at least one: runs=[dir,dir,...]"]
+        problems = ["no run folder was given; give at least one: runs=[dir,dir,...]"]
     if problems:
         raise ConfigError(*problems)
     return runs
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:
-    """Folders of runs among and directly below `folders`, in order of name."""
-    found: list[Path] = []
+    """Return the run folders among `folders` and directly below them, in order of name."""
+    run_dirs: list[Path] = []
     for folder in map(Path, folders):
         below = sorted(
             (path.parent for path in folder.glob("*/run.json")), key=lambda path: (len(path.name), path.name)
         )
-        found += [folder] if (folder / "run.json").is_file() or not below else below
-    return found
+        run_dirs += [folder] if (folder / "run.json").is_file() or not below else below
+    return run_dirs

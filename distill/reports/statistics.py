@@ -1,6 +1,6 @@
-"""What the figures of several students can bear: intervals, shares, break-even points, scaling. No files, no models.
+"""Intervals, recovered shares, break-even points, power laws and Pareto fronts. No files, no models.
 
-Correctness comes as a matrix of 0 and 1 with a row for each seed and a column for each test example.
+Correctness is a matrix of 0 and 1 with a row per seed and a column per test example.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special  # a quarter of the time that scipy.stats takes to import; the quantiles are the same
+from scipy import special  # imports in a quarter of the time of scipy.stats; the quantiles are the same
 
 Matrix = NDArray[np.float64]
 
-NUM_DRAWS, BLOCK = 10_000, 1_000
-POWER = 0.8  # of the test that `detectable` describes
+NUM_DRAWS, BLOCK_SIZE = 10_000, 1_000
+POWER = 0.8  # of the test in `detectable`
 
 
 class Interval(NamedTuple):
-    """An estimate, the ends of its interval, its standard error, and what was resampled."""
+    """An estimate, the ends of its interval, its standard error, and the numbers of resampled seeds and examples."""
 
     estimate: float
     low: float
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class PowerLaw(NamedTuple):
-    """error = factor · x^(-exponent), with the interval of the exponent."""
+    """error = factor · x^(-exponent), with an interval of the exponent."""
 
     factor: float
     exponent: float
@@ -40,7 +40,7 @@ class PowerLaw(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Accuracies on the test examples on which the teacher's confidence lay between `low` and `high`."""
+    """Accuracies on the `num` test examples with a teacher's confidence between `low` and `high`."""
 
     low: float
     high: float
@@ -50,20 +50,20 @@ class Bin(NamedTuple):
 
 
 def student_t(level: float, freedom: int) -> float:
-    """The t with P(|T| < t) = level."""
+    """Return the t with P(|T| < t) = level."""
     return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
 def paired_interval(
     left: Matrix, right: Matrix, *, level: float = 0.95, num_draws: int = NUM_DRAWS, seed: int = 0
 ) -> Interval:
-    """Interval of mean(left) - mean(right), paired by seed (rows) and by test example (columns).
+    """Return the interval of mean(left) - mean(right), paired by seed (rows) and test example (columns).
 
-    The wider, at each end, of two intervals. The percentiles of the two-way bootstrap (Owen 2007, "The pigeonhole
-    bootstrap"): seeds and examples are drawn with replacement, each on their own, and a cell counts as often as its
-    seed and its example were drawn together. And Student's t over the seeds' mean differences, because a few seeds
-    drawn from themselves spread too little: by sqrt((s - 1)/s), and with the tails of the normal distribution. With
-    one seed only examples are drawn; the interval then holds nothing of the spread between seeds.
+    At each end it is the wider of two intervals. First, the percentiles of the two-way bootstrap (Owen 2007, "The
+    pigeonhole bootstrap"): seeds and examples are resampled independently, and a cell counts as often as its seed
+    and its example are drawn together. Second, Student's t over the seeds' mean differences, because resampling a
+    few seeds underestimates their spread by sqrt((s - 1)/s) and has the tails of the normal distribution. With one
+    seed only examples are resampled, and the interval does not include the spread between seeds.
     """
     values_SE = np.asarray(left, np.float64) - np.asarray(right, np.float64)
     draws = _draws(values_SE[..., None], num_draws, seed)[:, 0]
@@ -73,11 +73,11 @@ def paired_interval(
 def recovered(
     baseline: Matrix, arm: Matrix, teacher: Matrix, *, level: float = 0.95, num_draws: int = NUM_DRAWS, seed: int = 0
 ) -> Interval | None:
-    """Share of the teacher's advantage over the baseline that the arm has; None where the teacher has none.
+    """Return the share of the teacher's advantage over the baseline that the arm has; None without an advantage.
 
-    (arm - baseline)/(teacher - baseline), each drawn together as in `paired_interval`; over seeds the ratio is taken
-    as linear about its estimate. Where the interval of the teacher's advantage holds 0, that of the share has no
-    ends (Fieller 1954), and they are infinite.
+    (arm - baseline)/(teacher - baseline), resampled together as in `paired_interval`; over seeds the ratio is
+    linearized at its estimate. If the interval of the teacher's advantage includes 0, that of the share is
+    unbounded (Fieller 1954): its ends are infinite.
     """
     gain_SE, advantage_SE = (np.asarray(x, np.float64) - np.asarray(baseline, np.float64) for x in (arm, teacher))
     gain, advantage = float(gain_SE.mean()), float(advantage_SE.mean())
@@ -93,17 +93,17 @@ def recovered(
 
 
 def _draws(values_SEK: NDArray[np.float64], num_draws: int, seed: int) -> Matrix:
-    """Two-way bootstrap draws of the K means, all from the same seeds and examples.
+    """Return two-way bootstrap draws of the K means, all from the same seeds and examples.
 
-    Examples with the same values are drawn together, which changes no distribution and saves most of the work.
+    Examples with equal values are drawn as one kind, which gives the same distribution with far less work.
     """
     num_seeds, num_examples, num_means = values_SEK.shape
     columns = values_SEK.transpose(1, 0, 2).reshape(num_examples, -1)
     kinds, counts = np.unique(columns, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     blocks = []
-    for start in range(0, num_draws, BLOCK):
-        size = min(BLOCK, num_draws - start)
+    for start in range(0, num_draws, BLOCK_SIZE):
+        size = min(BLOCK_SIZE, num_draws - start)
         seeds_BS = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size) / num_seeds
         examples_BU = generator.multinomial(num_examples, counts / num_examples, size) / num_examples
         means_BSK = (examples_BU @ kinds).reshape(size, num_seeds, num_means)
@@ -112,7 +112,7 @@ def _draws(values_SEK: NDArray[np.float64], num_draws: int, seed: int) -> Matrix
 
 
 def _wider(draws: Matrix, seeds: Matrix, num_examples: int, level: float) -> Interval:
-    """The wider, at each end, of the draws' percentiles and of Student's t over the seeds' values."""
+    """Return, at each end, the wider of the draws' percentiles and Student's t over the seeds' values."""
     low, high = map(float, np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
     mean, error, num_seeds = float(seeds.mean()), float(draws.std(ddof=1)), len(seeds)
     if num_seeds > 1:
@@ -123,49 +123,49 @@ def _wider(draws: Matrix, seeds: Matrix, num_examples: int, level: float) -> Int
 
 
 def family_level(level: float, number: int) -> float:
-    """The level at which each of `number` intervals is drawn so that all hold at once with `level` (Bonferroni)."""
+    """Return the level of each of `number` intervals such that all hold together with `level` (Bonferroni)."""
     return 1 - (1 - level) / max(1, number)
 
 
 def detectable(interval: Interval) -> float:
-    """The smallest true difference that such data shows four times out of five: half-width + 0.84 standard errors.
+    """Return the true difference that such data shows with 80 % power: half-width + 0.84 standard errors.
 
-    2.8 standard errors where the half-width is the normal 1.96; more with few seeds or many arms.
+    2.8 standard errors if the half-width is the normal 1.96; more with few seeds or many arms.
     """
     return (interval.high - interval.low) / 2 + float(special.ndtri(POWER)) * interval.error
 
 
-def break_even(making: float, teacher_per_request: float, student_per_request: float) -> float | None:
-    """Requests after which the student has paid back its making; None where a request to it is not cheaper."""
+def break_even(total: float, teacher_per_request: float, student_per_request: float) -> float | None:
+    """Return the requests after which the student has saved its total cost; None if its requests are not cheaper."""
     saved = teacher_per_request - student_per_request
-    return making / saved if saved > 0 else None
+    return total / saved if saved > 0 else None
 
 
 def fit_power_law(x: Sequence[float], error: Sequence[float], *, level: float = 0.95) -> PowerLaw | None:
-    """Least squares of log error on log x; None below three distinct x or where a value is not positive.
+    """Fit log error to log x by least squares; None below three distinct x or if a value is not positive.
 
-    The exponent's interval is the jackknife's (each point left out in turn), with t of n - 2 degrees of freedom.
+    The exponent's interval is the jackknife's (leave one out), with t of n - 2 degrees of freedom.
     """
     if len(set(x)) < 3 or min(*x, *error) <= 0:
         return None
     log_x, log_error = np.log(np.asarray(x, np.float64)), np.log(np.asarray(error, np.float64))
-    slope, height = map(float, np.polyfit(log_x, log_error, 1))
+    slope, intercept = map(float, np.polyfit(log_x, log_error, 1))
     number = len(log_x)
     others = ~np.eye(number, dtype=bool)
     left_out = np.array([np.polyfit(log_x[keep], log_error[keep], 1)[0] for keep in others if np.ptp(log_x[keep]) > 0])
     spread = math.sqrt((number - 1) / number * float(((left_out - left_out.mean()) ** 2).sum()))
     half = student_t(level, number - 2) * spread
-    return PowerLaw(math.exp(height), -slope, -slope - half, -slope + half)
+    return PowerLaw(math.exp(intercept), -slope, -slope - half, -slope + half)
 
 
 def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 10) -> list[Bin]:
-    """Accuracy of teacher and student in equal bins of the teacher's confidence; bins without examples are left out.
+    """Return accuracies of teacher and student in equal bins of the teacher's confidence; empty bins are left out.
 
-    Predictions without a confidence, or without a word on either's correctness, are left out.
+    Predictions without a confidence or without the correctness of either are ignored.
     """
     keys = ("teacher_confidence", "is_teacher_correct", "is_correct")
-    told = [[line.get(key) for key in keys] for line in predictions]
-    values = np.array([line for line in told if None not in line], np.float64).reshape(-1, 3)
+    rows = [[line.get(key) for key in keys] for line in predictions]
+    values = np.array([row for row in rows if None not in row], np.float64).reshape(-1, 3)
     return [
         Bin(low, high, len(places), float(values[places, 1].mean()), float(values[places, 2].mean()))
         for low, high, places in confidence_bins(values[:, 0], num_bins=num_bins)
@@ -173,7 +173,7 @@ def by_confidence(predictions: Sequence[Mapping[str, Any]], *, num_bins: int = 1
 
 
 def calibration_error(confidence: Sequence[float], is_correct: Sequence[bool]) -> float:
-    """Expected calibration error in ten equal bins (Guo et al. 2017, eq. 3)."""
+    """Return the expected calibration error in ten equal bins (Guo et al. 2017, eq. 3)."""
     gaps = np.asarray(is_correct, np.float64) - np.asarray(confidence, np.float64)
     return math.fsum(abs(float(gaps[places].sum())) for _, _, places in confidence_bins(confidence)) / len(gaps)
 
@@ -181,9 +181,9 @@ def calibration_error(confidence: Sequence[float], is_correct: Sequence[bool]) -
 def confidence_bins(
     confidence: Sequence[float] | NDArray[np.float64], *, num_bins: int = 10
 ) -> list[tuple[float, float, NDArray[np.intp]]]:
-    """Both ends of each equal bin of [0, 1], and the indices of the values in it; empty bins are left out.
+    """Return the ends of each equal bin of [0, 1] and the indices of its values; empty bins are left out.
 
-    A value on an edge is in the upper bin, 1 in the last.
+    A value on an edge belongs to the upper bin, 1 to the last.
     """
     edges = np.arange(num_bins + 1) / num_bins
     bins = np.digitize(confidence, edges[1:-1])
@@ -191,10 +191,10 @@ def confidence_bins(
 
 
 def explained(groups: Sequence[Sequence[float]]) -> float:
-    """Share of the variance of all values that the means of their groups explain.
+    """Return the share of the variance of all values that the means of their groups explain.
 
     Kelley 1935, "An unbiased correlation ratio measure": epsilon² = 1 - (1 - eta²)(n - 1)/(n - k) for n values in k
-    groups, 0 on average where groups do not matter. A negative one is 0, and so is that of groups of one value each.
+    groups, 0 on average if groups do not matter. Negative values become 0; groups of one value each give 0.
     """
     values = [value for group in groups for value in group]
     freedom = len(values) - len(groups)
@@ -209,6 +209,6 @@ def _squares(values: Sequence[float]) -> float:
 
 
 def pareto(points: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Which points no other beats: the first coordinate is to be large (accuracy), the rest small (size, latency)."""
+    """Mark the points that no other dominates: large first coordinate (accuracy), small others (size, latency)."""
     table = np.array([[-first, *rest] for first, *rest in points], np.float64)
     return [not ((table <= row).all(1) & (table < row).any(1)).any() for row in table]

@@ -24,11 +24,13 @@ from distill.app.files import whole_file
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
-from distill.evaluation.evaluate import Evaluation, row_of, speeds, teacher_row
+from distill.evaluation.answers import Evaluation, row_of, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, prepare, teach
 from distill.lessons.join import Records
 from distill.records import Annotation, Example, Span
-from distill.reports.page import tables, to_text, write_report
+from distill.reports.page import write_report
+from distill.reports.tables import tables
+from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
 from distill.training.checkpoints import digest

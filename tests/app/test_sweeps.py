@@ -29,7 +29,7 @@ from distill.app import config as configuration
 from distill.app.command import command
 from distill.app.overrides import check_command_line
 from distill.errors import ConfigError
-from distill.evaluation.evaluate import Evaluation
+from distill.evaluation.answers import Evaluation
 from distill.lessons.curriculum import prepare
 from tests.app.conftest import inspected
 from tests.conftest import compose, conf_names, environment, reviews, run, start, tiny_overrides

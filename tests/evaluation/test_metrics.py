@@ -1,4 +1,4 @@
-"""What is measured on predictions."""
+"""Metrics of predictions: intervals and calibration."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from distill.evaluation.metrics import Prediction, score, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "number"), [(0, 7), (1, 1), (17, 200), (24_000, 25_000)])
-def test_the_ends_of_the_wilson_interval_are_those_at_which_the_score_test_is_just_passed(
-    right: int, number: int
-) -> None:
+def test_the_score_test_is_just_passed_at_the_ends_of_the_wilson_interval(right: int, number: int) -> None:
     low, high = wilson_interval(right, number)
     assert 0 <= low < high <= 1
-    for end, is_at_the_edge in ((low, right == 0), (high, right == number)):
+    for end, is_at_bound in ((low, right == 0), (high, right == number)):
         score = abs(right / number - end) / math.sqrt(end * (1 - end) / number) if 0 < end < 1 else None
-        assert score is None if is_at_the_edge else score == pytest.approx(1.959964, abs=1e-6)
+        assert score is None if is_at_bound else score == pytest.approx(1.959964, abs=1e-6)
 
 
 def prediction(gold: str, answer: str, *probabilities: float) -> Prediction:
@@ -37,12 +35,12 @@ def prediction(gold: str, answer: str, *probabilities: float) -> Prediction:
 def test_calibration_is_the_gap_between_confidence_and_accuracy_in_each_bin() -> None:
     predictions = [
         prediction("no", "no", 0.75, 0.25),
-        prediction("yes", "no", 0.71, 0.29),  # in one bin with the first: accuracy 1/2, confidence 0.73
-        prediction("yes", "yes", 0.2, 0.8),  # on an edge: in the upper bin
+        prediction("yes", "no", 0.71, 0.29),  # same bin as the first: accuracy 1/2, confidence 0.73
+        prediction("yes", "yes", 0.2, 0.8),  # on an edge: upper bin
         prediction("yes", "yes", 0.0, 1.0),
-        prediction("no", "yes", 0.05, 0.95),  # in one bin with certainty: accuracy 1/2, confidence 0.975
-        prediction("maybe", "no", 0.55, 0.45),  # not a choice: in no calibration error, and wrong
-        prediction("yes", "yes", 0.62, 0.38),  # judged by another answer than its most likely choice
+        prediction("no", "yes", 0.05, 0.95),  # same bin as certainty: accuracy 1/2, confidence 0.975
+        prediction("maybe", "no", 0.55, 0.45),  # gold is not a choice: wrong, not in the ECE
+        prediction("yes", "yes", 0.62, 0.38),  # its answer is not the most likely choice
         prediction("yes", "yes"),
     ]
     row = score(predictions, ("no", "yes"))

@@ -1,4 +1,4 @@
-"""A run's student as a folder for others: its card, and its test questions for lm-evaluation-harness."""
+"""Export of a run's student: folder, model card and task for lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on a task of two choices, each of one token: no model here learned what padding rows are."""
+    """A finished run on a task of two choices of one token each, since padding rows of these models are untrained."""
     root = tmp_path_factory.mktemp("root")
     folders = [make_model(root / f"model{seed}", seed=seed) for seed in (1, 2)]
     for folder in folders:
@@ -54,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that run, to be damaged."""
+    """A copy of the finished run that a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -72,7 +72,7 @@ def with_start(folder: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(folder)
 
 
-def with_a_space_before_each_text(folder: Path) -> PreTrainedTokenizerFast:
+def with_a_leading_space(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -82,8 +82,8 @@ def with_a_space_before_each_text(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def that_joins_a_stop_and_a_line_end() -> PreTrainedTokenizerFast:
-    """Signs, and the line ends behind them, are one word, as for many models; and of ".\\n" it makes one token."""
+def joining_full_stop_and_newline() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for ".\\n": as in many models, newlines after punctuation belong to its word."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet, ".Ċ"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(".", "Ċ")]))
@@ -94,8 +94,8 @@ def that_joins_a_stop_and_a_line_end() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("make", [with_start, with_a_space_before_each_text])
-def test_the_harness_reads_the_tokens_that_the_student_learned(
+@pytest.mark.parametrize("make", [with_start, with_a_leading_space])
+def test_the_harness_reads_the_tokens_of_training(
     make: Callable[[Path], PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
     tokenizer = make(tmp_path)
@@ -111,16 +111,16 @@ def test_the_harness_reads_the_tokens_that_the_student_learned(
     assert task.caution == ""
 
 
-def test_questions_of_which_the_harness_makes_other_tokens_are_counted() -> None:
-    stop, none = Example("It is dull.", "negative"), Example("A fine film", "positive")
-    tokenizer = that_joins_a_stop_and_a_line_end()
-    assert task_of(tokenizer, none)[0].num_differing == 0
-    task, _ = task_of(tokenizer, stop, none, Example("A bore.", "negative"))
+def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
+    with_stop, without_stop = Example("It is dull.", "negative"), Example("A fine film", "positive")
+    tokenizer = joining_full_stop_and_newline()
+    assert task_of(tokenizer, without_stop)[0].num_differing == 0
+    task, _ = task_of(tokenizer, with_stop, without_stop, Example("A bore.", "negative"))
     assert task.num_differing == 2
     assert "2 of 3 questions" in task.caution
 
 
-def test_a_question_is_cut_as_it_was_for_the_student(prompts: Prompts) -> None:
+def test_a_long_question_is_cut_as_in_training(prompts: Prompts) -> None:
     short = Prompts(prompts.tokenizer, LAYOUT, (), max_length=40, too_long="cut")
     example = Example("A sentence of many words that goes on and on. " * 9, "positive")
     task = harness_task("any", short, CHOICES, [example])
@@ -128,9 +128,10 @@ def test_a_question_is_cut_as_it_was_for_the_student(prompts: Prompts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choices", "answer", "why"), [((), "12", "free text"), (CHOICES, "neutral", "'neutral' answers a test question")]
+    ("choices", "answer", "why"),
+    [((), "12", "free text"), (CHOICES, "neutral", "'neutral'; expected one of negative, positive")],
 )
-def test_answers_that_the_harness_cannot_judge_make_no_task(
+def test_answers_that_the_harness_cannot_score_are_refused(
     choices: tuple[str, ...], answer: str, why: str, prompts: Prompts
 ) -> None:
     with pytest.raises(ConfigError, match=why):
@@ -138,7 +139,7 @@ def test_answers_that_the_harness_cannot_judge_make_no_task(
 
 
 @pytest.mark.slow
-def test_a_student_is_exported_with_the_questions_of_its_report(finished: Path, tmp_path: Path) -> None:
+def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path: Path) -> None:
     done = run(tmp_path, f"run={finished}", f"to={tmp_path / 'out'}", command="export")
     assert done.returncode == 0, done.stderr
     out, name = tmp_path / "out", "distill_movie_reviews"
@@ -164,7 +165,7 @@ def test_a_student_is_exported_with_the_questions_of_its_report(finished: Path, 
 
 
 @pytest.mark.slow
-def test_the_questions_are_exported_where_the_tasks_files_are_gone(run_folder: Path, tmp_path: Path) -> None:
+def test_questions_are_exported_without_the_tasks_files(run_folder: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     config["task"]["examples"]["file"] = str(tmp_path / "gone.tsv")
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -176,17 +177,17 @@ def without_predictions(folder: Path) -> None:
     (folder / "predictions.jsonl").unlink()
 
 
-def of_a_task_that_was_removed(folder: Path) -> None:
+def with_a_removed_task(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("movie_reviews.MovieReviews", "movie_reviews.Gone"))
 
 
-def that_names_no_way_to_answer(folder: Path) -> None:
+def without_answer_mode(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("answer_mode:", "answer_manner:"))
 
 
-def that_reasons(folder: Path) -> None:
+def with_reasoning(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("answer_mode: direct", "answer_mode: reasoned"))
 
@@ -196,38 +197,46 @@ def that_reasons(folder: Path) -> None:
     ("damage", "why"),
     [
         (without_predictions, "predictions.jsonl is missing"),
-        (of_a_task_that_was_removed, "does not exist"),
-        (that_names_no_way_to_answer, "answer_mode"),
-        (that_reasons, "reasons before it answers"),
+        (with_a_removed_task, "does not exist"),
+        (without_answer_mode, "answer_mode"),
+        (with_reasoning, "reasons before it answers"),
     ],
 )
-def test_a_student_without_a_task_is_exported_all_the_same(
+def test_a_student_is_exported_even_without_a_task(
     damage: Callable[[Path], None], why: str, run_folder: Path, tmp_path: Path
 ) -> None:
     damage(run_folder)
-    told = export(run_folder, tmp_path / "out")
-    assert told.startswith("without a task for lm-eval: ")
-    assert why in told
-    assert "\n" not in told
-    there = {path.name for path in (tmp_path / "out").iterdir()}
-    assert there == {path.name for path in (run_folder / "student").iterdir()} | {"README.md"}
+    message = export(run_folder, tmp_path / "out")
+    assert message.startswith("no lm-eval task: ")
+    assert why in message
+    assert "\n" not in message
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (run_folder / "student").iterdir()} | {"README.md"}
     assert "lm_eval" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="pip install lm-eval to compare with it")
-def test_the_harness_finds_what_the_report_says(finished: Path, tmp_path: Path) -> None:
+def test_the_harness_measures_the_accuracy_of_the_report(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(finished, out)
     line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=.", "--device", "cpu"]
-    line += ["--tasks", "distill_movie_reviews", "--include_path", "lm_eval", "--log_samples", "--output_path", "found"]
+    line += [
+        "--tasks",
+        "distill_movie_reviews",
+        "--include_path",
+        "lm_eval",
+        "--log_samples",
+        "--output_path",
+        "results",
+    ]
     settings = environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     done = subprocess.run(line, cwd=out, env=settings, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(next((out / "found").rglob("results_*.json")).read_text())
-    wanted = json.loads((finished / "results.json").read_text())["rows"]["student"]["accuracy"]
-    assert found["results"]["distill_movie_reviews"]["acc,none"] == wanted
-    samples = {sample["doc"]["id"]: sample for sample in lines(next((out / "found").rglob("samples_*.jsonl")))}
+    results = json.loads(next((out / "results").rglob("results_*.json")).read_text())
+    expected = json.loads((finished / "results.json").read_text())["rows"]["student"]["accuracy"]
+    assert results["results"]["distill_movie_reviews"]["acc,none"] == expected
+    samples = {sample["doc"]["id"]: sample for sample in lines(next((out / "results").rglob("samples_*.jsonl")))}
     for prediction in lines(finished / "predictions.jsonl"):
         scores = [float(answer) for ((answer, _),) in samples[prediction["id"]]["resps"]]
         assert CHOICES[scores.index(max(scores))] == prediction["student_answer"]

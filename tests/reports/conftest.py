@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Makers of run folders and pages, shared by the tests of reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.reports import page as report
+from distill.reports.runs import read_run
+from distill.reports.verdicts import Summary, summarise
 
 Make = Callable[..., Path]
-
-
 HOSTILE = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202eright-to-left \ud800 | `code` **bold** $x_1$"
 
 
@@ -47,7 +46,7 @@ def row(accuracy: float, num_examples: int = 500, **more: Any) -> dict[str, Any]
 
 
 def facts(losses: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """A run.json as the train command writes it."""
+    """A run.json as written by the train command."""
     name = f"{'+'.join(losses)}-seed{seed}"
     return {
         "name": name,
@@ -104,20 +103,20 @@ def prediction(index: int, is_correct: bool, agrees: bool) -> dict[str, Any]:
 
 
 def shuffled(share: float, number: int, name: str) -> list[bool]:
-    """True for that share of the examples, drawn by name."""
+    """True for `share` of the examples, at random places seeded by `name`."""
     values = [k < round(share * number) for k in range(number)]
     random.Random(name).shuffle(values)
     return values
 
 
 def answers(losses: tuple[str, ...], accuracy: float, seed: int, number: int = 500) -> list[dict[str, Any]]:
-    """Predictions of that accuracy, each run's drawn on its own; the teacher is right on 82 % in every run."""
+    """Predictions with the given accuracy, independent between runs; the teacher has 82 % in every run."""
     student, teacher = shuffled(accuracy, number, f"{losses}{seed}"), shuffled(0.82, number, "teacher")
     return [prediction(k, student[k], student[k] == teacher[k]) for k in range(number)]
 
 
 def learning_curve(losses: tuple[str, ...], accuracy: float) -> str:
-    """A metrics.csv in which training and validation rows alternate, with empty cells."""
+    """A metrics.csv with alternating training and validation rows and empty cells."""
     lines = ["step,epoch," + ",".join(f"train/{loss}" for loss in losses) + ",val/answer,val/accuracy"]
     for step in range(10, 121, 10):
         fall = math.exp(-step / 50)
@@ -140,7 +139,7 @@ def write_run(
     without: tuple[str, ...] = (),
     **changes: Any,
 ) -> Path:
-    """Write a run folder; keywords replace facts, `without` leaves files out."""
+    """Write a run folder without the files named in `without`; other keywords replace facts."""
     folder.mkdir()
     num_test = (student or {}).get("num_examples", 500)
     rows = {"teacher": row(0.82, agreement=None, kl=None), "before": row(0.52)}
@@ -167,17 +166,17 @@ def write_run(
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Make:
-    """Write a run folder of its own below `tmp_path`."""
+    """Write a new run folder below `tmp_path`."""
     return lambda *values, **more: write_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", *values, **more)
 
 
-def summary_of(*folders: Path) -> report.Summary:
-    """Read and summarise."""
-    return report.summarise([report.read_run(folder) for folder in folders])
+def summary_of(*folders: Path) -> Summary:
+    """Read and summarise run folders."""
+    return summarise([read_run(folder) for folder in folders])
 
 
 class Page(HTMLParser):
-    """Collects tags, attributes and text of a page."""
+    """The tags, links and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -196,7 +195,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def lesson(index: int, answer: str, reason: str | None) -> dict[str, Any]:
+def rationale_line(index: int, answer: str, reason: str | None) -> dict[str, Any]:
     """One line of rationales.jsonl."""
     return {
         "id": f"{index:032x}",
@@ -215,11 +214,11 @@ def with_latency(milliseconds: float) -> dict[str, Any]:
     return {"ms_per_example": milliseconds}
 
 
-PLAIN: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     "order": "shuffled",
     "balance": "none",
     "rationales": {"arithmetic": True},
-    "teacher": {"num_rationales": 60, "kind": {"files": ["/a/said.jsonl"]}},
+    "teacher": {"num_rationales": 60, "kind": {"files": ["/a/answers.jsonl"]}},
     "overlap": {"action": "report"},
     "trainer": {"gradient_clip_val": 1.0, "devices": 1, "max_steps": 120},
     "task": {"path": "/a/train.jsonl", "answer_mode": "direct", "examples": {"split_seed": 0}},

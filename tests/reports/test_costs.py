@@ -1,4 +1,4 @@
-"""The report: numbers that can be checked by hand, an honest verdict, and a page that no data can break."""
+"""Costs, the yield of rationales, contamination and the tables as plain rows."""
 
 from __future__ import annotations
 
@@ -7,43 +7,46 @@ import re
 
 import pytest
 
-from distill.reports import page as report
+from distill.reports.page import to_html
+from distill.reports.tables import tables
+from distill.reports.text import to_markdown, to_text
+from distill.reports.verdicts import Summary
 from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, with_latency
 
 
-def test_costs_and_break_even_are_those_of_the_prices(make_run: Make) -> None:
-    # An hour is 1 EUR + 0.5 kW · 2 EUR = 2 EUR. Making: 123.4 s annotation + 42.1 s + 9 s = 174.5 s.
+def test_costs_and_break_even_follow_from_the_prices(make_run: Make) -> None:
+    # An hour is 1 EUR + 0.5 kW · 2 EUR = 2 EUR. Total: 123.4 s annotation + 42.1 s + 9 s = 174.5 s.
     # The student takes 3 ms, the teacher costs 0.01 EUR per 1000.
     prices = {"price_per_hour": 1, "watts": 500, "price_per_kwh": 2, "currency": "EUR", "requests_per_day": 1000}
     config = {"cost": prices | {"teacher_price_per_1000": 0.01}}
     summary = summary_of(make_run(("answer",), config=config), make_run(config=config, student=with_latency(3.0)))
-    baseline, distilled = report.tables(summary)["cost"]
-    making = 174.5 / 3600 * 2
+    baseline, distilled = tables(summary)["cost"]
+    total = 174.5 / 3600 * 2
     saved = 0.01 / 1000 - 0.003 / 3600 * 2
-    assert distilled["making"] == pytest.approx(making)
+    assert distilled["total"] == pytest.approx(total)
     assert distilled["unit"] == "EUR"
-    assert distilled["break_even_requests"] == pytest.approx(making / saved)
-    assert distilled["break_even_days"] == pytest.approx(making / saved / 1000)
+    assert distilled["break_even_requests"] == pytest.approx(total / saved)
+    assert distilled["break_even_days"] == pytest.approx(total / saved / 1000)
     assert baseline["annotation_seconds"] == 0
-    assert f"{math.ceil(making / saved):,} (" in " ".join(report.to_text(summary).split())
+    assert f"{math.ceil(total / saved):,} (" in " ".join(to_text(summary).split())
 
 
-def test_without_prices_costs_are_seconds_of_the_machine(make_run: Make) -> None:
+def test_without_prices_costs_are_machine_seconds(make_run: Make) -> None:
     summary = summary_of(make_run(student=with_latency(2.0)))
-    (cost,) = report.tables(summary)["cost"]
+    (cost,) = tables(summary)["cost"]
     assert cost["unit"] == "machine seconds"
-    assert cost["making"] == pytest.approx(174.5)
+    assert cost["total"] == pytest.approx(174.5)
     assert cost["break_even_requests"] == pytest.approx(174.5 / (0.012 - 0.002))
-    assert "machine seconds" in Page(report.to_html(summary)).text
+    assert "machine seconds" in Page(to_html(summary)).text
 
 
-def test_prices_that_are_given_go_before_those_of_the_run(make_run: Make) -> None:
+def test_given_prices_override_those_of_the_run(make_run: Make) -> None:
     summary = summary_of(make_run(config={"cost": {"price_per_hour": 1, "currency": "EUR"}}))
-    (cost,) = report.tables(summary, {"price_per_hour": 7.2, "currency": None})["cost"]
-    assert (cost["unit"], cost["making"]) == ("EUR", pytest.approx(174.5 * 0.002))
+    (cost,) = tables(summary, {"price_per_hour": 7.2, "currency": None})["cost"]
+    assert (cost["unit"], cost["total"]) == ("EUR", pytest.approx(174.5 * 0.002))
 
 
-def test_a_student_that_is_not_cheaper_never_pays_back_and_what_is_missing_was_not_measured(make_run: Make) -> None:
+def test_a_student_that_is_not_cheaper_never_breaks_even_and_missing_values_are_not_measured(make_run: Make) -> None:
     summary = summary_of(make_run(student=with_latency(12.0)))
     assert cost_cells(summary)[-1] == "never"
     unmeasured = summary_of(make_run(student={"ms_per_example": None}, seconds=None))
@@ -51,48 +54,50 @@ def test_a_student_that_is_not_cheaper_never_pays_back_and_what_is_missing_was_n
     assert cost_cells(unmeasured) == ["answer + kl + rationale", "2.1 min", no, no, no, no, "12", no]
 
 
-def cost_cells(summary: report.Summary) -> list[str]:
-    """The last line of the table of costs."""
-    lines = [line for line in report.to_markdown(summary).split("## Cost and data")[1].splitlines() if "|" in line]
+def cost_cells(summary: Summary) -> list[str]:
+    """Cells of the last line of the table of costs."""
+    lines = [line for line in to_markdown(summary).split("## Cost and data")[1].splitlines() if "|" in line]
     return [text.strip() for text in lines[-1].strip("|").split("|")]
 
 
-def test_yield_contamination_and_checks_are_told(make_run: Make) -> None:
-    found = [{"train_id": "a1", "other_id": "b2", "split": "test", "ngram": f"shared words {HOSTILE}"}]
+def test_yield_contamination_and_preflight_checks_are_shown(make_run: Make) -> None:
+    overlaps = [{"train_id": "a1", "other_id": "b2", "split": "test", "ngram": f"shared words {HOSTILE}"}]
     checks = [
         {"check": "free disk", "passed": True, "found": "9 GB", "wanted": "1 GB", "remedy": ""},
         {"check": HOSTILE, "passed": False, "found": 1, "wanted": 2, "remedy": "Take another."},
         {"check": "peak", "passed": None, "found": None, "wanted": None, "remedy": None},
     ]
-    summary = summary_of(make_run(contamination={"n": 8, "found": found, "num_dropped": 5}, preflight=checks))
-    text, page = " ".join(report.to_text(summary).split()), " ".join(Page(report.to_html(summary)).text.split())
+    summary = summary_of(make_run(contamination={"n": 8, "found": overlaps, "num_dropped": 5}, preflight=checks))
+    text, page = " ".join(to_text(summary).split()), " ".join(Page(to_html(summary)).text.split())
     assert "150 of 193 kept (78 %); rejected: disagrees 40, truncated 3." in text
     for shown in (text, page):
-        assert "Contamination: 1 training questions share 8 words in a row with validation or test; 5 of" in shown
-    for shown in ("1 example of training that shares text", "b2", "✓ yes", "✗ no", "Take another.", "not measured"):
+        assert "Contamination: 1 training questions share 8 consecutive words with validation or test; 5 of" in shown
+    for shown in ("1 training example shares text", "b2", "✓ yes", "✗ no", "Take another.", "not measured"):
         assert shown in page
-    nothing = Page(report.to_html(summary_of(make_run(counts={"test": 500})))).text
+    nothing = Page(to_html(summary_of(make_run(counts={"test": 500})))).text
     for shown in ("Contamination: not measured", "Yield of rationales: not measured", "Peak memory: not measured"):
         assert shown in nothing
 
 
-def test_a_card_of_data_names_the_runs_that_it_is_of(make_run: Make) -> None:
+def test_a_card_of_data_names_its_runs(make_run: Make) -> None:
     few, many = ({"train": n + 400, "labelled": n, "test": 500} for n in (100, 200))
     folders = [make_run(("kl",), seed=0, counts=few), make_run(("kl",), seed=1, counts=few), make_run(counts=many)]
-    page = report.to_html(summary_of(*folders))
+    page = to_html(summary_of(*folders))
     titles = [title for title in re.findall(r"<h3>(.*?)</h3>", page) if "seed" in title]
     assert titles == ["kl-seed0, kl-seed1", "answer+kl+rationale-seed0"]
 
 
-def test_tables_are_plain_rows_of_the_same_keys(make_run: Make) -> None:
-    told = [line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))]
+def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
+    predictions = [
+        line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))
+    ]
     others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
-    summary = summary_of(*others, make_run(("kl",), 0.8, predictions=told, config={"order": "shuffled"}))
-    found = report.tables(summary)
-    assert set(found) == {"differences", "contrasts", "comparison", "cost", "by_confidence", "yield"}
-    for rows in found.values():
+    summary = summary_of(*others, make_run(("kl",), 0.8, predictions=predictions, config={"order": "shuffled"}))
+    rows_by_table = tables(summary)
+    assert set(rows_by_table) == {"differences", "contrasts", "comparison", "cost", "by_confidence", "yield"}
+    for rows in rows_by_table.values():
         assert rows
         assert {tuple(line) for line in rows} == {tuple(rows[0])}
         assert all(value is None or isinstance(value, str | int | float) for line in rows for value in line.values())
-    assert [(line["low"], line["num"]) for line in found["by_confidence"]] == [(0.5, 250), (0.9, 250)]
-    assert found["differences"][0]["points"] == pytest.approx(20)
+    assert [(line["low"], line["num"]) for line in rows_by_table["by_confidence"]] == [(0.5, 250), (0.9, 250)]
+    assert rows_by_table["differences"][0]["points"] == pytest.approx(20)

@@ -1,4 +1,4 @@
-"""What the figures can bear: closed forms, a slower second way, and coverage where the truth is known."""
+"""Statistics against closed forms, slower implementations, and coverage of a known truth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rows(*values: tuple[float, ...]) -> Matrix:
 
 
 def experiment(generator: np.random.Generator, num_seeds: int, seed_spread: float, num_examples: int = 300) -> Matrix:
-    """Two arms' correctness [arm, seed, example]: examples are hard for both, seeds shift each arm on their own."""
+    """Correctness of two arms [arm, seed, example]: hardness of examples is shared, shifts by seed are not."""
     hard_E = generator.normal(1, 1.5, num_examples)
     shift_AS = generator.normal(0, seed_spread, (2, num_seeds, 1)) + rows((0.3,), (0,))[..., None]
     chance = 1 / (1 + np.exp(-(hard_E + shift_AS)))
@@ -28,7 +28,7 @@ def experiment(generator: np.random.Generator, num_seeds: int, seed_spread: floa
 
 
 def true_difference(seed_spread: float) -> float:
-    """The expected difference of `experiment`, by its integral over hardness and seeds together (both normal)."""
+    """Expected difference of `experiment`: its integral over hardness and seeds together (both normal)."""
     z, weight = np.polynomial.hermite_e.hermegauss(60)
     latent = 1 + math.hypot(1.5, seed_spread) * z
     left, right = (1 / (1 + np.exp(-(latent + shift))) for shift in (0.3, 0.0))
@@ -42,23 +42,23 @@ def true_difference(seed_spread: float) -> float:
         (0.99, 1, 63.6567), (0.99, 2, 9.9248), (0.99, 10, 3.1693), (0.9, 5, 2.0150), (0.95, 1000, 1.9623),
     ],
 )  # fmt: skip
-def test_t_quantiles_are_those_of_the_printed_tables(level: float, freedom: int, quantile: float) -> None:
+def test_t_quantiles_match_printed_tables(level: float, freedom: int, quantile: float) -> None:
     assert statistics.student_t(level, freedom) == pytest.approx(quantile, abs=1e-4)
 
 
 @pytest.mark.parametrize("num_seeds", [3, 10])
 @pytest.mark.parametrize("seed_spread", [0.0, 0.3])
-def test_the_interval_holds_the_true_difference_as_often_as_it_says(num_seeds: int, seed_spread: float) -> None:
+def test_the_interval_covers_the_true_difference_at_its_level(num_seeds: int, seed_spread: float) -> None:
     generator, truth = np.random.default_rng(num_seeds), true_difference(seed_spread)
-    found = [
+    intervals = [
         statistics.paired_interval(*experiment(generator, num_seeds, seed_spread), num_draws=1000)
         for _ in range(200 if num_seeds > 3 else 400)
     ]
-    assert np.mean([interval.low <= truth <= interval.high for interval in found]) >= 0.92
-    assert np.mean([interval.estimate for interval in found]) == pytest.approx(truth, abs=0.02)
+    assert np.mean([interval.low <= truth <= interval.high for interval in intervals]) >= 0.92
+    assert np.mean([interval.estimate for interval in intervals]) == pytest.approx(truth, abs=0.02)
 
 
-def test_the_bootstrap_is_that_which_draws_seeds_and_examples_one_by_one() -> None:
+def test_the_bootstrap_matches_one_that_draws_every_seed_and_example() -> None:
     generator = np.random.default_rng(1)
     base = generator.integers(-1, 2, 60).astype(np.float64)
     values = np.stack([generator.permutation(base) for _ in range(4)])  # equal seeds: t has no width
@@ -72,15 +72,15 @@ def test_the_bootstrap_is_that_which_draws_seeds_and_examples_one_by_one() -> No
     assert interval.error == pytest.approx(np.std(slow), rel=0.04)
 
 
-def test_seeds_that_differ_more_than_examples_do_are_judged_by_student_t() -> None:
-    left = np.repeat(rows((0.1,), (0.2,), (0.3,)), 40, axis=1)  # every example alike
+def test_with_more_spread_between_seeds_student_t_decides() -> None:
+    left = np.repeat(rows((0.1,), (0.2,), (0.3,)), 40, axis=1)  # all examples equal
     interval = statistics.paired_interval(left, np.zeros_like(left))
     half = 4.3027 * 0.1 / math.sqrt(3)
     assert interval[:3] == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-5)
     assert (interval.num_seeds, interval.num_examples) == (3, 40)
 
 
-def test_one_seed_is_judged_by_its_examples() -> None:
+def test_with_one_seed_only_examples_are_resampled() -> None:
     left = np.random.default_rng(2).integers(0, 2, (1, 2000)).astype(np.float64)
     interval = statistics.paired_interval(left, np.zeros_like(left))
     half = 1.96 * left.std(ddof=1) / math.sqrt(2000)
@@ -88,7 +88,7 @@ def test_one_seed_is_judged_by_its_examples() -> None:
     assert interval.num_seeds == 1
 
 
-def test_examples_that_are_hard_for_both_do_not_widen_the_interval() -> None:
+def test_examples_that_are_hard_for_both_arms_do_not_widen_the_interval() -> None:
     hard = np.tile(np.arange(400) % 2, (3, 1)).astype(np.float64)
     shuffled = np.random.default_rng(0).permutation(hard, axis=1)
     paired, unpaired = (statistics.paired_interval(hard, other) for other in (hard, shuffled))
@@ -96,11 +96,11 @@ def test_examples_that_are_hard_for_both_do_not_widen_the_interval() -> None:
     assert unpaired.high - unpaired.low > 0.1
 
 
-def test_sides_exchanged_exchange_the_signs_and_the_same_data_give_the_same_ends() -> None:
+def test_swapping_the_sides_negates_the_interval_and_draws_are_reproducible() -> None:
     left, right = experiment(np.random.default_rng(3), 3, 0.2)
-    there, back = statistics.paired_interval(left, right), statistics.paired_interval(right, left)
-    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
-    assert there == statistics.paired_interval(left, right)
+    forward, backward = statistics.paired_interval(left, right), statistics.paired_interval(right, left)
+    assert (forward.low, forward.high) == pytest.approx((-backward.high, -backward.low))
+    assert forward == statistics.paired_interval(left, right)
 
 
 def test_a_larger_family_is_judged_at_a_higher_level() -> None:
@@ -114,7 +114,7 @@ def test_a_larger_family_is_judged_at_a_higher_level() -> None:
 # --- share of the teacher's advantage -----------------------------------------------------------------------
 
 
-def test_against_a_teacher_always_right_and_a_baseline_never_the_share_is_the_accuracy() -> None:
+def test_between_a_perfect_teacher_and_a_baseline_without_hits_the_share_is_the_accuracy() -> None:
     arm = experiment(np.random.default_rng(5), 3, 0.2)[0]
     zeros, ones = np.zeros_like(arm), np.ones_like(arm)
     share = statistics.recovered(zeros, arm, ones)
@@ -138,7 +138,7 @@ def test_a_teacher_no_better_than_the_baseline_has_nothing_to_recover() -> None:
     assert statistics.recovered(ones, ones, 0 * ones) is None
 
 
-def test_the_share_of_an_advantage_that_is_not_shown_has_no_ends() -> None:
+def test_the_share_of_an_advantage_that_is_not_shown_is_unbounded() -> None:
     baseline = rows((0, 0, 0, 1, 1, 1, 0, 1))
     teacher = rows((0, 1, 1, 1, 0, 1, 0, 1))
     share = statistics.recovered(baseline, baseline, teacher)
@@ -168,18 +168,18 @@ def test_the_detectable_difference_is_shown_four_times_out_of_five() -> None:
     assert np.mean(shown) == pytest.approx(0.8, abs=0.06)
 
 
-def test_the_making_is_paid_back_by_what_each_request_saves() -> None:
+def test_break_even_is_the_total_over_the_savings_per_request() -> None:
     assert statistics.break_even(100.0, 0.75, 0.25) == 200
     assert statistics.break_even(100.0, 0.25, 0.25) is None
     assert statistics.break_even(100.0, 0.25, 0.75) is None
 
 
-def test_a_power_law_is_found_again() -> None:
+def test_an_exact_power_law_is_recovered() -> None:
     law = statistics.fit_power_law([10.0, 100.0, 1e3, 1e4], [2.0 * x**-0.35 for x in (10, 100, 1e3, 1e4)])
     assert law == pytest.approx((2.0, 0.35, 0.35, 0.35))
 
 
-def test_the_exponents_interval_is_that_of_the_jackknife() -> None:
+def test_the_exponents_interval_matches_the_jackknife() -> None:
     # log2 x = 0, 1, 2 and log2 error = 0, -1, -1: slope -1/2. Left out in turn the slopes are 0, -1/2 and -1.
     law = statistics.fit_power_law([1.0, 2.0, 4.0], [1.0, 0.5, 0.5])
     assert law is not None
@@ -188,25 +188,25 @@ def test_the_exponents_interval_is_that_of_the_jackknife() -> None:
 
 
 @pytest.mark.parametrize(("x", "error"), [([1.0, 2.0, 2.0], [0.3, 0.2, 0.1]), ([1.0, 2.0, 3.0], [0.3, 0.2, 0.0])])
-def test_too_few_points_or_no_error_left_make_no_power_law(x: list[float], error: list[float]) -> None:
+def test_too_few_points_or_a_zero_error_give_no_power_law(x: list[float], error: list[float]) -> None:
     assert statistics.fit_power_law(x, error) is None
 
 
-def test_bins_of_the_teachers_confidence_hold_both_accuracies() -> None:
-    told = [(0.55, True, False), (0.58, False, False), (1.0, True, True), (None, True, True), (0.9, None, True)]
+def test_bins_of_the_teachers_confidence_have_both_accuracies() -> None:
+    lines = [(0.55, True, False), (0.58, False, False), (1.0, True, True), (None, True, True), (0.9, None, True)]
     keys = ("teacher_confidence", "is_teacher_correct", "is_correct")
-    bins = statistics.by_confidence([dict(zip(keys, line, strict=True)) for line in told])
+    bins = statistics.by_confidence([dict(zip(keys, line, strict=True)) for line in lines])
     assert [tuple(part) for part in bins] == [(0.5, 0.6, 2, 0.5, 0.0), (0.9, 1.0, 1, 1.0, 1.0)]
     assert statistics.by_confidence([]) == []
 
 
-def test_a_point_is_beaten_by_one_at_least_as_good_in_everything_and_better_in_something() -> None:
+def test_a_point_is_dominated_if_another_is_nowhere_worse_and_somewhere_better() -> None:
     points = [(0.9, 100.0, 10.0), (0.8, 50.0, 5.0), (0.8, 60.0, 5.0), (0.7, 70.0, 1.0), (0.8, 50.0, 5.0)]
     assert statistics.pareto(points) == [True, True, False, True, True]
     assert statistics.pareto([]) == []
 
 
-def test_the_share_that_groups_explain_is_that_of_the_analysis_of_variance() -> None:
+def test_the_explained_share_matches_the_analysis_of_variance() -> None:
     # Means 1 and 5 around 3: 20 in all, of which 4 within; 1 - 4/20 · 3/2.
     assert statistics.explained([[0.0, 2.0], [4.0, 6.0]]) == pytest.approx(0.7)
     generator = np.random.default_rng(0)
@@ -222,10 +222,10 @@ def test_the_share_that_groups_explain_is_that_of_the_analysis_of_variance() -> 
 @pytest.mark.parametrize(
     "groups", [[[1.0], [2.0], [3.0]], [[1.0, 1.0], [1.0]], [[0.0, 2.0], [1.0, 1.0]], [[0.1] * 3] * 2, []]
 )
-def test_groups_of_one_value_or_of_the_same_mean_explain_nothing(groups: list[list[float]]) -> None:
+def test_groups_of_one_value_or_with_equal_means_explain_nothing(groups: list[list[float]]) -> None:
     assert statistics.explained(groups) == 0
 
 
-def test_statistics_need_no_torch() -> None:
-    asked = "import distill.reports.statistics, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+def test_statistics_do_not_import_torch() -> None:
+    code = "import distill.reports.statistics, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -21,7 +21,7 @@ from distill.app.command import tell
 from distill.app.console import say
 from distill.cache.codecs.topk import TopK
 from distill.errors import ConfigError
-from distill.evaluation.evaluate import Evaluation
+from distill.evaluation.answers import Evaluation
 from distill.models import loading
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer

@@ -27,8 +27,9 @@ from distill.exports.harness import harness_task
 from distill.models import naming
 from distill.prompts.cues import Prompts
 from distill.records import content_id
-from distill.reports.page import to_html, to_markdown, to_text
+from distill.reports.page import to_html
 from distill.reports.runs import read_run
+from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import summarise as summary_of
 from tests.conftest import compose
 from tests.security.conftest import ANY_TEXT, QUICK, Told, written

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import ConfigError
-from distill.evaluation.evaluate import Evaluation
+from distill.evaluation.answers import Evaluation
 from distill.lessons.curriculum import prepare, teach
 from distill.prompts.tokenizers import load_tokenizer
 from distill.students.causal_lm import open_student, weights_hash

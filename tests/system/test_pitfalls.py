@@ -20,7 +20,7 @@ from distill.cache.codecs.dense import Dense
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
-from distill.evaluation.evaluate import Evaluation, speeds
+from distill.evaluation.answers import Evaluation, speeds
 from distill.models import loading
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer

@@ -17,7 +17,7 @@ import torch
 
 from distill.app import config as configuration
 from distill.cache.codecs.dense import Dense
-from distill.evaluation.evaluate import Evaluation
+from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import prepare, teach
 from distill.lessons.join import Lesson, TrainingSequence

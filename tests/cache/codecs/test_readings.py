@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.annotation.fill import open_source
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
-from distill.evaluation.evaluate import _divergence
+from distill.evaluation.answers import _divergence
 from distill.lessons.collate import collate, entries
 from distill.lessons.curriculum import check_parts
 from distill.losses.forward_kl import ForwardKL

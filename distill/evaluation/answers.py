@@ -1,4 +1,4 @@
-"""Evaluate a model on a task: answers by likelihood and as written, agreement with the teacher, latency."""
+"""Evaluate a model on a task: most likely and generated answers, agreement with the teacher, latency."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from distill.records import Annotation, Example, Span, Target, spread
 from distill.students.causal_lm import size_bytes
 from distill.tasks import Task
 
-_BATCH = 32
+_BATCH_SIZE = 32
 _LATENCY_EXAMPLES = 6
 
 
 @final
 class Evaluation:
-    """One model on one task, in the way that it answers."""
+    """One model on one task, in one answer mode."""
 
-    def __init__(self, model: Any, prompts: Prompts, task: Task, answer: AnswerMode, max_new_tokens: int) -> None:
-        """The model answers directly, or after its reasoning."""
-        self._model, self._prompts, self._task, self._answer = model, prompts, task, answer
-        self._span: Span = "answer" if answer == "direct" else "rationale"
+    def __init__(self, model: Any, prompts: Prompts, task: Task, mode: AnswerMode, max_new_tokens: int) -> None:
+        """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
+        self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
+        self._span: Span = "answer" if mode == "direct" else "rationale"
         self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
         self._max_new_tokens = self._max_answer_tokens = max_new_tokens
-        if self._choices and answer == "direct":
-            # A model that has not learned to stop would write to the limit, and be no less unreadable for it.
+        if self._choices and mode == "direct":
+            # A model that has not learned to stop would generate up to the limit, and stay unreadable.
             self._max_answer_tokens = 1 + max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
-        """Answer each example; `teacher` holds the teacher's annotation by example id, where there is one.
+        """Answer the examples in order; `teacher` has annotations by example id.
 
-        A question that is too long, where such ones are dropped, gets no answer, which is a wrong one.
+        A question that is too long and dropped has no answer, which counts as wrong.
         """
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
-        unasked = [index for index in range(len(examples)) if index not in questions]
-        found = {i: self._prediction(examples[i], teacher.get(examples[i].id), None, None) for i in unasked}
-        # Batches of like lengths have little padding.
+        dropped = [index for index in range(len(examples)) if index not in questions]
+        results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
+        # Batches of similar lengths need little padding.
         order = sorted(questions, key=lambda index: len(questions[index]))
-        for start in range(0, len(order), _BATCH):
-            indices = order[start : start + _BATCH]
-            part = [examples[index] for index in indices]
-            known = [teacher.get(example.id) for example in part]
-            predictions = self._predict(reader, part, [questions[index] for index in indices], known)
-            found |= dict(zip(indices, predictions, strict=True))
-        return [found[index] for index in range(len(examples))]
+        for start in range(0, len(order), _BATCH_SIZE):
+            indices = order[start : start + _BATCH_SIZE]
+            batch = [examples[index] for index in indices]
+            annotations = [teacher.get(example.id) for example in batch]
+            predictions = self._predict(reader, batch, [questions[index] for index in indices], annotations)
+            results |= dict(zip(indices, predictions, strict=True))
+        return [results[index] for index in range(len(examples))]
 
     @torch.inference_mode()
     def rationales(self, examples: Sequence[Example]) -> list[str]:
-        """What the model writes when asked to reason."""
+        """Return the model's rationale for each example; empty if the question was dropped."""
         questions = self._questions(examples, "rationale")
         if not questions:
             return [""] * len(examples)
@@ -75,46 +75,46 @@ class Evaluation:
         return [texts.get(index, "") for index in range(len(examples))]
 
     def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
-        """Token ids of the questions that are not too long, by the place of their example."""
-        found: dict[int, tuple[int, ...]] = {}
+        """Return the token ids of questions that are not too long, by index of their example."""
+        questions: dict[int, tuple[int, ...]] = {}
         for index, example in enumerate(examples):
             with suppress(ValueError):
-                found[index] = self._prompts.question(example, span)
-        return found
+                questions[index] = self._prompts.question(example, span)
+        return questions
 
     def fits(self, example: Example) -> bool:
-        """Whether its question is not too long."""
+        """Whether the question is not too long."""
         return bool(self._questions([example], self._span))
 
     def of(self, model: Any) -> Evaluation:
-        """The same with another model."""
-        return Evaluation(model, self._prompts, self._task, self._answer, self._max_new_tokens)
+        """Return the same evaluation with another model."""
+        return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens)
 
     @property
     def model(self) -> Any:
-        """The model that is asked."""
+        """The evaluated model."""
         return self._model
 
     @property
     def weights_bytes(self) -> int:
-        """What the model's weights take in memory."""
+        """Memory that the model's weights take."""
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     def answering(self) -> Callable[[Example], object]:
-        """What answers one question in the way that is judged, and does nothing else; the prefix is read now."""
+        """Read the prefix, and return a function that answers one question and does nothing else."""
         reader = self._reader(self._span)
 
         @torch.inference_mode()
         def answer(example: Example) -> object:
             reading = reader.read(list(self._questions([example], self._span).values()))
-            if self._choices and self._answer == "direct":
+            if self._choices and self._mode == "direct":
                 return self._choose(reading, [None])
             return reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
 
         return answer
 
     def _reader(self, span: Span) -> PrefixedReader:
-        # A new one each time: the model may have learned since.
+        # New each time: the model may have been trained since.
         return PrefixedReader(self._model.eval(), self._prompts.prefix(span), self._prompts.vocabulary_size)
 
     def _predict(
@@ -128,16 +128,16 @@ class Evaluation:
         written = reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
-        if self._answer == "reasoned":
+        if self._mode == "reasoned":
             replies = [self._prompts.take_apart(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
         answers = [self._canonical(text) for text in texts]
         best, probabilities = self._choose(reading, answers)
-        kls = self._divergences(reading, teacher) if self._answer == "direct" else [None] * len(examples)
+        kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
-                self._prediction(example, annotation, best[k], answers[k]),
+                _prediction(self._task, example, best[k], answers[k], annotation),
                 choice_probabilities=probabilities[k],
                 kl=kls[k],
                 rationale=rationales[k],
@@ -145,41 +145,14 @@ class Evaluation:
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
 
-    def _prediction(
-        self, example: Example, annotation: Annotation | None, answer: str | None, written: str | None
-    ) -> Prediction:
-        return Prediction(
-            example_id=example.id,
-            question=example.question,
-            gold=example.answer or "",
-            answer=answer,
-            written_answer=written,
-            is_correct=_is_same(self._task, answer, example.answer),
-            is_written_correct=_is_same(self._task, written, example.answer),
-            choice_probabilities=(),
-            kl=None,
-            **self._beside(answer, example, annotation),
-        )
-
-    def _beside(self, answer: str | None, example: Example, annotation: Annotation | None) -> dict[str, Any]:
-        """What the teacher said to the same question, and how it compares."""
-        if annotation is None:
-            return {}
-        return {
-            "teacher_answer": annotation.answer,
-            "teacher_confidence": max(annotation.choice_probabilities, default=None),
-            "is_teacher_correct": _is_same(self._task, annotation.answer, example.answer),
-            "agrees": None if annotation.answer is None else _is_same(self._task, answer, annotation.answer),
-        }
-
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
-        """The model's own reasoning, behind which its answer's likelihood is read."""
+        """Token ids of the model's rationale, after which its answer is scored."""
         return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.bridge())
 
     def _choose(
         self, reading: Reading, answers: Sequence[str | None]
     ) -> tuple[list[str | None], list[tuple[float, ...]]]:
-        """The most likely choices, where there are choices, else the answers as written."""
+        """Return the most likely choices and all probabilities; without choices the generated answers."""
         if not self._choices:
             return list(answers), [()] * len(answers)
         scores_BC = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1)
@@ -187,7 +160,7 @@ class Evaluation:
         return best, [tuple(row) for row in scores_BC.tolist()]
 
     def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
-        """KL to the teacher along its direct answer, the teacher's and the student's tokens being the same."""
+        """Return the KL to the teacher over the tokens of its direct answer; both share a vocabulary."""
         targets = [annotation.targets.get("answer") if annotation else None for annotation in teacher]
         read = [target.token_ids[:-1] if target and target.soft else () for target in targets]
         longest = max(map(len, read))
@@ -213,12 +186,40 @@ def _is_same(task: Task, left: str | None, right: str | None) -> bool:
     return left is not None and right is not None and task.value(left) == task.value(right)
 
 
+def _prediction(
+    task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
+) -> Prediction:
+    """Compare an answer with the gold answer and, if annotated, with the teacher's."""
+    return Prediction(
+        example_id=example.id,
+        question=example.question,
+        gold=example.answer or "",
+        answer=answer,
+        written_answer=written,
+        is_correct=_is_same(task, answer, example.answer),
+        is_written_correct=_is_same(task, written, example.answer),
+        choice_probabilities=(),
+        kl=None,
+        **(_comparison(task, example, answer, annotation) if annotation else {}),
+    )
+
+
+def _comparison(task: Task, example: Example, answer: str | None, annotation: Annotation) -> dict[str, Any]:
+    """Return the teacher's answer to the same question and whether the two agree."""
+    return {
+        "teacher_answer": annotation.answer,
+        "teacher_confidence": max(annotation.choice_probabilities, default=None),
+        "is_teacher_correct": _is_same(task, annotation.answer, example.answer),
+        "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
+    }
+
+
 def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
-    """Mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
+    """Return the mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     if target is None or target.soft is None:
         return None
     soft = target.soft.buckets()
-    if not soft.num_exact_N.all():  # nothing but draws: a single bucket, in which all models are alike
+    if not soft.num_exact_N.all():  # only draws: a single bucket, in which all models are equal
         return None
     row_E, _ = spread(soft.num_exact_N)
     log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
@@ -229,18 +230,18 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
 
 
 def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, float | None]]:
-    """How long each model takes to answer one question alone, and the memory for it, all of them in turn."""
+    """Measure time and peak memory of answering a single question, taking the models in turn."""
     answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
-    examples = [example for example in examples if all(each.fits(example) for each in evaluations.values())]
+    examples = [example for example in examples if all(evaluation.fits(example) for evaluation in evaluations.values())]
     times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
-    one = examples[0] if examples else None
-    extras = {name: extra_bytes(partial(answer, one)) if one else None for name, answer in answering.items()}
+    first = examples[0] if examples else None
+    extras = {name: extra_bytes(partial(answer, first)) if first else None for name, answer in answering.items()}
     peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
     return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
 
 
 def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
-    """A table's row for a model, as far as its predictions and its parameters tell it."""
+    """Return a model's row of results, from its predictions and parameters."""
     row = score(predictions, task.choices)
     return row | {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": None}
 
@@ -248,21 +249,15 @@ def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> d
 def teacher_row(
     examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path | None
 ) -> dict[str, Any]:
-    """The teacher's row, from its answers in the cache and what annotating cost; without a folder it is not here."""
+    """Return the teacher's row, from its cached answers and its cost; `folder` is None if it is not local."""
     predictions = [
-        Prediction(
-            example_id=example.id,
-            question=example.question,
-            gold=example.answer or "",
-            answer=annotations[example.id].answer,
-            written_answer=None,
-            is_correct=_is_same(task, annotations[example.id].answer, example.answer),
+        replace(
+            _prediction(task, example, annotation.answer, None),
             is_written_correct=None,
-            choice_probabilities=annotations[example.id].choice_probabilities,
-            kl=None,
+            choice_probabilities=annotation.choice_probabilities,
         )
         for example in examples
-        if example.id in annotations
+        if (annotation := annotations.get(example.id))
     ]
     costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
     cost: dict[str, Any] = costs[-1] if costs and folder else {}

@@ -1,8 +1,8 @@
-"""The report: numbers that can be checked by hand, an honest verdict, and a page that no data can break."""
+"""The tables for a terminal fit its width."""
 
 from __future__ import annotations
 
-from distill.reports import page as report
+from distill.reports.text import to_text
 from tests.reports.conftest import Make, answers, summary_of, with_latency
 
 
@@ -15,7 +15,7 @@ def test_terminal_table_fits_in_110_columns(make_run: Make) -> None:
     }
     losses = ("answer", "kl", "rationale", "reverse_kl", "a_loss_with_a_rather_long_name")
     runs = [make_run(losses, 0.9 + 0.01 * seed, seed, student=big) for seed in range(3)]
-    text = report.to_text(summary_of(*runs, make_run(("answer",))))
+    text = to_text(summary_of(*runs, make_run(("answer",))))
     assert max(map(len, text.splitlines())) <= 110
     assert "123.5 B" in text
     assert "100.0 h" in text
@@ -31,6 +31,6 @@ def test_terminal_tables_of_differences_and_costs_fit_in_110_columns(make_run: M
         make_run(("answer",), 0.80, predictions=same),
         make_run(losses, 0.805, student={"ms_per_example": None}),
     ]
-    text = report.to_text(summary_of(*priced), prices)
+    text = to_text(summary_of(*priced), prices)
     assert max(map(len, text.splitlines())) <= 110
     assert "[unbounded]" in text

@@ -1,0 +1,68 @@
+"""The report's sentences: verdicts, notes, effects of a sweep's settings, costs, rationales and contamination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.reports.charts import Effect, effects
+from distill.reports.costs import TIME, Cost, Yield, cost, yields
+from distill.reports.runs import Json, Run, mappings
+from distill.reports.verdicts import Summary
+
+NOTHING = "No distilled student was evaluated, so there is nothing to judge."
+
+
+def remarks(summary: Summary) -> list[str]:
+    """Return the verdicts with their caveats, then the notes."""
+    verdicts = [" ".join((verdict.sentence, *verdict.caveats)) for verdict in summary.verdicts]
+    return (verdicts or [NOTHING]) + list(summary.notes)
+
+
+def facts(summary: Summary, prices: Json) -> list[str]:
+    """Return sentences on effects of settings, costs, yield of rationales and contamination."""
+    costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
+    settings = effect_lines(effects(summary.trained))
+    return [*settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
+
+
+def effect_lines(swept: Sequence[Effect]) -> list[str]:
+    """State how much of the variance each setting of a sweep explains."""
+    parts = ", ".join(f"{effect.setting} {100 * effect.share:.0f} %" for effect in swept)
+    return [f"Share of the variance of accuracy between runs that each setting explains: {parts}."] if swept else []
+
+
+def cost_note(costs: Sequence[Cost]) -> str:
+    """State the unit of the costs and explain the columns."""
+    units = " and ".join(dict.fromkeys(cost.unit for cost in costs))
+    why = ", because no machine price is configured (`cost`)" if TIME in units else ""
+    return (
+        f"Costs in {units}{why}. Total: annotation, training and evaluation. Breaks even after: the number of requests "
+        "that save the total by going to the student instead of the teacher; never if a request to the student is not "
+        "cheaper. Labels alone need no annotation."
+    )
+
+
+def yield_lines(entries: Sequence[Yield]) -> list[str]:
+    """State for each set of rationales how many were kept, and why the others were rejected."""
+    lines = []
+    for entry in entries:
+        reasons = ", ".join(f"{reason} {num}" for reason, num in sorted(entry.rejected.items()))
+        total = entry.kept + sum(entry.rejected.values())
+        rest = f"; rejected: {reasons}" if reasons else ""
+        lines.append(
+            f"Rationales of {', '.join(entry.labels)}: {entry.kept} of {total} kept ({100 * entry.share:.0f} %){rest}."
+        )
+    return lines
+
+
+def contamination_lines(runs: Sequence[Run]) -> list[str]:
+    """State how many training questions share text with validation or test; equal findings only once."""
+    lines = []
+    for finding in (run.facts.get("contamination") for run in runs):
+        if isinstance(finding, dict):
+            number = finding.get("num_train", len(mappings(finding.get("found"))))
+            lines.append(
+                f"Contamination: {number} training questions share {finding.get('n')} consecutive words with "
+                f"validation or test; {finding.get('num_dropped')} of them were dropped."
+            )
+    return list(dict.fromkeys(lines)) or ["Contamination: not measured."]
