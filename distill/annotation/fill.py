@@ -33,7 +33,7 @@ from distill.errors import ConfigError, PreemptedError
 from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
-from distill.records import SPANS, CheckedRationale, Example, Group, Request, Span, Splits, distinct
+from distill.records import SPANS, CheckedRationale, Example, Group, Request, Span, Splits, unique_requests
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screened
 from distill.teachers import Teacher
@@ -86,7 +86,9 @@ class Filled:
     @property
     def every(self) -> list[Request]:
         """All requests, each key once."""
-        return distinct([*self.requests.values(), *(request for each in self.samples.values() for request in each)])
+        return unique_requests(
+            [*self.requests.values(), *(request for each in self.samples.values() for request in each)]
+        )
 
 
 def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> Source:
@@ -165,7 +167,7 @@ def plan(requests: Sequence[Request], size: int) -> list[Group]:
     """Cut requests into groups: like lengths together, so that batches have little padding."""
     groups = []
     for span in SPANS:
-        of_span = distinct(request for request in requests if request.span == span)
+        of_span = unique_requests(request for request in requests if request.span == span)
         ordered = sorted(of_span, key=lambda request: (_length(request), request.key))
         for start in range(0, len(ordered), size):
             part = tuple(ordered[start : start + size])

@@ -13,7 +13,7 @@ from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
-from distill.records import SPANS, Example, Request, Span, distinct
+from distill.records import SPANS, Example, Request, Span, unique_requests
 
 _RESCORED = 32
 
@@ -34,9 +34,9 @@ def annotate(config: Config) -> float:
     elif config.dry_run:
         print(_estimated(source, asked.every))
     elif config.probe:
-        print(_probed(config, source, distinct(asked.requests.values())))
+        print(_probed(config, source, unique_requests(asked.requests.values())))
     else:  # a text that was drawn may be another one where rounding differs
-        print(_verified(source, distinct(asked.requests.values()), config.seed))
+        print(_verified(source, unique_requests(asked.requests.values()), config.seed))
     return 0.0
 
 

@@ -24,7 +24,7 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, CheckedRationale, Example, Reason, content_id
+from distill.records import Annotation, CheckedRationale, Example, RejectionReason, content_id
 from distill.tasks.expressions import value_of
 
 By = Literal["gold", "votes", "teacher"]
@@ -112,10 +112,10 @@ class Checks:
         if broken:
             raise ConfigError(*broken)
 
-    def reason(self, text: str, answer: str) -> Reason | None:
+    def reason(self, text: str, answer: str) -> RejectionReason | None:
         """What is wrong with a text that led to this answer, the right one."""
         words = _words(text)
-        found: list[tuple[Reason, Callable[[], bool]]] = [
+        found: list[tuple[RejectionReason, Callable[[], bool]]] = [
             ("wrong arithmetic", lambda: self.arithmetic and has_wrong_arithmetic(text)),
             ("too short", lambda: len(words) < self.min_words),
             ("too long", lambda: self.max_words is not None and len(words) > self.max_words),
@@ -185,7 +185,7 @@ def _winner(votes: Counter[str], number: int, min_share: float) -> str | None:
     return first if most > second and most / number >= min_share else None
 
 
-def _unusable(annotation: Annotation) -> Reason | None:
+def _unusable(annotation: Annotation) -> RejectionReason | None:
     if not (annotation.rationale or "").strip():
         return "empty"
     if annotation.is_truncated:

@@ -37,7 +37,7 @@ from distill.cache.index import KEY_BYTES, Index
 from distill.cache.remote import Remote
 from distill.cache.shard import SUFFIXES, Shard, axis_of, write_shard
 from distill.errors import CacheError
-from distill.records import Annotation, Group, Place, Request, SoftTargets, distinct
+from distill.records import Annotation, Group, Place, Request, SoftTargets, unique_requests
 
 FORMAT = 2
 _DAY_SECONDS = 86_400
@@ -99,7 +99,7 @@ class Store:
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
         """Requests that have no record yet, each key once."""
-        asked = distinct(requests)
+        asked = unique_requests(requests)
         numbers = self._index.find(bytes.fromhex("".join(request.key for request in asked)))
         return [request for request, number in zip(asked, numbers.tolist(), strict=True) if number < 0]
 

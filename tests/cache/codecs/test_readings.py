@@ -80,36 +80,36 @@ def changed(name: str, place: int, value: float) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("change", "law"),
+    ("change", "condition"),
     [
-        (changed("logprobs_E", 0, math.log(0.7)), "no more than a whole"),
-        (changed("tail_N", 0, 0.2), "no more than a whole"),
-        (changed("logprobs_E", 1, math.nan), "-inf or a number"),
-        (changed("logprobs_E", 2, math.nan), "-inf or a number"),
-        (changed("logprobs_E", 2, math.inf), "-inf or a number"),
-        (changed("logprobs_E", 2, 0.01), "-inf or a number"),
-        (changed("tail_N", 1, -0.01), "a tail is a probability"),
-        (changed("tail_N", 1, math.nan), "a tail is a probability"),
-        (changed("ids_E", 3, -1), "an entry has an id"),
-        (changed("logprobs_E", 3, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "says something"),
-        ({"num_exact_N": np.array([3, 0]), "num_drawn_N": np.array([0, 1])}, "no more than a whole"),
+        (changed("logprobs_E", 0, math.log(0.7)), "mass above 0"),
+        (changed("tail_N", 0, 0.2), "mass above 0"),
+        (changed("logprobs_E", 1, math.nan), "at most 0"),
+        (changed("logprobs_E", 2, math.nan), "at most 0"),
+        (changed("logprobs_E", 2, math.inf), "at most 0"),
+        (changed("logprobs_E", 2, 0.01), "at most 0"),
+        (changed("tail_N", 1, -0.01), "tails are probabilities"),
+        (changed("tail_N", 1, math.nan), "tails are probabilities"),
+        (changed("ids_E", 3, -1), "ids are not negative"),
+        (changed("logprobs_E", 3, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "mass above 0"),
+        ({"num_exact_N": np.array([3, 0]), "num_drawn_N": np.array([0, 1])}, "mass above 0"),
     ],
 )
-def test_targets_that_are_no_distributions_are_not_written(change: dict[str, np.ndarray], law: str) -> None:
+def test_targets_that_are_no_distributions_are_not_written(change: dict[str, np.ndarray], condition: str) -> None:
     targets().check()
-    with pytest.raises(CacheError, match=f"broken:.*{law}"):
+    with pytest.raises(CacheError, match=f"violated:.*{condition}"):
         targets(**change).check()
 
 
 @EVERY
 def test_every_codec_asks_whether_targets_are_distributions(name: str) -> None:
     soft = codec(name).cut(random(4, 60), draws(4))
-    with pytest.raises(CacheError, match="are not written"):
+    with pytest.raises(CacheError, match="not written"):
         codec(name).pack(replace(soft, logprobs_E=soft.logprobs_E + 1))
 
 
 def test_entries_that_are_more_than_their_rows_say_are_refused() -> None:
-    with pytest.raises(CacheError, match="unlike shapes"):
+    with pytest.raises(CacheError, match="inconsistent shapes"):
         targets(num_drawn_N=None)
 
 
