@@ -96,7 +96,7 @@ def test_a_url_that_cannot_be_reached_says_so_and_keeps_what_was_made(tmp_path: 
             (tmp_path / "there").write_text("a file in its place")
             writer.add([annotation(2)])
 
-    with pytest.raises(OSError, match=r"there cannot be reached .* what was made is in .*one"):
+    with pytest.raises(OSError, match=r"there cannot be reached .* local copy: .*one"):
         unplugged()
     (tmp_path / "there").unlink()
     fill(tmp_path, 4)

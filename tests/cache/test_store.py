@@ -59,7 +59,7 @@ def test_damage_is_found_by_whoever_reads_only_soft_targets(tmp_path: Path) -> N
 )
 def test_an_index_is_a_dictionary(blocks: list[list[tuple[int, int]]], few: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("distill.cache.index._FEW", few)
+        patched.setattr("distill.cache.index._MIN_SORTED", few)
         index, added = Index(), list[bytes]()
         for block in blocks:
             keys = [first.to_bytes(8, "big") + second.to_bytes(8, "big") for first, second in block]
