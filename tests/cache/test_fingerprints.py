@@ -99,7 +99,7 @@ def test_a_folder_that_something_else_made_is_refused(configured: Callable[..., 
     here = f"cache.dir={tmp_path / 'mine'}"
     source, _ = counted(configured(here))
     fill(source, {"answer": source.splits.validation})
-    with pytest.raises(CacheError, match=r"codec\.k: cache has 8, asked for is 7"):
+    with pytest.raises(CacheError, match=r"codec\.k: cache has 8, this run has 7"):
         open_source(configured(here, "cache.codec.k=7"))
 
 

@@ -57,7 +57,7 @@ def test_a_damaged_copy_is_fetched_anew_and_a_damaged_original_is_refused(tmp_pa
     with pytest.raises(CacheError, match=f"{original.name} is damaged"):
         opened(tmp_path, "two").read(key(1))
     original.unlink()
-    with pytest.raises(CacheError, match="is neither here nor there"):
+    with pytest.raises(CacheError, match="exists neither locally nor remotely"):
         opened(tmp_path, "three").read(key(1))
     drop_shard(tmp_path / "two", original.stem, url=f"file://{tmp_path}/there")
     assert len(opened(tmp_path)) == len(opened(tmp_path, "two")) == 0

@@ -28,7 +28,7 @@ def test_records_come_back_as_they_were_written_in_any_order(tmp_path: Path) -> 
 
 
 def test_soft_targets_of_many_records_are_those_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.cache.store._MOST_OPEN", 3)  # of 15 shards
+    monkeypatch.setattr("distill.cache.store._MAX_OPEN_SHARDS", 3)  # of 15 shards
     store = filled(tmp_path, *range(60))
     rng = np.random.default_rng(0)
     places = [(key(n), span) for n in range(60) for span in annotation(n).targets]
@@ -40,7 +40,7 @@ def test_soft_targets_of_many_records_are_those_of_each(tmp_path: Path, monkeypa
             assert np.array_equal(getattr(found, field), getattr(wanted, field))
     with pytest.raises(CacheError, match="no soft targets for the rationale of record"):
         store.soft_targets([(key(1), "rationale")])
-    with pytest.raises(CacheError, match="holds no record"):
+    with pytest.raises(CacheError, match="has no record"):
         store.soft_targets([(key(60), "answer")])
 
 
@@ -84,7 +84,7 @@ def test_what_is_missing_is_asked_for_once(tmp_path: Path) -> None:
     store = filled(tmp_path, 1, 2)
     asked = [request(n) for n in (3, 1, 3, 2, 4)]
     assert [r.key for r in store.missing(asked)] == [key(3), key(4)]
-    with pytest.raises(CacheError, match=f"holds no record {key(3)}; annotate first"):
+    with pytest.raises(CacheError, match=f"has no record {key(3)}; annotate first"):
         store.read(key(3))
 
 

@@ -40,7 +40,7 @@ def test_a_point_draws_the_token_in_whose_share_of_the_sum_it_lies(size: int) ->
     p_NV = random(20, size, 6.0).exp() * (torch.rand(20, size) < 0.7)
     p_NV[:, 0] += 1e-3
     points_NJ = torch.rand(20, 50, dtype=torch.float64)
-    found_NJ = compact.Cumulative.of(p_NV).drawn(points_NJ)
+    found_NJ = compact.Cumulative.from_probabilities(p_NV).sample(points_NJ)
     assert p_NV.gather(-1, found_NJ.clamp(max=size - 1))[found_NJ < size].min() > 0
     sums_NV = p_NV.double().numpy().cumsum(1)
     for row, points in enumerate(points_NJ.numpy()):

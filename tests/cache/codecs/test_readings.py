@@ -196,7 +196,7 @@ def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
     arrays = many.pack(many.cut(flat_NV, draws(3)))
     assert arrays["position.num_draws"].tolist() == [5, 5, 5]
     assert many.unpack(arrays)
-    with pytest.raises(CacheError, match="does not fit together"):
+    with pytest.raises(CacheError, match="are inconsistent"):
         few.unpack(arrays)
 
 
