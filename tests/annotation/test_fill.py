@@ -86,7 +86,7 @@ def test_parts_are_disjoint_and_together_everything(configured: Callable[..., Di
     wanted, seen = {"answer": open_source(configured()).splits.train}, []
     for part in (1, 2, 3):
         source, teacher = counted(configured("teacher.group_size=2", f"cache.dir={configured().root}/{part}"))
-        fill(source, wanted, share=Share(part, 3))
+        fill(source, wanted, part=Share(part, 3))
         seen.append({request.key for request in teacher.asked})
     assert not any(left & right for left, right in itertools.combinations(seen, 2))
     assert len(set().union(*seen)) == len(wanted["answer"])
@@ -116,7 +116,7 @@ def test_a_record_that_is_not_the_teachers_own_is_found_though_its_checksums_are
     right = rescore(source.store, source.teacher, requests, 8, seed=0)
     assert right.is_close
     assert right.num_records == 8
-    assert right.from_live < 0.01
+    assert right.distance < 0.01
     assert right.noise_floor < 1e-4
     other = open_source(configured(f"cache.dir={configured().root}/other"))
     with other.store.writing() as writer:

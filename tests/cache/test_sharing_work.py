@@ -121,7 +121,7 @@ def test_a_share_is_the_same_whatever_is_there_already(configured: Callable[...,
         source = open_source(configured(*GROUPED, f"cache.dir={configured().root}/{cache}{part}"))
         if there:
             fill(source, {"answer": there})
-        fill(source, {"answer": every}, share=Share(part, 2))
+        fill(source, {"answer": every}, part=Share(part, 2))
         return {e.id for e in every if source.prompts.request(e, "answer").key in source.store}
 
     fresh = [made("fresh", part) for part in (1, 2)]
