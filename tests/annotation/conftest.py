@@ -64,7 +64,7 @@ def reason_for(text: str, answer: str = "42", **settings: Any) -> str | None:
     return reason
 
 
-def annotate_overrides(root: Path, teacher: Path, *more: str) -> list[str]:
+def annotate_options(root: Path, teacher: Path, *more: str) -> list[str]:
     """Overrides of the annotate command for a tiny teacher, with the cache in root/cache."""
     excluded = ("root=", "student", "trainer", "tracking", "cache.codec")
     overrides = [o for o in tiny_overrides(root, teacher, teacher) if not o.startswith(excluded)]

@@ -19,7 +19,7 @@ from distill.annotate import main
 from distill.annotation.fill import Share, fill, open_source, plan
 from distill.annotation.inspection import estimate, rescore
 from distill.errors import CacheError, ConfigError
-from tests.annotation.conftest import annotate_overrides
+from tests.annotation.conftest import annotate_options
 from tests.conftest import CountingTeacher, compose, counted, grid, run, shards, start
 
 
@@ -27,7 +27,7 @@ from tests.conftest import CountingTeacher, compose, counted, grid, run, shards,
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> dict[str, bytes]:
     """The shards of a single process that runs to its end."""
     root = tmp_path_factory.mktemp("undisturbed")
-    done = run(root, *annotate_overrides(root, teacher_folder), command="annotate")
+    done = run(root, *annotate_options(root, teacher_folder), command="annotate")
     assert done.returncode == 0, done.stderr
     return shards(root / "cache")
 
@@ -43,7 +43,7 @@ def test_several_processes_write_the_same_shards_as_one(
         "at once": ["seed=0", "seed=1"],
     }
     processes = [
-        start(tmp_path, *annotate_overrides(tmp_path, teacher_folder, override), command="annotate")
+        start(tmp_path, *annotate_options(tmp_path, teacher_folder, override), command="annotate")
         for override in overrides[how]
     ]
     for process in processes:
@@ -63,7 +63,7 @@ def test_killed_at_random_times_annotation_ends_in_the_same_shards(
 ) -> None:
     rng, cache, num_seen = np.random.default_rng(0), tmp_path / "cache", [0]
     for _ in range(2):
-        process = start(tmp_path, *annotate_overrides(tmp_path, teacher_folder), command="annotate")
+        process = start(tmp_path, *annotate_options(tmp_path, teacher_folder), command="annotate")
         num_groups = num_seen[-1] + int(rng.integers(1, 4))
         while process.poll() is None and len(shards(cache)) < 2 * num_groups:
             time.sleep(0.002)
@@ -73,7 +73,7 @@ def test_killed_at_random_times_annotation_ends_in_the_same_shards(
         num_annotated.append(len(shards(cache)) // 2)
     assert num_seen == sorted(num_seen)
     assert 0 < num_seen[-1] < len(undisturbed) // 2
-    done = run(tmp_path, *annotate_overrides(tmp_path, teacher_folder), command="annotate")
+    done = run(tmp_path, *annotate_options(tmp_path, teacher_folder), command="annotate")
     assert done.returncode == 0, done.stderr
     assert shards(cache) == undisturbed
     assert not list((cache / "claims").glob("[0-9a-f]*"))
@@ -145,7 +145,7 @@ def test_a_cache_can_be_inspected_verified_and_repaired(
 ) -> None:
     def annotate(*more: str) -> str:
         overrides = [
-            *annotate_overrides(tmp_path, teacher_folder, *more),
+            *annotate_options(tmp_path, teacher_folder, *more),
             f"root={tmp_path}",
             "teacher.num_rationales=4",
         ]

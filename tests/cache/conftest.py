@@ -21,7 +21,7 @@ from distill.annotate import main
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.records import Annotation, Example, Request, Target
-from tests.annotation.conftest import annotate_overrides
+from tests.annotation.conftest import annotate_options
 from tests.conftest import compose
 
 MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take
@@ -137,7 +137,7 @@ odd_values = odd_numbers | st.none() | st.booleans() | st.text(max_size=3) | st.
 def annotating(root: Path, cache: Path, teacher: Path, *more: str) -> list[str]:
     """The annotate command for this cache folder."""
     return [
-        *(o for o in annotate_overrides(root, teacher, *more) if not o.startswith("cache.dir")),
+        *(o for o in annotate_options(root, teacher, *more) if not o.startswith("cache.dir")),
         f"cache.dir={cache}",
     ]
 

@@ -12,7 +12,7 @@ import pytest
 
 from distill.cache.store import Store, drop_shard
 from distill.errors import CacheError, ConfigError
-from tests.annotation.conftest import annotate_overrides
+from tests.annotation.conftest import annotate_options
 from tests.cache.conftest import CODEC, FINGERPRINT, annotation, key, stored
 from tests.conftest import run, shards, tiny_overrides
 
@@ -134,7 +134,7 @@ def test_machines_that_share_a_bucket_annotate_once(
 ) -> None:
     def done(machine: str, *more: str, command: str = "annotate") -> str:
         (tmp_path / machine).mkdir(exist_ok=True)
-        given = annotate_overrides(tmp_path, teacher_folder, *more)
+        given = annotate_options(tmp_path, teacher_folder, *more)
         if command == "train":
             given = [*tiny_overrides(tmp_path, teacher_folder, student_folder), *more]
         given = [o for o in given if not o.startswith(("root=", "cache.dir="))]
