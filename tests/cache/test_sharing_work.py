@@ -27,9 +27,7 @@ def test_a_wrong_system_clock_affects_no_claim(days: int, tmp_path: Path, monkey
         ahead = days * 86_400 * (10**9 if name == "time_ns" else 1)
         monkeypatch.setattr(time, name, lambda clock=clock, ahead=ahead: clock() + ahead)
     for name, age in (("young", 5), ("old", 60)):
-        (tmp_path / name).write_text(
-            json.dumps({"host": "elsewhere", "pid": 2**22 + 1})
-        )  # not the pid of a local process
+        (tmp_path / name).write_text(json.dumps({"host": "elsewhere", "pid": 2**22 + 1}))  # above the highest pid
         touched = clocks["time"]() - age
         os.utime(tmp_path / name, (touched, touched))
     claims = Claims(tmp_path, seconds=30.0)
