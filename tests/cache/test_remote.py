@@ -36,7 +36,7 @@ def test_a_machine_reads_what_another_wrote(tmp_path: Path) -> None:
     write_records(tmp_path, 1, 2, 4)
     assert shards(tmp_path / "remote") == shards(tmp_path / "one")
     other.refresh()
-    assert len(watching) == 3
+    assert len(other) == 3
     assert not shards(tmp_path / "two")  # shards are downloaded when they are read
     assert comparable(other.read(key(2))) == comparable(annotation(2))
     assert len(shards(tmp_path / "two")) == 2
