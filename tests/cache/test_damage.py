@@ -1,4 +1,4 @@
-"""Damaged files: a cache returns what was written, or raises CacheError."""
+"""Law 8, damaged files: a cache returns what was written, or raises CacheError."""
 
 from __future__ import annotations
 

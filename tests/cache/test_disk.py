@@ -1,4 +1,4 @@
-"""Full disks, read-only disks, folders that vanish, and the order of writes."""
+"""Law 8: full disks, read-only disks, folders that vanish, and the order of writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints and keys: a cache is reused exactly if the teacher's targets are the same."""
+"""Law 8, fingerprints and keys: a cache is reused exactly if the teacher's targets are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile shards with correct checksums: reading gives a record or raises CacheError, with little memory."""
+"""Law 8: hostile shards with correct checksums: reading gives a record or raises CacheError, with little memory."""
 
 from __future__ import annotations
 

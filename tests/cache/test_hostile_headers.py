@@ -1,4 +1,4 @@
-"""Hostile headers of a shard's arrays, with correct checksums, are refused."""
+"""Law 8: hostile headers of a shard's arrays, with correct checksums, are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile manifests with correct checksums are refused, and lead to no file outside the cache."""
+"""Law 8: hostile manifests with correct checksums are refused, and lead to no file outside the cache."""
 
 from __future__ import annotations
 

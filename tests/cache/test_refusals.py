@@ -1,4 +1,4 @@
-"""Damaged, foreign or hostile caches are refused with the file and the reason."""
+"""Law 8: damaged, foreign or hostile caches are refused with the file and the reason."""
 
 from __future__ import annotations
 

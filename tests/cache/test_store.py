@@ -1,4 +1,4 @@
-"""A cache returns what was written, in any order and from several processes."""
+"""Law 8: a cache returns what was written, in any order and from several processes."""
 
 from __future__ import annotations
 

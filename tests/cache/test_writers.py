@@ -1,4 +1,4 @@
-"""Interrupted and concurrent writers end with the same bytes as a single one."""
+"""Law 12, resumed = unbroken: interrupted and concurrent writers end with the same bytes as a single one."""
 
 from __future__ import annotations
 
