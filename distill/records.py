@@ -1,18 +1,10 @@
-"""What flows through the pipeline: plain frozen records, and the errors a user may see.
+"""The data that flows through the pipeline, as frozen dataclasses.
 
 Dimensions, used as suffixes of every tensor with two or more of them:
 
     B  example (or sequence) in a batch      V  vocabulary
-    T  token position in a sequence          E  kept entry of a soft target, of all positions one after the other
+    T  token position in a sequence          E  kept entries of a soft target, of all positions concatenated
     N  supervised position                   H  hidden size
-
-Errors (each message says what happened, what was found, what was wanted, what to do):
-
-    Exception
-    └── DistillError          exit code 1
-        ├── ConfigError       2   the configuration cannot work; lists every problem
-        ├── CacheError        3   the cache on disk is not what was asked for, or is damaged
-        └── AnswerError       -   a text holds no readable answer; counted, never fatal
 """
 
 from __future__ import annotations
@@ -32,8 +24,8 @@ from distill.errors import CacheError
 
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
-Place = tuple[str, Span]  # where soft targets are: the key of a request, and which of its targets
-Reason = Literal[
+Place = tuple[str, Span]  # identifies stored soft targets: the key of their request, and the span
+RejectionReason = Literal[
     "disagrees",
     "outvoted",
     "unreadable",
@@ -48,18 +40,18 @@ Reason = Literal[
     "near duplicate",
     "surplus",
 ]
-_ROUNDING = 1e-4  # by which a sum of float32 probabilities may exceed 1
+_ROUNDING = 1e-4  # a sum of float32 probabilities may exceed 1 by this much
 
 
 def content_id(text: str) -> str:
-    """Identity of a text up to case, spacing and Unicode form; 32 hexadecimal digits."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+    """Hash a text, ignoring case, spacing and Unicode form; 32 hexadecimal digits."""
+    normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(normalized.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question of a task; `answer` and `rationale` are gold, and None where nobody gave them."""
+    """A question of a task with its gold `answer` and `rationale`, None where unlabelled."""
 
     question: str
     answer: str | None = None
@@ -67,13 +59,13 @@ class Example:
 
     @property
     def id(self) -> str:
-        """Content hash of the question: the same text has the same id wherever it stands."""
+        """Content hash of the question: equal questions have equal ids in every split and task."""
         return content_id(self.question)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's examples, disjoint by content; the labelled train examples come first."""
+    """A task's examples, disjoint by content; labelled train examples come first."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -82,28 +74,28 @@ class Splits:
 
     @classmethod
     def disjoint(cls, train: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]) -> Splits:
-        """Drop from train, then from validation, what a later split holds; count what was dropped."""
+        """Drop examples from train and validation that a later split contains; count the dropped ones by split."""
         dropped: dict[str, int] = {}
         seen: set[str] = set()
         kept: dict[str, tuple[Example, ...]] = {}
         for name, examples in (("test", test), ("validation", validation), ("train", train)):
-            fresh: list[Example] = []
+            new: list[Example] = []
             for example in examples:
                 if example.id not in seen:
                     seen.add(example.id)
-                    fresh.append(example)
-            kept[name] = tuple(fresh)
-            if len(fresh) < len(examples):
-                dropped[name] = len(examples) - len(fresh)
+                    new.append(example)
+            kept[name] = tuple(new)
+            if len(new) < len(examples):
+                dropped[name] = len(examples) - len(new)
         return cls(kept["train"], kept["validation"], kept["test"], dropped)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and the half-open ranges of them that are to be learned, in order of position.
+    """Token ids and the half-open ranges of the supervised spans, in order of position.
 
-    With `branches`, the places where they begin, what stands before the first of them goes on in more than one way:
-    each branch follows it directly, and none sees another.
+    `branches` are the start positions of alternative continuations of the tokens before the first of them. Each
+    branch attends to this shared beginning and to itself, not to other branches.
     """
 
     ids: tuple[int, ...]
@@ -111,7 +103,7 @@ class Prompt:
     branches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """A token at position 0 has nothing before it, so nothing can predict it."""
+        """Check the spans; the token at position 0 has no context to be predicted from."""
         for name, (start, stop) in self.spans.items():
             if not 1 <= start < stop <= len(self.ids):
                 raise ValueError(f"span {name!r} = [{start}, {stop}) does not lie in [1, {len(self.ids)})")
@@ -119,12 +111,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Next-token distributions, one after the other: kept ids with their probabilities under the *full* softmax.
+    """Next-token distributions: the kept ids of each row with their probabilities under the *full* softmax.
 
-    Row n is the distribution from which token n of its span was to be drawn. Its first `num_exact_N[n]` entries
-    are exact, and `tail_N` is what they leave over. The next `num_drawn_N[n]` are draws from what is left over,
-    each standing for a weight whose log is in `logprobs_E`; draws stand for it also where a row happens to have
-    none. Without `num_drawn_N` nothing was drawn: what is left over is one bucket. Dense has V exact entries.
+    Row n is the teacher's distribution for token n of its span. Its first `num_exact_N[n]` entries are exact;
+    `tail_N[n]` is the probability mass of all other ids. The next `num_drawn_N[n]` entries are samples from this
+    tail; `logprobs_E` holds the log of their weights. A row may have no samples by chance; they represent the tail
+    all the same. If `num_drawn_N` is None nothing was sampled and the tail is a single bucket. Dense targets have V
+    exact entries.
     """
 
     ids_E: np.ndarray
@@ -134,21 +127,21 @@ class SoftTargets:
     num_drawn_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Shapes agree."""
+        """Check that the shapes agree."""
         if len(self.num_exact_N) != len(self.tail_N) or {len(self.ids_E), len(self.logprobs_E)} != {self.num_N.sum()}:
             shapes = [x.shape for x in (self.ids_E, self.logprobs_E, self.tail_N, self.num_N)]
-            raise CacheError(f"soft targets of unlike shapes: {', '.join(map(str, shapes))}")
+            raise CacheError(f"soft targets have inconsistent shapes: {', '.join(map(str, shapes))}")
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.tail_N)
 
     def __getitem__(self, rows: slice | np.ndarray) -> SoftTargets:
-        """The same targets for some of the rows."""
+        """Select rows."""
         num_N = self.num_N[rows]
         first_N = (np.cumsum(self.num_N) - self.num_N)[rows]
-        row_E, place_E = spread(num_N)
-        entries = first_N[row_E] + place_E
+        row_E, offset_E = spread(num_N)
+        entries = first_N[row_E] + offset_E
         drawn = self.num_drawn_N
         return SoftTargets(
             self.ids_E[entries],
@@ -160,15 +153,15 @@ class SoftTargets:
 
     @classmethod
     def join(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
-        """Targets one after the other."""
+        """Concatenate soft targets of one codec."""
         if len({part.num_drawn_N is None for part in parts}) != 1:
-            raise CacheError("soft targets with draws and without cannot be joined: two codecs made them")
+            raise CacheError("soft targets with and without sampled entries cannot be joined: two codecs made them")
         columns = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
         return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 
     @property
-    def num_N(self) -> np.ndarray:  # noqa: N802 - a tensor's dimensions stand in its name
-        """Entries of each row."""
+    def num_N(self) -> np.ndarray:  # noqa: N802 - the suffix names the dimensions
+        """Number of entries of each row."""
         if self.num_drawn_N is None:
             return self.num_exact_N
         num_N: np.ndarray = self.num_exact_N + self.num_drawn_N
@@ -176,79 +169,76 @@ class SoftTargets:
 
     @property
     def is_exact_E(self) -> np.ndarray:  # noqa: N802
-        """Whether an entry is exact, or else a draw."""
-        row_E, place_E = spread(self.num_N)
-        is_exact_E: np.ndarray = place_E < self.num_exact_N[row_E]
+        """Whether each entry is exact rather than sampled."""
+        row_E, offset_E = spread(self.num_N)
+        is_exact_E: np.ndarray = offset_E < self.num_exact_N[row_E]
         return is_exact_E
 
     def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and log-probabilities of each row."""
+        """Iterate over the rows as (ids, log-probabilities)."""
         cuts = np.cumsum(self.num_N)[:-1]
         return zip(np.split(self.ids_E, cuts), np.split(self.logprobs_E, cuts), strict=True)
 
     def buckets(self) -> SoftTargets:
-        """The bucket reading: exact entries, and one outcome for all the rest. Draws are dropped."""
+        """Return the bucket reading: exact entries and one bucket for the tail. Sampled entries are dropped."""
         if self.num_drawn_N is None:
             return self
         is_exact_E = self.is_exact_E
         return SoftTargets(self.ids_E[is_exact_E], self.logprobs_E[is_exact_E], self.tail_N, self.num_exact_N)
 
     def for_training(self) -> SoftTargets:
-        """The sampled reading where draws stand for the rest, else the bucket reading.
+        """Return the sampled reading if the tail was sampled, else the bucket reading.
 
-        Sampled: exact entries and draws, nothing left over, so that the expected target is the teacher's
-        distribution. A row sums to 1 on average only, and is not renormalised: that would bring the bias back.
+        The sampled reading has exact and sampled entries and no tail, so the expected target is the teacher's
+        distribution. A row sums to 1 only on average; renormalising it would reintroduce a bias.
         """
         return self if self.num_drawn_N is None else replace(self, tail_N=np.zeros_like(self.tail_N))
 
     def check(self) -> None:
-        """Raise CacheError where a row is no distribution; every writer asks this first."""
+        """Raise CacheError if a row is not a distribution; every codec calls this before packing."""
         head = self.buckets()
         row_E, _ = spread(head.num_exact_N)
         mass_N = np.bincount(row_E, np.exp(head.logprobs_E.astype(np.float64)), len(self)) + self.tail_N
-        wanted = {
-            "an entry has an id": (self.ids_E >= 0).all(),
-            "a log-probability is -inf or a number not above 0": (self.logprobs_E <= _ROUNDING).all(),
-            "a tail is a probability": ((self.tail_N >= 0) & (self.tail_N <= 1 + _ROUNDING)).all(),
-            "a row says something, and claims no more than a whole distribution": (
-                (mass_N > 0) & (mass_N <= 1 + _ROUNDING)
-            ).all(),
+        conditions = {
+            "ids are not negative": (self.ids_E >= 0).all(),
+            "log-probabilities are numbers of at most 0": (self.logprobs_E <= _ROUNDING).all(),
+            "tails are probabilities": ((self.tail_N >= 0) & (self.tail_N <= 1 + _ROUNDING)).all(),
+            "rows have a mass above 0 and at most 1": ((mass_N > 0) & (mass_N <= 1 + _ROUNDING)).all(),
         }
-        broken = [law for law, holds in wanted.items() if not holds]
-        if broken:
-            raise CacheError(f"soft targets that are none, so they are not written; broken: {'; '.join(broken)}")
+        violated = [condition for condition, holds in conditions.items() if not holds]
+        if violated:
+            raise CacheError(f"invalid soft targets, not written; violated: {'; '.join(violated)}")
 
 
 def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The row, and the place in it, of each entry of rows of these lengths."""
+    """Return the row of each entry, and its offset in the row, for ragged rows of `num_N` entries."""
     row_E = np.repeat(np.arange(len(num_N), dtype=np.int32), num_N)
     return row_E, np.arange(len(row_E)) - (np.cumsum(num_N, dtype=np.int64) - num_N)[row_E]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The tokens of one span as the teacher was made to read them, and what it expected at each."""
+    """The tokens of one span as the teacher read them, and its soft targets for them."""
 
     token_ids: tuple[int, ...]
     soft: SoftTargets | None
 
     def __post_init__(self) -> None:
-        """One distribution per predicted token: a sequence of L tokens has exactly L - 1."""
+        """Check that there is one distribution per predicted token: L - 1 for a sequence of L tokens."""
         if self.soft is not None and len(self.soft) != len(self.token_ids):
             raise CacheError(
                 f"{len(self.token_ids)} target tokens came with {len(self.soft)} distributions; "
-                "each predicted token needs exactly one"
+                "expected one distribution per token"
             )
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question to the teacher: `answer` asks for the answer, `rationale` for reasoning and then the answer.
+    """A question to the teacher. Span `answer` requests a direct answer, `rationale` reasoning and then an answer.
 
-    `question_ids` stand between the shared prefix and what the teacher says; `key` is the hash of everything
-    in the request that the teacher's targets depend on. With `given_ids` the teacher reads these in the place of
-    words of its own. A rationale may be asked for several times: `sample` 0 is the most likely words, others are
-    drawn.
+    `question_ids` follow the shared prefix and precede the teacher's output. `key` is the hash of everything in the
+    request that the teacher's targets depend on. With `given_ids` the teacher scores these tokens instead of
+    generating. A rationale may be requested several times: `sample` 0 is decoded greedily, others are sampled.
     """
 
     key: str
@@ -259,17 +249,17 @@ class Request:
     sample: int = 0
 
 
-def distinct(requests: Iterable[Request]) -> list[Request]:
-    """One request of each key, in order."""
+def unique_requests(requests: Iterable[Request]) -> list[Request]:
+    """Drop requests with a repeated key, in order."""
     return list({request.key: request for request in requests}.values())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests of one span that are computed and written together; a function of the examples alone.
+    """Requests of one span that are annotated and written together.
 
-    Not of what the cache holds already, nor of how many processes work: so a record has the same neighbours, and
-    the same bytes, however often the work was broken off.
+    Groups depend on the examples alone, not on the cache or the number of processes. A record therefore has the
+    same neighbours, and the same bytes, however often annotation was interrupted.
     """
 
     name: str
@@ -278,10 +268,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What the teacher left for one request, unchecked.
+    """The teacher's output for one request, unfiltered.
 
-    `answer` is canonical, or None where the text held none; after a rationale it is the answer the
-    reasoning led to. `choice_logprobs` are those of a task's fixed choices, in their order.
+    `answer` is in canonical form, or None if the text contains no answer; after a rationale it is the answer that
+    the reasoning led to. `choice_logprobs` are those of a task's fixed choices, in their order.
     """
 
     key: str
@@ -294,33 +284,33 @@ class Annotation:
 
     @property
     def choice_probabilities(self) -> tuple[float, ...]:
-        """How likely each of the task's choices is, one of them being said."""
+        """Probabilities of the task's choices, normalized over the choices."""
         scores = np.exp(self.choice_logprobs)
         return tuple((scores / scores.sum()).tolist())
 
 
 @dataclass(frozen=True)
 class CheckedRationale:
-    """A teacher's rationale, and how the answer that it led to compares with what is known.
+    """A teacher's rationale, and why it was rejected; `reason` is None if it was kept.
 
-    Compared with the gold answer, or where there is none with what most samples led to, or with the teacher's direct
-    answer; `reason` says why it is not to be learned from, and is None for one that is. `confidence` is the share of
-    the example's samples that led to the same answer.
+    `compared_with` names the reference for its answer: the gold answer; without one, the majority of the example's
+    samples; for a single sample, the teacher's direct answer. `confidence` is the share of the example's samples
+    that led to the same answer.
     """
 
     example_id: str
     annotation: Annotation
     compared_with: Literal["gold", "votes", "teacher"]
-    reason: Reason | None
+    reason: RejectionReason | None
     confidence: float | None = None
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What is kept of a target at each of N positions, one after the other.
+    """The entries of the soft targets of N positions, concatenated.
 
-    `ends_N` (on the host: chunks are cut by it, and no device is waited for) says where each position's entries
-    end. `tail_N` is what they leave over; None where that is nothing.
+    `ends_N` is the end of each position's entries. It stays on the host, so that chunking by it does not wait for
+    the device. `tail_N` is the mass of all other ids; None if there is no tail.
     """
 
     ends_N: np.ndarray
@@ -330,19 +320,19 @@ class Entries:
     tail_N: Float[Tensor, "N"] | None
 
     def to(self, device: torch.device) -> Entries:
-        """The same entries on another device."""
-        return replace(self, **_moved(self, device))
+        """Move the tensors to a device."""
+        return replace(self, **_tensors_on(self, device))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One microbatch. Sequences are padded on the right; no loss looks at padding.
+    """One microbatch. Sequences are padded on the right; losses ignore padding.
 
-    Position n is predicted from hidden state `[sequence_N[n], before_N[n]]` and should be `label_N[n]`. It has soft
-    targets where `is_soft_N` says so. A token sees what stands before it in its own branch and in branch 0, which
-    all go on from: `position_BT` is its place there. Without branches `branch_BT` is None.
-    `counts` are positions per (span, source) in the *whole* optimizer step, over all its microbatches
-    and processes: what a loss's sum is divided by.
+    The label of position n is `label_N[n]`, predicted from hidden state `[sequence_N[n], before_N[n]]`. `is_soft_N`
+    marks positions with soft targets. A token attends to earlier tokens of its own branch and of branch 0, the
+    shared beginning; `position_BT` counts along this path. `branch_BT` is None without branches. `counts` are the
+    positions per (span, source) in the *whole* optimizer step, over all microbatches and processes: the divisors of
+    the losses' sums.
     """
 
     input_ids_BT: Int[Tensor, "B T"]
@@ -360,10 +350,10 @@ class Batch:
     example_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch, its tensors on another device."""
-        return replace(self, soft=self.soft and self.soft.to(device), **_moved(self, device))
+        """Move the tensors to a device."""
+        return replace(self, soft=self.soft and self.soft.to(device), **_tensors_on(self, device))
 
 
-def _moved(record: Batch | Entries, device: torch.device) -> dict[str, Any]:
-    found = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)}
+def _tensors_on(data: Batch | Entries, device: torch.device) -> dict[str, Any]:
+    values = {f.name: getattr(data, f.name) for f in fields(data)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}

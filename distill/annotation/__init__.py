@@ -1,1 +1,1 @@
-"""What is asked of a teacher, each request once, and which rationales are worth learning from. It knows no training."""
+"""Annotation: what the teacher is asked, each request once, and which rationales are kept. It knows no training."""

@@ -1,13 +1,13 @@
-"""Which codec for this teacher and these texts: what each keeps, loses and takes, measured on a few hundred positions.
+"""Comparison of codecs for a teacher and its texts: size and errors of each, measured on a few hundred positions.
 
-Of a target t that is stored for a distribution p, over the draws that it might be:
+For a target t stored for a distribution p, in expectation over the codec's samples:
 
     noise = E |t - E t|^2     averages out over the positions of a run
     bias  = |E t - p|^2       does not
 
-Both are told as shares of the noise of a hard label drawn from p, 1 - sum p^2. What a loss sees as one bucket for
-the rest is taken as spread evenly over the rest of the vocabulary. Neither says how well a student will learn: of
-two targets without bias the noisier one may teach as well, and a bias that looks small may not be.
+Both are given as fractions of the noise of a hard label sampled from p, 1 - sum p^2. The mass of a rest bucket is
+spread evenly over the ids that are not kept. Neither number predicts how well a student learns: of two unbiased
+targets the noisier one may teach equally well, and a small bias may still matter.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distill.cache.codecs.topk import TopK
 from distill.records import SPANS, Request, SoftTargets, spread
 from distill.teachers import Teacher
 
-_POSITIONS, _DRAWS, _BATCH = 300, 8, 4
-_MOST_NOISE, _MOST_BIAS = 1e-2, 1e-4
+_NUM_POSITIONS, _NUM_REPEATS, _BATCH_SIZE = 300, 8, 4
+_MAX_NOISE, _MAX_BIAS = 1e-2, 1e-4
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a codec cuts from distributions, what is read back of it, and the bytes between."""
+    """Distributions as cut by a codec, as decoded from its bytes, and the number of bytes."""
 
     cut: SoftTargets
     back: SoftTargets
@@ -43,110 +43,113 @@ class Kept:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What one codec does to the distributions of a probe."""
+    """Size and errors of a codec."""
 
     bytes_per_position: float
-    captured: float  # probability of the entries that are kept exactly
-    kl: float  # nats, of the full distribution to the exact entries with the rest spread evenly
+    captured: float  # probability mass of the exact entries
+    kl: float  # nats, from the full distribution to the exact entries with the rest spread evenly
     noise: float
     bias: float
 
     @property
     def is_faithful(self) -> bool:
-        """Little noise beside a hard label's, and no bias to speak of."""
-        return self.noise <= _MOST_NOISE and self.bias <= _MOST_BIAS
+        """Whether noise and bias are small compared with the noise of a hard label."""
+        return self.noise <= _MAX_NOISE and self.bias <= _MAX_BIAS
 
 
-def candidates(temperature: float) -> dict[str, Codec]:
-    """What is compared, by the overrides that choose it."""
-    found: dict[str, Codec] = {
+def candidate_codecs(temperature: float) -> dict[str, Codec]:
+    """Return the codecs to compare, by the overrides that select them."""
+    codecs: dict[str, Codec] = {
         f"cache=topk cache.codec.k={k}": TopK(k=k, temperature=temperature) for k in (16, 32, 64)
     }
     for n in (64, 128):
-        found[f"cache=sampled cache.codec.n={n}"] = Sampled(n=n, k_min=1, seed=0, temperature=temperature)
-    found["cache=rs_kd cache.codec.n=64"] = RandomSampling(n=64, seed=0, temperature=temperature)
-    return found | {"cache=dense": Dense()}
+        codecs[f"cache=sampled cache.codec.n={n}"] = Sampled(n=n, k_min=1, seed=0, temperature=temperature)
+    codecs["cache=rs_kd cache.codec.n=64"] = RandomSampling(n=64, seed=0, temperature=temperature)
+    return codecs | {"cache=dense": Dense()}
 
 
-def sample(teacher: Teacher, requests: Sequence[Request], seed: int) -> list[SoftTargets]:
-    """Whole distributions at a few hundred positions of each span; `teacher` is loaded and cuts nothing away."""
-    found: list[SoftTargets] = []
+def sample_distributions(teacher: Teacher, requests: Sequence[Request], seed: int) -> list[SoftTargets]:
+    """Return full distributions at a few hundred positions per span, from a loaded teacher with the dense codec."""
+    distributions: list[SoftTargets] = []
     for span in SPANS:
-        asked, num_positions = [request for request in requests if request.span == span], 0
-        order = np.random.default_rng(seed).permutation(len(asked)).tolist()
-        while order and num_positions < _POSITIONS:
-            batch, order = [asked[place] for place in order[:_BATCH]], order[_BATCH:]
-            made = [t.soft for a in teacher.annotate(batch) for t in a.targets.values() if t.soft is not None]
-            found += made
-            num_positions += sum(map(len, made))
-    return found
+        of_span, num_positions = [request for request in requests if request.span == span], 0
+        order = np.random.default_rng(seed).permutation(len(of_span)).tolist()
+        while order and num_positions < _NUM_POSITIONS:
+            batch, order = [of_span[index] for index in order[:_BATCH_SIZE]], order[_BATCH_SIZE:]
+            softs = [t.soft for a in teacher.annotate(batch) for t in a.targets.values() if t.soft is not None]
+            distributions += softs
+            num_positions += sum(map(len, softs))
+    return distributions
 
 
-def compare(wholes: Sequence[SoftTargets], codecs: Mapping[str, Codec]) -> dict[str, Fidelity]:
-    """What each codec does to these distributions."""
-    return {name: _fidelity(wholes, codec) for name, codec in codecs.items()}
+def compare_codecs(distributions: Sequence[SoftTargets], codecs: Mapping[str, Codec]) -> dict[str, Fidelity]:
+    """Measure each codec on the same full distributions."""
+    return {name: _fidelity(distributions, codec) for name, codec in codecs.items()}
 
 
-def recommended(found: Mapping[str, Fidelity]) -> str:
-    """The faithful codec of the fewest bytes."""
-    faithful = {name: one for name, one in found.items() if one.is_faithful} or found
+def recommend(fidelities: Mapping[str, Fidelity]) -> str:
+    """Return the name of the smallest faithful codec; of the smallest codec if none is faithful."""
+    faithful = {name: fidelity for name, fidelity in fidelities.items() if fidelity.is_faithful} or fidelities
     return min(faithful, key=lambda name: faithful[name].bytes_per_position)
 
 
-def table(found: Mapping[str, Fidelity], num_positions: int) -> str:
-    """The comparison as text, and what is recommended."""
-    best = recommended(found)
+def format_fidelity(fidelities: Mapping[str, Fidelity], num_positions: int) -> str:
+    """Format the comparison as a table with the recommended codec."""
+    best = recommend(fidelities)
     lines = [
         f"{'':32} {'bytes':>9} {'captured':>9} {'KL':>9} {'noise':>9} {'bias':>9}   per position, of {num_positions}"
     ]
     lines += [
-        f"{name:32} {one.bytes_per_position:9.1f} {one.captured:9.4f} {one.kl:9.2g} {one.noise:9.2g} {one.bias:9.2g}"
+        f"{name:32} {f.bytes_per_position:9.1f} {f.captured:9.4f} {f.kl:9.2g} {f.noise:9.2g} {f.bias:9.2g}"
         f"{'   <- recommended' if name == best else ''}"
-        for name, one in found.items()
+        for name, f in fidelities.items()
     ]
     lines += [
         "",
-        "captured: probability kept exactly; KL in nats, the rest spread evenly; noise and bias as shares of the",
-        f"noise of a hard label. Recommended is the smallest with noise <= {_MOST_NOISE:g} and bias <= {_MOST_BIAS:g}.",
+        "captured: probability kept exactly; KL in nats, the rest spread evenly; noise and bias as fractions of the",
+        f"noise of a hard label. Recommended: the smallest with noise <= {_MAX_NOISE:g} and bias <= {_MAX_BIAS:g}.",
         "A loss that needs the rest as one bucket (reverse KL) needs cache=topk.",
     ]
     return "\n".join(lines)
 
 
-def _fidelity(wholes: Sequence[SoftTargets], codec: Codec) -> Fidelity:
+def _fidelity(distributions: Sequence[SoftTargets], codec: Codec) -> Fidelity:
     size, sums = 0, np.zeros(5)
-    for number, whole in enumerate(wholes):
-        logprobs_NV = torch.from_numpy(whole.logprobs_E.reshape(len(whole), -1))
+    for number, dense in enumerate(distributions):
+        logprobs_NV = torch.from_numpy(dense.logprobs_E.reshape(len(dense), -1))
         p_NV = logprobs_NV.double().exp().numpy()
-        num_draws = 1 if codec.seed is None else _DRAWS
-        drawn = [pass_through(logprobs_NV, codec, f"{number}/{draw}") for draw in range(num_draws)]
-        targets = [_spread(kept.back.for_training(), p_NV.shape[1]) for kept in drawn]
+        num_repeats = 1 if codec.seed is None else _NUM_REPEATS
+        round_trips = [pass_through(logprobs_NV, codec, f"{number}/{repeat}") for repeat in range(num_repeats)]
+        targets = [_to_rows(kept.back.for_training(), p_NV.shape[1]) for kept in round_trips]
         half = len(targets) // 2
         means = (np.mean(targets[:half] or targets, 0), np.mean(targets[half:], 0))
-        label_N = np.maximum(1 - np.square(p_NV).sum(1), 1e-9)
-        # Two independent halves: the noise of one is not that of the other, so what is left is bias.
+        label_noise_N = np.maximum(1 - np.square(p_NV).sum(1), 1e-9)
+        # The means of two independent halves have uncorrelated noise, so their product estimates the bias alone.
         bias_N = ((means[0] - p_NV) * (means[1] - p_NV)).sum(1)
         noise_N = np.mean([np.square(target_NV - p_NV).sum(1) for target_NV in targets], 0) - bias_N
-        buckets = drawn[0].back.buckets()
-        q_NV = _spread(buckets, p_NV.shape[1])
+        buckets = round_trips[0].back.buckets()
+        q_NV = _to_rows(buckets, p_NV.shape[1])
         log_ratio_NV = np.log(p_NV, where=p_NV > 0, out=np.zeros_like(p_NV)) - np.log(q_NV.clip(1e-30))
-        size += drawn[0].num_bytes
-        sums += [(1 - buckets.tail_N).sum(), (p_NV * log_ratio_NV).sum(), noise_N.sum(), bias_N.sum(), label_N.sum()]
-    captured, kl, noise, bias, label = sums.tolist()
-    number = sum(map(len, wholes))
-    return Fidelity(size / number, captured / number, kl / number, max(0.0, noise / label), max(0.0, bias / label))
+        size += round_trips[0].num_bytes
+        kl_N = (p_NV * log_ratio_NV).sum(1)
+        sums += [x_N.sum() for x_N in (1 - buckets.tail_N, kl_N, noise_N, bias_N, label_noise_N)]
+    captured, kl, noise, bias, label_noise = sums.tolist()
+    count = sum(map(len, distributions))
+    return Fidelity(
+        size / count, captured / count, kl / count, max(0.0, noise / label_noise), max(0.0, bias / label_noise)
+    )
 
 
 def pass_through(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
-    """Pass distributions through a codec as the record of this key."""
+    """Encode and decode distributions as the record with this key."""
     uniform_N = torch.from_numpy(uniforms(key, len(logprobs_NV), codec.seed or 0))
     cut = codec.cut(logprobs_NV, uniform_N)
     arrays = codec.pack(cut)
     return Kept(cut, codec.unpack(arrays), sum(array.nbytes for array in arrays.values()))
 
 
-def _spread(soft: SoftTargets, size: int) -> np.ndarray:
-    """Rows over the vocabulary; what is left over lies evenly on the ids that are not kept."""
+def _to_rows(soft: SoftTargets, size: int) -> np.ndarray:
+    """Return dense rows over the vocabulary, with each tail spread evenly over the ids that are not kept."""
     kept, row_NV = (spread(soft.num_N)[0], soft.ids_E), np.zeros((len(soft), size))
     row_NV[kept] = np.exp(soft.logprobs_E)
     is_other_NV = np.ones((len(soft), size), bool)

@@ -1,4 +1,4 @@
-"""Looking into a cache: one record as a person wants to see it, all records as a table, a sample asked again."""
+"""Inspection of a cache: a record as text, all records as a table, and a sample compared with the live teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from distill.records import SPANS, Annotation, Request, Span, Target
 from distill.teachers import Teacher
 
 Row = tuple[np.ndarray, np.ndarray]  # ids and log-probabilities
-_TOP = 5
-_MOST_CHARACTERS = 10_000  # of one text
+_TOP = 5  # tokens shown per position
+_MAX_CHARACTERS = 10_000  # of a line
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What annotating would take, by a small sample of it."""
+    """Time and disk space that annotation will need, extrapolated from a sample."""
 
     seconds: float
     num_bytes: int
@@ -37,77 +37,80 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rescored:
-    """How far stored records are from the live teacher, and how far the live teacher is from itself.
+    """How much stored records differ from the live teacher, and the live teacher from itself.
 
-    Both are the largest total variation, over positions, of probabilities on the ids that both sides name. The live
-    teacher differs from itself by rounding, since kernels depend on what else is in a batch.
+    Both are the largest total variation over positions, on the ids that both sides contain. The live teacher differs
+    from itself by rounding, since kernels depend on the batch.
     """
 
-    from_live: float
+    distance: float
     noise_floor: float
     num_records: int
 
     @property
     def is_close(self) -> bool:
-        """Stored numbers are rounded too, by less than 0.02 in probability."""
-        return self.from_live <= 4 * self.noise_floor + 0.02
+        """Whether the distance is explained by the noise and by the rounding of stored probabilities, below 0.02."""
+        return self.distance <= 4 * self.noise_floor + 0.02
 
 
 def estimate(teacher: Teacher, codec: Codec, missing: Sequence[Request], batch_size: int) -> Estimate:
-    """Annotate a batch per span, of requests spread over all lengths; `teacher` is loaded. Nothing is stored."""
+    """Annotate a batch per span, with requests of all lengths. The teacher must be loaded; nothing is written."""
     seconds, num_bytes, num_sampled = 0.0, 0.0, 0
     for span in SPANS:
-        asked = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
-        sample = asked[:: max(1, len(asked) // batch_size)][:batch_size]
+        requests = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
+        sample = requests[:: max(1, len(requests) // batch_size)][:batch_size]
         if sample:
             teacher.annotate(sample[:1])
             start = time.perf_counter()
-            made = teacher.annotate(sample)
-            scale = len(asked) / len(sample)
+            annotations = teacher.annotate(sample)
+            scale = len(requests) / len(sample)
             seconds += (time.perf_counter() - start) * scale
-            num_bytes += sum(_stored_bytes(annotation, codec) for annotation in made) * scale
+            num_bytes += sum(_stored_bytes(annotation, codec) for annotation in annotations) * scale
             num_sampled += len(sample)
     return Estimate(seconds, round(num_bytes), num_sampled)
 
 
 def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number: int, seed: int) -> Rescored:
-    """Ask the loaded teacher again about a random sample of stored records of one span, together and one by one."""
+    """Annotate a random sample of stored requests of one span again, as one batch and one by one.
+
+    The teacher must be loaded.
+    """
     stored = [request for request in requests if request.key in store]
-    places = np.random.default_rng(seed).permutation(len(stored))[:number]
-    sample = [stored[place] for place in places.tolist()]
+    indices = np.random.default_rng(seed).permutation(len(stored))[:number]
+    sample = [stored[index] for index in indices.tolist()]
     if not sample:
         return Rescored(0.0, 0.0, 0)
-    together = teacher.annotate(sample)
-    alone = [teacher.annotate([request])[0] for request in sample]
-    kept = [store.read(request.key) for request in sample]
+    batched = teacher.annotate(sample)
+    single = [teacher.annotate([request])[0] for request in sample]
+    cached = [store.read(request.key) for request in sample]
     return Rescored(
-        max(_distance(a, b) for a, b in zip(kept, together, strict=True)),
-        max(_distance(a, b) for a, b in zip(alone, together, strict=True)),
+        max(_distance(a, b) for a, b in zip(cached, batched, strict=True)),
+        max(_distance(a, b) for a, b in zip(single, batched, strict=True)),
         len(sample),
     )
 
 
-def show(request: Request, annotation: Annotation, prompts: Prompts) -> str:
-    """A record as text: the question, what the teacher said, and what it expected at each token."""
+def format_record(request: Request, annotation: Annotation, prompts: Prompts) -> str:
+    """Format a record as text: question, answer, rationale, and the teacher's top tokens at each position."""
     lines = [f"record     {request.key} ({request.span})", f"question   {request.example.question}"]
     if annotation.answer or request.example.answer is None:
-        lines += [f"answer     {annotation.answer or 'none could be read'}"]
+        lines += [f"answer     {annotation.answer or '(unreadable)'}"]
     if request.example.answer is not None:
         lines += [f"gold       {request.example.answer}"]
     if annotation.rationale is not None:
-        lines += [f"rationale  {annotation.rationale}{' … (cut off)' if annotation.is_truncated else ''}"]
+        lines += [f"rationale  {annotation.rationale}{' … (truncated)' if annotation.is_truncated else ''}"]
     for span, target in annotation.targets.items():
-        lines += ["", f"{span}: the tokens, and what the teacher expected in the place of each"]
-        lines += _expected(target, prompts)
-    return "\n".join(visible(line, _MOST_CHARACTERS) for line in lines)
+        lines += ["", f"{span}: each token, and the teacher's most probable tokens at its position"]
+        lines += _token_lines(target, prompts)
+    return "\n".join(visible(line, _MAX_CHARACTERS) for line in lines)
 
 
-def export_table(store: Store, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
-    """Write all records among `requests` as one nested Parquet table; return the number of its rows."""
-    there = [(request, store.read(request.key)) for request in requests if request.key in store]
+def export_parquet(store: Store, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
+    """Write the records of `requests` as one nested Parquet table with a row per target; return the number of rows."""
+    records = [(request, store.read(request.key)) for request in requests if request.key in store]
     rows = [
         _row(request, annotation, span, target, prompts)
-        for request, annotation in there
+        for request, annotation in records
         for span, target in annotation.targets.items()
     ]
     with whole_file(path) as temporary:
@@ -134,14 +137,14 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
     }
 
 
-def _expected(target: Target, prompts: Prompts) -> list[str]:
+def _token_lines(target: Target, prompts: Prompts) -> list[str]:
     if target.soft is None:
         return [f"  {prompts.piece(token_id)!r}" for token_id in target.token_ids]
     lines = []
     for token_id, (ids, logprobs), tail in zip(target.token_ids, target.soft.rows(), target.soft.tail_N, strict=True):
-        best = np.argsort(-logprobs, kind="stable")[:_TOP]
-        told = [f"{prompts.piece(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in best]
-        lines.append(f"  {prompts.piece(token_id)!r:16} {'  '.join(told)}  rest {tail:.3f}")
+        top = np.argsort(-logprobs, kind="stable")[:_TOP]
+        probabilities = [f"{prompts.piece(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in top]
+        lines.append(f"  {prompts.piece(token_id)!r:16} {'  '.join(probabilities)}  rest {tail:.3f}")
     return lines
 
 
@@ -153,18 +156,18 @@ def _stored_bytes(annotation: Annotation, codec: Codec) -> int:
 
 
 def _distance(left: Annotation, right: Annotation) -> float:
-    """Largest total variation over positions; 1 where the two do not even have the same tokens."""
-    worst = 0.0
+    """Return the largest total variation over positions; 1 if the target tokens differ."""
+    largest = 0.0
     for span in {*left.targets, *right.targets}:
-        mine, theirs = left.targets.get(span), right.targets.get(span)
-        if mine is None or theirs is None or mine.token_ids != theirs.token_ids:
+        a, b = left.targets.get(span), right.targets.get(span)
+        if a is None or b is None or a.token_ids != b.token_ids:
             return 1.0
-        if mine.soft is not None and theirs.soft is not None:
-            both = mine.soft.buckets().rows(), theirs.soft.buckets().rows()  # draws differ where rounding does
-            worst = max(worst, *(_variation(*rows) for rows in zip(*both, strict=True)))
-    return worst
+        if a.soft is not None and b.soft is not None:
+            pairs = zip(a.soft.buckets().rows(), b.soft.buckets().rows(), strict=True)  # samples may differ by rounding
+            largest = max(largest, *(_total_variation(*pair) for pair in pairs))
+    return largest
 
 
-def _variation(left: Row, right: Row) -> float:
-    mine, theirs = (dict(zip(ids.tolist(), np.exp(logprobs).tolist(), strict=True)) for ids, logprobs in (left, right))
-    return 0.5 * math.fsum(abs(mine[token_id] - theirs[token_id]) for token_id in {*mine} & {*theirs})
+def _total_variation(left: Row, right: Row) -> float:
+    p, q = (dict(zip(ids.tolist(), np.exp(logprobs).tolist(), strict=True)) for ids, logprobs in (left, right))
+    return 0.5 * math.fsum(abs(p[token_id] - q[token_id]) for token_id in {*p} & {*q})

@@ -1,127 +1,128 @@
-"""Have the teacher answer, and reason about, what the cache lacks; or look into the cache."""
+"""The work of the annotate command: fill the cache, or inspect it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.annotation.codec_probe import candidates, compare, sample, table
-from distill.annotation.fill import Share, Source, check_rationales, fill, loaded, open_source, to_ask, without_answers
-from distill.annotation.inspection import estimate, export_table, rescore, show
+from distill.annotation.annotation_job import Source, open_source
+from distill.annotation.codec_probe import candidate_codecs, compare_codecs, format_fidelity, sample_distributions
+from distill.annotation.fill import Share, check_rationales, fill, loaded
+from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
+from distill.annotation.requests import to_ask, without_answers
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
-from distill.records import SPANS, Example, Request, Span, distinct
+from distill.records import SPANS, Example, Request, Span, unique_requests
 
-_RESCORED = 32
+_NUM_RESCORED = 32
 
 
 def annotate(config: Config) -> float:
-    """Fill the cache for all splits and say what it holds; or only look into it."""
+    """Fill the cache for all splits, or inspect it; return the number of new records."""
     configuration.check(config)
-    source = open_source(config)
-    wanted = _wanted(config, source)
+    job = open_source(config)
+    examples = _examples_by_span(config, job)
     if not (config.show or config.export or config.dry_run or config.verify or config.probe):
-        return _filled(source, wanted, _share(config))
-    asked = to_ask(source, wanted)
+        return _fill(job, examples, _part(config))
+    requests = to_ask(job, examples)
     if config.show:
-        print(_shown(source, asked.every, str(config.show)))
+        print(_show(job, requests.every, str(config.show)))
     elif config.export:
-        number = export_table(source.store, asked.every, source.prompts, Path(config.export))
-        print(f"{config.export}\n{number} targets with their tokens, ids and log-probabilities")
+        num_rows = export_parquet(job.store, requests.every, job.prompts, Path(config.export))
+        print(f"{config.export}\n{num_rows} targets with their tokens, ids and log-probabilities")
     elif config.dry_run:
-        print(_estimated(source, asked.every))
+        print(_estimate(job, requests.every))
     elif config.probe:
-        print(_probed(config, source, distinct(asked.requests.values())))
-    else:  # a text that was drawn may be another one where rounding differs
-        print(_verified(source, distinct(asked.requests.values()), config.seed))
+        print(_probe(config, job, unique_requests(requests.requests.values())))
+    else:  # without sampled rationales, which may differ by rounding
+        print(_verify(job, unique_requests(requests.requests.values()), config.seed))
     return 0.0
 
 
-def _wanted(config: Config, source: Source) -> dict[Span, Sequence[Example]]:
-    splits, wanted = source.splits, dict[Span, Sequence[Example]]()
+def _examples_by_span(config: Config, job: Source) -> dict[Span, Sequence[Example]]:
+    splits, examples = job.splits, dict[Span, Sequence[Example]]()
     if "answer" in config.spans:
-        wanted["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
+        examples["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
     if "rationale" in config.spans:
-        wanted["rationale"] = splits.train[: source.num_rationales]
-    return wanted
+        examples["rationale"] = splits.train[: job.num_rationales]
+    return examples
 
 
-def _share(config: Config) -> Share:
-    part, _, parts = str(config.part).partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise ConfigError(f"part={config.part}: wanted part/parts, for example part=3/16 for the third of sixteen")
-    return Share(int(part), int(parts), config.devices)
+def _part(config: Config) -> Share:
+    number, _, num_parts = str(config.part).partition("/")
+    if not (number.isdecimal() and num_parts.isdecimal() and 1 <= int(number) <= int(num_parts)):
+        raise ConfigError(f"part={config.part}: expected number/parts, for example part=3/16 for the third of sixteen")
+    return Share(int(number), int(num_parts), config.devices)
 
 
-def _filled(source: Source, wanted: Mapping[Span, Sequence[Example]], share: Share) -> float:
-    filled = fill(source, wanted, share=share)
-    checked = check_rationales(source, filled)
-    kept = sum(rationale.reason is None for rationale in checked)
-    if not is_first_process():
-        return float(filled.num_annotated)
-    print(
-        f"{source.store.place}\n{len(source.store)} records, {filled.num_annotated} of them new in "
-        f"{filled.seconds:.0f} s; {kept} of {len(checked)} rationales are kept; "
-        f"{len(filled.too_long)} examples too long"
-    )
+def _fill(job: Source, examples: Mapping[Span, Sequence[Example]], part: Share) -> float:
+    filled = fill(job, examples, part=part)
+    rationales = check_rationales(job, filled)
+    num_kept = sum(rationale.reason is None for rationale in rationales)
+    if is_first_process():
+        print(
+            f"{job.store.place}\n{len(job.store)} records, {filled.num_annotated} of them new in "
+            f"{filled.seconds:.0f} s; kept {num_kept} of {len(rationales)} rationales; "
+            f"{len(filled.too_long)} examples too long"
+        )
     return float(filled.num_annotated)
 
 
-def _shown(source: Source, requests: Sequence[Request], which: str) -> str:
-    found = [
+def _show(job: Source, requests: Sequence[Request], selector: str) -> str:
+    matches = [
         request
         for request in requests
-        if which in (request.key, request.example.id) or request.example.question.startswith(which)
+        if selector in (request.key, request.example.id) or request.example.question.startswith(selector)
     ]
-    there = [request for request in found if request.key in source.store]
-    if not there:
+    stored = [request for request in matches if request.key in job.store]
+    if not stored:
         raise ConfigError(
-            f"show={which}: {len(found)} examples begin so and none of them is in {source.store.folder}; "
-            "give an example's id, a record's key or the beginning of a question"
+            f"show={selector} matches {len(matches)} requests, none of them with a record in {job.store.folder}; "
+            "expected the id of an example, the key of a record or the beginning of a question"
         )
-    return "\n\n".join(show(request, source.store.read(request.key), source.prompts) for request in there)
+    return "\n\n".join(format_record(request, job.store.read(request.key), job.prompts) for request in stored)
 
 
-def _estimated(source: Source, requests: Sequence[Request]) -> str:
-    missing = source.store.missing(requests)
-    told = f"{source.store.place}\n{len(requests) - len(missing)} records are there, {len(missing)} are missing"
+def _estimate(job: Source, requests: Sequence[Request]) -> str:
+    missing = job.store.missing(requests)
+    summary = f"{job.store.place}\n{len(requests) - len(missing)} records exist, {len(missing)} are missing"
     if not missing:
-        return told
-    with loaded(source.teacher):
-        found = estimate(source.teacher, source.codec, missing, source.batch_size)
+        return summary
+    with loaded(job.teacher):
+        result = estimate(job.teacher, job.codec, missing, job.batch_size)
     return (
-        f"{told}; they will take about {found.seconds:.0f} s and {found.num_bytes / 1e6:.2f} MB "
-        f"(measured on {found.num_sampled} of them; nothing was stored)"
+        f"{summary}; they will take about {result.seconds:.0f} s and {result.num_bytes / 1e6:.2f} MB "
+        f"(measured on {result.num_sampled} of them; nothing was written)"
     )
 
 
-def _probed(config: Config, source: Source, requests: Sequence[Request]) -> str:
-    teacher = source.teacher_with(codec=Dense())
-    say(f"reading a few hundred of {len(requests)} targets whole, and what each codec makes of them; nothing is stored")
+def _probe(config: Config, job: Source, requests: Sequence[Request]) -> str:
+    teacher = job.build_teacher(codec=Dense())
+    say(f"reading full distributions of some of {len(requests)} targets to compare codecs; nothing is written")
     with loaded(teacher):
-        wholes = sample(teacher, requests, config.seed)
-    if not wholes:
-        raise ConfigError("this teacher gives no soft targets, so there is nothing that a codec could keep")
-    found = compare(wholes, candidates(config.cache.codec.get("temperature", 1.0)))
-    return table(found, sum(map(len, wholes)))
+        distributions = sample_distributions(teacher, requests, config.seed)
+    if not distributions:
+        raise ConfigError("this teacher gives no soft targets, so there are no codecs to compare")
+    fidelities = compare_codecs(distributions, candidate_codecs(config.cache.codec.get("temperature", 1.0)))
+    return format_fidelity(fidelities, sum(map(len, distributions)))
 
 
-def _verified(source: Source, requests: Sequence[Request], seed: int) -> str:
-    problems = source.store.check()
+def _verify(job: Source, requests: Sequence[Request], seed: int) -> str:
+    problems = job.store.check()
     if problems:
         raise CacheError("\n".join(problems))
-    told = [f"{source.store.place}\n{len(source.store)} records: all checksums are right"]
-    with loaded(source.teacher):
+    lines = [f"{job.store.place}\n{len(job.store)} records: all checksums are correct"]
+    with loaded(job.teacher):
         for span in SPANS:
-            asked = [request for request in requests if request.span == span]
-            found = rescore(source.store, source.teacher, asked, _RESCORED, seed)
-            told.append(
-                f"{found.num_records} {span}s asked again: at most {found.from_live:.4f} away from the live teacher, "
-                f"which is {found.noise_floor:.4f} away from itself in other company"
+            of_span = [request for request in requests if request.span == span]
+            result = rescore(job.store, job.teacher, of_span, _NUM_RESCORED, seed)
+            lines.append(
+                f"{result.num_records} {span}s annotated again: total variation from the live teacher at most "
+                f"{result.distance:.4f}, between batch sizes {result.noise_floor:.4f}"
             )
-            if not found.is_close:
-                raise CacheError(f"{told[0]}, but {told[-1]}. Another teacher, or another machine, made these records")
-    return "\n".join(told)
+            if not result.is_close:
+                raise CacheError(f"{lines[0]}, but {lines[-1]}. Another teacher or machine annotated these records")
+    return "\n".join(lines)

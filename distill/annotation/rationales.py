@@ -1,13 +1,13 @@
-"""Which of a teacher's rationales are worth learning from: they lead to the right answer, and how they do is sound.
+"""Filtering of a teacher's rationales: kept ones lead to the right answer by sound reasoning.
 
-What is right is the gold answer; or, where nobody gave one, what most of an example's samples led to
-(self-consistency: Wang et al. 2022, arXiv 2203.11171); or, of a single sample, the teacher's direct answer.
-Texts alone decide the rest: no model is asked. Every rationale that is not kept has one reason, the first of
+The right answer is the gold answer; without one, the majority answer of an example's samples (self-consistency: Wang
+et al. 2022, arXiv 2203.11171); for a single sample, the teacher's direct answer. The other filters read the text
+alone and use no model. A rejected rationale has a single reason, the first of
 
-    empty, truncated, unreadable        there is nothing to judge
+    empty, truncated, unreadable        no complete text or no answer
     disagrees, outvoted                 it led to another answer
     wrong arithmetic, too short, too long, repetitive, foreign, leaks the answer
-    near duplicate, surplus             another one that was kept says the same, or there are enough of the example
+    near duplicate, surplus             a similar one was kept, or enough of the example were kept
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, CheckedRationale, Example, Reason, content_id
+from distill.records import Annotation, CheckedRationale, Example, RejectionReason, content_id
 from distill.tasks.expressions import value_of
 
-By = Literal["gold", "votes", "teacher"]
+Reference = Literal["gold", "votes", "teacher"]
 Shingles = frozenset[tuple[str, ...]]
-# A sign of a script that writes no spaces between words counts as a word.
+# In scripts without spaces between words each character counts as a word.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+(?:[.,'’][^\W぀-ヿ㐀-鿿]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|[。！？\n]")
 
@@ -38,9 +38,9 @@ _OPERAND = rf"(?:\( ?)*(?:-?\$?|\$-){_NUMBER}(?: ?%)?(?: ?\))*"
 _SIGN = r"[-+*/×÷−–]"
 _TERM = rf"(?: ?(?:{_SIGN}|x) ?{_OPERAND})"
 _EQUALS = r" ?(?:==?|equals|is equal to) ?"
-# Not from the middle of a run of brackets: what cannot begin at its first cannot begin at any, and there may be many.
+# Never starts inside a run of brackets: if no match starts at the first bracket, none starts at the others either.
 _CHAIN = re.compile(rf"(?<!\()(?<!\( ){_OPERAND}{_TERM}*(?:{_EQUALS}{_OPERAND}{_TERM}*)*")
-# What stands before a first side, or after a last one, of which only a part was found.
+# Context that shows that only a part of the first or of the last side was matched.
 _BEFORE = re.compile(
     r"[\w.:,^!)}%$]$|(?:\d|\([^()]*\)|[^\s(] ?[-+*/×÷−–^]|\b(?:x|of|times|plus|minus|by|over|twice|half|double)) ?$"
 )
@@ -48,7 +48,7 @@ _AFTER = re.compile(
     rf"[.,:]\d| ?(?:\d|r ?\d|[\^!]|(?:{_SIGN}|x) ?[\w($]|(?:k|bn)\b|hundred|thousand|[mb]illion|dozen)"
     r"| ?(?:(?:with|and) )?(?:a )?(?:r\b|rem|\d+ (?:is |are )?(?:left|over|remain))"
 )
-_LOOK_BACK = 12  # characters: more than the longest of these words
+_LOOK_BACK = 12  # characters: longer than all words of _BEFORE
 _NO_OPERATION = re.compile(rf" ?{_OPERAND}")
 _ROUND = str.maketrans("[]", "()")
 _SHARE = re.compile(rf"({_NUMBER}) ?%")
@@ -66,18 +66,19 @@ _CALLED = rf"{_LEAD}(?:it is|it's|this is|that is|that's) "
 @final
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What is asked of a rationale, the right answer apart.
+    """Criteria for keeping a rationale.
 
-    `min_confidence`   share of an example's samples that the answer with the most votes needs to be believed.
-    `arithmetic`       every equation in the text that can be worked out is true.
-    `min_words`, `max_words`   how long it may be; a sign of Chinese or Japanese is a word.
-    `max_repetition`   share of the sentences, or of the runs of four words, that were there before.
-    `script`           most letters are of this script, as Unicode names it: LATIN, CYRILLIC, CJK, ...
-    `leak`             it does not give the answer in the place of reasoning: it is neither the answer alone, with
-                       or without words like "it is" or "the answer is" before it, nor begins with words of the latter
-                       kind. An answer that ends a calculation, or is spoken of later on, is no leak.
-    `near_duplicates`  Jaccard similarity of two examples' sets of three-word runs from which the later is left out.
-    `per_example`      how many rationales of an example are kept.
+    `min_confidence`   minimum share of an example's samples for the majority answer to count as right.
+    `arithmetic`       reject texts with a false equation; equations that cannot be evaluated are ignored.
+    `min_words`, `max_words`   allowed length; each Chinese or Japanese character is a word.
+    `max_repetition`   maximum share of the sentences, or of the four-word runs, that repeat an earlier one.
+    `script`           required script of most letters, by its name in Unicode: LATIN, CYRILLIC, CJK, ...
+    `leak`             reject texts that state the answer instead of reasoning: the answer alone, possibly after words
+                       like "it is" or "the answer is", or a text that begins with "the answer is ...". An answer at
+                       the end of a calculation or later in the text is no leak.
+    `near_duplicates`  minimum Jaccard similarity of the three-word runs to reject a text as a near duplicate of one
+                       kept for another example.
+    `per_example`      maximum number of rationales kept per example.
     """
 
     min_confidence: float
@@ -91,31 +92,31 @@ class Checks:
     per_example: int | None
 
     def __post_init__(self) -> None:
-        """Raise ConfigError with every value that cannot be meant."""
+        """Raise ConfigError with all invalid values."""
         longest, near = math.inf if self.max_words is None else self.max_words, self.near_duplicates
-        wanted = {
-            f"min_confidence={self.min_confidence}: wanted a share, 0 ... 1": 0 <= self.min_confidence <= 1,
-            f"min_words={self.min_words}, max_words={self.max_words}: wanted 0 <= min_words <= max_words": (
+        conditions = {
+            f"min_confidence={self.min_confidence}: expected a share, 0 ... 1": 0 <= self.min_confidence <= 1,
+            f"min_words={self.min_words}, max_words={self.max_words}: expected 0 <= min_words <= max_words": (
                 0 <= self.min_words <= longest
             ),
-            f"max_repetition={self.max_repetition}: wanted a share, 0 ... 1": 0 <= self.max_repetition <= 1,
-            f"script={self.script}: no letter has this word in its Unicode name; wanted LATIN, CYRILLIC, ...": (
+            f"max_repetition={self.max_repetition}: expected a share, 0 ... 1": 0 <= self.max_repetition <= 1,
+            f"script={self.script}: no letter has this word in its Unicode name; expected LATIN, CYRILLIC, ...": (
                 self.script is None or _is_script(self.script)
             ),
-            f"near_duplicates={near}: wanted a similarity above 0 and at most 1, or null": near is None
+            f"near_duplicates={near}: expected a similarity above 0 and at most 1, or null": near is None
             or 0 < near <= 1,
-            f"per_example={self.per_example}: wanted 1 or more, or null for all": (
+            f"per_example={self.per_example}: expected at least 1, or null for all": (
                 self.per_example is None or self.per_example > 0
             ),
         }
-        broken = [f"rationales.{problem}" for problem, holds in wanted.items() if not holds]
-        if broken:
-            raise ConfigError(*broken)
+        problems = [f"rationales.{problem}" for problem, is_valid in conditions.items() if not is_valid]
+        if problems:
+            raise ConfigError(*problems)
 
-    def reason(self, text: str, answer: str) -> Reason | None:
-        """What is wrong with a text that led to this answer, the right one."""
+    def rejection_reason(self, text: str, answer: str) -> RejectionReason | None:
+        """Return why to reject a text that led to the right answer, or None to keep it."""
         words = _words(text)
-        found: list[tuple[Reason, Callable[[], bool]]] = [
+        criteria: list[tuple[RejectionReason, Callable[[], bool]]] = [
             ("wrong arithmetic", lambda: self.arithmetic and has_wrong_arithmetic(text)),
             ("too short", lambda: len(words) < self.min_words),
             ("too long", lambda: self.max_words is not None and len(words) > self.max_words),
@@ -123,69 +124,72 @@ class Checks:
             ("foreign", lambda: self.script is not None and is_foreign(text, self.script)),
             ("leaks the answer", lambda: self.leak and leaks(text, answer)),
         ]
-        return next((reason for reason, holds in found if holds()), None)
+        return next((reason for reason, is_met in criteria if is_met()), None)
 
 
-def check(
+def filter_samples(
     examples: Sequence[Example],
     samples: Mapping[str, Sequence[Annotation]],
     direct: Mapping[str, str],
     value: Callable[[str], str],
-    checks: Checks,
+    criteria: Checks,
 ) -> list[CheckedRationale]:
-    """Say of each of the teacher's rationales whether it is to be learned from, in the order of examples and samples.
+    """Keep or reject each of the teacher's rationales, in the order of examples and samples.
 
-    `samples` are what the teacher left for requests of a rationale, `direct` its answers without reasoning, both by
-    example id; two answers agree where `value` makes the same of them. An example with one sample, no gold and no
-    direct answer is left out: nothing can be said of it. `checks` judge those that led to the right answer.
+    `samples` are the annotations of rationale requests, `direct` the teacher's direct answers, both by example id.
+    Two answers agree if `value` maps them to the same value. An example with a single sample and neither a gold nor
+    a direct answer is skipped. `criteria` apply to rationales that led to the right answer.
     """
-    found = []
+    rationales = []
     for example in examples:
-        for one in _compared(example, samples.get(example.id, ()), direct.get(example.id), value, checks):
-            text, answer = one.annotation.rationale, one.annotation.answer
-            is_right = one.reason is None and text is not None and answer is not None
-            found.append(replace(one, reason=checks.reason(text or "", answer or "")) if is_right else one)
-    return _without_repeats(found, checks)
+        for rationale in _compare(example, samples.get(example.id, ()), direct.get(example.id), value, criteria):
+            text, answer = rationale.annotation.rationale, rationale.annotation.answer
+            if rationale.reason is None and text is not None and answer is not None:
+                rationale = replace(rationale, reason=criteria.rejection_reason(text, answer))
+            rationales.append(rationale)
+    return _reject_repeats(rationales, criteria)
 
 
-def yield_by_reason(checked: Iterable[CheckedRationale]) -> dict[str, int]:
-    """How many rationales were kept, and how many were not, by the reason."""
-    counts = Counter(one.reason or "kept" for one in checked)
+def count_by_reason(rationales: Iterable[CheckedRationale]) -> dict[str, int]:
+    """Count kept rationales, and rejected ones by their reason."""
+    counts = Counter(rationale.reason or "kept" for rationale in rationales)
     return {"kept": counts.pop("kept", 0), **dict(counts.most_common())}
 
 
-def _compared(
+def _compare(
     example: Example,
     samples: Sequence[Annotation],
     direct: str | None,
     value: Callable[[str], str],
-    checks: Checks,
+    criteria: Checks,
 ) -> list[CheckedRationale]:
-    """Each sample beside what is known; what is cut off has no vote, for its answer may be half of one."""
-    votes = Counter(value(one.answer) for one in samples if one.answer is not None and not one.is_truncated)
+    """Compare the samples' answers with the reference. A truncated sample has no vote: its answer may be cut off."""
+    votes = Counter(value(s.answer) for s in samples if s.answer is not None and not s.is_truncated)
 
-    def compared(one: Annotation, by: By, known: str | None) -> CheckedRationale:
-        found = None if one.answer is None else value(one.answer)
-        reason = _unusable(one) or (None if found == known else "outvoted" if by == "votes" else "disagrees")
-        has_share = len(samples) > 1 and found is not None
-        return CheckedRationale(example.id, one, by, reason, votes[found or ""] / len(samples) if has_share else None)
+    def compare(sample: Annotation, reference: Reference, right: str | None) -> CheckedRationale:
+        answer = None if sample.answer is None else value(sample.answer)
+        wrong: RejectionReason = "outvoted" if reference == "votes" else "disagrees"
+        reason = _unusable(sample) or (None if answer == right else wrong)
+        has_confidence = len(samples) > 1 and answer is not None
+        confidence = votes[answer or ""] / len(samples) if has_confidence else None
+        return CheckedRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
-        known = value(example.answer)
-        return [compared(one, "gold", known) for one in samples]
+        gold = value(example.answer)
+        return [compare(sample, "gold", gold) for sample in samples]
     if len(samples) > 1:
-        winner = _winner(votes, len(samples), checks.min_confidence)
-        return [compared(one, "votes", winner) for one in samples]
-    return [] if direct is None else [compared(one, "teacher", value(direct)) for one in samples]
+        winner = _winner(votes, len(samples), criteria.min_confidence)
+        return [compare(sample, "votes", winner) for sample in samples]
+    return [] if direct is None else [compare(sample, "teacher", value(direct)) for sample in samples]
 
 
-def _winner(votes: Counter[str], number: int, min_share: float) -> str | None:
-    """What has the most votes, and of all so many as it needs; a tie has no winner."""
-    (first, most), (_, second) = [*votes.most_common(2), ("", 0), ("", 0)][:2]
-    return first if most > second and most / number >= min_share else None
+def _winner(votes: Counter[str], num_samples: int, min_share: float) -> str | None:
+    """Return the answer with the most votes, if these are at least `min_share` of the samples and not tied."""
+    (first, num_first), (_, num_second) = [*votes.most_common(2), ("", 0), ("", 0)][:2]
+    return first if num_first > num_second and num_first / num_samples >= min_share else None
 
 
-def _unusable(annotation: Annotation) -> Reason | None:
+def _unusable(annotation: Annotation) -> RejectionReason | None:
     if not (annotation.rationale or "").strip():
         return "empty"
     if annotation.is_truncated:
@@ -193,39 +197,39 @@ def _unusable(annotation: Annotation) -> Reason | None:
     return "unreadable" if annotation.answer is None else None
 
 
-def _without_repeats(checked: Sequence[CheckedRationale], checks: Checks) -> list[CheckedRationale]:
-    """Of what was right so far, texts that stand for themselves, and so many of an example as are wanted."""
-    texts = [one.annotation.rationale or "" for one in checked if one.reason is None]
-    near = None if checks.near_duplicates is None else _NearDuplicates(texts, checks.near_duplicates)
-    seen, num_kept, found = set[tuple[str, str]](), Counter[str](), list[CheckedRationale]()
-    for one in checked:
-        text, reason = one.annotation.rationale or "", one.reason
+def _reject_repeats(rationales: Sequence[CheckedRationale], criteria: Checks) -> list[CheckedRationale]:
+    """Reject near duplicates of kept rationales, and those beyond the number to keep per example."""
+    texts = [rationale.annotation.rationale or "" for rationale in rationales if rationale.reason is None]
+    near = None if criteria.near_duplicates is None else _NearDuplicates(texts, criteria.near_duplicates)
+    seen, num_kept, results = set[tuple[str, str]](), Counter[str](), list[CheckedRationale]()
+    for rationale in rationales:
+        text, example_id, reason = rationale.annotation.rationale or "", rationale.example_id, rationale.reason
         if reason is None:
-            same = (one.example_id, content_id(text))
-            if same in seen or (near is not None and near.holds(text, one.example_id)):
+            identity = (example_id, content_id(text))
+            if identity in seen or (near is not None and near.has_similar(text, example_id)):
                 reason = "near duplicate"
-            elif checks.per_example is not None and num_kept[one.example_id] >= checks.per_example:
+            elif criteria.per_example is not None and num_kept[example_id] >= criteria.per_example:
                 reason = "surplus"
             else:
-                num_kept[one.example_id] += 1
+                num_kept[example_id] += 1
                 if near is not None:
-                    near.add(text, one.example_id)
-            seen.add(same)
-        found.append(replace(one, reason=reason))
-    return found
+                    near.add(text, example_id)
+            seen.add(identity)
+        results.append(replace(rationale, reason=reason))
+    return results
 
 
 @final
 class _NearDuplicates:
-    """Texts that were kept, found again by those that are much like them, without comparing all with all.
+    """Exact search for similar kept texts without comparing all pairs.
 
-    Of two sets with a Jaccard similarity of t or more, each holds at least t of its own entries in common with the
-    other. So, with entries in one order, both have one in common among their first |A| - ceil(t |A|) + 1: the prefix
-    filter (Chaudhuri et al. 2006; Bayardo et al. 2007). In order of rarity few texts share one, and only these are
-    compared, exactly.
+    If two sets have a Jaccard similarity of at least t, they share at least t of the elements of each. With all
+    elements in one order, they then share one of their first |A| - ceil(t |A|) + 1 elements: the prefix filter
+    (Chaudhuri et al. 2006; Bayardo et al. 2007). Ordered by rarity, few texts share these elements, and only such
+    texts are compared, exactly.
 
-    MinHash with 128 permutations missed up to 1 pair in 50 even with an exact check of its candidates (datasketch 2.0,
-    which took 1.5 times as long, and rensa 0.5, which took a third of the time but missed 1 in 100 at 0.5).
+    MinHash with 128 permutations missed up to 1 pair in 50 even with exact comparison of its candidates (datasketch
+    2.0, 1.5 times as slow; rensa 0.5 took a third of the time, but missed 1 pair in 100 at t = 0.5).
     """
 
     def __init__(self, texts: Sequence[str], similarity: float) -> None:
@@ -235,23 +239,23 @@ class _NearDuplicates:
         self._kept: dict[tuple[str, ...], list[tuple[str, Shingles]]] = defaultdict(list)
 
     def add(self, text: str, example_id: str) -> None:
-        """Keep a text, one of those given at first."""
+        """Add a kept text, one of the constructor's `texts`."""
         shingles = self._shingles[text]
         for shingle in self._rare(shingles):
             self._kept[shingle].append((example_id, shingles))
 
-    def holds(self, text: str, example_id: str) -> bool:
-        """Whether a text that is much like this one was kept for another example."""
-        mine = self._shingles[text]
+    def has_similar(self, text: str, example_id: str) -> bool:
+        """Whether a similar text was kept for another example."""
+        shingles = self._shingles[text]
         return any(
-            other_id != example_id and len(mine & others) / len(mine | others) >= self._similarity
-            for shingle in self._rare(mine)
+            other_id != example_id and len(shingles & others) / len(shingles | others) >= self._similarity
+            for shingle in self._rare(shingles)
             for other_id, others in self._kept.get(shingle, ())
         )
 
     def _rare(self, shingles: Shingles) -> list[tuple[str, ...]]:
         ordered = sorted(shingles, key=lambda shingle: (self._frequency[shingle], shingle))
-        # A little less than is needed in common, so that rounding never hides a pair.
+        # Subtract 1e-9 so that rounding never hides a pair.
         return ordered[: len(ordered) - math.ceil(self._similarity * len(ordered) - 1e-9) + 1]
 
 
@@ -264,13 +268,13 @@ def _runs(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
 
 
 def _shingles(text: str) -> Shingles:
-    """Runs of three words; of fewer words, all of them."""
+    """Runs of three words; a single shorter run if the text has fewer words."""
     words = _words(text)
     return frozenset(_runs(words, min(3, len(words)))) if words else frozenset()
 
 
 def repetition(text: str) -> float:
-    """Share of the sentences, or of the runs of four words, that stood in the text before; the greater of both."""
+    """Share of the sentences, or of the four-word runs, that repeat an earlier one; the greater of both."""
     sentences = [tuple(_words(sentence)) for sentence in _SENTENCE_END.split(text)]
     return max(_repeated([s for s in sentences if s]), _repeated(_runs(_words(text), 4)))
 
@@ -280,25 +284,25 @@ def _repeated(parts: Sequence[tuple[str, ...]]) -> float:
 
 
 def is_foreign(text: str, script: str) -> bool:
-    """Whether most letters of a text are of another script than this one; a text without letters is of any."""
+    """Whether less than half of a text's letters are of this script; False for a text without letters."""
     letters = [char for char in text if char.isalpha()]
-    return sum(_is_of(char, script) for char in letters) < len(letters) / 2
+    return sum(_is_in_script(char, script) for char in letters) < len(letters) / 2
 
 
-def _is_of(char: str, script: str) -> bool:
+def _is_in_script(char: str, script: str) -> bool:
     return script.upper() in unicodedata.name(char, "").split()
 
 
 def _is_script(script: str) -> bool:
-    return any(_is_of(chr(code), script) for code in range(sys.maxunicode) if chr(code).isalpha())
+    return any(_is_in_script(chr(code), script) for code in range(sys.maxunicode) if chr(code).isalpha())
 
 
 def leaks(text: str, answer: str) -> bool:
-    """Whether a text gives the answer in the place of reasoning, as `Checks` says."""
-    plain, given = _unquoted(text), re.escape(_unquoted(answer))
-    alone = rf"(?:{_ANNOUNCED}|{_CALLED})?{given}[.!]?"
-    # Not a number that a calculation begins with.
-    first = rf"{_ANNOUNCED}{given}(?!\w|[.,]\d| ?{_SIGN} ?[\d(]| ?[=x] ?\d)"
+    """Whether a text states the answer instead of reasoning, as described in `Checks`."""
+    plain, answer_pattern = _unquoted(text), re.escape(_unquoted(answer))
+    alone = rf"(?:{_ANNOUNCED}|{_CALLED})?{answer_pattern}[.!]?"
+    # A number at the beginning of a calculation is no leak.
+    first = rf"{_ANNOUNCED}{answer_pattern}(?!\w|[.,]\d| ?{_SIGN} ?[\d(]| ?[=x] ?\d)"
     return bool(re.fullmatch(alone, plain) or re.match(first, plain))
 
 
@@ -308,53 +312,53 @@ def _unquoted(text: str) -> str:
 
 
 def has_wrong_arithmetic(text: str) -> bool:
-    """Whether some equation in a text is false. What cannot be worked out, or was found only in part, is not judged.
+    """Whether a text contains a false equation. Equations that cannot be evaluated or matched whole are ignored.
 
-    A result written with decimals may be rounded to them (10 / 3 = 3.33); a whole one is exact. A per cent may be a
-    hundredth (20% * 50 = 10), a unit (20% + 30% = 50%) or relative (50 - 20% = 40). Steps may run on, as in
-    2 + 3 = 5 - 1 = 4. The left of an equation has an operation: `x = 4` and `3 feet = 1 yard` are none.
+    A result with decimals may be rounded to them (10 / 3 = 3.33); a whole result must be exact. A percentage may be a
+    fraction (20% * 50 = 10), a unit (20% + 30% = 50%) or relative (50 - 20% = 40). Steps may be chained, as in
+    2 + 3 = 5 - 1 = 4. The left side must contain an operation: `x = 4` and `3 feet = 1 yard` are not equations.
     """
     return any(_is_wrong(sides) for sides in _equations(text))
 
 
 def _equations(text: str) -> Iterator[list[str]]:
-    """The sides of each equation, the first of them with an operation."""
+    """Yield the sides of each equation; the first side has an operation."""
     for line in text.casefold().replace("**", " ").translate(_ROUND).splitlines():
         plain = " ".join(line.split())
-        for found in _CHAIN.finditer(plain):
-            sides = re.split(_EQUALS, found.group())
+        for match in _CHAIN.finditer(plain):
+            sides = re.split(_EQUALS, match.group())
             if len(sides) > 1:
-                yield _whole(sides, plain, found)
+                yield _complete_sides(sides, plain, match)
 
 
-def _whole(sides: list[str], line: str, found: re.Match[str]) -> list[str]:
-    """The sides without those of which only a part was found, nor brackets around them all, nor mere numbers first."""
+def _complete_sides(sides: list[str], line: str, match: re.Match[str]) -> list[str]:
+    """Drop sides that were matched only in part, brackets around all sides, and leading sides without operation."""
     first, last = sides[0], sides[-1]
     opening, closing = (max(0, n) for n in (first.count("(") - first.count(")"), last.count(")") - last.count("(")))
     sides = [first[opening:], *sides[1:-1], last[: len(last) - closing]]
-    if _AFTER.match(line, found.end()):
+    if _AFTER.match(line, match.end()):
         sides.pop()
-    start = found.start() + opening
-    # A stroke at the beginning of a line may be a minus, or open an item of a list.
+    start = match.start() + opening
+    # A hyphen at the beginning of a line may be a minus sign or the bullet of a list.
     is_part = _BEFORE.search(line[max(0, start - _LOOK_BACK) : start]) or (start == 0 and first.startswith("-"))
     return list(dropwhile(_NO_OPERATION.fullmatch, sides[1:] if is_part else sides))
 
 
 def _is_wrong(sides: Sequence[str]) -> bool:
-    for place, (left, right) in enumerate(pairwise(sides)):
-        runs_on = place + 2 < len(sides)
-        if _is_false(left, right) and not (runs_on and not _is_false(left, _first_number(right))):
+    for number, (left, right) in enumerate(pairwise(sides)):
+        is_chained = number + 2 < len(sides)
+        if _is_false(left, right) and not (is_chained and not _is_false(left, _first_number(right))):
             return True
     return False
 
 
 def _first_number(side: str) -> str:
-    found = re.search(rf"-?\$?{_NUMBER}(?: ?%)?", side)
-    return found.group() if found else side
+    match = re.search(rf"-?\$?{_NUMBER}(?: ?%)?", side)
+    return match.group() if match else side
 
 
 def _is_false(left: str, right: str) -> bool:
-    """Whether two sides differ in each way in which per cents can be read."""
+    """Whether two sides differ under every interpretation of percentages."""
     try:
         readings = zip(_values(left), _values(right), _roundings(right), strict=True)
         return all(abs(value - result) > rounding for value, result, rounding in readings)
@@ -363,16 +367,16 @@ def _is_false(left: str, right: str) -> bool:
 
 
 def _values(side: str) -> list[Fraction]:
-    """What a side comes to with its per cents as hundredths, as units, and relative to what they are added to."""
+    """Evaluate a side with percentages as fractions, as units, and relative to the number before them."""
     relative = _RELATIVE.sub(r"*(1\1\2/100)", side)
     readings = [_SHARE.sub(r"(\1/100)", side), side.replace("%", ""), _SHARE.sub(r"(\1/100)", relative)]
     return [value_of(reading.replace("x", "*")) for reading in readings]
 
 
 def _roundings(side: str) -> list[Fraction]:
-    """By how much a result may be off in each of these readings: half of its last digit."""
-    found = _RESULT.fullmatch(side)
-    digits, percent = found.groups() if found else (None, "")
+    """Return the rounding error allowed for a result, half of its last digit, in each of these interpretations."""
+    match = _RESULT.fullmatch(side)
+    digits, percent = match.groups() if match else (None, "")
     if not digits and not percent:
         return [Fraction(0)] * 3
     half = Fraction(1, 2 * 10 ** len(digits or ""))

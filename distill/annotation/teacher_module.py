@@ -14,7 +14,7 @@ from distill.teachers import Teacher
 
 @final
 class TeacherModule(lightning.LightningModule):
-    """A frozen teacher, for `Trainer.predict` alone."""
+    """A frozen teacher, for `Trainer.predict` only."""
 
     def __init__(self, teacher: Teacher, batch_size: int) -> None:
         """`batch_size` requests pass through the model together."""
@@ -23,7 +23,7 @@ class TeacherModule(lightning.LightningModule):
         self.model = teacher.load()
 
     def train(self, mode: bool = True) -> TeacherModule:
-        # A teacher never trains, whatever a trainer asks of its module.
+        # Trainers switch modules to training mode; a teacher stays in evaluation mode.
         return super().train(False)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -31,11 +31,11 @@ class TeacherModule(lightning.LightningModule):
 
     def predict_step(self, batch: Group) -> list[Annotation]:
         starts = range(0, len(batch.requests), self._batch_size)
-        parts = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
-        made = [annotation for part in parts for annotation in part]
-        if [annotation.key for annotation in made] != [request.key for request in batch.requests]:
+        batches = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
+        annotations = [annotation for annotated in batches for annotation in annotated]
+        if [annotation.key for annotation in annotations] != [request.key for request in batch.requests]:
             raise CacheError(
-                f"the teacher gave {len(made)} annotations for {len(batch.requests)} requests, and not one for each "
-                "in order; nothing of them is stored"
+                f"the teacher returned {len(annotations)} annotations for {len(batch.requests)} requests, expected one "
+                "per request in order; none of them is written"
             )
-        return made
+        return annotations

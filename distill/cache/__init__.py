@@ -1,6 +1,6 @@
-"""The cache: what a teacher left on disk. `store` keeps records whole; a codec says what is kept of a distribution.
+"""The cache of the teacher's outputs on disk. `store` reads and writes records; codecs compress soft targets.
 
-A new codec is one file here and one in conf/cache/.
+To add a codec, add a file to `codecs/` and one to conf/cache/. The cache does not interpret its records.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ Lengths = Mapping[str, np.ndarray]
 
 @runtime_checkable
 class Codec(Protocol):
-    """How much of a teacher's distribution is kept, in which bytes, and at which loss temperatures it can be read."""
+    """Which part of a teacher's distribution is stored, how, and for which loss temperatures."""
 
     @property
     def seed(self) -> int | None:
-        """Of its draws. None: it draws nothing, and what is left over is one bucket in training too."""
+        """Seed of the sampled entries. None if nothing is sampled: then the tail is one bucket in training too."""
         ...
 
     def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
-        """Keep what is to be kept of each distribution; draws are a function of `uniform_N` (float64, on the CPU)."""
+        """Select the entries to store; samples are a function of `uniform_N` (float64, on the CPU)."""
         ...
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
-        """Arrays to store, named "axis.name": `position` has a row per position, other axes are ragged.
+        """Encode as arrays named "axis.name": axis `position` has a row per position, other axes are ragged.
 
-        Raises CacheError for targets that are no distributions.
+        Raises CacheError if the targets are not distributions.
         """
         ...
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
-        """Targets of which `pack` makes the same bytes again; raises CacheError for arrays that do not fit together.
+        """Decode; packing the result gives the same bytes. Raises CacheError if the arrays are inconsistent.
 
-        Arrays of several records may stand one after the other: `lengths` tells how long each record is on each axis.
+        The arrays of several records may be concatenated; `lengths` then holds each record's length on each axis.
         """
         ...
 
     def check_temperature(self, temperature: float) -> None:
-        """Raise ConfigError if targets at this loss temperature cannot be made of what is kept."""
+        """Raise ConfigError if the stored entries cannot give targets at this loss temperature."""
         ...
 
     def at_temperature(self, entries: Entries, temperature: float) -> Entries:
-        """What is kept, at a loss temperature that was checked."""
+        """Convert entries to a loss temperature that `check_temperature` accepts."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides what is kept and how it is stored, as plain JSON values."""
+        """Everything that determines the stored bytes, as JSON values."""
         ...
 
 
 def uniforms(key: str, num_positions: int, seed: int) -> np.ndarray:
-    """Numbers in [0, 1) for the positions of a record: a hash of (seed, key, position), whatever the batch or order."""
+    """Pseudorandom numbers in [0, 1) per position of a record, a hash of (seed, key, position): batch-independent."""
     texts = (f"{seed}/{key}/{position}".encode() for position in range(num_positions))
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53

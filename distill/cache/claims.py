@@ -1,8 +1,8 @@
-"""Who works on what: a file for each piece of work, which only one process can create; works on shared file systems.
+"""Claims on groups: files that only one process can create, so that each group is annotated once.
 
-A claim lives as long as its holder touches it, from a thread of its own. It is dead when its process is gone (on
-this machine), or when it was not touched for `seconds`, by the clock of the file system and not of any machine. No
-file is ever locked.
+A background thread of the holder touches its claims. A claim is stale if its process is gone (on this machine) or if
+it has not been touched for `seconds`, by the clock of the file system. No file locks are used, so claims work on
+shared file systems.
 """
 
 from __future__ import annotations
@@ -22,96 +22,96 @@ from distill.app.files import whole_file
 
 @final
 class Claims:
-    """The claims in one folder, as seen by one process."""
+    """The claims in a folder, as seen by one process."""
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
-        """A claim that was not touched for `seconds` is dead."""
+        """Claims that were not touched for `seconds` are stale."""
         self._folder, self._seconds = folder, seconds
-        self._mine: set[str] = set()
+        self._held: set[str] = set()
 
     def take(self, name: str) -> bool:
-        """Claim a piece of work; False where another process has it."""
+        """Claim a group; return False if another process holds the claim."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / name
         for _ in range(2):
             if self._create(path):
-                self._mine.add(name)
+                self._held.add(name)
                 return True
-            if not self._bury(path):
+            if not self._remove_if_stale(path):
                 return False
         return False
 
     def release(self, name: str) -> None:
-        """Give up a claim of this process."""
-        self._mine.discard(name)
+        """Release a claim of this process."""
+        self._held.discard(name)
         (self._folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While this lasts the claims of this process are kept alive; at its end they are given up.
+        """Keep the claims of this process alive inside the block, and release them at its end.
 
-        Dead claims of others are taken away first: of work that was done, but not of its claim.
+        First removes stale claims, also those of groups that are complete and will not be claimed again.
         """
         for path in self._folder.glob("[!.]*"):
-            self._bury(path)
+            self._remove_if_stale(path)
         done = threading.Event()
-        keeper = threading.Thread(target=self._keep_alive, args=(done,), daemon=True)
-        keeper.start()
+        thread = threading.Thread(target=self._keep_alive, args=(done,), daemon=True)
+        thread.start()
         try:
             yield
         finally:
             done.set()
-            keeper.join()
-            for name in list(self._mine):
+            thread.join()
+            for name in list(self._held):
                 self.release(name)
 
     def _keep_alive(self, done: threading.Event) -> None:
         while not done.wait(self._seconds / 10):
-            for name in list(self._mine):
+            for name in list(self._held):
                 with suppress(FileNotFoundError):
                     os.utime(self._folder / name)
 
     def _create(self, path: Path) -> bool:
-        # A link appears with all its content, and not where there is one: a claim always says whose it is.
-        whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        whole.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        # A hard link appears atomically with its content, and fails if the path exists: every claim names its holder.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         try:
-            os.link(whole, path)
+            os.link(temporary, path)
         except FileExistsError:
             return False
         finally:
-            whole.unlink()
+            temporary.unlink()
         return True
 
-    def _bury(self, path: Path) -> bool:
-        """Take a dead claim away; False if it is alive. What another process renewed meanwhile is put back."""
-        seen = _stat(path)
-        if seen is None:
+    def _remove_if_stale(self, path: Path) -> bool:
+        """Remove a stale claim; return False if it is live. A claim that was renewed meanwhile is put back."""
+        stat = _stat(path)
+        if stat is None:
             return True
-        if not self._is_dead(path, seen):
+        if not self._is_stale(path, stat):
             return False
-        grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        removed = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            path.rename(grave)
+            path.rename(removed)
         except FileNotFoundError:
             return True
-        if _stat(grave) == seen:
-            grave.unlink()
+        if _stat(removed) == stat:
+            removed.unlink()
             return True
         with suppress(FileExistsError):
-            os.link(grave, path)
-        grave.unlink()
+            os.link(removed, path)
+        removed.unlink()
         return False
 
-    def _is_dead(self, path: Path, seen: tuple[int, int]) -> bool:
+    def _is_stale(self, path: Path, stat: tuple[int, int]) -> bool:
         try:
             holder = json.loads(path.read_text())
             host, pid = holder["host"], int(holder["pid"])
         except (OSError, ValueError, KeyError, TypeError):
-            host, pid = "", 0  # damaged: only time tells
+            host, pid = "", 0  # damaged: judge by its age alone
         if host == socket.gethostname() and pid != os.getpid() and not _is_running(pid):
             return True
-        return self._now_ns() - seen[1] > self._seconds * 1e9
+        return self._now_ns() - stat[1] > self._seconds * 1e9
 
     def _now_ns(self) -> int:
         with whole_file(self._folder / ".clock") as temporary:
@@ -119,11 +119,12 @@ class Claims:
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
+    """Inode and modification time, or None if the file does not exist."""
     try:
-        found = path.stat()
+        result = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return result.st_ino, result.st_mtime_ns
 
 
 def _is_running(pid: int) -> bool:

@@ -1,7 +1,8 @@
-"""A cache behind an fsspec URL: files are put there once they are whole here, and read through a copy here.
+"""A cache at an fsspec URL: complete local files are uploaded, and files are downloaded before they are read.
 
-Only manifests are ever replaced, each by its own writer and by a longer one; shards are named by their content. So
-any number of machines may write to one URL without seeing each other's claims: at worst some work is done twice.
+Only manifests are ever replaced, each by its own writer with a longer version; shards are named by their content. So
+any number of machines may write to one URL without seeing each other's claims; at worst some groups are annotated
+twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Remote:
     """A folder behind a URL, and its local copy."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        """Raise ConfigError where no installed package can reach such a URL."""
+        """Raise ConfigError if no installed package supports the URL."""
         self._url, self._folder = url, folder
         try:
             self._fs, self._path = fsspec.url_to_fs(url)
@@ -31,50 +32,47 @@ class Remote:
             raise ConfigError(f"{url} cannot be opened: {error}. For S3: pip install 'distill[s3]'") from None
 
     def sizes(self) -> dict[str, int]:
-        """Names and bytes of the files there."""
-        with self._reaching():
+        """Return the names and sizes in bytes of the remote files."""
+        with self._connection_errors():
             self._fs.invalidate_cache()
             try:
-                found: list[dict[str, Any]] = self._fs.ls(self._path, detail=True)
+                entries: list[dict[str, Any]] = self._fs.ls(self._path, detail=True)
             except FileNotFoundError:
                 return {}
-        return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
     def pull_manifests(self) -> None:
-        """Bring here what others have added to theirs."""
-        for name, size in sorted(
-            self.sizes().items(), key=lambda one: one[0] != "manifest.jsonl"
-        ):  # what made it first
-            here = self._folder / name
-            if name.startswith("manifest") and (not here.is_file() or here.stat().st_size < size):
+        """Download manifests that are new or longer than the local ones, the cache's header first."""
+        for name, size in sorted(self.sizes().items(), key=lambda item: item[0] != "manifest.jsonl"):
+            local = self._folder / name
+            if name.startswith("manifest") and (not local.is_file() or local.stat().st_size < size):
                 self.get(name)
 
     def get(self, name: str) -> None:
-        """Bring one file here, in the place of what may be here."""
-        with whole_file(self._folder / name) as temporary, self._reaching():
+        """Download a file, replacing the local one."""
+        with whole_file(self._folder / name) as temporary, self._connection_errors():
             self._fs.get_file(f"{self._path}/{name}", str(temporary))
 
     def put(self, *names: str) -> None:
-        """Put files there, one after the other."""
-        with self._reaching():
+        """Upload files in order."""
+        with self._connection_errors():
             self._fs.makedirs(self._path, exist_ok=True)
             for name in names:
                 self._fs.put_file(str(self._folder / name), f"{self._path}/{name}")
 
     def put_missing(self) -> None:
-        """Put there what a process that was killed has left here: shards first, then the manifests that name them."""
-        there = self.sizes()
-        here = [path for pattern in ("[0-9a-f]*.*", "manifest*") for path in sorted(self._folder.glob(pattern))]
-        self.put(*(path.name for path in here if path.stat().st_size > there.get(path.name, -1)))
+        """Upload what a killed process did not: shards first, then the manifests that name them."""
+        sizes = self.sizes()
+        paths = [path for pattern in ("[0-9a-f]*.*", "manifest*") for path in sorted(self._folder.glob(pattern))]
+        self.put(*(path.name for path in paths if path.stat().st_size > sizes.get(path.name, -1)))
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _connection_errors(self) -> Iterator[None]:
+        """Turn errors of the file system into an OSError that names the URL."""
         try:
             yield
         except FileNotFoundError:
             raise
-        except Exception as error:  # of whatever package reaches this URL
-            reason = (
-                f"{self._url} cannot be reached ({type(error).__name__}: {error}); what was made is in {self._folder}"
-            )
-            raise OSError(errno.EIO, reason) from error
+        except Exception as error:  # each fsspec implementation raises its own types
+            message = f"{self._url} cannot be reached ({type(error).__name__}: {error}); local copy: {self._folder}"
+            raise OSError(errno.EIO, message) from error

@@ -1,15 +1,15 @@
-"""One shard: the records of one group as two files that any tool reads, and the line that vouches for them.
+"""A shard: the records of one group in two files of standard formats, and its line in a manifest.
 
     <name>.safetensors                  R records, N target tokens
-        length.answer, length.rationale [R] int32   tokens of that target, 0 where there is none
-        token                           [N] int32   ids of all targets: record by record, answer first
-        end.<axis>                      [R] int64   where each record ends on that axis of the codec's arrays
-        <axis>.<what>                   the codec's arrays; axis "position" has a row per token with soft targets
+        length.answer, length.rationale [R] int32   number of tokens of that target, 0 if missing
+        token                           [N] int32   token ids of all targets: record by record, answer first
+        end.<axis>                      [R] int64   end of each record on that axis of the codec's arrays
+        <axis>.<array>                  the codec's arrays; axis "position" has a row per token with soft targets
     <name>.parquet                      key, answer, rationale, is_sampled, is_truncated, choice_logprobs
 
-`<name>` is the BLAKE2b hash of both files in 16 hexadecimal digits, so whoever writes the same records writes the
-same files. The line holds sizes, the keys in order (base64, 16 bytes each) and a CRC-32 of the header, of each
-array and of the Parquet file. Sizes are looked at when a cache is opened, checksums when a shard is first read.
+`<name>` is the BLAKE2b hash of both files in 16 hexadecimal digits, so equal records give equal files. The line holds
+the file sizes, the keys in order (base64, 16 bytes each) and the CRC-32 of the header, of each array and of the
+Parquet file. Sizes are checked when a cache is opened, checksums when a shard is first read.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ Content = TypeVar("Content")
 
 
 def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -> Line:
-    """Write the records; on return both files are on disk, and the line that names them is what is left to write."""
-    arrays = _arrays_of(annotations, codec)
-    contents = {"safetensors": save(arrays), "parquet": _parquet_of(annotations)}
+    """Write both files durably; return the line that adds the shard to a manifest."""
+    arrays = _arrays_from(annotations, codec)
+    contents = {"safetensors": save(arrays), "parquet": _parquet_from(annotations)}
     name = hashlib.blake2b(contents["safetensors"] + contents["parquet"], digest_size=8).hexdigest()
     for suffix, content in contents.items():
         with whole_file(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
-    places = _places(contents["safetensors"])
-    crcs = {array: zlib.crc32(contents["safetensors"][start:stop]) for array, (_, _, start, stop) in places.items()}
+    extents = _array_extents(contents["safetensors"])
+    crcs = {array: zlib.crc32(contents["safetensors"][start:stop]) for array, (_, _, start, stop) in extents.items()}
     return {
         "shard": name,
         "records": len(annotations),
@@ -77,68 +77,68 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
 
 @dataclass(frozen=True)
 class Arrays:
-    """The numbers of a shard, in a memory map: tokens of all targets, and by axis the codec's arrays."""
+    """The memory-mapped arrays of a shard: the tokens of all targets, and the codec's arrays by axis."""
 
     lengths: Mapping[Span, list[int]]
-    token: tuple[list[int], np.ndarray]  # where each record begins and ends, and what is along that axis
-    axes: tuple[tuple[list[int], tuple[np.ndarray, ...]], ...]
-    names: tuple[str, ...]  # of what is along them, one after the other
+    token: tuple[list[int], np.ndarray]  # the bounds of the records on the axis, and its array
+    axes: tuple[tuple[list[int], tuple[np.ndarray, ...]], ...]  # the same for each of the codec's axes
+    names: tuple[str, ...]  # of the codec's arrays, in the order of `axes`
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], num_records: int) -> Arrays:
-        """Sort them by what they are; ValueError where some are missing or their lengths do not fit."""
-        if not _are_ours(arrays, num_records):
-            raise ValueError("it lacks arrays, or has them in another form")
+        """Group arrays by axis; raises ValueError if some are missing or their lengths are inconsistent."""
+        if not _has_layout(arrays, num_records):
+            raise ValueError("arrays are missing or have an unexpected type or shape")
         lengths = {span: arrays[f"length.{span}"].astype(np.int64) for span in SPANS}
         token_end_R = np.cumsum(sum(lengths.values()))
         by_axis: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
-            by_axis.setdefault(axis_of(name), {})[name] = array
+            by_axis.setdefault(axis_name(name), {})[name] = array
         ends = {name[4:]: end_R for name, end_R in by_axis.pop("end", {}).items()}
         by_axis.pop("length")
         ends["token"] = token_end_R
         num_positions_R = np.diff(ends.get("position", token_end_R), prepend=0)
         is_complete_R = (num_positions_R == 0) | (num_positions_R == sum(lengths.values()))
-        is_right = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0 and is_complete_R.all()
-        if not is_right or not all(_is_along(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
-            raise ValueError("its lengths do not fit")
+        is_valid = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0 and is_complete_R.all()
+        if not is_valid or not all(_ends_fit(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
+            raise ValueError("array lengths are inconsistent")
         bounds = {axis: [0, *end_R.tolist()] for axis, end_R in ends.items()}
         token = bounds["token"], by_axis.pop("token")["token"]
-        names = {axis: sorted(along) for axis, along in sorted(by_axis.items())}
-        axes = tuple((bounds[axis], tuple(by_axis[axis][name] for name in along)) for axis, along in names.items())
-        of_each = {span: length_R.tolist() for span, length_R in lengths.items()}
-        return cls(of_each, token, axes, tuple(name for along in names.values() for name in along))
+        names = {axis: sorted(members) for axis, members in sorted(by_axis.items())}
+        axes = tuple((bounds[axis], tuple(by_axis[axis][name] for name in members)) for axis, members in names.items())
+        length_lists = {span: length_R.tolist() for span, length_R in lengths.items()}
+        return cls(length_lists, token, axes, tuple(name for members in names.values() for name in members))
 
     def token_ids(self, row: int) -> tuple[int, ...]:
-        """Of all targets of one record."""
+        """Token ids of all targets of a record."""
         bounds, token = self.token
         return tuple(token[bounds[row] : bounds[row + 1]].tolist())
 
     def spans(self, row: int) -> dict[Span, slice]:
-        """Where each target of a record lies among its tokens, and so among its positions."""
-        found, start = dict[Span, slice](), 0
+        """Slices of a record's tokens, and of its positions, that belong to each target."""
+        slices, start = dict[Span, slice](), 0
         for span, lengths in self.lengths.items():
             if lengths[row]:
-                found[span] = slice(start, start + lengths[row])
+                slices[span] = slice(start, start + lengths[row])
                 start += lengths[row]
-        return found
+        return slices
 
     def soft(self, row: int) -> list[np.ndarray]:
-        """The codec's arrays for one record, in the order of `names`; empty ones where it has no soft targets."""
-        return [array[bounds[row] : bounds[row + 1]] for bounds, along in self.axes for array in along]
+        """The codec's arrays of a record, in the order of `names`; empty if it has no soft targets."""
+        return [array[bounds[row] : bounds[row + 1]] for bounds, arrays in self.axes for array in arrays]
 
 
 @final
 class Shard:
-    """A shard on disk, read at random; files are opened, and checksums looked at, when they are first needed."""
+    """A shard on disk with random access. Files are opened, and checksums verified, on first use."""
 
     def __init__(self, folder: Path, line: Line, codec: Codec, fetch: Callable[[str], None] | None = None) -> None:
-        """Raise CacheError unless the line makes sense and both files are there with the right sizes.
+        """Raise CacheError unless the line is valid and both files exist with the right sizes.
 
-        With `fetch`, which brings a file to the folder, files that are not there or are damaged are brought anew.
+        `fetch` downloads a file into the folder; it is called for files that are missing or damaged.
         """
         self._codec, self._line, self._fetch = codec, line, fetch
-        self.name, self.keys = _sensible(line)
+        self.name, self.keys = _parse_line(line)
         self._stem = f"{folder}{os.sep}{self.name}"
         for suffix in SUFFIXES:
             self._check_size(f"{self._stem}.{suffix}", line["bytes"][suffix])
@@ -149,171 +149,174 @@ class Shard:
         """Return one record; raises CacheError if the shard is damaged."""
         arrays = self.arrays()
         if self._texts is None:
-            self._texts = self._whole(self._checked_texts, "parquet")
-        text = {name: self._texts.column(name)[row].as_py() for name in _SCHEMA.names}
-        kept, token_ids = dict(zip(arrays.names, arrays.soft(row), strict=True)), arrays.token_ids(row)
-        soft = self._codec.unpack(kept) if any(map(len, kept.values())) else None
+            self._texts = self._load(self._verified_texts, "parquet")
+        columns = {name: self._texts.column(name)[row].as_py() for name in _SCHEMA.names}
+        packed_soft, token_ids = dict(zip(arrays.names, arrays.soft(row), strict=True)), arrays.token_ids(row)
+        soft = self._codec.unpack(packed_soft) if any(map(len, packed_soft.values())) else None
         targets = {
-            span: Target(token_ids[part], soft[part] if soft else None) for span, part in arrays.spans(row).items()
+            span: Target(token_ids[rows], soft[rows] if soft else None) for span, rows in arrays.spans(row).items()
         }
-        return Annotation(**text | {"targets": targets, "choice_logprobs": tuple(text["choice_logprobs"])})
+        return Annotation(**columns | {"targets": targets, "choice_logprobs": tuple(columns["choice_logprobs"])})
 
     def arrays(self) -> Arrays:
-        """All that are not texts; raises CacheError if they are damaged. Nothing of Arrow is touched."""
+        """The shard's arrays; raises CacheError if they are damaged. Uses no Arrow, so forked workers may call it."""
         if self._arrays is None:
-            self._arrays = self._whole(self._checked_arrays, "safetensors")
+            self._arrays = self._load(self._verified_arrays, "safetensors")
         return self._arrays
 
     def close(self) -> None:
-        """Let go of what is in memory; what is read next is looked at anew."""
+        """Release memory; the next read verifies the checksums again."""
         self._arrays = self._texts = None
 
     def check(self) -> None:
-        """Read both files, and raise CacheError unless every checksum and every length is right."""
+        """Read both files; raise CacheError unless all checksums and lengths are right."""
         self.close()
         self.arrays()
-        self._whole(self._checked_texts, "parquet")
+        self._load(self._verified_texts, "parquet")
 
-    def _whole(self, checked: Callable[[str], Content], suffix: str) -> Content:
+    def _load(self, read: Callable[[str], Content], suffix: str) -> Content:
+        """Read a file; download it first if it is missing or damaged."""
         path = f"{self._stem}.{suffix}"
         if self._fetch is None:
-            return checked(path)
+            return read(path)
         try:
             if Path(path).exists():
-                return checked(path)
+                return read(path)
         except CacheError:
-            pass  # damaged here, and perhaps not there
+            pass  # the local copy is damaged, the remote file may not be
         try:
             self._fetch(f"{self.name}.{suffix}")
         except FileNotFoundError:
             raise CacheError(
-                f"{path} is named in the manifest and is neither here nor there; {self._remedy()}"
+                f"{path} is listed in the manifest but exists neither locally nor remotely; {self._remedy()}"
             ) from None
-        return checked(path)
+        return read(path)
 
     def _check_size(self, path: str, size: int) -> None:
         try:
-            found = os.lstat(path)
+            file_stat = os.lstat(path)
         except FileNotFoundError:
             if self._fetch:
                 return
-            found = None
-        if found is None or not stat.S_ISREG(found.st_mode):
-            raise CacheError(f"{path} is named in the manifest but is no plain file there; {self._remedy()}")
-        if found.st_size != size and not self._fetch:
-            raise CacheError(f"{path} is damaged: its size is not the manifest's; {self._remedy()}")
+            file_stat = None
+        if file_stat is None or not stat.S_ISREG(file_stat.st_mode):
+            raise CacheError(f"{path} is listed in the manifest but is missing or not a regular file; {self._remedy()}")
+        if file_stat.st_size != size and not self._fetch:
+            raise CacheError(
+                f"{path} is damaged: it has {file_stat.st_size} bytes, the manifest says {size}; {self._remedy()}"
+            )
 
-    def _checked_arrays(self, path: str) -> Arrays:
+    def _verified_arrays(self, path: str) -> Arrays:
         try:
             content: Any = np.asarray(np.memmap(path, np.uint8, "r"))
-            places = _places(content)
+            extents = _array_extents(content)
         except (OSError, ValueError) as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
-        wanted = {name: crc for name, crc in self._line["crc32"].items() if name != "parquet"}
-        found = {name: zlib.crc32(content[start:stop]) for name, (_, _, start, stop) in places.items()}
-        if found != wanted:
-            differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        expected = {name: crc for name, crc in self._line["crc32"].items() if name != "parquet"}
+        actual = {name: zlib.crc32(content[start:stop]) for name, (_, _, start, stop) in extents.items()}
+        if actual != expected:
+            differing = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
             raise CacheError(
-                f"{path} is damaged: the checksum of {', '.join(differing)} is not the manifest's; {self._remedy()}"
+                f"{path} is damaged: checksums of {', '.join(differing)} differ from the manifest; {self._remedy()}"
             )
-        del places["header"]
+        del extents["header"]
         try:
             arrays = {
-                n: content[start:stop].view(dtype).reshape(shape) for n, (dtype, shape, start, stop) in places.items()
+                n: content[start:stop].view(dtype).reshape(shape) for n, (dtype, shape, start, stop) in extents.items()
             }
             return Arrays.of(arrays, self._line["records"])
         except ValueError as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
 
-    def _checked_texts(self, path: str) -> pa.Table:
+    def _verified_texts(self, path: str) -> pa.Table:
         content = Path(path).read_bytes()
         if zlib.crc32(content) != self._line["crc32"]["parquet"]:
-            raise CacheError(f"{path} is damaged: its checksum is not the manifest's; {self._remedy()}")
+            raise CacheError(f"{path} is damaged: its checksum differs from the manifest; {self._remedy()}")
         try:
             file = pq.ParquetFile(pa.BufferReader(content))
             if file.metadata.num_rows != self._line["records"] or not file.schema_arrow.equals(_SCHEMA):
-                raise ValueError(f"{file.metadata.num_rows} rows of {file.schema_arrow.names}")
+                raise ValueError(f"got {file.metadata.num_rows} rows of {file.schema_arrow.names}")
             texts = file.read()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CacheError(f"{path} is damaged: {error}; {self._remedy()}") from None
         if "".join(map(str, texts.column("key").to_pylist())) != self.keys.hex():
-            raise CacheError(f"{path} is damaged: its keys are not the manifest's; {self._remedy()}")
+            raise CacheError(f"{path} is damaged: its keys differ from the manifest; {self._remedy()}")
         return texts
 
     def _remedy(self) -> str:
-        return f"restore it, or make it anew: python -m distill.annotate rebuild={self.name}"
+        return f"restore it, or annotate it again: python -m distill.annotate rebuild={self.name}"
 
 
 def packed(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
-    """The codec's arrays of a record, its targets one after the other; none where it has no soft targets."""
+    """Encode a record's soft targets, those of all spans concatenated; empty if it has none."""
     targets = [annotation.targets[span] for span in SPANS if span in annotation.targets]
     softs = [target.soft for target in targets if target.soft is not None]
     if not softs:
         return {}
     if len(softs) < len(targets):
-        raise CacheError(f"record {annotation.key} has soft targets for some of its spans only")
+        raise CacheError(f"record {annotation.key} has soft targets for only some of its spans")
     return codec.pack(SoftTargets.join(softs))
 
 
-def _is_along(end_R: np.ndarray, array: np.ndarray, num_records: int) -> bool:
-    """Whether these are the ends of all records on the axis that the array goes along."""
-    is_one_each = end_R.shape == (num_records,) and bool((np.diff(end_R, prepend=0) >= 0).all())
-    return is_one_each and array.ndim > 0 and len(array) == int(end_R[-1])
+def _ends_fit(end_R: np.ndarray, array: np.ndarray, num_records: int) -> bool:
+    """Whether `end_R` are the ends of all records on the first dimension of the array."""
+    is_ascending = end_R.shape == (num_records,) and bool((np.diff(end_R, prepend=0) >= 0).all())
+    return is_ascending and array.ndim > 0 and len(array) == int(end_R[-1])
 
 
-def axis_of(name: str) -> str:
-    """Which axis an array goes along."""
-    return name.partition(".")[0]
+def axis_name(array_name: str) -> str:
+    """The axis of an array named "axis.name"."""
+    return array_name.partition(".")[0]
 
 
-def _sensible(line: Line) -> tuple[str, bytes]:
-    """The name and the keys of a manifest line; CacheError where the line cannot be one of ours."""
+def _parse_line(line: Line) -> tuple[str, bytes]:
+    """Return the name and the keys of a shard's line; raises CacheError if the line is invalid."""
     try:
         name, records = line["shard"], line["records"]
         keys = base64.b64decode(line["keys"], validate=True)
-        is_right = _NAME.fullmatch(name) and len(keys) == KEY_BYTES * records and records > 0
-        is_right = is_right and all(isinstance(line["bytes"][s], int) for s in SUFFIXES)
-        is_right = is_right and isinstance(line["crc32"], dict) and {"header", "parquet"} <= line["crc32"].keys()
+        is_valid = _NAME.fullmatch(name) and len(keys) == KEY_BYTES * records and records > 0
+        is_valid = is_valid and all(isinstance(line["bytes"][s], int) for s in SUFFIXES)
+        is_valid = is_valid and isinstance(line["crc32"], dict) and {"header", "parquet"} <= line["crc32"].keys()
     except (KeyError, TypeError, ValueError, AttributeError):
-        is_right = False
-    if not is_right:
-        raise CacheError(f"the manifest names a shard in a way that this program does not: {str(line)[:80]}")
+        is_valid = False
+    if not is_valid:
+        raise CacheError(f"the manifest has an invalid line for a shard: {str(line)[:80]}")
     return name, keys
 
 
-def _places(content: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Where each array lies: dtype, shape, first and last byte; and the header itself. ValueError if it is absurd."""
+def _array_extents(content: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Return dtype, shape, start and end of each array and of the header; raises ValueError if they are invalid."""
     size = len(content)
     length = int.from_bytes(bytes(content[:8]), "little")
     if size < 8 or length > size - 8:
-        raise ValueError(f"the header claims {length} of {size} bytes")
-    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        raise ValueError(f"its header claims {length} bytes, the file has {size}")
+    extents: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     try:
-        entries = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=_each_once)
+        entries = json.loads(bytes(content[8 : 8 + length]), object_pairs_hook=_dict_of_unique_names)
         for name, entry in entries.items():
             dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if any(type(n) is not int or not 0 <= n <= size for n in (*shape, start, stop)) or len(shape) > 8:
-                raise ValueError(f"{name} has a shape or a place that no array of ours has")
+                raise ValueError(f"array {name} has an invalid shape or offset")
             if math.prod(shape) * np.dtype(dtype).itemsize != stop - start:
-                raise ValueError(f"{name} has another size than its shape")
-            found[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
+                raise ValueError(f"the offsets of array {name} do not match its shape")
+            extents[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"the header is not one of safetensors: {error!r}") from None
-    ends = [8 + length, *(stop for _, stop in sorted(place[2:] for place in found.values()))]
-    if ends != [*sorted(place[2] for place in found.values()), size]:
-        raise ValueError("the arrays overlap, or something lies between them")
-    return _each_once([("header", ("u1", (8 + length,), 0, 8 + length)), *found.items()])
+        raise ValueError(f"its header is not a safetensors header: {error!r}") from None
+    ends = [8 + length, *(stop for _, stop in sorted(extent[2:] for extent in extents.values()))]
+    if ends != [*sorted(extent[2] for extent in extents.values()), size]:
+        raise ValueError("its arrays overlap or have gaps between them")
+    return _dict_of_unique_names([("header", ("u1", (8 + length,), 0, 8 + length)), *extents.items()])
 
 
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs; ValueError where one name stands for two values."""
+def _dict_of_unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dictionary; raises ValueError if a name occurs twice."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands for two things")
+        raise ValueError("its header has a name twice")
     return dict(pairs)
 
 
-def _are_ours(arrays: Mapping[str, np.ndarray], records: int) -> bool:
-    """Whether tokens, lengths and ends are there as `write_shard` makes them, and the codec's arrays have rows."""
+def _has_layout(arrays: Mapping[str, np.ndarray], records: int) -> bool:
+    """Whether tokens, lengths and ends have the form that `write_shard` gives them, and all arrays have rows."""
     kinds = dict.fromkeys(("token", *(f"length.{span}" for span in SPANS)), "<i4")
     kinds |= {name: "<i8" for name in arrays if name.startswith("end.")}
     return (
@@ -323,7 +326,7 @@ def _are_ours(arrays: Mapping[str, np.ndarray], records: int) -> bool:
     )
 
 
-def _arrays_of(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.ndarray]:
+def _arrays_from(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.ndarray]:
     lengths = {s: [len(a.targets[s].token_ids) if s in a.targets else 0 for a in annotations] for s in SPANS}
     tokens = [i for a in annotations for span in SPANS if span in a.targets for i in a.targets[span].token_ids]
     arrays = {f"length.{span}": np.array(lengths[span], "<i4") for span in SPANS}
@@ -332,13 +335,13 @@ def _arrays_of(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.
     for name in sorted({name for parts in packs for name in parts}):
         parts = [part[name] for part in packs if name in part]
         arrays[name] = np.ascontiguousarray(np.concatenate(parts))
-        arrays[f"end.{axis_of(name)}"] = np.cumsum(
+        arrays[f"end.{axis_name(name)}"] = np.cumsum(
             [len(part[name]) if name in part else 0 for part in packs], dtype="<i8"
         )
     return arrays
 
 
-def _parquet_of(annotations: Sequence[Annotation]) -> bytes:
+def _parquet_from(annotations: Sequence[Annotation]) -> bytes:
     columns = {name: [getattr(a, name) for a in annotations] for name in _SCHEMA.names if name != "choice_logprobs"}
     columns["choice_logprobs"] = [list(a.choice_logprobs) for a in annotations]
     out = io.BytesIO()

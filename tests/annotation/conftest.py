@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Builders for the tests of annotation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from distill.annotation.rationales import Checks, check
+from distill.annotation.rationales import Checks, filter_samples
 from distill.app.config import CONF
 from distill.records import Annotation, CheckedRationale, Example
 from tests.conftest import tiny_overrides
@@ -18,55 +18,55 @@ SOUND = "First 40 and then 2 more make 42."
 
 
 @functools.cache
-def values(name: str) -> dict[str, Any]:
-    """What a file in conf/rationales/ says."""
+def conf_values(name: str) -> dict[str, Any]:
+    """The content of a file in conf/rationales/."""
     return yaml.safe_load((CONF / "rationales" / f"{name}.yaml").read_text())
 
 
-def checks(name: str = "all", **settings: Any) -> Checks:
-    """The checks of a file in conf/rationales/, some of them changed."""
-    given = values(name) | settings
-    assert given.pop("_target_") == "distill.annotation.rationales.Checks"
-    return Checks(**given)
+def criteria(name: str = "all", **settings: Any) -> Checks:
+    """The filter of a file in conf/rationales/, with some settings changed."""
+    values = conf_values(name) | settings
+    assert values.pop("_target_") == "distill.annotation.rationales.Checks"
+    return Checks(**values)
 
 
-def said(answer: str | None, text: str = SOUND, *, cut_off: bool = False, key: str = "") -> Annotation:
-    """What a teacher left for a request of a rationale."""
-    return Annotation(key, {}, answer, text, is_truncated=cut_off)
+def sample(answer: str | None, text: str = SOUND, *, is_truncated: bool = False, key: str = "") -> Annotation:
+    """An annotation of a rationale request."""
+    return Annotation(key, {}, answer, text, is_truncated=is_truncated)
 
 
-def same(answer: str) -> str:
-    """Answers are the same where they read the same."""
+def as_written(answer: str) -> str:
+    """The value of an answer where only equal texts agree."""
     return answer
 
 
-def judged(
+def filtered(
     samples: Sequence[Annotation],
     gold: str | None = None,
     direct: str | None = None,
-    value: Callable[[str], str] = same,
+    value: Callable[[str], str] = as_written,
     **settings: Any,
 ) -> list[CheckedRationale]:
-    """One example's rationales, checked."""
+    """The filtered rationales of a single example."""
     example = Example("How many?", gold)
     answers = {} if direct is None else {example.id: direct}
-    return check([example], {example.id: samples}, answers, value, checks(**settings))
+    return filter_samples([example], {example.id: samples}, answers, value, criteria(**settings))
 
 
-def reasons(*given: Any, **settings: Any) -> list[str | None]:
-    """Of one example's rationales."""
-    return [one.reason for one in judged(*given, **settings)]
+def reasons(samples: Sequence[Annotation], *references: Any, **settings: Any) -> list[str | None]:
+    """Why each rationale of a single example was rejected, None for kept ones."""
+    return [rationale.reason for rationale in filtered(samples, *references, **settings)]
 
 
-def alone(text: str, answer: str = "42", **settings: Any) -> str | None:
-    """What is wrong with a text that led to the gold answer."""
-    (reason,) = reasons([said(answer, text)], answer, **settings)
+def reason_for(text: str, answer: str = "42", **settings: Any) -> str | None:
+    """Why a text that led to the gold answer was rejected, None if it was kept."""
+    (reason,) = reasons([sample(answer, text)], answer, **settings)
     return reason
 
 
-def tiny(root: Path, teacher: Path, *more: str) -> list[str]:
-    """The annotate command for a tiny teacher, its cache in root/cache."""
-    skipped = ("root=", "student", "trainer", "tracking", "cache.codec")
-    kept = [o for o in tiny_overrides(root, teacher, teacher) if not o.startswith(skipped)]
+def annotate_options(root: Path, teacher: Path, *more: str) -> list[str]:
+    """Overrides of the annotate command for a tiny teacher, with the cache in root/cache."""
+    excluded = ("root=", "student", "trainer", "tracking", "cache.codec")
+    overrides = [o for o in tiny_overrides(root, teacher, teacher) if not o.startswith(excluded)]
     more = (*more, f"cache.dir={root / 'cache'}", "teacher.group_size=4", "teacher.batch_size=3")
-    return [*kept, "task.examples.num_unlabelled=40", "teacher.num_rationales=10", *more]
+    return [*overrides, "task.examples.num_unlabelled=40", "teacher.num_rationales=10", *more]

@@ -1,4 +1,4 @@
-"""A rationale that is kept led to the right answer and is sound; any other has one reason, always the same one."""
+"""False equations in rationales are detected; anything that cannot be evaluated is ignored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.annotation.rationales import has_wrong_arithmetic
-from tests.annotation.conftest import alone
+from tests.annotation.conftest import reason_for
 
 WRONG = [
     "84 / 2 = 41.",
@@ -72,7 +72,7 @@ RIGHT = [
 ]
 
 
-NOT_JUDGED = [
+IGNORED = [
     "x = 4",
     "3 feet = 1 yard",
     "5 apples + 3 apples = 8 apples",
@@ -102,17 +102,17 @@ NOT_JUDGED = [
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_an_equation_that_is_false_is_found(text: str) -> None:
+def test_false_equations_are_detected(text: str) -> None:
     assert has_wrong_arithmetic(text)
-    assert alone(f"So it goes on. {text}" if "\n" not in text and text[0] != "-" else text, arithmetic=True) == (
+    assert reason_for(f"So it goes on. {text}" if "\n" not in text and text[0] != "-" else text, arithmetic=True) == (
         "wrong arithmetic"
     )
 
 
-@pytest.mark.parametrize("text", [*RIGHT, *NOT_JUDGED])
-def test_what_is_true_or_cannot_be_worked_out_is_not_called_wrong(text: str) -> None:
+@pytest.mark.parametrize("text", [*RIGHT, *IGNORED])
+def test_true_equations_and_those_that_cannot_be_evaluated_pass(text: str) -> None:
     assert not has_wrong_arithmetic(text)
-    assert alone(text, arithmetic=True) is None
+    assert reason_for(text, arithmetic=True) is None
 
 
 @given(
@@ -123,14 +123,14 @@ def test_what_is_true_or_cannot_be_worked_out_is_not_called_wrong(text: str) -> 
     st.integers(-3, 3),
     st.booleans(),
 )
-def test_an_equation_is_right_exactly_if_its_result_is_the_nearest_of_its_digits(
-    a: int, sign: str, b: int, digits: int, off: int, in_dollars: bool
+def test_an_equation_is_true_exactly_if_its_result_is_rounded_correctly(
+    a: int, sign: str, b: int, digits: int, error: int, in_dollars: bool
 ) -> None:
     exact = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-    result = round(exact, digits) + off * 10**-digits
+    result = round(exact, digits) + error * 10**-digits
     text = f"{a} {sign} {b} = {'$' if in_dollars else ''}{result:.{digits}f}".replace("$-", "-$")
     written = float(f"{result:.{digits}f}")
     gap = abs(written - exact)
     if digits and math.isclose(gap, 0.5 * 10**-digits, rel_tol=1e-6):
-        return  # halves may be rounded either way
+        return  # halves may be rounded up or down
     assert has_wrong_arithmetic(text) == (gap > (0.5 * 10**-digits if digits else 1e-9))

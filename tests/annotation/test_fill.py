@@ -1,4 +1,4 @@
-"""The annotate command: shared work, broken-off work, and looking into a cache."""
+"""The annotate command: concurrent and interrupted processes, and inspection of a cache."""
 
 from __future__ import annotations
 
@@ -19,62 +19,69 @@ from distill.annotate import main
 from distill.annotation.fill import Share, fill, open_source, plan
 from distill.annotation.inspection import estimate, rescore
 from distill.errors import CacheError, ConfigError
-from tests.annotation.conftest import tiny
+from tests.annotation.conftest import annotate_options
 from tests.conftest import CountingTeacher, compose, counted, grid, run, shards, start
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> dict[str, bytes]:
-    """The shards of one process that nobody disturbs."""
-    root = tmp_path_factory.mktemp("whole")
-    done = run(root, *tiny(root, teacher_folder), command="annotate")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> dict[str, bytes]:
+    """The shards of a single process that runs to its end."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = run(root, *annotate_options(root, teacher_folder), command="annotate")
     assert done.returncode == 0, done.stderr
     return shards(root / "cache")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["devices", "parts", "at once"])
-def test_work_that_is_shared_ends_in_the_same_shards(
-    how: str, whole: dict[str, bytes], tmp_path: Path, teacher_folder: Path
+def test_several_processes_write_the_same_shards_as_one(
+    how: str, undisturbed: dict[str, bytes], tmp_path: Path, teacher_folder: Path
 ) -> None:
-    jobs = {"devices": ["devices=2"], "parts": ["part=1/3", "part=2/3", "part=3/3"], "at once": ["seed=0", "seed=1"]}
-    started = [start(tmp_path, *tiny(tmp_path, teacher_folder, job), command="annotate") for job in jobs[how]]
-    for process in started:
+    overrides = {
+        "devices": ["devices=2"],
+        "parts": ["part=1/3", "part=2/3", "part=3/3"],
+        "at once": ["seed=0", "seed=1"],
+    }
+    processes = [
+        start(tmp_path, *annotate_options(tmp_path, teacher_folder, override), command="annotate")
+        for override in overrides[how]
+    ]
+    for process in processes:
         _, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors
-    assert shards(tmp_path / "cache") == whole
+    assert shards(tmp_path / "cache") == undisturbed
     manifests = list((tmp_path / "cache").glob("manifest-*"))
-    # Of two that start at once one may have done everything before the other has started.
+    # Of two concurrent processes one may finish before the other has started.
     assert len(manifests) in {"devices": (2,), "parts": (3,), "at once": (1, 2)}[how]
-    named = [line for path in manifests for line in path.read_text().splitlines() if '"shard"' in line]
-    assert 2 * len(named) == len(whole)  # no group was made twice
+    lines = [line for path in manifests for line in path.read_text().splitlines() if '"shard"' in line]
+    assert 2 * len(lines) == len(undisturbed)  # no group was annotated twice
 
 
 @pytest.mark.slow
-def test_killed_at_random_times_it_ends_in_the_same_shards(
-    whole: dict[str, bytes], tmp_path: Path, teacher_folder: Path
+def test_killed_at_random_times_annotation_ends_in_the_same_shards(
+    undisturbed: dict[str, bytes], tmp_path: Path, teacher_folder: Path
 ) -> None:
     rng, cache, num_seen = np.random.default_rng(0), tmp_path / "cache", [0]
     for _ in range(2):
-        process = start(tmp_path, *tiny(tmp_path, teacher_folder), command="annotate")
-        wanted = num_seen[-1] + int(rng.integers(1, 4))
-        while process.poll() is None and len(shards(cache)) < 2 * wanted:
+        process = start(tmp_path, *annotate_options(tmp_path, teacher_folder), command="annotate")
+        num_groups = num_seen[-1] + int(rng.integers(1, 4))
+        while process.poll() is None and len(shards(cache)) < 2 * num_groups:
             time.sleep(0.002)
         time.sleep(float(rng.random()) * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        num_seen.append(len(shards(cache)) // 2)
+        num_annotated.append(len(shards(cache)) // 2)
     assert num_seen == sorted(num_seen)
-    assert 0 < num_seen[-1] < len(whole) // 2
-    done = run(tmp_path, *tiny(tmp_path, teacher_folder), command="annotate")
+    assert 0 < num_seen[-1] < len(undisturbed) // 2
+    done = run(tmp_path, *annotate_options(tmp_path, teacher_folder), command="annotate")
     assert done.returncode == 0, done.stderr
-    assert shards(cache) == whole
+    assert shards(cache) == undisturbed
     assert not list((cache / "claims").glob("[0-9a-f]*"))
 
 
-def test_groups_are_a_function_of_the_examples(configured: Callable[..., DictConfig]) -> None:
-    source = open_source(configured())
-    requests = [source.prompts.request(example, "answer") for example in source.splits.train]
+def test_groups_depend_on_the_examples_alone(configured: Callable[..., DictConfig]) -> None:
+    job = open_source(configured())
+    requests = [job.prompts.request(example, "answer") for example in job.splits.train]
     groups = plan(requests, 4)
     assert [len(group.requests) for group in groups] == [4, 4, 4]
     assert plan([*requests[::-1], requests[0]], 4) == groups
@@ -82,46 +89,46 @@ def test_groups_are_a_function_of_the_examples(configured: Callable[..., DictCon
     assert lengths == sorted(lengths)
 
 
-def test_parts_are_disjoint_and_together_everything(configured: Callable[..., DictConfig]) -> None:
-    wanted, seen = {"answer": open_source(configured()).splits.train}, []
+def test_parts_are_disjoint_and_cover_all_examples(configured: Callable[..., DictConfig]) -> None:
+    examples, annotated = {"answer": open_source(configured()).splits.train}, []
     for part in (1, 2, 3):
-        source, teacher = counted(configured("teacher.group_size=2", f"cache.dir={configured().root}/{part}"))
-        fill(source, wanted, share=Share(part, 3))
-        seen.append({request.key for request in teacher.asked})
-    assert not any(left & right for left, right in itertools.combinations(seen, 2))
-    assert len(set().union(*seen)) == len(wanted["answer"])
+        job, teacher = counted(configured("teacher.group_size=2", f"cache.dir={configured().root}/{part}"))
+        fill(job, examples, part=Share(part, 3))
+        annotated.append({request.key for request in teacher.asked})
+    assert not any(left & right for left, right in itertools.combinations(annotated, 2))
+    assert len(set().union(*annotated)) == len(examples["answer"])
 
 
-def test_an_estimate_stores_nothing_and_is_near(configured: Callable[..., DictConfig]) -> None:
-    source = open_source(configured("task.examples.num_unlabelled=60"))
-    requests = [source.prompts.request(example, "answer") for example in source.splits.train]
-    source.teacher.load()
-    found = estimate(source.teacher, source.codec, requests, 8)
-    source.teacher.close()
-    assert found.num_sampled == 8
-    assert found.seconds > 0
-    assert not source.store.folder.exists()
-    fill(source, {"answer": source.splits.train})
-    stored = sum(path.stat().st_size for path in source.store.folder.glob("*.safetensors"))
-    assert 0.3 < found.num_bytes / stored < 1.2
+def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., DictConfig]) -> None:
+    job = open_source(configured("task.examples.num_unlabelled=60"))
+    requests = [job.prompts.request(example, "answer") for example in job.splits.train]
+    job.teacher.load()
+    result = estimate(job.teacher, job.codec, requests, 8)
+    job.teacher.close()
+    assert result.num_sampled == 8
+    assert result.seconds > 0
+    assert not job.store.folder.exists()
+    fill(job, {"answer": job.splits.train})
+    num_bytes = sum(path.stat().st_size for path in job.store.folder.glob("*.safetensors"))
+    assert 0.3 < result.num_bytes / num_bytes < 1.2
 
 
-def test_a_record_that_is_not_the_teachers_own_is_found_though_its_checksums_are_right(
+def test_records_of_another_teacher_are_detected_despite_correct_checksums(
     configured: Callable[..., DictConfig],
 ) -> None:
-    source = open_source(configured())
-    fill(source, {"answer": source.splits.train})
-    requests = [source.prompts.request(example, "answer") for example in source.splits.train]
-    source.teacher.load()
-    right = rescore(source.store, source.teacher, requests, 8, seed=0)
-    assert right.is_close
-    assert right.num_records == 8
-    assert right.from_live < 0.01
-    assert right.noise_floor < 1e-4
+    job = open_source(configured())
+    fill(job, {"answer": job.splits.train})
+    requests = [job.prompts.request(example, "answer") for example in job.splits.train]
+    job.teacher.load()
+    result = rescore(job.store, job.teacher, requests, 8, seed=0)
+    assert result.is_close
+    assert result.num_records == 8
+    assert result.distance < 0.01
+    assert result.noise_floor < 1e-4
     other = open_source(configured(f"cache.dir={configured().root}/other"))
     with other.store.writing() as writer:
         for request in requests:
-            annotation = source.store.read(request.key)
+            annotation = job.store.read(request.key)
             target = annotation.targets.get("answer")
             if target is None or target.soft is None:
                 continue
@@ -129,26 +136,30 @@ def test_a_record_that_is_not_the_teachers_own_is_found_though_its_checksums_are
             wrong = replace(target, soft=replace(target.soft, ids_E=rolled_NK.ravel()))
             writer.add([replace(annotation, targets={"answer": wrong})])
     assert other.store.check() == []
-    assert not rescore(other.store, source.teacher, requests, 8, seed=0).is_close
-    source.teacher.close()
+    assert not rescore(other.store, job.teacher, requests, 8, seed=0).is_close
+    job.teacher.close()
 
 
-def test_a_cache_can_be_looked_into_verified_and_mended(
+def test_a_cache_can_be_inspected_verified_and_repaired(
     tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def annotate(*more: str) -> str:
-        given = [*tiny(tmp_path, teacher_folder, *more), f"root={tmp_path}", "teacher.num_rationales=4"]
-        main(compose(*given, name="annotate"))
+        overrides = [
+            *annotate_options(tmp_path, teacher_folder, *more),
+            f"root={tmp_path}",
+            "teacher.num_rationales=4",
+        ]
+        main(compose(*overrides, name="annotate"))
         return capsys.readouterr().out
 
-    assert "0 records are there, 58 are missing; they will take about" in annotate("dry_run=true")
-    assert "0 records are there, 66 are missing" in annotate("dry_run=true", "teacher.rationales_each=3")
+    assert "0 records exist, 58 are missing; they will take about" in annotate("dry_run=true")
+    assert "0 records exist, 66 are missing" in annotate("dry_run=true", "teacher.rationales_each=3")
     assert not (tmp_path / "cache").exists()
     annotate()
-    assert "58 records are there, 0 are missing" in annotate("dry_run=true")
+    assert "58 records exist, 0 are missing" in annotate("dry_run=true")
     verified = annotate("verify=true")
-    assert "58 records: all checksums are right" in verified
-    assert "32 answers asked again" in verified
+    assert "58 records: all checksums are correct" in verified
+    assert "32 answers annotated again" in verified
     before = shards(tmp_path / "cache")
     exported = annotate(f"export={tmp_path / 'all.parquet'}")
     rows = pq.read_table(tmp_path / "all.parquet").to_pylist()
@@ -156,10 +167,10 @@ def test_a_cache_can_be_looked_into_verified_and_mended(
     assert all(len(r["token_ids"]) == len(r["ids"]) == len(r["logprobs"]) == len(r["tail"]) for r in rows)
     shown = annotate(f"show={rows[0]['example']}")
     assert f"record     {rows[0]['key']}" in shown
-    assert "what the teacher expected in the place of each" in shown
-    with pytest.raises(ConfigError, match="0 examples begin so"):
-        annotate("show=nobody asks this")
-    with pytest.raises(ConfigError, match=r"part=4/3: wanted part/parts"):
+    assert "the teacher's most probable tokens at its position" in shown
+    with pytest.raises(ConfigError, match="matches 0 requests"):
+        annotate("show=no such question")
+    with pytest.raises(ConfigError, match=r"part=4/3: expected number/parts"):
         annotate("part=4/3")
     name = min(before)
     (tmp_path / "cache" / name).write_bytes(before[name][:-1] + b"x")
@@ -169,8 +180,8 @@ def test_a_cache_can_be_looked_into_verified_and_mended(
     assert shards(tmp_path / "cache") == before
 
 
-def test_what_an_interrupted_annotation_cost_is_known(configured: Callable[..., DictConfig]) -> None:
-    source, teacher = counted(configured("teacher.group_size=4", "teacher.batch_size=4"))
+def test_an_interrupted_annotation_records_its_cost(configured: Callable[..., DictConfig]) -> None:
+    job, teacher = counted(configured("teacher.group_size=4", "teacher.batch_size=4"))
 
     class Interrupted(CountingTeacher):
         def annotate(self, requests: Any) -> Any:
@@ -179,7 +190,7 @@ def test_what_an_interrupted_annotation_cost_is_known(configured: Callable[..., 
             return super().annotate(requests)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(replace(source, teacher=Interrupted(teacher)), {"answer": source.splits.train})
+        fill(replace(job, teacher=Interrupted(teacher)), {"answer": job.splits.train})
     (cost,) = open_source(configured()).store.costs
     assert cost["records"] == 4
     assert cost["seconds"] > 0

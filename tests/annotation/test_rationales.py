@@ -1,4 +1,4 @@
-"""A rationale that is kept led to the right answer and is sound; any other has one reason, always the same one."""
+"""Kept rationales lead to the right answer; rejected ones have a single reason, the first in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,107 +9,116 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distill.annotation.rationales import check, yield_by_reason
+from distill.annotation.rationales import count_by_reason, filter_samples
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.records import Example
 from distill.tasks.expressions import value_of
-from tests.annotation.conftest import SOUND, alone, checks, judged, reasons, said, same, values
+from tests.annotation.conftest import SOUND, as_written, conf_values, criteria, filtered, reason_for, reasons, sample
 from tests.conftest import conf_names
 
 
-def worked_out(answer: str) -> str:
-    """Answers are the same where they come to the same."""
+def evaluated(answer: str) -> str:
+    """The value of an answer where equal numbers agree."""
     return str(value_of(answer))
 
 
 @pytest.mark.parametrize("name", conf_names("rationales"))
-def test_what_a_file_says_passes_the_check_of_a_configuration_and_is_built(name: str) -> None:
-    node = OmegaConf.create(values(name))
+def test_every_file_of_conf_is_valid_and_builds(name: str) -> None:
+    node = OmegaConf.create(conf_values(name))
     configuration.check(node)
-    assert configuration.build(node) == checks(name)
+    assert configuration.build(node) == criteria(name)
     with pytest.raises(ConfigError, match="min_word"):
         configuration.check(OmegaConf.merge(node, {"min_word": 3}))
 
 
 @pytest.mark.parametrize("name", conf_names("rationales"))
-def test_short_sentences_that_are_right_pass_every_set_of_checks(name: str) -> None:
-    given = [
+def test_short_sound_texts_pass_every_filter_of_conf(name: str) -> None:
+    texts = [
         ("The words warm and funny praise the film.", "positive"),
         ("Beautiful and moving are strong praise for the film.", "positive"),
         ("7 + 8 = 15.", "15"),
         ("7 + 8 = 15. 15 - 3 = 12.", "12"),
     ]
-    for text, answer in given:
-        (one,) = check([Example("Q", answer)], {Example("Q").id: [said(answer, text)]}, {}, same, checks(name))
-        assert (one.reason, one.compared_with, one.confidence) == (None, "gold", None)
+    for text, answer in texts:
+        (rationale,) = filter_samples(
+            [Example("Q", answer)], {Example("Q").id: [sample(answer, text)]}, {}, as_written, criteria(name)
+        )
+        assert (rationale.reason, rationale.compared_with, rationale.confidence) == (None, "gold", None)
 
 
-def test_gold_beats_votes_and_the_direct_answer() -> None:
-    found = judged([said("7"), said("7"), said("8")], gold="8", direct="7")
-    assert [one.reason for one in found] == ["disagrees", "disagrees", None]
-    assert {one.compared_with for one in found} == {"gold"}
-    assert [one.confidence for one in found] == [2 / 3, 2 / 3, 1 / 3]
+def test_the_gold_answer_overrides_votes_and_the_direct_answer() -> None:
+    rationales = filtered([sample("7"), sample("7"), sample("8")], gold="8", direct="7")
+    assert [r.reason for r in rationales] == ["disagrees", "disagrees", None]
+    assert {r.compared_with for r in rationales} == {"gold"}
+    assert [r.confidence for r in rationales] == [2 / 3, 2 / 3, 1 / 3]
 
 
-def test_without_gold_the_answer_with_the_most_votes_is_right() -> None:
-    found = judged([said("7"), said("8"), said("8", SOUND + " Yes."), said("9")], direct="7")
-    assert [one.reason for one in found] == ["outvoted", None, None, "outvoted"]
-    assert {one.compared_with for one in found} == {"votes"}
-    assert [one.confidence for one in found] == [0.25, 0.5, 0.5, 0.25]
+def test_without_gold_the_majority_answer_is_right() -> None:
+    rationales = filtered([sample("7"), sample("8"), sample("8", SOUND + " Yes."), sample("9")], direct="7")
+    assert [r.reason for r in rationales] == ["outvoted", None, None, "outvoted"]
+    assert {r.compared_with for r in rationales} == {"votes"}
+    assert [r.confidence for r in rationales] == [0.25, 0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("answers", ["78", "7788", "7878 ", "778899"])
-def test_a_tie_has_no_majority(answers: str) -> None:
-    given = [said(answer.strip() or None) for answer in answers]
-    assert set(reasons(given)) <= {"outvoted", "unreadable"}
-    assert reasons([*given, said("8")]).count(None) == 1 or len(set(answers)) > 2
+def test_a_tie_has_no_winner(answers: str) -> None:
+    samples = [sample(answer.strip() or None) for answer in answers]
+    assert set(reasons(samples)) <= {"outvoted", "unreadable"}
+    assert reasons([*samples, sample("8")]).count(None) == 1 or len(set(answers)) > 2
 
 
-def test_a_tie_for_the_second_place_decides_nothing() -> None:
-    assert reasons([said("7"), said("8"), said("9"), said("9", "Twice nine.")]) == ["outvoted", "outvoted", None, None]
+def test_a_tie_for_second_place_does_not_matter() -> None:
+    assert reasons([sample("7"), sample("8"), sample("9"), sample("9", "Twice nine.")]) == [
+        "outvoted",
+        "outvoted",
+        None,
+        None,
+    ]
 
 
-def test_what_cannot_be_read_or_was_cut_off_has_no_vote_and_still_counts() -> None:
-    found = judged([said(None), said("4", cut_off=True), said("4", cut_off=True), said("42")])
-    assert [one.reason for one in found] == ["unreadable", "truncated", "truncated", None]
-    assert [one.confidence for one in found] == [None, 0.0, 0.0, 0.25]
+def test_unreadable_and_truncated_samples_have_no_vote_but_count_in_the_share() -> None:
+    rationales = filtered([sample(None), sample("4", is_truncated=True), sample("4", is_truncated=True), sample("42")])
+    assert [r.reason for r in rationales] == ["unreadable", "truncated", "truncated", None]
+    assert [r.confidence for r in rationales] == [None, 0.0, 0.0, 0.25]
 
 
-def test_samples_of_which_none_can_be_read_elect_nothing() -> None:
-    assert reasons([said(None), said(None)], direct="7") == ["unreadable", "unreadable"]
+def test_unreadable_samples_have_no_winner() -> None:
+    assert reasons([sample(None), sample(None)], direct="7") == ["unreadable", "unreadable"]
 
 
-def test_equal_values_in_other_words_are_votes_for_the_same() -> None:
-    given = [said("(3 + 5)"), said("9"), said("(5 + 3)", "Five and three.")]
-    assert reasons(given, value=worked_out) == [None, "outvoted", None]
-    assert set(reasons(given, value=same)) == {"outvoted"}
-    assert reasons(given, gold="8", value=worked_out) == [None, "disagrees", None]
-    assert reasons(given[:1], direct="2 * 4", value=worked_out) == [None]
+def test_answers_of_equal_value_are_votes_for_the_same_answer() -> None:
+    samples = [sample("(3 + 5)"), sample("9"), sample("(5 + 3)", "Five and three.")]
+    assert reasons(samples, value=evaluated) == [None, "outvoted", None]
+    assert set(reasons(samples, value=as_written)) == {"outvoted"}
+    assert reasons(samples, gold="8", value=evaluated) == [None, "disagrees", None]
+    assert reasons(samples[:1], direct="2 * 4", value=evaluated) == [None]
 
 
-def test_a_single_sample_is_compared_with_the_direct_answer_or_not_at_all() -> None:
-    (one,) = judged([said("7")], direct="7")
-    assert (one.reason, one.compared_with, one.confidence) == (None, "teacher", None)
-    assert reasons([said("8")], direct="7") == ["disagrees"]
-    assert judged([said("7")]) == []
-    assert judged([], gold="7") == []
-    assert check([Example("Not asked.", "7")], {}, {}, same, checks()) == []
+def test_a_single_sample_is_compared_with_the_direct_answer_or_skipped() -> None:
+    (rationale,) = filtered([sample("7")], direct="7")
+    assert (rationale.reason, rationale.compared_with, rationale.confidence) == (None, "teacher", None)
+    assert reasons([sample("8")], direct="7") == ["disagrees"]
+    assert filtered([sample("7")]) == []
+    assert filtered([], gold="7") == []
+    assert filter_samples([Example("Not annotated.", "7")], {}, {}, as_written, criteria()) == []
 
 
-def test_a_winner_needs_the_share_of_all_samples_that_is_asked_for() -> None:
-    given = [said("7"), said("7", "Seven it must be."), said("7", "Seven, I say."), said(None), said("8")]
-    assert reasons(given, min_confidence=0.6) == [None, None, None, "unreadable", "outvoted"]
-    assert reasons(given, min_confidence=0.61) == ["outvoted"] * 3 + ["unreadable", "outvoted"]
-    assert reasons(given, gold="7", min_confidence=1.0)[:3] == [None] * 3  # gold needs no votes
-    close = [said("7", f"The {k}th text.") for k in range(14)] + [said("8")] * 11  # 0.56 * 25 > 14 in floating point
+def test_a_winner_needs_min_confidence_of_all_samples() -> None:
+    samples = [sample("7"), sample("7", "Seven it must be."), sample("7", "Seven, I say."), sample(None), sample("8")]
+    assert reasons(samples, min_confidence=0.6) == [None, None, None, "unreadable", "outvoted"]
+    assert reasons(samples, min_confidence=0.61) == ["outvoted"] * 3 + ["unreadable", "outvoted"]
+    assert reasons(samples, gold="7", min_confidence=1.0)[:3] == [None] * 3  # gold needs no votes
+    close = [sample("7", f"The {k}th text.") for k in range(14)] + [
+        sample("8")
+    ] * 11  # 0.56 * 25 > 14 in floating point
     assert reasons(close, min_confidence=0.56)[:14] == [None] * 14
 
 
-ALL_WRONG = "The answer is 42. " + "это неверно и 1 + 1 = 3. " * 4  # in every way that a text can be
+ALL_WRONG = "The answer is 42. " + "это неверно и 1 + 1 = 3. " * 4  # by every criterion
 
 
-def test_of_several_reasons_the_first_in_order_is_told() -> None:
+def test_the_first_of_several_reasons_is_reported() -> None:
     strict = {
         "arithmetic": True,
         "min_words": 60,
@@ -118,11 +127,11 @@ def test_of_several_reasons_the_first_in_order_is_told() -> None:
         "script": "LATIN",
         "leak": True,
     }
-    assert reasons([said(None, " ", cut_off=True)], "42", **strict) == ["empty"]
-    assert reasons([said(None, ALL_WRONG, cut_off=True)], "42", **strict) == ["truncated"]
-    assert reasons([said(None, ALL_WRONG)], "42", **strict) == ["unreadable"]
-    assert reasons([said("41", ALL_WRONG)], "42", **strict) == ["disagrees"]
-    for off, reason in [
+    assert reasons([sample(None, " ", is_truncated=True)], "42", **strict) == ["empty"]
+    assert reasons([sample(None, ALL_WRONG, is_truncated=True)], "42", **strict) == ["truncated"]
+    assert reasons([sample(None, ALL_WRONG)], "42", **strict) == ["unreadable"]
+    assert reasons([sample("41", ALL_WRONG)], "42", **strict) == ["disagrees"]
+    for changes, reason in [
         ({}, "wrong arithmetic"),
         ({"arithmetic": False}, "too short"),
         ({"min_words": 0, "max_words": 5}, "too long"),
@@ -131,9 +140,9 @@ def test_of_several_reasons_the_first_in_order_is_told() -> None:
         ({"script": None}, "leaks the answer"),
         ({"leak": False}, None),
     ]:
-        strict |= off
-        assert alone(ALL_WRONG, **strict) == reason
-    assert reasons([said("42", ALL_WRONG)] * 2, "42", **strict, per_example=1) == [None, "near duplicate"]
+        strict |= changes
+        assert reason_for(ALL_WRONG, **strict) == reason
+    assert reasons([sample("42", ALL_WRONG)] * 2, "42", **strict, per_example=1) == [None, "near duplicate"]
 
 
 @given(
@@ -147,32 +156,34 @@ def test_of_several_reasons_the_first_in_order_is_told() -> None:
     ),
     st.sampled_from(["all", "checked"]),
 )
-def test_every_rationale_that_can_be_compared_comes_back_once_and_in_order(drawn: list[Any], name: str) -> None:
+def test_every_comparable_rationale_is_returned_once_and_in_order(drawn: list[Any], name: str) -> None:
     examples = [Example(f"Question {number}?", gold) for number, (gold, _, _) in enumerate(drawn)]
     samples = {
-        example.id: [said(answer, text, cut_off=cut_off, key=f"{example.id} {k}") for k, (answer, text, cut_off) in s]
-        for example, (_, given, _) in zip(examples, drawn, strict=True)
-        for s in [list(enumerate(given))]
+        example.id: [
+            sample(answer, text, is_truncated=is_cut, key=f"{example.id} {k}") for k, (answer, text, is_cut) in s
+        ]
+        for example, (_, answers, _) in zip(examples, drawn, strict=True)
+        for s in [list(enumerate(answers))]
     }
     direct = {e.id: answer for e, (_, _, answer) in zip(examples, drawn, strict=True) if answer is not None}
-    found = check(examples, samples, direct, same, checks(name))
-    wanted = [
-        (example.id, one)
+    rationales = filter_samples(examples, samples, direct, as_written, criteria(name))
+    expected = [
+        (example.id, annotation)
         for example in examples
-        for one in samples[example.id]
+        for annotation in samples[example.id]
         if example.answer is not None or len(samples[example.id]) > 1 or example.id in direct
     ]
-    assert [(one.example_id, one.annotation) for one in found] == wanted
-    counts = yield_by_reason(found)
-    assert sum(counts.values()) == len(found)
-    assert counts["kept"] == sum(one.reason is None for one in found)
-    assert all(counts[one.reason or "kept"] for one in found)
+    assert [(r.example_id, r.annotation) for r in rationales] == expected
+    counts = count_by_reason(rationales)
+    assert sum(counts.values()) == len(rationales)
+    assert counts["kept"] == sum(r.reason is None for r in rationales)
+    assert all(counts[r.reason or "kept"] for r in rationales)
 
 
-def test_a_yield_names_each_reason_with_its_number() -> None:
-    found = judged([said("8"), said("7"), said("8"), said(None)], gold="7")
-    assert yield_by_reason(found) == {"kept": 1, "disagrees": 2, "unreadable": 1}
-    assert yield_by_reason([]) == {"kept": 0}
+def test_counts_by_reason_in_descending_order() -> None:
+    rationales = filtered([sample("8"), sample("7"), sample("8"), sample(None)], gold="7")
+    assert count_by_reason(rationales) == {"kept": 1, "disagrees": 2, "unreadable": 1}
+    assert count_by_reason([]) == {"kept": 0}
 
 
 @pytest.mark.parametrize(
@@ -188,14 +199,14 @@ def test_a_yield_names_each_reason_with_its_number() -> None:
         {"per_example": 0},
     ],
 )
-def test_checks_that_cannot_be_meant_are_refused_by_name(setting: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="rationales") as raised:
-        checks(**setting)
+        criteria(**setting)
     assert len(raised.value.problems) == 1
     assert next(iter(setting)) in str(raised.value)
 
 
-def test_all_that_is_wrong_with_checks_is_told_at_once() -> None:
+def test_all_invalid_settings_are_reported_together() -> None:
     with pytest.raises(ConfigError) as raised:
-        checks(min_confidence=-1.0, script="", per_example=0)
+        criteria(min_confidence=-1.0, script="", per_example=0)
     assert len(raised.value.problems) == 3

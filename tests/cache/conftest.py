@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Builders for the tests of the cache."""
 
 from __future__ import annotations
 
@@ -21,27 +21,33 @@ from distill.annotate import main
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.records import Annotation, Example, Request, Target
-from tests.annotation.conftest import tiny
+from tests.annotation.conftest import annotate_options
 from tests.conftest import compose
 
-MOST_BYTES = 64_000_000  # that reading files of a few kilobytes may take
+MAX_BYTES = 64_000_000  # for reading files of a few kilobytes
+FINGERPRINT = {"teacher": {"weights": "abc", "dtype": "float32"}, "shots": ["one", "two"], "codec": {"k": 4}}
+CODEC = TopK(k=4, temperature=1.0)
+
+odd_numbers = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 2**31, 2**63, 2**64, 10**30, float("nan"), float("inf"), 1.5])
+odd_values = odd_numbers | st.none() | st.booleans() | st.text(max_size=3) | st.lists(odd_numbers, max_size=3)
 
 
-def fuzzed(number: int) -> settings:
-    """So many examples, the same each time."""
+def fuzzed(max_examples: int) -> settings:
+    """Hypothesis settings with the same examples in every run."""
     unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(
-        max_examples=number, derandomize=True, deadline=None, database=None, suppress_health_check=unhealthy
+        max_examples=max_examples, derandomize=True, deadline=None, database=None, suppress_health_check=unhealthy
     )
 
 
 def sealed(line: Any) -> bytes:
-    """A manifest line with the checksum that it should have."""
+    """A manifest line with its checksum."""
     body = line if isinstance(line, bytes) else json.dumps(line, sort_keys=True).encode()
     return b'{"crc32": %10d, "line": %s}\n' % (zlib.crc32(body), body)
 
 
 def unsealed(manifest: bytes) -> list[Any]:
+    """The content of a manifest's lines."""
     return [json.loads(line)["line"] for line in manifest.splitlines()]
 
 
@@ -58,16 +64,16 @@ def files_of(folder: Path) -> Files:
     )
 
 
-def laid_out(folder: Path, files: Files) -> None:
-    """A folder with these files and nothing else."""
+def write_files(folder: Path, files: Files) -> None:
+    """Replace a folder by one with these files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
-def forged(folder: Path, content: bytes) -> None:
-    """Put other arrays in the place of the only shard's, and the checksums that belong to them."""
+def replace_arrays(folder: Path, content: bytes) -> None:
+    """Replace the arrays of the only shard, with matching size and checksums in the manifest."""
     (shard,), (manifest,) = folder.glob("*.safetensors"), folder.glob("manifest-*")
     shard.write_bytes(content)
     (line,) = unsealed(manifest.read_bytes())
@@ -77,12 +83,12 @@ def forged(folder: Path, content: bytes) -> None:
 
 
 def checksums(content: bytes) -> Iterator[tuple[str, int]]:
-    """Those of the header and of every array that lies somewhere, as a reader that believes anything finds them."""
+    """Checksums of the header and of every array, as computed by a reader that trusts the header."""
     length = int.from_bytes(content[:8], "little")
     yield "header", zlib.crc32(content[: 8 + length])
     with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        for name, found in json.loads(content[8 : 8 + length]).items():
-            start, stop = (max(0, int(offset)) for offset in found["data_offsets"])
+        for name, item in json.loads(content[8 : 8 + length]).items():
+            start, stop = (max(0, int(offset)) for offset in item["data_offsets"])
             yield name, zlib.crc32(content[8 + length :][start:stop])
 
 
@@ -90,27 +96,27 @@ def with_header(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def apart(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header's entries, and what follows it."""
+def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The entries of the header, and the data after it."""
     stop = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:stop]), content[stop:]
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The files of a cache of one shard with two records."""
-    folder = tmp_path_factory.mktemp("one")
-    assert filled(folder, 5, 8).check() == []  # by now Arrow has its threads
+def single_shard(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The files of a cache with a single shard of two records."""
+    folder = tmp_path_factory.mktemp("single_shard")
+    assert write_records(folder, 5, 8).check() == []  # this also starts Arrow's threads, before memory is limited
     return files_of(folder)
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    """In this block no more than `MOST_BYTES` can be had."""
+def limited_memory() -> Iterator[None]:
+    """Limit allocations in the block to `MAX_BYTES`."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     status = Path("/proc/self/status").read_text().split()
     used = 1024 * int(status[status.index("VmData:") + 1])
-    resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_BYTES, before[1]))
     try:
         yield
     finally:
@@ -118,36 +124,25 @@ def little_memory() -> Iterator[None]:
 
 
 def read_all(folder: Path, *numbers: int) -> list[Annotation]:
-    """The records, or the CacheError; nothing else may come of a cache, whatever is in it."""
-    with little_memory():
-        store = opened(folder)
+    """Read records with limited memory."""
+    with limited_memory():
+        store = open_store(folder)
         return [store.read(key(number)) for number in numbers]
 
 
-def entry(kind: str, shape: Any, *offsets: Any) -> dict[str, Any]:
-    return {"dtype": kind, "shape": shape, "data_offsets": list(offsets)}
+def entry(dtype: str, shape: Any, *offsets: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
-odd_numbers = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 2**31, 2**63, 2**64, 10**30, float("nan"), float("inf"), 1.5])
+def annotate_command(root: Path, cache: Path, teacher: Path, *more: str) -> list[str]:
+    """Overrides of the annotate command for this cache folder."""
+    options = annotate_options(root, teacher, *more)
+    return [*(o for o in options if not o.startswith("cache.dir")), f"cache.dir={cache}"]
 
 
-odd_values = odd_numbers | st.none() | st.booleans() | st.text(max_size=3) | st.lists(odd_numbers, max_size=3)
-
-
-def annotating(root: Path, cache: Path, teacher: Path, *more: str) -> list[str]:
-    """The annotate command for this cache folder."""
-    return [*(o for o in tiny(root, teacher, *more) if not o.startswith("cache.dir")), f"cache.dir={cache}"]
-
-
-def here(root: Path, cache: Path, teacher: Path, *more: str) -> None:
-    """The same in this process."""
-    main(compose(*annotating(root, cache, teacher, *more), f"root={root}", name="annotate"))
-
-
-FINGERPRINT = {"teacher": {"weights": "abc", "dtype": "float32"}, "shots": ["one", "two"], "codec": {"k": 4}}
-
-
-CODEC = TopK(k=4, temperature=1.0)
+def annotate_here(root: Path, cache: Path, teacher: Path, *more: str) -> None:
+    """Run the annotate command in this process."""
+    main(compose(*annotate_command(root, cache, teacher, *more), f"root={root}", name="annotate"))
 
 
 def key(number: int) -> str:
@@ -155,7 +150,7 @@ def key(number: int) -> str:
 
 
 def annotation(number: int) -> Annotation:
-    """A record that `number` alone decides; every kind of field takes every kind of value."""
+    """An annotation determined by `number`; over several numbers all fields take all kinds of values."""
     rng = np.random.default_rng(number)
 
     def target(length: int) -> Target:
@@ -177,8 +172,8 @@ def annotation(number: int) -> Annotation:
     )
 
 
-def stored(annotation: Annotation) -> list[Any]:
-    """The record as values that can be compared, its targets as the codec keeps them."""
+def comparable(annotation: Annotation) -> list[Any]:
+    """The annotation as values that support ==, with its targets as encoded by the codec."""
     targets = {
         span: (t.token_ids, t.soft and {name: a.tolist() for name, a in CODEC.pack(t.soft).items()})
         for span, t in annotation.targets.items()
@@ -186,13 +181,13 @@ def stored(annotation: Annotation) -> list[Any]:
     return [targets, *(value for name, value in vars(annotation).items() if name != "targets")]
 
 
-def opened(folder: Path, fingerprint: Any = FINGERPRINT, **settings: Any) -> Store:
+def open_store(folder: Path, fingerprint: Any = FINGERPRINT, **settings: Any) -> Store:
     return Store(folder, fingerprint, CODEC, **settings)
 
 
-def filled(folder: Path, *numbers: int, fingerprint: Any = FINGERPRINT, size: int = 4) -> Store:
-    """Add records in shards of `size`."""
-    store = opened(folder, fingerprint)
+def write_records(folder: Path, *numbers: int, fingerprint: Any = FINGERPRINT, size: int = 4) -> Store:
+    """Write annotations in shards of `size` records."""
+    store = open_store(folder, fingerprint)
     with store.writing() as writer:
         for start in range(0, len(numbers), size):
             writer.add([annotation(number) for number in numbers[start : start + size]])
@@ -204,5 +199,6 @@ def request(number: int) -> Request:
     return Request(key(number), "answer", Example(str(number)), ())
 
 
-def wanted(source: Any) -> dict[Any, Any]:
-    return {"answer": [*source.splits.train, *source.splits.validation]}
+def train_and_validation(job: Any) -> dict[Any, Any]:
+    """The examples to annotate by span: answers of train and validation."""
+    return {"answer": [*job.splits.train, *job.splits.validation]}

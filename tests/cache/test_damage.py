@@ -1,4 +1,4 @@
-"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+"""Law 8, damaged files: a cache returns what was written, or raises CacheError."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import CacheError
-from tests.cache.conftest import FINGERPRINT, Files, annotation, files_of, filled, fuzzed, key, laid_out, opened, stored
+from tests.cache.conftest import (
+    FINGERPRINT,
+    Files,
+    annotation,
+    comparable,
+    files_of,
+    fuzzed,
+    key,
+    open_store,
+    write_files,
+    write_records,
+)
 
-NUMBERS = (257, 677, 5, 6, 8)  # the first two make files of the same sizes
+NUMBERS = (257, 677, 5, 6, 8)  # the first two have files of equal sizes
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The files of a small cache: a header, two writers' manifests, a shard for each record."""
-    folder = tmp_path_factory.mktemp("whole")
-    filled(folder, *NUMBERS[:3], size=1)
-    filled(folder, *NUMBERS[3:], size=1)
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The files of a small cache: a header, the manifests of two writers, a shard per record."""
+    folder = tmp_path_factory.mktemp("intact")
+    write_records(folder, *NUMBERS[:3], size=1)
+    write_records(folder, *NUMBERS[3:], size=1)
     return files_of(folder)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that happens to one file, or to two."""
+    """A change of a file, or of two."""
 
     kind: str
     which: int
@@ -36,17 +47,17 @@ class Damage:
     bit: int
     more: bytes
 
-    def done_to(self, files: Files) -> Files:
+    def apply(self, files: Files) -> Files:
         shards = [name for name in files if not name.endswith(".jsonl")]
         manifests = [name for name in files if name.endswith(".jsonl")]
         names = {"swap": shards, "lines": manifests, "bytes": manifests, "remove": ["manifest.jsonl", *shards]}
-        among = names.get(self.kind, list(files))
-        name = among[self.which % len(among)]
+        candidates = names.get(self.kind, list(files))
+        name = candidates[self.which % len(candidates)]
         content, at = files[name], int(self.place * len(files[name]))
         lines = content.splitlines(keepends=True)
         if self.kind == "swap":
-            alike = [n for n in shards if n != name and n.endswith(name[-8:])]
-            second = alike[self.other % len(alike)]
+            same_kind = [n for n in shards if n != name and n.endswith(name[-8:])]
+            second = same_kind[self.other % len(same_kind)]
             return Files(files | {name: files[second], second: content})
         if self.kind == "remove":
             return Files({n: c for n, c in files.items() if n != name})
@@ -74,34 +85,36 @@ damages = st.builds(
 
 @fuzzed(400)
 @given(damage=damages)
-def test_whatever_happens_to_a_file_no_other_value_is_read(whole: Files, tmp_path: Path, damage: Damage) -> None:
-    files = damage.done_to(whole)
-    laid_out(tmp_path / "cache", files)
+def test_a_damaged_file_never_yields_another_value(intact: Files, tmp_path: Path, damage: Damage) -> None:
+    files = damage.apply(intact)
+    write_files(tmp_path / "cache", files)
     try:
-        store = opened(tmp_path / "cache")
+        store = open_store(tmp_path / "cache")
     except CacheError:
         return
     for number in NUMBERS:
         if key(number) not in store:
-            assert is_torn_off(number, whole, files)
+            assert is_cut_off(number, intact, files)
             continue
         try:
-            found = stored(store.read(key(number)))
+            record = store.read(key(number))
         except CacheError:
-            found = stored(annotation(number))
             assert store.check() != []
-        assert found == stored(annotation(number))
+        else:
+            assert comparable(record) == comparable(annotation(number))
 
 
-def is_torn_off(number: int, before: Files, after: Files) -> bool:
-    """Whether the line that named a record stood where a manifest has no whole line any more."""
-    entry = base64.b64encode(bytes.fromhex(key(number)))
-    (name,) = (name for name, content in before.items() if name.startswith("manifest-") and entry in content)
-    kept = after[name][: after[name].rfind(b"\n") + 1]
-    return before[name].startswith(kept) and before[name].index(entry) > len(kept)
+def is_cut_off(number: int, before: Files, after: Files) -> bool:
+    """Whether the line that listed a record is after the last complete line of its manifest."""
+    encoded_key = base64.b64encode(bytes.fromhex(key(number)))
+    (name,) = (name for name, content in before.items() if name.startswith("manifest-") and encoded_key in content)
+    complete = after[name][: after[name].rfind(b"\n") + 1]
+    return before[name].startswith(complete) and before[name].index(encoded_key) > len(complete)
 
 
-def test_a_cache_without_its_header_is_refused_and_not_taken_over(whole: Files, tmp_path: Path) -> None:
-    laid_out(tmp_path / "cache", Files({name: content for name, content in whole.items() if name != "manifest.jsonl"}))
+def test_a_cache_without_its_header_is_refused(intact: Files, tmp_path: Path) -> None:
+    write_files(
+        tmp_path / "cache", Files({name: content for name, content in intact.items() if name != "manifest.jsonl"})
+    )
     with pytest.raises(CacheError, match=r"manifest\.jsonl is missing"):
-        opened(tmp_path / "cache", FINGERPRINT | {"teacher": "another"})
+        open_store(tmp_path / "cache", FINGERPRINT | {"teacher": "another"})

@@ -1,4 +1,4 @@
-"""Law 8 and half of law 12: a cache holds what was written, or says what is wrong with it."""
+"""Law 8, fingerprints and keys: a cache is reused exactly if the teacher's targets are the same."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from omegaconf import DictConfig
 
 from distill.annotation.fill import fill, open_source
 from distill.errors import CacheError
-from tests.cache.conftest import wanted
+from tests.cache.conftest import train_and_validation
 from tests.conftest import compose, counted, grid, tiny_overrides
 
 
-def test_each_question_is_annotated_once_in_whatever_order(configured: Callable[..., DictConfig]) -> None:
-    source, teacher = counted(configured())
-    few = [e for e in source.splits.train if e.answer is None][:4]
-    fill(source, {"answer": few[:2]})
-    assert {r.example.id for r in teacher.asked} == {e.id for e in few[:2]}
+def test_each_question_is_annotated_once_in_any_order(configured: Callable[..., DictConfig]) -> None:
+    job, teacher = counted(configured())
+    examples = [e for e in job.splits.train if e.answer is None][:4]
+    fill(job, {"answer": examples[:2]})
+    assert {r.example.id for r in teacher.asked} == {e.id for e in examples[:2]}
     teacher.asked.clear()
-    report = fill(source, {"answer": [few[3], *few[:2], few[2]]})
-    assert {r.example.id for r in teacher.asked if r.example in few[2:]} == {e.id for e in few[2:]}
-    assert (report.num_reused, report.num_annotated) == (2, 2)
+    filled = fill(job, {"answer": [examples[3], *examples[:2], examples[2]]})
+    assert {r.example.id for r in teacher.asked if r.example in examples[2:]} == {e.id for e in examples[2:]}
+    assert (filled.num_reused, filled.num_annotated) == (2, 2)
     assert teacher.num_loads == 2
     teacher.asked.clear()
-    again, untouched = counted(configured())
-    report = fill(again, {"answer": few[::-1]})
-    assert (report.num_reused, report.num_annotated, untouched.num_loads, untouched.asked) == (4, 0, 0, [])
+    same_job, unused = counted(configured())
+    filled = fill(same_job, {"answer": examples[::-1]})
+    assert (filled.num_reused, filled.num_annotated, unused.num_loads, unused.asked) == (4, 0, 0, [])
 
 
-def test_more_unlabelled_examples_leave_the_cache_as_it_is(configured: Callable[..., DictConfig]) -> None:
-    source, _ = counted(configured())
-    first = fill(source, wanted(source))
-    more, _ = counted(configured("task.examples.num_unlabelled=9"))
-    assert more.store.fingerprint == source.store.fingerprint
-    report = fill(more, wanted(more))
-    assert (report.num_reused, report.num_annotated) == (first.num_annotated, 3)
+def test_more_unlabelled_examples_reuse_the_cache(configured: Callable[..., DictConfig]) -> None:
+    job, _ = counted(configured())
+    first = fill(job, train_and_validation(job))
+    larger, _ = counted(configured("task.examples.num_unlabelled=9"))
+    assert larger.store.fingerprint == job.store.fingerprint
+    filled = fill(larger, train_and_validation(larger))
+    assert (filled.num_reused, filled.num_annotated) == (first.num_annotated, 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_more_unlabelled_examples_leave_the_cache_as_it_is(configured: Callable[
         "weights",
     ],
 )
-def test_whatever_changes_a_target_changes_the_fingerprint(
+def test_settings_that_change_targets_change_the_fingerprint(
     change: str, configured: Callable[..., DictConfig], teacher_folder: Path, tmp_path: Path
 ) -> None:
     if change == "weights":
@@ -82,9 +82,7 @@ def test_whatever_changes_a_target_changes_the_fingerprint(
 @pytest.mark.parametrize(
     "change", ["seed=1", "batch_size=4", "loss=[kl]", "teacher.batch_size=3", "optim.optimizer.lr=0.1"]
 )
-def test_what_does_not_change_a_target_does_not_change_the_fingerprint(
-    change: str, configured: Callable[..., DictConfig]
-) -> None:
+def test_other_settings_keep_the_fingerprint(change: str, configured: Callable[..., DictConfig]) -> None:
     assert open_source(configured()).store.fingerprint == open_source(configured(change)).store.fingerprint
 
 
@@ -95,27 +93,27 @@ def test_a_prompt_template_changes_every_key(configured: Callable[..., DictConfi
     assert not keys[0] & keys[1]
 
 
-def test_a_folder_that_something_else_made_is_refused(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
-    here = f"cache.dir={tmp_path / 'mine'}"
-    source, _ = counted(configured(here))
-    fill(source, {"answer": source.splits.validation})
-    with pytest.raises(CacheError, match=r"codec\.k: cache has 8, asked for is 7"):
-        open_source(configured(here, "cache.codec.k=7"))
+def test_a_cache_with_another_fingerprint_is_refused(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
+    cache_dir = f"cache.dir={tmp_path / 'mine'}"
+    job, _ = counted(configured(cache_dir))
+    fill(job, {"answer": job.splits.validation})
+    with pytest.raises(CacheError, match=r"codec\.k: cache has 8, this run has 7"):
+        open_source(configured(cache_dir, "cache.codec.k=7"))
 
 
-def test_stored_targets_are_the_teachers_own(configured: Callable[..., DictConfig]) -> None:
-    source, _ = counted(configured())
-    fill(source, {"answer": source.splits.validation})
-    module = source.teacher.load()
-    for example in source.splits.validation:
-        stored = source.store.read(source.prompts.request(example, "answer").key).targets["answer"]
-        before = source.prompts.prefix("answer") + source.prompts.question(example, "answer")
-        ids = torch.tensor([[*before, *stored.token_ids]])
+def test_stored_targets_equal_the_models_own(configured: Callable[..., DictConfig]) -> None:
+    job, _ = counted(configured())
+    fill(job, {"answer": job.splits.validation})
+    module = job.teacher.load()
+    for example in job.splits.validation:
+        target = job.store.read(job.prompts.request(example, "answer").key).targets["answer"]
+        before = job.prompts.prefix("answer") + job.prompts.question(example, "answer")
+        ids = torch.tensor([[*before, *target.token_ids]])
         with torch.no_grad():
-            logits_TV = module(ids).logits[0, len(before) - 1 : -1, : source.prompts.vocabulary_size]
+            logits_TV = module(ids).logits[0, len(before) - 1 : -1, : job.prompts.vocabulary_size]
         top_NK, ids_NK = logits_TV.log_softmax(-1).topk(8, -1)
-        assert stored.soft is not None
-        # What is stored is rounded: probabilities to 1/255 on the scale of their fourth roots.
-        stored_ids_NK, stored_logprobs_NK = grid(stored.soft)
+        assert target.soft is not None
+        # Stored probabilities are rounded to 1/255 on the scale of their fourth roots.
+        stored_ids_NK, stored_logprobs_NK = grid(target.soft)
         assert np.allclose(np.exp(stored_logprobs_NK), top_NK.exp(), atol=0.01)
         assert np.array_equal(stored_ids_NK[:, 0], ids_NK[:, 0])

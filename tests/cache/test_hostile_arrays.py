@@ -1,4 +1,4 @@
-"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+"""Law 8: hostile shards with correct checksums: reading gives a record or raises CacheError, with little memory."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from distill.records import Annotation, Target
 from tests.cache.conftest import (
     FINGERPRINT,
     Files,
-    apart,
     files_of,
-    forged,
     fuzzed,
     key,
-    laid_out,
-    little_memory,
+    limited_memory,
     odd_numbers,
     odd_values,
-    opened,
+    open_store,
     read_all,
+    replace_arrays,
     sealed,
+    split_header,
     unsealed,
     with_header,
+    write_files,
 )
 from tests.conftest import codec, conf_names
 
 
 @st.composite
-def entries_changed(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A few changes of any of a header's entries."""
+def header_changes(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A function that makes a few changes to a header's entries."""
     fields = st.sampled_from(["dtype", "shape", "data_offsets", "name", "copy", "drop"])
     kinds = st.sampled_from(["U8", "I8", "U16", "F16", "I32", "U32", "F32", "I64", "F64", "BOOL", "", None])
     offsets = st.integers(0, 200) | odd_numbers
@@ -54,7 +54,7 @@ def entries_changed(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any
         )
     )
 
-    def changed(entries: dict[str, Any]) -> dict[str, Any]:
+    def apply(entries: dict[str, Any]) -> dict[str, Any]:
         entries = dict(entries)
         for which, field, kind, numbers, value in changes:
             name = sorted(entries)[which % len(entries)]
@@ -69,33 +69,33 @@ def entries_changed(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any
                 }
         return entries
 
-    return changed
+    return apply
 
 
 @fuzzed(200)
-@given(change=entries_changed())
+@given(change=header_changes())
 def test_a_changed_header_gives_a_record_or_a_cache_error(
-    one: Files, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+    single_shard: Files, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    laid_out(tmp_path / "cache", one)
-    (arrays,) = (content for file, content in one.items() if file.endswith(".safetensors"))
-    entries, data = apart(arrays)
-    forged(tmp_path / "cache", with_header(json.dumps(change(entries)).encode(), data))
+    write_files(tmp_path / "cache", single_shard)
+    (arrays,) = (content for file, content in single_shard.items() if file.endswith(".safetensors"))
+    entries, data = split_header(arrays)
+    replace_arrays(tmp_path / "cache", with_header(json.dumps(change(entries)).encode(), data))
     with suppress(CacheError):
-        assert [found.key for found in read_all(tmp_path / "cache", 5, 8)] == [key(5), key(8)]
+        assert [record.key for record in read_all(tmp_path / "cache", 5, 8)] == [key(5), key(8)]
 
 
-def given_to(name: str, folder: Path) -> None:
-    """Make a cache of two records with this codec."""
-    made = codec(name)
+def write_with_codec(name: str, folder: Path) -> None:
+    """Write a cache of two records with this codec."""
+    named_codec = codec(name)
     records = []
     for number in (5, 9):
         rng = np.random.default_rng(number)
         logits_NV = torch.from_numpy(4 * rng.normal(size=(number, 300)).astype(np.float32))
         uniform_N = torch.from_numpy(rng.random(number))
-        target = Target(tuple(range(number)), made.cut(logits_NV.log_softmax(-1), uniform_N))
+        target = Target(tuple(range(number)), named_codec.cut(logits_NV.log_softmax(-1), uniform_N))
         records.append(Annotation(key(number), {"answer": target}, "so"))
-    store = Store(folder, FINGERPRINT, made)
+    store = Store(folder, FINGERPRINT, named_codec)
     with store.writing() as writer:
         writer.add(records)
     assert store.check() == []
@@ -103,10 +103,10 @@ def given_to(name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def by_codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Caches by each codec."""
+    """A cache per codec."""
     folder = tmp_path_factory.mktemp("by_codec")
     for name in conf_names("cache"):
-        given_to(name, folder / name)
+        write_with_codec(name, folder / name)
     return folder
 
 
@@ -119,17 +119,17 @@ KINDS = ("u1", "i1", "<u2", "<i4", "<u4", "<f4", "<f2", "<i8")
 Changes = list[tuple[str, int, int, int]]
 
 
-def changed(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, np.ndarray]:
+def apply_changes(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, np.ndarray]:
     arrays = dict(arrays)
-    for how, which, place, extreme in changes:
+    for how, which, position, extreme in changes:
         name = sorted(arrays)[which % len(arrays)]
         array, number = arrays[name].copy(), EXTREMES[extreme % len(EXTREMES)]
         if how == "value" and array.size:
-            array.ravel()[place % array.size] = np.array(number).astype(array.dtype)
+            array.ravel()[position % array.size] = np.array(number).astype(array.dtype)
         elif how == "every value":
             array[...] = np.array(number).astype(array.dtype)
         elif how == "row" and len(array):
-            array = np.delete(array, place % len(array), 0)
+            array = np.delete(array, position % len(array), 0)
         elif how == "rows":
             array = np.concatenate([array, array[:1]])
         elif how == "type":
@@ -137,7 +137,7 @@ def changed(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, np.nda
         elif how == "shape":
             array = [array.ravel(), array[None], array[..., None], array.T, array[..., :1]][extreme % 5]
         elif how == "name":
-            arrays[f"{name}{place}"] = arrays.pop(name)
+            arrays[f"{name}{position}"] = arrays.pop(name)
             continue
         arrays[name] = np.ascontiguousarray(array)
     return arrays
@@ -158,26 +158,26 @@ def changed(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, np.nda
 def test_arrays_of_any_form_give_a_record_or_a_cache_error(
     by_codec: Path, tmp_path: Path, name: str, changes: Changes
 ) -> None:
-    laid_out(tmp_path / "cache", files_of(by_codec / name))
+    write_files(tmp_path / "cache", files_of(by_codec / name))
     (shard,) = tmp_path.glob("cache/*.safetensors")
     with np.errstate(all="ignore"):
-        content = save(changed(load(shard.read_bytes()), changes))
-    forged(tmp_path / "cache", content)
-    made = codec(name)
-    with little_memory(), suppress(CacheError):
-        store = Store(tmp_path / "cache", FINGERPRINT, made)
+        content = save(apply_changes(load(shard.read_bytes()), changes))
+    replace_arrays(tmp_path / "cache", content)
+    named_codec = codec(name)
+    with limited_memory(), suppress(CacheError):
+        store = Store(tmp_path / "cache", FINGERPRINT, named_codec)
         for number in (5, 9):
             for target in store.read(key(number)).targets.values():
                 assert target.soft is None or len(target.soft) == len(target.token_ids)
 
 
-def test_texts_of_other_keys_are_refused(one: Files, tmp_path: Path) -> None:
-    laid_out(tmp_path / "cache", one)
+def test_texts_with_other_keys_are_refused(single_shard: Files, tmp_path: Path) -> None:
+    write_files(tmp_path / "cache", single_shard)
     (manifest,) = tmp_path.glob("cache/manifest-*")
     (line,) = unsealed(manifest.read_bytes())
     line["keys"] = base64.b64encode(bytes.fromhex(key(8) + key(5))).decode()
     manifest.write_bytes(sealed(line))
-    store = opened(tmp_path / "cache")
+    store = open_store(tmp_path / "cache")
     for number in (5, 8):
-        with pytest.raises(CacheError, match="its keys are not the manifest's"):
+        with pytest.raises(CacheError, match="its keys differ from the manifest"):
             store.read(key(number))

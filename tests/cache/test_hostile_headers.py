@@ -1,4 +1,4 @@
-"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+"""Law 8: hostile headers of a shard's arrays, with correct checksums, are refused."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 import pytest
 
 from distill.errors import CacheError
-from tests.cache.conftest import Files, apart, entry, forged, laid_out, read_all, with_header
+from tests.cache.conftest import Files, entry, read_all, replace_arrays, split_header, with_header, write_files
 
-# What becomes of the entries of a header, two of which lie like this: length.answer [16, 24], token [32, ...].
+# Changes of a header's entries; originally length.answer has offsets [16, 24], token [32, ...].
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no dimension": lambda e: e | {"token": entry("I32", [], 32, 36)},
     "two dimensions": lambda e: e | {"token": e["token"] | {"shape": [*e["token"]["shape"], 1]}},
     "lengths of two dimensions": lambda e: e | {"length.answer": e["length.answer"] | {"shape": [1, 2]}},
     "ends of two dimensions": lambda e: e | {"end.position": e["end.position"] | {"shape": [2, 1]}},
     "a hundred dimensions": lambda e: e | {"more": entry("U8", [1] * 100, 0, 1)},
-    "an extent beyond numbers": lambda e: e | {"more": entry("U8", [0, 10**30], 0, 0)},
+    "a huge extent": lambda e: e | {"more": entry("U8", [0, 10**30], 0, 0)},
     "a huge number": lambda e: e | {"more": entry("U8", [10**4000], 0, 1)},
-    "a shape that is a text": lambda e: e | {"more": entry("U8", "4", 0, 4)},
-    "a shape that is an object": lambda e: e | {"more": entry("U8", {"4": 0}, 0, 4)},
-    "offsets that are texts": lambda e: e | {"more": entry("U8", [4], "0", "4")},
-    "offsets that are fractions": lambda e: e | {"more": entry("U8", [4], 0.5, 4.5)},
-    "offsets that are no numbers": lambda e: e | {"more": entry("U8", [4], float("nan"), 4)},
+    "a shape of type string": lambda e: e | {"more": entry("U8", "4", 0, 4)},
+    "a shape of type object": lambda e: e | {"more": entry("U8", {"4": 0}, 0, 4)},
+    "offsets of type string": lambda e: e | {"more": entry("U8", [4], "0", "4")},
+    "fractional offsets": lambda e: e | {"more": entry("U8", [4], 0.5, 4.5)},
+    "NaN offsets": lambda e: e | {"more": entry("U8", [4], float("nan"), 4)},
     "one offset": lambda e: e | {"more": entry("U8", [4], 0)},
     "three offsets": lambda e: e | {"more": entry("U8", [4], 0, 4, 8)},
     "overlapping": lambda e: e | {"more": entry("U8", [4], 0, 4)},
     "the same bytes twice": lambda e: e | {"token": e["position.id"] | {"dtype": "I32", "shape": [24]}},
-    "lengths that are fractions": lambda e: e | {"length.answer": e["length.answer"] | {"dtype": "F32"}},
-    "ids that are fractions": lambda e: e | {"token": e["token"] | {"dtype": "F32"}},
-    "ends that are bytes": lambda e: e | {"end.position": e["end.position"] | {"dtype": "U8", "shape": [16]}},
-    "a type that is a list": lambda e: e | {"more": entry(["U8"], [4], 0, 4)},  # type: ignore[arg-type]
-    "an entry that is a list": lambda e: e | {"more": []},
+    "floating-point lengths": lambda e: e | {"length.answer": e["length.answer"] | {"dtype": "F32"}},
+    "floating-point ids": lambda e: e | {"token": e["token"] | {"dtype": "F32"}},
+    "ends of type uint8": lambda e: e | {"end.position": e["end.position"] | {"dtype": "U8", "shape": [16]}},
+    "a dtype of type list": lambda e: e | {"more": entry(["U8"], [4], 0, 4)},  # type: ignore[arg-type]
+    "an entry of type list": lambda e: e | {"more": []},
     "an array called header": lambda e: e | {"header": entry("U8", [4], 0, 4)},
     "an array called parquet": lambda e: e | {"parquet": entry("U8", [4], 0, 4)},
     "an axis without a name": lambda e: e | {".more": entry("U8", [4], 0, 4)},
@@ -53,12 +53,12 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_header_is_refused(name: str, one: Files, tmp_path: Path) -> None:
-    laid_out(tmp_path / "cache", one)
-    (arrays,) = (content for file, content in one.items() if file.endswith(".safetensors"))
-    entries, data = apart(arrays)
-    forged(tmp_path / "cache", with_header(json.dumps(HOSTILE[name](entries)).encode(), data))
-    with pytest.raises(CacheError, match=r"damaged|wanted are|does not fit together"):
+def test_a_hostile_header_is_refused(name: str, single_shard: Files, tmp_path: Path) -> None:
+    write_files(tmp_path / "cache", single_shard)
+    (arrays,) = (content for file, content in single_shard.items() if file.endswith(".safetensors"))
+    entries, data = split_header(arrays)
+    replace_arrays(tmp_path / "cache", with_header(json.dumps(HOSTILE[name](entries)).encode(), data))
+    with pytest.raises(CacheError, match=r"damaged|expected|are inconsistent"):
         read_all(tmp_path / "cache", 5, 8)
 
 
@@ -66,18 +66,18 @@ BRACKETS = b'{"token": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 
 
 @pytest.mark.parametrize("header", [BRACKETS, b'{"a": 1, ' * 50_000, b"9" * 100_000, b'"\\ud800"', b"{}", b""])
-def test_a_header_that_is_no_table_of_arrays_is_refused(header: bytes, one: Files, tmp_path: Path) -> None:
-    laid_out(tmp_path / "cache", one)
-    forged(tmp_path / "cache", with_header(header, bytes(64)))
+def test_a_header_that_lists_no_arrays_is_refused(header: bytes, single_shard: Files, tmp_path: Path) -> None:
+    write_files(tmp_path / "cache", single_shard)
+    replace_arrays(tmp_path / "cache", with_header(header, bytes(64)))
     with pytest.raises(CacheError, match="is damaged"):
         read_all(tmp_path / "cache", 5)
 
 
-def test_an_array_that_is_named_twice_is_refused(one: Files, tmp_path: Path) -> None:
-    laid_out(tmp_path / "cache", one)
-    (arrays,) = (content for file, content in one.items() if file.endswith(".safetensors"))
-    entries, data = apart(arrays)
+def test_a_repeated_array_name_is_refused(single_shard: Files, tmp_path: Path) -> None:
+    write_files(tmp_path / "cache", single_shard)
+    (arrays,) = (content for file, content in single_shard.items() if file.endswith(".safetensors"))
+    entries, data = split_header(arrays)
     header = json.dumps(entries).encode()
-    forged(tmp_path / "cache", with_header(b'{"token": {}, ' + header[1:], data))
+    replace_arrays(tmp_path / "cache", with_header(b'{"token": {}, ' + header[1:], data))
     with pytest.raises(CacheError, match="is damaged"):
         read_all(tmp_path / "cache", 5)

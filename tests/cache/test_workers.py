@@ -1,4 +1,4 @@
-"""Law 8 under attack: damaged files, hostile files, full disks and folders that vanish."""
+"""Forked DataLoader workers read from a cache the same batches as a single process."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.conftest import LAYOUT, environment, examples
 
 
 @final
-class Steps(Dataset[Batch]):
-    """Batches of lessons that are read from a cache when they are wanted."""
+class StepBatches(Dataset[Batch]):
+    """Batches whose soft targets are read from a cache on access."""
 
-    def __init__(self, join: Join, store: Store, given: Sequence[Example]) -> None:
-        self._join, self._store, self._given = join, store, given
+    def __init__(self, join: Join, store: Store, examples: Sequence[Example]) -> None:
+        self._join, self._store, self._examples = join, store, examples
 
     def __len__(self) -> int:
-        return len(self._given) // 4
+        return len(self._examples) // 4
 
     def __getitem__(self, number: int) -> Batch:
-        part = self._given[4 * number : 4 * number + 4]
-        return collate(self._join.lessons(part), {("answer", "soft"): number}, 0, self._store.soft_targets)
+        batch_examples = self._examples[4 * number : 4 * number + 4]
+        return collate(self._join.lessons(batch_examples), {("answer", "soft"): number}, 0, self._store.soft_targets)
 
 
 def lesson_prompts(folder: Path) -> Prompts:
@@ -43,17 +43,19 @@ def lesson_prompts(folder: Path) -> Prompts:
 
 
 def read_by_workers(folder: Path, tokenizer: Path) -> None:
-    """Read a cache in workers that are forked, and then here; the batches must be the same."""
-    prompts, given = lesson_prompts(tokenizer), examples(24)
-    requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in given}
+    """Read a cache in forked workers and in this process, and compare the batches."""
+    prompts, all_examples = lesson_prompts(tokenizer), examples(24)
+    requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in all_examples}
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
     join = Join(prompts=prompts, teacher=Records(store, requests), **settings)
-    loaders = [DataLoader(Steps(join, store, given), batch_size=None, num_workers=number) for number in (2, 0)]
-    there, here = (list(loader) for loader in loaders)
-    assert len(there) == len(here) == 6
-    for left, right in zip(there, here, strict=True):
+    loaders = [
+        DataLoader(StepBatches(join, store, all_examples), batch_size=None, num_workers=number) for number in (2, 0)
+    ]
+    of_workers, of_process = (list(loader) for loader in loaders)
+    assert len(of_workers) == len(of_process) == 6
+    for left, right in zip(of_workers, of_process, strict=True):
         assert left.counts == right.counts
         assert left.example_ids == right.example_ids
         for name in ("input_ids_BT", "mask_BT", "sequence_N", "before_N", "label_N", "is_labelled_N", "is_soft_N"):
@@ -64,17 +66,17 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_read_from_a_cache_what_one_process_reads(tmp_path: Path, student_folder: Path) -> None:
-    made, prompts = TopK(k=4, temperature=1.0), lesson_prompts(student_folder)
-    with Store(tmp_path, FINGERPRINT, made).writing() as writer:
+def test_forked_workers_read_the_same_batches(tmp_path: Path, student_folder: Path) -> None:
+    codec, prompts = TopK(k=4, temperature=1.0), lesson_prompts(student_folder)
+    with Store(tmp_path, FINGERPRINT, codec).writing() as writer:
         for number, example in enumerate(examples(24)):
             ids = prompts.answer_ids(example.answer or "")
-            soft = made.cut((3 * torch.randn(len(ids), 300)).log_softmax(-1), torch.zeros(len(ids)).double())
+            soft = codec.cut((3 * torch.randn(len(ids), 300)).log_softmax(-1), torch.zeros(len(ids)).double())
             request = prompts.request(example, "answer")
             writer.add([Annotation(request.key, {"answer": Target(ids, soft)}, example.answer)])
             if number % 5 == 4:
                 writer.flush()
-    # Only a process without threads may fork.
+    # Forking is safe only without threads, so in a new process.
     line = [sys.executable, __file__, str(tmp_path), str(student_folder)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

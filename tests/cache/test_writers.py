@@ -1,4 +1,4 @@
-"""Law 8 and half of law 12: a cache holds what was written, or says what is wrong with it."""
+"""Law 12, resumed = unbroken: interrupted and concurrent writers end with the same bytes as a single one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from distill.cache.claims import Claims
-from tests.cache.conftest import annotation, key, opened
+from tests.cache.conftest import annotation, key, open_store
 from tests.conftest import environment, shards
 
 
-def fill_by_claims(folder: Path, num_groups: int, size: int = 4) -> None:
-    """Make what is missing of groups 0, 1, ..., each of `size` records, as annotating does."""
-    store = opened(folder)
+def fill_with_claims(folder: Path, num_groups: int, size: int = 4) -> None:
+    """Write what is missing of groups 0, 1, ... of `size` records, claiming each as the annotate command does."""
+    store = open_store(folder)
     with store.writing() as writer:
         for group in range(num_groups):
             numbers = [n for n in range(group * size, (group + 1) * size) if key(n) not in store]
@@ -38,15 +38,15 @@ def fill_by_claims(folder: Path, num_groups: int, size: int = 4) -> None:
 
 
 def die_at(boundary: int) -> None:
-    """Have this process killed just before it makes something durable for the n-th time, or just after."""
+    """Kill this process just before (even `boundary`) or after (odd) one of its file operations."""
     calls = itertools.count()
 
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*given: Any, **others: Any) -> Any:
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
             number = next(calls)
             if 2 * number == boundary:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*given, **others)
+            result = function(*arguments, **options)
             if 2 * number + 1 == boundary:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
@@ -61,11 +61,11 @@ def die_at(boundary: int) -> None:
         (Path, "unlink"),
         (os, "link"),
     ):
-        setattr(owner, name, dying(getattr(owner, name)))
+        setattr(owner, name, killing(getattr(owner, name)))
 
 
 def in_another_process(task: Callable[[], None]) -> int:
-    """Run `task` in a child; return its exit status as `subprocess` would."""
+    """Run `task` in a child process; return its exit code as `subprocess` does."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -81,38 +81,38 @@ def in_another_process(task: Callable[[], None]) -> int:
 
 
 def kill_at_every_boundary(folder: Path, num_groups: int) -> int:
-    """Fill a cache for each boundary, killed there and filled again; return how many boundaries there are.
+    """Fill a cache, killed at each boundary in turn, then filled again; return the number of boundaries.
 
-    All work is done by children: a process that has used Arrow's threads may not fork.
+    All work is done in child processes: a process that has used Arrow's threads must not fork.
     """
-    broken = folder / "broken"
+    interrupted = folder / "interrupted"
 
-    def filling(where: Path, boundary: int | None = None) -> int:
+    def run_fill(path: Path, boundary: int | None = None) -> int:
         def task() -> None:
             if boundary is not None:
                 die_at(boundary)
-            fill_by_claims(where, num_groups)
-            assert opened(where).check() == []
+            fill_with_claims(path, num_groups)
+            assert open_store(path).check() == []
 
         return in_another_process(task)
 
-    assert filling(folder / "unbroken") == 0
-    wanted = shards(folder / "unbroken")
-    for boundary in itertools.count(0, 2):  # just after one write is just before the next
-        code = filling(broken, boundary)
-        assert len(opened(broken)) % 4 == 0
-        assert filling(broken) == 0
-        assert shards(broken) == wanted, boundary
-        assert not list((broken / "claims").glob("[0-9]*"))
-        shutil.rmtree(broken)
+    assert run_fill(folder / "uninterrupted") == 0
+    expected = shards(folder / "uninterrupted")
+    for boundary in itertools.count(0, 2):  # after one operation is before the next
+        code = run_fill(interrupted, boundary)
+        assert len(open_store(interrupted)) % 4 == 0
+        assert run_fill(interrupted) == 0
+        assert shards(interrupted) == expected, boundary
+        assert not list((interrupted / "claims").glob("[0-9]*"))
+        shutil.rmtree(interrupted)
         if code == 0:
             return boundary
         assert code == -signal.SIGKILL
     raise AssertionError("never reached")
 
 
-def run_here(*arguments: str) -> str:
-    """This file as a program: only a process without threads may fork."""
+def run_this_file(*arguments: str) -> str:
+    """Run this file as a program: only a process without threads may fork."""
     line = [sys.executable, __file__, *arguments]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -120,15 +120,15 @@ def run_here(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_killed_at_any_write_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    assert int(run_here("boundaries", str(tmp_path), "2")) > 40
+def test_killed_at_any_write_filling_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    assert int(run_this_file("boundaries", str(tmp_path), "2")) > 40
 
 
 def many_writers(folder: Path, num_writers: int, num_groups: int) -> None:
-    """Have writers fill one cache at once; one of them is killed with a claim in its hands."""
+    """Fill one cache with several writers; another was killed while it held a claim."""
 
     def killed() -> None:
-        store = opened(folder)
+        store = open_store(folder)
         assert store.claims.take("7")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,22 +138,22 @@ def many_writers(folder: Path, num_writers: int, num_groups: int) -> None:
     for _ in range(num_writers):
         child = os.fork()
         if child == 0:
-            fill_by_claims(folder, num_groups)
+            fill_with_claims(folder, num_groups)
             os._exit(0)
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * num_writers
 
 
-def test_many_writers_share_the_work_and_a_dead_one_leaves_its_own(tmp_path: Path) -> None:
-    run_here("writers", str(tmp_path / "cache"), "4", "40")
-    fill_by_claims(tmp_path / "alone", 40)
-    assert shards(tmp_path / "cache") == shards(tmp_path / "alone")
+def test_concurrent_writers_write_each_group_once_despite_a_stale_claim(tmp_path: Path) -> None:
+    run_this_file("writers", str(tmp_path / "cache"), "4", "40")
+    fill_with_claims(tmp_path / "single", 40)
+    assert shards(tmp_path / "cache") == shards(tmp_path / "single")
     lines = [line for path in (tmp_path / "cache").glob("manifest-*") for line in path.read_bytes().splitlines()]
-    assert len(lines) == 40  # no group was made twice
+    assert len(lines) == 40  # no group was written twice
     assert len(list((tmp_path / "cache").glob("manifest-*"))) > 1
 
 
-def test_a_claim_of_another_machine_is_respected_until_it_was_not_touched_for_long(tmp_path: Path) -> None:
+def test_a_claim_of_another_machine_is_respected_until_it_is_stale(tmp_path: Path) -> None:
     claims = Claims(tmp_path, seconds=30.0)
     (tmp_path / "group").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     assert not claims.take("group")
@@ -165,7 +165,7 @@ def test_a_claim_of_another_machine_is_respected_until_it_was_not_touched_for_lo
     assert Claims(tmp_path, seconds=30.0).take("group")
 
 
-def test_claims_are_kept_alive_while_they_are_held_and_given_up_after(tmp_path: Path) -> None:
+def test_held_claims_are_kept_alive_and_released_at_the_end(tmp_path: Path) -> None:
     claims = Claims(tmp_path, seconds=0.2)
     with claims.held():
         claims.take("group")

@@ -219,7 +219,7 @@ def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...])
 
 
 def test_soft_targets_with_inconsistent_shapes_are_refused() -> None:
-    with pytest.raises(Exception, match="unlike shapes"):
+    with pytest.raises(Exception, match="inconsistent shapes"):
         SoftTargets(np.zeros(6, np.int32), np.zeros(6, np.float32), np.zeros(2, np.float32), np.full(3, 2))
-    with pytest.raises(Exception, match="unlike shapes"):
+    with pytest.raises(Exception, match="inconsistent shapes"):
         SoftTargets(np.zeros(6, np.int32), np.zeros(5, np.float32), np.zeros(3, np.float32), np.full(3, 2))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from distill.annotation import fill as filling
+from distill.annotation import annotation_job
 from distill.annotation.fill import open_source
 from distill.app import config as configuration
 from distill.app.files import whole_file
@@ -73,7 +73,7 @@ def test_a_package_name_is_accepted_only_with_version_and_hashes(name: str, tmp_
 @QUICK
 def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": str(tmp_path), "task": {"name": name}, "cache": {"dir": None}})
-    folder, url = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    folder, url = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, url) == (tmp_path / "cache", None)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -82,7 +82,7 @@ def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path
 @QUICK
 def test_a_copy_of_a_cache_stays_in_the_copies_folder_for_any_url(url: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
-    folder, place = filling._cache_dir(config, tmp_path, {"a": 1}, "teacher")
+    folder, place = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, place) == (tmp_path / "copies", f"s3://{url}")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -25,7 +25,7 @@ from distill.models import loading
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Annotation, Example, Request, Splits
-from tests.annotation.conftest import tiny
+from tests.annotation.conftest import annotate_options
 from tests.conftest import LAYOUT, CountingTeacher, compose, counted, examples, grid, make_tokenizer
 from tests.teachers.conftest import asked, opened, same
 
@@ -143,7 +143,7 @@ def test_no_evaluation_question_is_in_train(configured: Callable[..., DictConfig
 
 
 def test_annotate_never_uses_test_labels(tmp_path: Path, teacher_folder: Path) -> None:
-    config = compose(*tiny(tmp_path, teacher_folder), f"root={tmp_path}", name="annotate")
+    config = compose(*annotate_options(tmp_path, teacher_folder), f"root={tmp_path}", name="annotate")
     main(config)
     source = open_source(config)
     for example in source.splits.test:

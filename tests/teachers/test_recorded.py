@@ -59,7 +59,7 @@ def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configure
 
 def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(elsewhere: Configured, tmp_path: Path) -> None:
     nobody = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'elsewhere.jsonl'}]", name="annotate")
-    with pytest.raises(ConfigError, match=r"teacher\.model must be given"):
+    with pytest.raises(ConfigError, match=r"teacher\.model is missing"):
         open_source(nobody)
 
 

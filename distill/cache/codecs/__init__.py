@@ -1,1 +1,1 @@
-"""How soft targets become bytes: one file for each codec."""
+"""Codecs: how soft targets are encoded as bytes, one file per codec."""

@@ -1,4 +1,4 @@
-"""Every token's probability: exact at any temperature, and large (4 V bytes per position, float32)."""
+"""Full distributions: exact at any temperature, and large (4 V bytes per position, float32)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from distill.records import Entries, SoftTargets
 
 @final
 class Dense:
-    """K = V, nothing left over, no error."""
+    """K = V: no tail, no error."""
 
     seed = None
 
     def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
-        """Keep all, in order of id."""
+        """Keep all ids in order."""
         return _in_order(logprobs_NV.float().cpu().numpy())
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
-        """Ids are their places."""
+        """Store log-probabilities; ids are implied by their order."""
         soft.check()
         return {"position.logprob": soft.logprobs_E.reshape(len(soft), -1).astype(np.float32)}
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
-        """As it was."""
+        """Decode without loss."""
         check_arrays(arrays, {"position.logprob": (np.float32, 2)})
         return _in_order(arrays["position.logprob"])
 
     def check_temperature(self, temperature: float) -> None:
-        """Any will do."""
+        """Accept any temperature."""
 
     def at_temperature(self, entries: Entries, temperature: float) -> Entries:
-        """The whole distribution is there, so its normaliser is too."""
+        """Rescale and normalize the full distribution."""
         if temperature == 1:
             return entries
         logprobs_E = entries.logprobs_E / temperature
@@ -47,11 +47,11 @@ class Dense:
         return replace(entries, logprobs_E=logprobs_E - sum_N.log()[entries.position_E])
 
     def fingerprint(self) -> dict[str, Any]:
-        """Nothing to choose."""
+        """Name of the codec and stored type."""
         return {"codec": "dense", "stored": "float32"}
 
 
 def _in_order(logprobs_NV: np.ndarray) -> SoftTargets:
-    number, size = logprobs_NV.shape
-    ids_E = np.tile(np.arange(size, dtype=np.int32), number)
-    return SoftTargets(ids_E, logprobs_NV.ravel(), np.zeros(number, np.float32), np.full(number, size, np.int32))
+    num_rows, size = logprobs_NV.shape
+    ids_E = np.tile(np.arange(size, dtype=np.int32), num_rows)
+    return SoftTargets(ids_E, logprobs_NV.ravel(), np.zeros(num_rows, np.float32), np.full(num_rows, size, np.int32))

@@ -1,14 +1,14 @@
-"""The probable tokens exactly, and of the others a few that are drawn: right on average, in a few bytes.
+"""The most probable tokens exactly, and a systematic sample of the others: unbiased, in a few bytes.
 
-Per position, with tau = 1 / n: the head is every token of p >= tau and at least the `k_min` most probable ones.
-The tail is drawn systematically (Madow & Madow 1944): of the running sum over the other tokens, those are taken in
-whose shares the points (u + j) tau lie, u uniform in [0, 1) and one number for the whole position. So a tail token
-is in with probability p / tau, at most once, and then stands for tau: the expected target is p itself, with
+Per position, with tau = 1 / n: the head is every token with p >= tau and at least the `k_min` most probable ones.
+The tail is sampled systematically (Madow & Madow 1944): a tail token is selected if its interval of the cumulative
+sum over the tail contains one of the points (u + j) tau, with a single u uniform in [0, 1) for the position. So a
+tail token is selected with probability p / tau, at most once, with weight tau: the expected target is p, with
 
     E |t - p|^2 = sum over the tail of p (tau - p) <= tau * tail,      |sum t - 1| < tau
 
-where n independent draws from p (RS-KD: Anshumann et al. 2025, arXiv 2503.16870) have (1 - sum p^2) / n. It is never
-renormalised. Of a divergence this gives the forward KL without bias: its gradient is linear in the target.
+where n independent samples of p (RS-KD: Anshumann et al. 2025, arXiv 2503.16870) have (1 - sum p^2) / n. The target
+is never renormalised. The forward KL is estimated without bias, since its gradient is linear in the target.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ _BYTES = (*_POSITIONS, "lesser.code", "head_plane.bits", "draw_plane.bits")
 
 @final
 class Sampled:
-    """2 + 3 bytes per exact entry + 2 per draw, and 1/8 for each bit of an id above 16; rounded as `compact` says.
+    """2 + 3 bytes per exact entry + 2 per sample, and 1/8 per bit of an id above 16; rounded as in `compact`.
 
-    Rounding moves mass between head and tail too: |sum t - 1| < tau + 0.008 of what is read back.
+    Rounding also moves mass between head and tail: decoded targets have |sum t - 1| < tau + 0.008.
     """
 
     def __init__(self, *, n: int, k_min: int, seed: int, temperature: float) -> None:
-        """`temperature` is that of the loss which the targets are for: a cut distribution has just one."""
+        """`temperature` must equal that of the loss: a truncated distribution has a single temperature."""
         if not (1 <= n <= 255 and 0 <= k_min <= 255 and temperature > 0):
             raise ConfigError(
-                f"cache.codec.n={n}, k_min={k_min}, temperature={temperature}: n is one of 1 ... 255, "
-                "k_min one of 0 ... 255, and the temperature positive"
+                f"cache.codec.n={n}, cache.codec.k_min={k_min}, cache.codec.temperature={temperature}: expected n in "
+                "1 ... 255, k_min in 0 ... 255 and a positive temperature"
             )
         self._n, self._k_min, self._seed, self._temperature = n, k_min, seed, temperature
 
     @property
     def seed(self) -> int:
-        """Of the draws."""
+        """Seed of the samples."""
         return self._seed
 
     def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
-        """Keep the head, draw from the tail."""
-        logprobs_NV = compact.retempered(logprobs_NV, self._temperature)
+        """Keep the head, sample the tail."""
+        logprobs_NV = compact.apply_temperature(logprobs_NV, self._temperature)
         size = logprobs_NV.shape[-1]
         top_NK, ids_NK = logprobs_NV.topk(min(max(self._n, self._k_min), size), -1)
-        is_among_K = torch.arange(top_NK.shape[-1], device=top_NK.device) < self._k_min
-        is_head_NK = (top_NK >= -math.log(self._n)) | (is_among_K & (top_NK > -torch.inf))
+        is_forced_K = torch.arange(top_NK.shape[-1], device=top_NK.device) < self._k_min
+        is_head_NK = (top_NK >= -math.log(self._n)) | (is_forced_K & (top_NK > -torch.inf))
         p_NV = logprobs_NV.exp()
         p_NV.scatter_(-1, ids_NK, p_NV.gather(-1, ids_NK).masked_fill(is_head_NK, 0))
-        tail = compact.Cumulative.of(p_NV)
-        drawn_NJ = tail.drawn((uniform_N.unsqueeze(-1) + torch.arange(self._n)) / self._n)
+        tail = compact.Cumulative.from_probabilities(p_NV)
+        drawn_NJ = tail.sample((uniform_N.unsqueeze(-1) + torch.arange(self._n)) / self._n)
         return self._targets(
             is_head_NK.sum(-1).cpu().numpy(),
             (drawn_NJ < size).sum(-1).cpu().numpy(),
@@ -73,7 +73,7 @@ class Sampled:
         )
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
-        """Head and draws apart; the first probability of a head follows from the others."""
+        """Store head and samples separately; the first probability of a head is implied by the others."""
         soft.check()
         is_head_E, num_draws_N = soft.is_exact_E, soft.num_N - soft.num_exact_N
         head, head_planes = compact.pack_ids(soft.ids_E[is_head_E])
@@ -91,31 +91,31 @@ class Sampled:
         }
 
     def unpack(self, arrays: Mapping[str, np.ndarray], lengths: Lengths | None = None) -> SoftTargets:
-        """Heads and draws of each position beside each other."""
-        kinds: dict[str, tuple[Any, int]] = dict.fromkeys(_BYTES, (np.uint8, 1))
-        compact.check_arrays(arrays, kinds | {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)})
+        """Decode rows of head and samples."""
+        layout: dict[str, tuple[Any, int]] = dict.fromkeys(_BYTES, (np.uint8, 1))
+        compact.check_arrays(arrays, layout | {"head.id": (np.uint16, 1), "draw.id": (np.uint16, 1)})
         num_exact_N, num_draws_N, odds_N, codes, head_planes, draw_planes = (arrays[name] for name in _BYTES)
         axes = ("position.tail", "head.id", "draw.id", "head_plane.bits", "draw_plane.bits")
-        length_R, head_R, draw_R, head_plane_R, draw_plane_R = compact.lengths_of(axes, arrays, lengths)
-        is_counted_R = compact.sums(num_exact_N, length_R) == head_R
-        is_counted_R &= compact.sums(num_draws_N, length_R) == draw_R
+        length_R, head_R, draw_R, head_plane_R, draw_plane_R = compact.record_lengths(axes, arrays, lengths)
+        is_counted_R = compact.sum_per_record(num_exact_N, length_R) == head_R
+        is_counted_R &= compact.sum_per_record(num_draws_N, length_R) == draw_R
         if not is_counted_R.all() or (num_draws_N > self._n).any():
-            raise compact.misfit(f"{head_R.sum()} and {draw_R.sum()} ids, counted are others")
+            raise compact.inconsistent(f"{head_R.sum()} and {draw_R.sum()} ids do not match the counts per position")
         head = compact.unpack_ids(arrays["head.id"], head_planes, head_R, head_plane_R)
         draws = compact.unpack_ids(arrays["draw.id"], draw_planes, draw_R, draw_plane_R)
         logprobs, tail_N = compact.unpack_probabilities(codes, odds_N, num_exact_N)
         return self._targets(num_exact_N, num_draws_N, head, logprobs, draws, tail_N)
 
     def at_temperature(self, entries: Entries, temperature: float) -> Entries:
-        """As stored."""
+        """Return the entries as stored."""
         return entries
 
     def check_temperature(self, temperature: float) -> None:
-        """Only the one it was made for."""
+        """Accept only the codec's temperature."""
         compact.check_temperature(temperature, self._temperature)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Threshold, smallest head, seed, temperature and the bytes' meaning."""
+        """n, smallest head, seed, temperature and layout."""
         settings = {"n": self._n, "k_min": self._k_min, "seed": self._seed, "temperature": self._temperature}
         return {"codec": "sampled", **settings, "stored": compact.LAYOUT}
 
@@ -128,7 +128,7 @@ class Sampled:
         draws: np.ndarray,
         tail_N: np.ndarray,
     ) -> SoftTargets:
-        """Rows made of heads, with their log-probabilities, and of draws, each row after row."""
+        """Interleave heads, with their log-probabilities, and samples into rows."""
         num_N2 = np.stack([num_exact_N, num_draws_N], 1).astype(np.int32)
         is_head_E = np.repeat(np.arange(num_N2.size) % 2 == 0, num_N2.ravel())
         ids_E, logprobs_E = np.empty(len(is_head_E), np.int32), np.full(len(is_head_E), -math.log(self._n), np.float32)

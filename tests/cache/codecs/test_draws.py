@@ -1,4 +1,4 @@
-"""Law 1 and its bytes: what each codec of conf/cache/ keeps, how well, in how much room, and right on average."""
+"""The samples of codecs: uniform, independent, and unbiased with the noise of the formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.cache import uniforms
 from distill.cache.codecs import compact
 from distill.records import SoftTargets
-from tests.cache.codecs.conftest import DRAWING, draws, on_a_grid, random, whole
+from tests.cache.codecs.conftest import SAMPLING_CODECS, random_logprobs, training_rows, uniform_draws, uniform_grid
 from tests.conftest import codec
 
 
@@ -36,34 +36,32 @@ def test_uniforms_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 3000])
-def test_a_point_draws_the_token_in_whose_share_of_the_sum_it_lies(size: int) -> None:
-    p_NV = random(20, size, 6.0).exp() * (torch.rand(20, size) < 0.7)
+def test_a_point_samples_the_token_whose_interval_contains_it(size: int) -> None:
+    p_NV = random_logprobs(20, size, 6.0).exp() * (torch.rand(20, size) < 0.7)
     p_NV[:, 0] += 1e-3
     points_NJ = torch.rand(20, 50, dtype=torch.float64)
-    found_NJ = compact.Cumulative.of(p_NV).drawn(points_NJ)
-    assert p_NV.gather(-1, found_NJ.clamp(max=size - 1))[found_NJ < size].min() > 0
+    ids_NJ = compact.Cumulative.from_probabilities(p_NV).sample(points_NJ)
+    assert p_NV.gather(-1, ids_NJ.clamp(max=size - 1))[ids_NJ < size].min() > 0
     sums_NV = p_NV.double().numpy().cumsum(1)
     for row, points in enumerate(points_NJ.numpy()):
-        wanted = np.searchsorted(sums_NV[row], points, side="right")
-        is_clear = (np.abs(sums_NV[row] - points[:, None]) > 1e-6).all(1)  # sums are of float32
-        assert np.array_equal(found_NJ[row].numpy()[is_clear], wanted[is_clear])
+        expected = np.searchsorted(sums_NV[row], points, side="right")
+        is_clear = (np.abs(sums_NV[row] - points[:, None]) > 1e-6).all(1)  # far from rounding errors of float32 sums
+        assert np.array_equal(ids_NJ[row].numpy()[is_clear], expected[is_clear])
         assert is_clear.mean() > 0.9 or size > 1000
 
 
-def sampled_everywhere(log_p_V: Tensor, num: int, **settings: Any) -> tuple[SoftTargets, np.ndarray]:
-    """One distribution cut with every number; the targets."""
-    soft = codec("sampled", **settings).cut(log_p_V.expand(num, -1), on_a_grid(num))
-    return soft, whole(soft, len(log_p_V))
+def sampled_on_grid(log_p_V: Tensor, num: int, **settings: Any) -> tuple[SoftTargets, np.ndarray]:
+    """Cut a distribution with numbers on a grid; return the soft targets and their rows."""
+    soft = codec("sampled", **settings).cut(log_p_V.expand(num, -1), uniform_grid(num))
+    return soft, training_rows(soft, len(log_p_V))
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 255])
 @pytest.mark.parametrize("k_min", [0, 3, 60])
 @pytest.mark.parametrize("spread", [0.3, 2.0])
-def test_every_tail_token_is_in_with_probability_p_over_tau_and_every_other_exactly(
-    n: int, k_min: int, spread: float
-) -> None:
-    log_p_V, num = random(1, 50, spread)[0], 2000
-    soft, target_NV = sampled_everywhere(log_p_V, num, n=n, k_min=k_min)
+def test_tail_tokens_are_sampled_with_probability_p_over_tau_and_others_kept(n: int, k_min: int, spread: float) -> None:
+    log_p_V, num = random_logprobs(1, 50, spread)[0], 2000
+    soft, target_NV = sampled_on_grid(log_p_V, num, n=n, k_min=k_min)
     p_V = log_p_V.exp().numpy().astype(float)
     is_head_V = (p_V >= 1 / n) | (p_V.argsort()[::-1].argsort() < k_min)
     assert (soft.num_exact_N == is_head_V.sum()).all()
@@ -71,13 +69,13 @@ def test_every_tail_token_is_in_with_probability_p_over_tau_and_every_other_exac
     assert np.allclose(np.unique(target_NV[:, ~is_head_V] * n).round(5), [0, 1][: 1 + (~is_head_V).any()]) or (
         is_head_V.all()
     )
-    # A token is in for numbers in one stretch of p / tau, or in two where it goes over the end.
+    # A token is selected by the numbers of one interval of length p / tau, or of two if it wraps around.
     assert np.abs((target_NV[:, ~is_head_V] > 0).mean(0) - n * p_V[~is_head_V]).max(initial=0) <= 2 / num
     assert np.allclose(soft.tail_N, p_V[~is_head_V].sum(), atol=1e-6)
 
 
-@DRAWING
-def test_a_token_without_probability_is_never_drawn(name: str) -> None:
+@SAMPLING_CODECS
+def test_a_token_without_probability_is_never_sampled(name: str) -> None:
     is_possible_V = torch.tensor([0, 0, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]).bool()
     log_p_NV = torch.where(is_possible_V, 0.0, -torch.inf).log_softmax(-1).expand(9, -1)
     lowest_and_highest = torch.tensor([0.0] * 4 + [1 - 2.0**-53] * 5, dtype=torch.float64)
@@ -87,9 +85,9 @@ def test_a_token_without_probability_is_never_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 64])
-def test_the_noise_of_a_sampled_target_is_that_of_the_formula(n: int) -> None:
-    log_p_V = random(1, 50)[0]
-    _, target_NV = sampled_everywhere(log_p_V, 4000, n=n, k_min=4)
+def test_the_noise_of_sampled_targets_agrees_with_the_formula(n: int) -> None:
+    log_p_V = random_logprobs(1, 50)[0]
+    _, target_NV = sampled_on_grid(log_p_V, 4000, n=n, k_min=4)
     p_V = log_p_V.exp().numpy().astype(float)
     tail = np.array([p for p in np.sort(p_V)[::-1][4:] if p < 1 / n])
     expected = (tail * (1 / n - tail)).sum()
@@ -98,9 +96,9 @@ def test_the_noise_of_a_sampled_target_is_that_of_the_formula(n: int) -> None:
     assert (np.abs(target_NV.sum(1) - 1) < 1 / n).all()
 
 
-def test_the_noise_of_random_sampling_is_that_of_the_formula() -> None:
-    log_p_V, num = random(1, 50)[0], 4000
-    target_NV = whole(codec("rs_kd", n=20).cut(log_p_V.expand(num, -1), draws(num)), 50)
+def test_the_noise_of_random_sampling_agrees_with_the_formula() -> None:
+    log_p_V, num = random_logprobs(1, 50)[0], 4000
+    target_NV = training_rows(codec("rs_kd", n=20).cut(log_p_V.expand(num, -1), uniform_draws(num)), 50)
     p_V = log_p_V.exp().numpy().astype(float)
     assert math.isclose(((target_NV - p_V) ** 2).sum(1).mean(), (1 - (p_V**2).sum()) / 20, rel_tol=0.05)
     assert np.allclose(target_NV.sum(1), 1)
@@ -109,13 +107,13 @@ def test_the_noise_of_random_sampling_is_that_of_the_formula() -> None:
     assert math.isclose(covariance[0, 1], -20 * np.prod(np.sort(p_V)[-2:]), rel_tol=0.15)
 
 
-@DRAWING
+@SAMPLING_CODECS
 @pytest.mark.parametrize("spread", [0.3, 2.0])
-def test_the_expected_target_that_is_read_back_is_the_teachers_distribution(name: str, spread: float) -> None:
-    """Each token within 5 standard errors, and for `sampled` within the rounding of the head: 2 % of p, and 2e-4."""
-    log_p_V, num = random(1, 40, spread)[0], 6000
-    soft = codec(name, n=16).cut(log_p_V.expand(num, -1), draws(num))
-    target_NV = whole(codec(name, n=16).unpack(codec(name, n=16).pack(soft)), 40)
+def test_the_expected_decoded_target_is_the_teachers_distribution(name: str, spread: float) -> None:
+    """To within 5 standard errors, plus for `sampled` the rounding of the head: 2 % of p, and 2e-4."""
+    log_p_V, num = random_logprobs(1, 40, spread)[0], 6000
+    soft = codec(name, n=16).cut(log_p_V.expand(num, -1), uniform_draws(num))
+    target_NV = training_rows(codec(name, n=16).unpack(codec(name, n=16).pack(soft)), 40)
     p_V = log_p_V.exp().numpy().astype(float)
     noise_V = target_NV.std(0) / math.sqrt(num)
     rounding_V = 0.02 * p_V + 2e-4 if name == "sampled" else 1e-6

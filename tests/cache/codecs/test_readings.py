@@ -1,4 +1,4 @@
-"""Law 1 and its bytes: what each codec of conf/cache/ keeps, how well, in how much room, and right on average."""
+"""Law 1, the bucket and the sampled reading of soft targets, and the losses that may use each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import Head, Term, head_loss
 from distill.prompts.cues import Prompts
 from distill.records import SoftTargets, Target, spread
-from tests.cache.codecs.conftest import DRAWING, EVERY, draws, on_a_grid, random, targets, whole
+from tests.cache.codecs.conftest import (
+    ALL_CODECS,
+    SAMPLING_CODECS,
+    random_logprobs,
+    targets,
+    training_rows,
+    uniform_draws,
+    uniform_grid,
+)
 from tests.conftest import codec, divergences, lessons, objectives, read
 
 
 def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:
-    """Gradient of the forward KL to each position's own logits."""
+    """Gradient of the forward KL with respect to each position's logits."""
     targets = entries(np.ones(len(soft), bool), soft.for_training())
     term = Term(ForwardKL(), targets, torch.ones(len(soft), dtype=torch.bool), 1.0, 1.0)
     logits_NV = logits_NV.clone().requires_grad_()
@@ -35,36 +43,38 @@ def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:
     return logits_NV.grad
 
 
-@DRAWING
-def test_the_expected_gradient_of_the_forward_kl_is_that_to_the_whole_distribution(name: str) -> None:
-    log_p_V, student_V, num = random(1, 40)[0], random(1, 40)[0].double(), 4000
-    wanted_V = gradients(Dense().cut(log_p_V.unsqueeze(0), draws(1)), student_V.unsqueeze(0))[0]
-    soft = codec(name, n=16).cut(log_p_V.expand(num, -1), on_a_grid(num) if name == "sampled" else draws(num))
-    found_NV = gradients(soft, student_V.expand(num, -1))
-    bound_V = 2 / num if name == "sampled" else 5 * found_NV.std(0) / math.sqrt(num)
-    assert ((found_NV.mean(0) - wanted_V).abs() <= bound_V + 1e-6).all()
-    assert (found_NV - wanted_V).abs().max() > 0.01  # a single draw is far from it
+@SAMPLING_CODECS
+def test_the_expected_gradient_of_the_forward_kl_is_that_of_the_full_distribution(name: str) -> None:
+    log_p_V, student_V, num = random_logprobs(1, 40)[0], random_logprobs(1, 40)[0].double(), 4000
+    expected_V = gradients(Dense().cut(log_p_V.unsqueeze(0), uniform_draws(1)), student_V.unsqueeze(0))[0]
+    soft = codec(name, n=16).cut(
+        log_p_V.expand(num, -1), uniform_grid(num) if name == "sampled" else uniform_draws(num)
+    )
+    gradient_NV = gradients(soft, student_V.expand(num, -1))
+    bound_V = 2 / num if name == "sampled" else 5 * gradient_NV.std(0) / math.sqrt(num)
+    assert ((gradient_NV.mean(0) - expected_V).abs() <= bound_V + 1e-6).all()
+    assert (gradient_NV - expected_V).abs().max() > 0.01  # single gradients differ
 
 
-def test_a_row_without_a_draw_has_no_rest_bucket_in_training_either() -> None:
+def test_a_row_without_samples_has_no_rest_bucket_in_training() -> None:
     log_p_NV = torch.tensor([[0.97, 0.02, 0.005, 0.005]]).log()
     soft = codec("sampled", n=64, k_min=1).cut(log_p_NV, torch.tensor([0.99], dtype=torch.float64))
     assert (soft.num_exact_N == soft.num_N).all()
-    for found in (soft, codec("sampled").unpack(codec("sampled").pack(soft))):
-        assert found.for_training().tail_N.tolist() == [0]
-        assert math.isclose(found.buckets().tail_N[0], 0.01, rel_tol=0.1)
+    for reading in (soft, codec("sampled").unpack(codec("sampled").pack(soft))):
+        assert reading.for_training().tail_N.tolist() == [0]
+        assert math.isclose(reading.buckets().tail_N[0], 0.01, rel_tol=0.1)
 
 
 @pytest.mark.parametrize("name", ["topk", "dense"])
-def test_targets_without_draws_keep_their_rest_bucket(name: str) -> None:
-    soft = codec(name).cut(random(3, 60), draws(3))
+def test_targets_without_samples_keep_their_rest_bucket(name: str) -> None:
+    soft = codec(name).cut(random_logprobs(3, 60), uniform_draws(3))
     assert soft.for_training() is soft
     assert soft.buckets() is soft
 
 
 def test_the_bucket_reading_of_a_sampled_target_is_the_cut_distribution() -> None:
-    log_p_NV = random(9, 300)
-    soft = codec("sampled").cut(log_p_NV, draws(9))
+    log_p_NV = random_logprobs(9, 300)
+    soft = codec("sampled").cut(log_p_NV, uniform_draws(9))
     reading = soft.buckets()
     assert len(soft.ids_E) > len(reading.ids_E) == reading.num_exact_N.sum()
     for (ids, logprobs), tail, log_p_V in zip(reading.rows(), reading.tail_N, log_p_NV.numpy(), strict=True):
@@ -73,55 +83,55 @@ def test_the_bucket_reading_of_a_sampled_target_is_the_cut_distribution() -> Non
     assert reading.num_drawn_N is None
 
 
-def changed(name: str, place: int, value: float) -> dict[str, np.ndarray]:
+def changed(name: str, index: int, value: float) -> dict[str, np.ndarray]:
     array = getattr(targets(), name).copy()
-    array[place] = value
+    array[index] = value
     return {name: array}
 
 
 @pytest.mark.parametrize(
-    ("change", "law"),
+    ("change", "condition"),
     [
-        (changed("logprobs_E", 0, math.log(0.7)), "no more than a whole"),
-        (changed("tail_N", 0, 0.2), "no more than a whole"),
-        (changed("logprobs_E", 1, math.nan), "-inf or a number"),
-        (changed("logprobs_E", 2, math.nan), "-inf or a number"),
-        (changed("logprobs_E", 2, math.inf), "-inf or a number"),
-        (changed("logprobs_E", 2, 0.01), "-inf or a number"),
-        (changed("tail_N", 1, -0.01), "a tail is a probability"),
-        (changed("tail_N", 1, math.nan), "a tail is a probability"),
-        (changed("ids_E", 3, -1), "an entry has an id"),
-        (changed("logprobs_E", 3, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "says something"),
-        ({"num_exact_N": np.array([3, 0]), "num_drawn_N": np.array([0, 1])}, "no more than a whole"),
+        (changed("logprobs_E", 0, math.log(0.7)), "mass above 0"),
+        (changed("tail_N", 0, 0.2), "mass above 0"),
+        (changed("logprobs_E", 1, math.nan), "at most 0"),
+        (changed("logprobs_E", 2, math.nan), "at most 0"),
+        (changed("logprobs_E", 2, math.inf), "at most 0"),
+        (changed("logprobs_E", 2, 0.01), "at most 0"),
+        (changed("tail_N", 1, -0.01), "tails are probabilities"),
+        (changed("tail_N", 1, math.nan), "tails are probabilities"),
+        (changed("ids_E", 3, -1), "ids are not negative"),
+        (changed("logprobs_E", 3, -np.inf) | {"tail_N": np.array([0.1, 0.0])}, "mass above 0"),
+        ({"num_exact_N": np.array([3, 0]), "num_drawn_N": np.array([0, 1])}, "mass above 0"),
     ],
 )
-def test_targets_that_are_no_distributions_are_not_written(change: dict[str, np.ndarray], law: str) -> None:
+def test_invalid_distributions_are_refused(change: dict[str, np.ndarray], condition: str) -> None:
     targets().check()
-    with pytest.raises(CacheError, match=f"broken:.*{law}"):
+    with pytest.raises(CacheError, match=f"violated:.*{condition}"):
         targets(**change).check()
 
 
-@EVERY
-def test_every_codec_asks_whether_targets_are_distributions(name: str) -> None:
-    soft = codec(name).cut(random(4, 60), draws(4))
-    with pytest.raises(CacheError, match="are not written"):
+@ALL_CODECS
+def test_every_codec_refuses_invalid_distributions(name: str) -> None:
+    soft = codec(name).cut(random_logprobs(4, 60), uniform_draws(4))
+    with pytest.raises(CacheError, match="not written"):
         codec(name).pack(replace(soft, logprobs_E=soft.logprobs_E + 1))
 
 
-def test_entries_that_are_more_than_their_rows_say_are_refused() -> None:
-    with pytest.raises(CacheError, match="unlike shapes"):
+def test_more_entries_than_the_rows_have_are_refused() -> None:
+    with pytest.raises(CacheError, match="inconsistent shapes"):
         targets(num_drawn_N=None)
 
 
 @pytest.mark.parametrize("name", ["topk", "sampled"])
-def test_a_row_whose_first_entry_is_not_the_most_probable_is_not_packed(name: str) -> None:
-    soft = codec(name).cut(random(4, 60), draws(4))
+def test_a_row_must_begin_with_its_most_probable_entry(name: str) -> None:
+    soft = codec(name).cut(random_logprobs(4, 60), uniform_draws(4))
     is_first_E = np.diff(spread(soft.num_N)[0], prepend=-1) > 0
     with pytest.raises(CacheError, match="not the most probable"):
         codec(name).pack(replace(soft, logprobs_E=np.where(is_first_E, np.float32(-9), soft.logprobs_E)))
 
 
-def test_joined_targets_stand_one_after_the_other_and_any_of_them_can_be_taken() -> None:
+def test_targets_can_be_concatenated_and_selected_by_row() -> None:
     joined = SoftTargets.join([targets()[1:], targets(), targets()[:1]])
     assert joined.ids_E.tolist() == [2, 3, 1, 7, 2, 3, 1, 7]
     assert np.array_equal(joined.logprobs_E[1:5], targets().logprobs_E)
@@ -136,29 +146,29 @@ def test_joined_targets_stand_one_after_the_other_and_any_of_them_can_be_taken()
         SoftTargets.join([targets(), targets().buckets()])
 
 
-@EVERY
+@ALL_CODECS
 def test_a_batch_holds_the_reading_for_training(name: str, prompts: Prompts) -> None:
-    given_lessons = lessons(prompts, 7, codec=codec(name))
-    softs = [read([soft.place]) for lesson in given_lessons for s in lesson.sequences for soft in s.soft.values()]
+    all_lessons = lessons(prompts, 7, codec=codec(name))
+    softs = [read([soft.place]) for lesson in all_lessons for s in lesson.sequences for soft in s.soft.values()]
     assert len(np.unique(np.concatenate([soft.num_N for soft in softs]))) > 1 or name in ("topk", "dense")
-    batch = collate(given_lessons, {}, 0, read)
+    batch = collate(all_lessons, {}, 0, read)
     assert batch.soft is not None
-    wanted = np.concatenate([whole(soft, prompts.vocabulary_size) for soft in softs])
-    found = torch.zeros(len(batch.label_N), prompts.vocabulary_size).double()
-    found[batch.soft.position_E.long(), batch.soft.ids_E.long()] = batch.soft.logprobs_E.double().exp()
-    assert np.allclose(found[batch.is_soft_N], wanted, rtol=1e-12)
-    assert not found[~batch.is_soft_N].any()
+    expected = np.concatenate([training_rows(soft, prompts.vocabulary_size) for soft in softs])
+    rows_NV = torch.zeros(len(batch.label_N), prompts.vocabulary_size).double()
+    rows_NV[batch.soft.position_E.long(), batch.soft.ids_E.long()] = batch.soft.logprobs_E.double().exp()
+    assert np.allclose(rows_NV[batch.is_soft_N], expected, rtol=1e-12)
+    assert not rows_NV[~batch.is_soft_N].any()
     assert (batch.soft.tail_N is None) == (name in ("sampled", "rs_kd"))
     assert name != "topk" or bool((batch.soft.tail_N[batch.is_soft_N] > 0).all())
 
 
-@EVERY
-def test_agreement_is_measured_on_the_exact_entries_and_the_rest(name: str) -> None:
-    log_q_NV, log_p_NV = random(5, 300), random(5, 300, 4.0)
-    soft = codec(name).cut(log_p_NV, draws(5))
-    found = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
-    if name == "rs_kd":  # one bucket, in which all models are alike
-        assert found is None
+@ALL_CODECS
+def test_agreement_is_measured_on_exact_entries_and_one_rest_bucket(name: str) -> None:
+    log_q_NV, log_p_NV = random_logprobs(5, 300), random_logprobs(5, 300, 4.0)
+    soft = codec(name).cut(log_p_NV, uniform_draws(5))
+    divergence = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
+    if name == "rs_kd":  # a single bucket of probability 1 for every model
+        assert divergence is None
         return
     p_NV, q_NV = log_p_NV.exp().double(), log_q_NV.exp().double()
     total = 0.0
@@ -168,44 +178,44 @@ def test_agreement_is_measured_on_the_exact_entries_and_the_rest(name: str) -> N
         pairs.append((p_NV[n, ~is_kept_V].sum(), q_NV[n, ~is_kept_V].sum()))
         total += sum(float(p * (p / q).log()) for p, q in pairs if p > 0)
     assert len(set(soft.num_exact_N.tolist())) > 1 or name in ("topk", "dense")
-    assert math.isclose(found, total / 5, abs_tol=1e-4)
+    assert math.isclose(divergence, total / 5, abs_tol=1e-4)
 
 
-@EVERY
-def test_a_loss_that_needs_a_rest_bucket_is_refused_where_draws_stand_for_it(name: str, configured: Any) -> None:
-    source = replace(open_source(configured()), codec=codec(name))
-    check_parts(objectives("answer", "kl", "rationale_kl"), source, "direct")
+@ALL_CODECS
+def test_a_loss_that_needs_a_rest_bucket_refuses_sampled_tails(name: str, configured: Any) -> None:
+    job = replace(open_source(configured()), codec=codec(name))
+    check_parts(objectives("answer", "kl", "rationale_kl"), job, "direct")
     if codec(name).seed is None:
-        check_parts(objectives(), source, "direct")
+        check_parts(objectives(), job, "direct")
         return
     with pytest.raises(ConfigError, match=r"loss\.reverse_kl needs .* set cache=topk"):
-        check_parts(objectives(), source, "direct")
+        check_parts(objectives(), job, "direct")
 
 
 @pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
-def test_a_divergence_that_needs_no_rest_bucket_has_a_slope_that_is_linear_in_the_target(divergence: Any) -> None:
-    log_q_NB, one_NB, other_NB = (random(4, 9).double() for _ in range(3))
-    slopes = [divergence(log_q_NB, log_t_NB)[1] for log_t_NB in (one_NB, other_NB)]
-    mixed = divergence(log_q_NB, ((one_NB.exp() + other_NB.exp()) / 2).log())[1]
+def test_exactly_divergences_without_rest_bucket_have_gradients_linear_in_the_target(divergence: Any) -> None:
+    log_q_NB, log_s_NB, log_t_NB = (random_logprobs(4, 9).double() for _ in range(3))
+    slopes = [divergence(log_q_NB, log_u_NB)[1] for log_u_NB in (log_s_NB, log_t_NB)]
+    mixed = divergence(log_q_NB, ((log_s_NB.exp() + log_t_NB.exp()) / 2).log())[1]
     assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
 
 
-def test_more_draws_than_were_made_at_a_position_are_refused() -> None:
+def test_more_samples_than_n_per_position_are_refused() -> None:
     few, many = (codec("sampled", n=n, k_min=0) for n in (4, 5))
     flat_NV = torch.full((3, 70), -math.log(70))
-    arrays = many.pack(many.cut(flat_NV, draws(3)))
+    arrays = many.pack(many.cut(flat_NV, uniform_draws(3)))
     assert arrays["position.num_draws"].tolist() == [5, 5, 5]
     assert many.unpack(arrays)
-    with pytest.raises(CacheError, match="does not fit together"):
+    with pytest.raises(CacheError, match="are inconsistent"):
         few.unpack(arrays)
 
 
-def test_a_row_agrees_the_same_beside_longer_ones() -> None:
-    log_q_NV, log_p_NV = random(5, 300), random(5, 300, 4.0)
+def test_agreement_of_a_row_does_not_depend_on_longer_rows() -> None:
+    log_q_NV, log_p_NV = random_logprobs(5, 300), random_logprobs(5, 300, 4.0)
     log_q_NV[:, 0] += 8
     log_q_NV = log_q_NV.log_softmax(-1)
     log_p_NV[:, 0] = -30
-    soft = codec("sampled").cut(log_p_NV.log_softmax(-1), draws(5))
+    soft = codec("sampled").cut(log_p_NV.log_softmax(-1), uniform_draws(5))
     assert len(set(soft.num_exact_N.tolist())) > 1
     together = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
     alone = [_divergence(log_q_NV[n : n + 1], Target((1,), soft[n : n + 1])) for n in range(5)]

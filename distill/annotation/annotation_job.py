@@ -1,0 +1,98 @@
+"""Opening an annotation job: a task, and a teacher with the cache of its annotations."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.annotation.rationales import Checks
+from distill.app import config as configuration
+from distill.app.config import Config
+from distill.app.files import is_url
+from distill.cache import Codec
+from distill.cache.store import Store, drop_shard, fingerprint_digest
+from distill.errors import ConfigError
+from distill.models import loading, naming
+from distill.prompts.cues import Prompts, build_prompts
+from distill.records import Example, Splits
+from distill.tasks import Task
+from distill.tasks.contamination import Overlap, screened
+from distill.teachers import Teacher
+
+# In characters. A folder name has at most 255 bytes; a task's name takes up to four bytes per character, a URL one.
+_MAX_TASK_NAME, _MAX_URL = 60, 200
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task with its splits, and a teacher with its cache; the teacher is not in memory yet."""
+
+    folder: Path
+    task: Task
+    splits: Splits
+    overlaps: Sequence[Overlap]
+    prompts: Prompts
+    codec: Codec
+    teacher: Teacher
+    build_teacher: Callable[..., Teacher]  # builds the same teacher for another `codec`
+    store: Store
+    rationale_filter: Checks
+    batch_size: int
+    group_size: int
+    num_rationales: int
+    rationales_each: int
+
+
+def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> Source:
+    """Build the parts that the configuration names, and open the cache; raises ConfigError or CacheError."""
+    loading.flush_denormals()
+    settings = config[name]
+    if not settings.model:
+        raise ConfigError(
+            f"{name}.model is missing, without a student it has no default: {name}.model=<hub id or folder>"
+        )
+    root = configuration.local_root(config.root)
+    task: Task = configuration.build(config.task.examples)
+    splits, overlaps = screened(task.splits(), config.overlap.words, config.overlap.action)
+    folder = naming.resolve(settings.model, root)
+    prompts = build_prompts(config, folder, task.shots())
+    codec: Codec = configuration.build(config.cache.codec)
+    build_teacher = partial(
+        configuration.build(settings.kind),
+        folder=folder,
+        prompts=prompts,
+        task=task,
+        calibration=[Example(example.question) for example in splits.train[: settings.calibrate]],
+    )
+    teacher: Teacher = build_teacher(codec=codec)
+    fingerprint = {
+        "task": {"name": config.task.name, "version": task.version},
+        "teacher": teacher.fingerprint(),
+        "codec": codec.fingerprint(),
+    }
+    cache_dir, url = cache_location(config, root, fingerprint, name)
+    if config.get("rebuild"):
+        drop_shard(cache_dir, str(config.rebuild), url=url)
+    store = Store(cache_dir, fingerprint, codec, url=url)
+    rationale_filter: Checks = configuration.build(config.rationales)
+    sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
+    parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
+    return Source(*parts, *sizes)
+
+
+def cache_location(config: Config, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:
+    """Return the cache's local folder, and its URL if it is remote."""
+    task = re.sub(r"[/\0]", "-", config.task.name)[:_MAX_TASK_NAME]  # the fingerprint has the full name
+    default = f"{config.root.rstrip('/')}/cache/{task}-{fingerprint_digest(fingerprint)}"
+    configured = config.cache.dir and str(config.cache.dir) + ("" if teacher == "teacher" else f"-{teacher}")
+    location = configured or default
+    if is_url(location):
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", location)
+        suffix = "" if len(plain) <= _MAX_URL else f"-{hashlib.sha256(location.encode()).hexdigest()[:12]}"
+        return root / "copies" / f"{plain[:_MAX_URL]}{suffix}", location
+    return Path(location).resolve(), None
