@@ -1,1 +1,1 @@
-"""Figures that are measured and not asserted: `scripts/benchmark <name>` prints them and keeps <name>.json here."""
+"""Measurements without assertions: `scripts/benchmark <name>` prints the figures and writes <name>.json here."""

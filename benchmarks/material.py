@@ -1,4 +1,4 @@
-"""What is measured: the default teacher with what it is asked, its distributions along real texts, stores of them."""
+"""Workloads to measure: the default teacher with its requests, its distributions along real texts, filled stores."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from distill.students.causal_lm import open_student
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.training.module import StudentModule
 
-_TOKENS_OF_A_TEXT = 200
+_TOKENS_PER_TEXT = 200
 
 
 @final
 class Solutions:
-    """A task whose answers are whole solutions: any text is one."""
+    """A task whose answers are whole solutions: every text is a valid answer."""
 
     version = "1"
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
 
     def splits(self) -> Splits:
-        """Nothing: examples are given to the teacher directly."""
+        """Empty: examples are passed to the teacher directly."""
         return Splits((), (), ())
 
     def shots(self) -> Sequence[Example]:
@@ -56,8 +56,8 @@ class Solutions:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A loaded teacher with what it is asked, in the order of the data."""
+class Workload:
+    """A loaded teacher with its requests, in the order of the data."""
 
     module: TeacherModule
     prompts: Prompts
@@ -72,22 +72,22 @@ class Asked:
         return self.module.model
 
     def prompt(self, request: Request) -> tuple[int, ...]:
-        """All that stands before the target, as one who shares nothing has to read it."""
+        """Everything before the target: the input of a reader that shares no prefix."""
         return self.prompts.prefix(request.span) + request.question_ids
 
     def target(self, request: Request) -> tuple[int, ...]:
-        """The tokens of a given answer."""
+        """The tokens of the example's answer."""
         assert request.example.answer is not None
         return self.prompts.answer_ids(request.example.answer)
 
-    def whole(self) -> list[tuple[tuple[int, ...], int]]:
-        """Each prompt with its target, and where the target starts."""
+    def sequences(self) -> list[tuple[tuple[int, ...], int]]:
+        """Every prompt followed by its target, with the index at which the target starts."""
         prompts = [(self.prompt(request), self.target(request)) for request in self.requests]
         return [(prompt + target, len(prompt)) for prompt, target in prompts]
 
     def fill(self, folder: Path) -> Store:
-        """Annotate and store everything, as `distill.annotate.fill` does once its teacher is loaded."""
-        store = Store(folder / uuid.uuid4().hex, {"made": "for a measurement"}, self.codec)
+        """Annotate and store all requests, as `annotation.fill` does once its teacher is loaded."""
+        store = Store(folder / uuid.uuid4().hex, {"made for": "a benchmark"}, self.codec)
         with store.writing() as writer:
             for group in plan(self.requests, self.group_size):
                 store.claims.take(group.name)
@@ -101,16 +101,16 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def codec(cache: str, **changes: int) -> Codec:
-    """The codec of a file in conf/cache, with other numbers where they are given."""
+    """Build the codec of a file in conf/cache, with `changes` to its settings."""
     node = compose(f"cache={cache}").cache.codec
-    made: Codec = configuration.build(node, **changes)
-    return made
+    built: Codec = configuration.build(node, **changes)
+    return built
 
 
 def student(
-    folder: Path, config: DictConfig, vocabulary_size: int, kept: Codec
+    folder: Path, config: DictConfig, vocabulary_size: int, cache_codec: Codec
 ) -> tuple[StudentModule, torch.optim.Optimizer]:
-    """The student of a configuration, its losses and its optimizer."""
+    """Build the student of a configuration with its losses, and its optimizer."""
     settings = config.student
     model = open_student(
         folder,
@@ -124,7 +124,7 @@ def student(
         model,
         objectives={name: configuration.build(node) for name, node in config.loss.items()},
         vocabulary_size=vocabulary_size,
-        retemper=kept.at_temperature,
+        retemper=cache_codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
         seed=0,
@@ -133,50 +133,51 @@ def student(
 
 
 def default_source(folder: Path) -> Source:
-    """The default task and teacher, nothing of it loaded; its store is below `folder`."""
+    """The default task and teacher, not loaded, with a store below `folder`."""
     return open_source(compose(f"cache.dir={folder / 'default'}"))
 
 
-def default_asked(source: Source, number: int, batch_size: int) -> Asked:
+def default_workload(source: Source, number: int, batch_size: int) -> Workload:
     """Labelled examples of the default task."""
     requests = tuple(source.prompts.request(example, "answer") for example in source.splits.train[:number])
     module = TeacherModule(source.teacher, batch_size)
-    return Asked(module, source.prompts, source.codec, requests, batch_size, source.group_size)
+    return Workload(module, source.prompts, source.codec, requests, batch_size, source.group_size)
 
 
-def solutions_asked(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Asked:
-    """Given solutions behind their questions."""
-    return _given(source, Layout("", "Question:", "", "Answer:"), examples, cache, batch_size)
+def solutions_workload(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
+    """Questions as prompts, solutions as targets."""
+    return _workload(source, Layout("", "Question:", "", "Answer:"), examples, cache, batch_size)
 
 
-def texts_asked(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Asked:
-    """The same texts with next to nothing before them (a number): every token is a target."""
-    texts = [Example(str(place), f"{one.question}\n{one.answer}") for place, one in enumerate(examples)]
-    return _given(source, Layout("", "", "", ""), texts, cache, batch_size)
+def texts_workload(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
+    """The same texts behind a number as the prompt: nearly every token is a target."""
+    texts = [Example(str(index), f"{example.question}\n{example.answer}") for index, example in enumerate(examples)]
+    return _workload(source, Layout("", "", "", ""), texts, cache, batch_size)
 
 
-def _given(source: Source, layout: Layout, examples: Sequence[Example], cache: str, batch_size: int) -> Asked:
+def _workload(source: Source, layout: Layout, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
     prompts = Prompts(source.prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
-    kept = codec(cache)
+    cache_codec = codec(cache)
     teacher = CausalLMTeacher(
         folder=source.folder,
         prompts=prompts,
         task=Solutions(),
         calibration=(),
-        codec=kept,
+        codec=cache_codec,
         constrain=False,
         dtype="auto",
         sampling_temperature=0.7,
         top_p=0.95,
-        max_new_tokens=1,  # an own answer is always asked for; here it is the first token after the prompt
+        max_new_tokens=1,  # a free answer is always generated; here it ends after one token
     )
     requests = tuple(prompts.request(example, "answer") for example in examples)
-    return Asked(TeacherModule(teacher, batch_size), prompts, kept, requests, batch_size, source.group_size)
+    return Workload(TeacherModule(teacher, batch_size), prompts, cache_codec, requests, batch_size, source.group_size)
 
 
-def solutions(path: Path) -> list[Example]:
-    """GSM8K with its solutions as answers, whether the file has them in one field or in two."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def read_solutions(path: Path) -> list[Example]:
+    """GSM8K with its solutions as answers, which a file holds in one field or in two."""
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON strings may hold U+2028
+    rows = [json.loads(line) for line in lines if line]
     return [Example(row["question"], _solution(row)) for row in rows]
 
 
@@ -185,59 +186,59 @@ def _solution(row: dict[str, str]) -> str:
 
 
 def manual() -> list[Example]:
-    """Paragraphs of Python's manual in an order of chance: English that is on every machine."""
+    """Paragraphs of Python's manual in random order: English text available on every machine."""
     texts = (paragraph for topic in topics.values() for paragraph in topic.split("\n\n"))
     paragraphs = [" ".join(text.split()) for text in texts if text[:1].isalpha() and len(text) > 200]
     return [Example(paragraph) for paragraph in random.Random(0).sample(sorted(paragraphs), len(paragraphs))]
 
 
 def chat(reader: PrefixedReader, prompts: Prompts, examples: Sequence[Example]) -> Iterator[Float[Tensor, "N V"]]:
-    """Distributions along solutions in the model's chat template, text by text."""
+    """Distributions along solutions in the model's chat template, one tensor per text."""
     tokenizer: Any = prompts.tokenizer
     for example in examples:
         turn = [{"role": "user", "content": example.question}]
         before = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         prompt = tokenizer(before, add_special_tokens=False).input_ids
-        yield _along(reader, prompt, (*prompts.encode(str(example.answer)), prompts.end))
+        yield _distributions(reader, prompt, (*prompts.encode(str(example.answer)), prompts.end))
 
 
 def prose(reader: PrefixedReader, prompts: Prompts, examples: Sequence[Example]) -> Iterator[Float[Tensor, "N V"]]:
-    """Distributions along sentences or paragraphs, several of them a text."""
+    """Distributions along texts that are joined from sentences or paragraphs."""
     ids: tuple[int, ...] = ()
     for example in examples:
         ids += prompts.encode(f"{example.question}\n")
-        if len(ids) > _TOKENS_OF_A_TEXT:
-            yield _along(reader, ids[:1], ids[1:])
+        if len(ids) > _TOKENS_PER_TEXT:
+            yield _distributions(reader, ids[:1], ids[1:])
             ids = ()
 
 
-def positions(texts: Iterator[Float[Tensor, "N V"]], number: int) -> list[Float[Tensor, "N V"]]:
-    """The first so many positions of the texts, which stay apart."""
-    found: list[Tensor] = []
+def take_positions(texts: Iterator[Float[Tensor, "N V"]], number: int) -> list[Float[Tensor, "N V"]]:
+    """The first `number` positions of the texts, still one tensor per text."""
+    taken: list[Tensor] = []
     while number > 0:
-        found.append(next(texts)[:number])
-        number -= len(found[-1])
-    return found
+        taken.append(next(texts)[:number])
+        number -= len(taken[-1])
+    return taken
 
 
 @torch.inference_mode()
-def _along(reader: PrefixedReader, prompt: Sequence[int], target: Sequence[int]) -> Float[Tensor, "N V"]:
+def _distributions(reader: PrefixedReader, prompt: Sequence[int], target: Sequence[int]) -> Float[Tensor, "N V"]:
     reading = reader.read([prompt])
     hidden_BTH = reading.feed(torch.tensor([target[:-1]]))
     return reader.logprobs(torch.cat([reading.last_BH, hidden_BTH[0]]))
 
 
-def widened(logprobs_NV: Float[Tensor, "N V"], size: int) -> Float[Tensor, "N W"]:
-    """The same distributions over a larger vocabulary: improbable tokens are added, and ids shuffled."""
+def widen(logprobs_NV: Float[Tensor, "N V"], size: int) -> Float[Tensor, "N W"]:
+    """The same distributions over `size` tokens: improbable tokens are added, and ids shuffled."""
     generator = torch.Generator().manual_seed(0)
     num_positions, num_tokens = logprobs_NV.shape
-    place_W = torch.randperm(size, generator=generator)
+    order_W = torch.randperm(size, generator=generator)
     noise_NX = torch.randn(num_positions, size - num_tokens, generator=generator)
     extra_NX = logprobs_NV.min(-1, keepdim=True).values + noise_NX
-    return torch.cat([logprobs_NV, extra_NX], -1)[:, place_W].log_softmax(-1)
+    return torch.cat([logprobs_NV, extra_NX], -1)[:, order_W].log_softmax(-1)
 
 
-def asked_again(asked: Asked, span: Span) -> Asked:
-    """The same examples asked for the other span."""
-    requests = tuple(asked.prompts.request(request.example, span) for request in asked.requests)
-    return replace(asked, requests=requests)
+def with_span(workload: Workload, span: Span) -> Workload:
+    """The same examples with requests for another span."""
+    requests = tuple(workload.prompts.request(request.example, span) for request in workload.requests)
+    return replace(workload, requests=requests)

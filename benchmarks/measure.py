@@ -1,4 +1,4 @@
-"""Measuring side by side: repetitions of all variants in turn, so that what else the machine does hits all alike."""
+"""Interleaved timing: every repetition runs all variants, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Literal
 
 import torch
 
-HERE = Path(__file__).parent
-Run = Callable[[], object]
+FOLDER = Path(__file__).parent
+Variant = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, what it is held to (None: nothing), and which way is good."""
+    """One figure with its bar (None: no bar) and which direction is better."""
 
     name: str
     value: float
@@ -29,31 +29,31 @@ class Row:
 
 
 def medians(
-    variants: Mapping[str, Run], repetitions: int, clock: Callable[[], float] = time.perf_counter
+    variants: Mapping[str, Variant], repetitions: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds of each variant by `clock`, all variants in each repetition; a first one is not counted."""
+    """Median seconds of each variant by `clock`, over interleaved repetitions after one uncounted warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(repetitions + 1):
         for name, variant in variants.items():
             start = clock()
-            made = variant()
-            taken = clock() - start
-            del made  # taking it away again is not what is measured
+            result = variant()
+            elapsed = clock() - start
+            del result  # freeing the result is not part of the measurement
             if repetition:
-                seconds[name].append(taken)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+                seconds[name].append(elapsed)
+    return {name: statistics.median(measurements) for name, measurements in seconds.items()}
 
 
-def keep(name: str, rows: Iterable[Row]) -> None:
-    """Print the rows as they come, and write them to `<name>.json` with the device and the commit that they are of."""
-    rows = list(shown(rows))
+def save(name: str, rows: Iterable[Row]) -> None:
+    """Print the rows as they arrive, then write them to `<name>.json` with the device and the commit."""
+    rows = list(printed(rows))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {_cores()}"
     content = {"device": device, "commit": _commit(), "rows": [asdict(row) for row in rows]}
-    (HERE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def shown(rows: Iterable[Row]) -> Iterator[Row]:
-    """The same rows; each is printed as it comes, with its bar and whether it is met."""
+def printed(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows unchanged; print each as it arrives, with its bar and whether it is met."""
     for row in rows:
         bar = "" if row.bar is None else f"{'<=' if row.better == 'lower' else '>='} {row.bar:g}"
         print(f"{row.name:72} {row.value:12.4g}  {bar:10} {_verdict(row)}", flush=True)
@@ -77,7 +77,7 @@ def _cores() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    process = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True, check=False
     )
-    return done.stdout.strip() or "unknown"
+    return process.stdout.strip() or "unknown"

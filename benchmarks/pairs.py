@@ -1,4 +1,4 @@
-"""What is stepped: students with a batch of lessons, their teachers, and the ways in which one step can be taken."""
+"""Students with a batch of lessons and their teachers, and the variants of an optimizer step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import material
-from benchmarks.measure import Run
+from benchmarks.measure import Variant
 from distill.app import config as configuration
 from distill.app.progress import progress
 from distill.cache.store import Store
@@ -35,16 +35,21 @@ from distill.prompts.cues import Layout, Prompts
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.training.module import StudentModule
 
-_EXAMPLES, _WIDE_EXAMPLES = 8, 4  # of a step
+_EXAMPLES, _WIDE_EXAMPLES = 8, 4  # per step
 _WIDE = 151936  # the vocabulary of Qwen2.5; the shape is that of its smallest model, with fewer layers
-_WIDE_SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+_WIDE_SHAPE: Mapping[str, Any] = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 _WIDE_LAYERS = {"student": 4, "teacher": 12}
-_LOOP_STEPS, _LOOP_START = 40, 4  # of a run that measures a loop; the first are not counted
+_LOOP_STEPS, _LOOP_START = 40, 4  # steps of a loop measurement; the first ones are not counted
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A student with one batch of lessons, whose soft targets are in a store, and the teacher that gave them."""
+    """A student with one batch of lessons, the store of their soft targets, and the teacher that produced them."""
 
     module: StudentModule
     optimizer: torch.optim.Optimizer
@@ -56,15 +61,15 @@ class Pair:
 
     @property
     def counts(self) -> Counter[Any]:
-        """Positions of the whole step."""
+        """Supervised positions of the whole step, by loss source."""
         return sum((lesson.counts() for lesson in self.lessons), Counter[Any]())
 
     def batch(self) -> Batch:
-        """Made anew from the store."""
+        """Collate the batch, reading the store."""
         return collate(self.lessons, self.counts, 0, self.store.soft_targets)
 
     def save(self, folder: Path) -> None:
-        """As files that anyone can read."""
+        """Save models, tokenizer and batch for another process."""
         batch = self.batch()
         for name, model in (("student", self.module.model), ("teacher", self.teacher)):
             model.save_pretrained(folder / name)
@@ -74,56 +79,59 @@ class Pair:
 
 
 def labels(batch: Batch) -> Int[Tensor, "B T"]:
-    """As Hugging Face wants them: -100 where nothing is to be learned."""
+    """Labels as Hugging Face expects them: -100 at unsupervised positions."""
     labels_BT = torch.full_like(batch.input_ids_BT, -100)
     labels_BT[batch.sequence_N, batch.before_N + 1] = batch.label_N
     return labels_BT
 
 
 def _default_pair(kind: Literal["solutions", "texts"], folder: Path, data: Path) -> Pair:
-    """The default teacher and student on GSM8K: solutions behind their questions, or every token of both."""
+    """The default teacher and student on GSM8K; targets are the solutions, or every token of the text."""
     source = material.default_source(folder)
-    ask = material.solutions_asked if kind == "solutions" else material.texts_asked
-    asked = ask(source, material.solutions(data)[:_EXAMPLES], "topk", _EXAMPLES)
+    make_workload = material.solutions_workload if kind == "solutions" else material.texts_workload
+    workload = make_workload(source, material.read_solutions(data)[:_EXAMPLES], "topk", _EXAMPLES)
     config = material.compose("student.freeze=[]", "loss=[answer,kl]")
-    module, optimizer = material.student(source.folder, config, asked.prompts.vocabulary_size, asked.codec)
-    tokenizer, store = source.prompts.tokenizer, asked.fill(folder)
-    lessons = _lessons(asked.prompts, asked.requests, store)
-    return Pair(module, optimizer, asked.model, tokenizer, lessons, store, asked.prompts.vocabulary_size)
+    module, optimizer = material.student(source.folder, config, workload.prompts.vocabulary_size, workload.codec)
+    tokenizer, store = source.prompts.tokenizer, workload.fill(folder)
+    lessons = _lessons(workload.prompts, workload.requests, store)
+    return Pair(module, optimizer, workload.model, tokenizer, lessons, store, workload.prompts.vocabulary_size)
 
 
 def _wide_pair(folder: Path, data: Path) -> Pair:
-    """The same texts for models of a large vocabulary, with random weights and random soft targets."""
+    """The same texts for models with a large vocabulary, random weights and random soft targets."""
     source = material.default_source(folder)
-    asked = material.solutions_asked(source, material.solutions(data)[:_WIDE_EXAMPLES], "topk", _WIDE_EXAMPLES)
-    torch.manual_seed(0)
-    student, teacher = (
-        LlamaForCausalLM(
-            LlamaConfig(vocab_size=_WIDE, num_hidden_layers=layers, tie_word_embeddings=True, **_WIDE_SHAPE)
-        )
-        for layers in (_WIDE_LAYERS["student"], _WIDE_LAYERS["teacher"])
+    workload = material.solutions_workload(
+        source, material.read_solutions(data)[:_WIDE_EXAMPLES], "topk", _WIDE_EXAMPLES
     )
+    torch.manual_seed(0)
+    student, teacher = (_wide_model(_WIDE_LAYERS[role]) for role in ("student", "teacher"))
     student.save_pretrained(folder / "wide")
     config = material.compose("student.freeze=[]", "student.keep_layers=null", "loss=[answer,kl]")
-    module, optimizer = material.student(folder / "wide", config, _WIDE, asked.codec)
-    store = Store(folder / "wide-cache", {"made": "for a measurement"}, asked.codec)
+    module, optimizer = material.student(folder / "wide", config, _WIDE, workload.codec)
+    store = Store(folder / "wide-cache", {"made for": "a benchmark"}, workload.codec)
     with store.writing() as writer:
-        writer.add([_random_annotation(asked, request) for request in asked.requests])
+        writer.add([_random_annotation(workload, request) for request in workload.requests])
     teacher = teacher.to(native_dtype()).eval()
     return Pair(
         module,
         optimizer,
         teacher,
         source.prompts.tokenizer,
-        _lessons(asked.prompts, asked.requests, store),
+        _lessons(workload.prompts, workload.requests, store),
         store,
         _WIDE,
     )
 
 
-def _random_annotation(asked: material.Records, request: Request) -> Annotation:
-    target = asked.target(request)
-    n, k = len(target), asked.codec.fingerprint()["k"]
+def _wide_model(num_layers: int) -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=_WIDE, num_hidden_layers=num_layers, tie_word_embeddings=True, **_WIDE_SHAPE)
+    )
+
+
+def _random_annotation(workload: material.Workload, request: Request) -> Annotation:
+    target = workload.target(request)
+    n, k = len(target), workload.codec.fingerprint()["k"]
     logprobs_NK = torch.randn(n, k).log_softmax(-1) + np.log(0.9)
     ids_NK = torch.stack([torch.randperm(_WIDE)[:k] for _ in range(n)]).int()
     order_NK = logprobs_NK.argsort(-1, descending=True)
@@ -134,12 +142,14 @@ def _random_annotation(asked: material.Records, request: Request) -> Annotation:
 
 
 def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Sequence[Lesson]:
-    wide = Prompts(prompts.tokenizer, prompts.layout, (), max_length=prompts.max_length, too_long=prompts.too_long)
-    wide.__dict__["vocabulary_size"] = _WIDE  # random soft targets name ids that this tokenizer does not have
+    wide_prompts = Prompts(
+        prompts.tokenizer, prompts.layout, (), max_length=prompts.max_length, too_long=prompts.too_long
+    )
+    wide_prompts.__dict__["vocabulary_size"] = _WIDE  # random soft targets have ids beyond this tokenizer's vocabulary
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
-    by_place = {(request.example.id, request.span): request for request in requests}
+    by_example_and_span = {(request.example.id, request.span): request for request in requests}
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
-    join = Join(prompts=wide, teacher=Records(store, by_place), **settings)
+    join = Join(prompts=wide_prompts, teacher=Records(store, by_example_and_span), **settings)
     return join.lessons([request.example for request in requests])
 
 
@@ -150,23 +160,23 @@ PAIRS: Mapping[str, Callable[[Path, Path], Pair]] = {
 }
 
 
-def ways(pair: Pair) -> dict[str, Run]:
-    """One optimizer step, from the batch's making to the new weights; each way as its users would write it."""
+def step_variants(pair: Pair) -> dict[str, Variant]:
+    """One optimizer step, from making the batch to the new weights; each variant as its users would write it."""
     model, batch, labels_BT = pair.module.model, pair.batch(), labels(pair.batch())
-    step = partial(stepped, pair.module, pair.optimizer)
+    step = partial(optimizer_step, pair.module, pair.optimizer)
 
     def plain(logprobs: Callable[[], Float[Tensor, "N V"]]) -> Tensor:
-        out = model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT)
-        log_q_NV = out.logits.float().log_softmax(-1)[batch.sequence_N, batch.before_N]
-        total: Tensor = out.loss + kl_div(log_q_NV, logprobs(), log_target=True, reduction="batchmean")
+        output = model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT)
+        log_q_NV = output.logits.float().log_softmax(-1)[batch.sequence_N, batch.before_N]
+        total: Tensor = output.loss + kl_div(log_q_NV, logprobs(), log_target=True, reduction="batchmean")
         return total
 
     def cached() -> Float[Tensor, "N V"]:
-        made = pair.batch().soft
-        assert made is not None
-        whole_NV = torch.full((len(batch.label_N), pair.vocabulary_size), -30.0)
-        whole_NV[made.position_E, made.ids_E] = made.logprobs_E
-        return whole_NV
+        soft = pair.batch().soft
+        assert soft is not None
+        log_t_NV = torch.full((len(batch.label_N), pair.vocabulary_size), -30.0)
+        log_t_NV[soft.position_E, soft.ids_E] = soft.logprobs_E
+        return log_t_NV
 
     def online() -> Float[Tensor, "N V"]:
         with torch.no_grad():
@@ -174,26 +184,26 @@ def ways(pair: Pair) -> dict[str, Run]:
             log_t_NV: Tensor = logits_BTV.float().log_softmax(-1)[batch.sequence_N, batch.before_N]
         return log_t_NV
 
-    def body() -> Tensor:
+    def backbone() -> Tensor:
         total: Tensor = model.base_model(batch.input_ids_BT, attention_mask=batch.mask_BT).last_hidden_state.sum()
         return total
 
     return {
-        "ours": step(lambda: loss_of(pair.module, pair.batch())),
+        "ours": step(lambda: total_loss(pair.module, pair.batch())),
         "CE alone": step(lambda: model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels_BT).loss),
         "KD from the cache, full logits": step(partial(plain, cached)),
         "online KD": step(partial(plain, online)),
-        "body alone": step(body),
+        "backbone alone": step(backbone),
     }
 
 
-def loss_of(module: StudentModule, batch: Batch) -> Tensor:
-    """All losses of a batch."""
+def total_loss(module: StudentModule, batch: Batch) -> Tensor:
+    """Weighted sum of all losses of a batch."""
     return head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))[0]
 
 
-def stepped(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Run:
-    """One optimizer step, as Lightning takes it, without Lightning."""
+def optimizer_step(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Variant:
+    """Return a function that makes the optimizer step that Lightning makes, without Lightning."""
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=native_dtype() == torch.bfloat16):
@@ -212,8 +222,8 @@ def stepped(module: StudentModule, optimizer: torch.optim.Optimizer, loss: Calla
 TWO_TASKS = ("two tasks, default", "two tasks, long prompts")
 
 
-def two_tasks(case: str, folder: Path, data: Path) -> dict[str, Run]:
-    """Cross-entropy on answers and on rationales: ours, ours without a shared prompt, and two passes of the model."""
+def two_task_variants(case: str, folder: Path, data: Path) -> dict[str, Variant]:
+    """Cross-entropy on answers and rationales: with a shared prompt, without it, and by two passes of the model."""
     source = material.default_source(folder)
     config = material.compose("loss=[answer,rationale]")
     module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
@@ -225,29 +235,33 @@ def two_tasks(case: str, folder: Path, data: Path) -> dict[str, Run]:
         prompts = Prompts(prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
         examples = _long_questions(data)
     pairs = [_two_sequences(prompts, example) for example in examples]
-    apart = [Lesson(example.id, pair) for example, pair in zip(examples, pairs, strict=True)]
-    counts = sum((lesson.counts() for lesson in apart), Counter[Any]())
-    whole = [lesson.branched() for lesson in apart]
+    separate = [Lesson(example.id, pair) for example, pair in zip(examples, pairs, strict=True)]
+    counts = sum((lesson.counts() for lesson in separate), Counter[Any]())
+    branched = [lesson.branched() for lesson in separate]
     tasks = [[Lesson("", (pair[task],)) for pair in pairs] for task in (0, 1)]
-    passes = [collate(part, {}, 0, _nothing) for part in tasks]
+    passes = [collate(task_lessons, {}, 0, _no_soft_targets) for task_lessons in tasks]
 
     def ours(lessons: Sequence[Lesson]) -> Tensor:
-        return loss_of(module, collate(lessons, counts, 0, _nothing))
+        return total_loss(module, collate(lessons, counts, 0, _no_soft_targets))
 
     def two_passes() -> Tensor:
-        losses = [
+        pass_losses = [
             module.model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=labels(batch)).loss
             for batch in passes
         ]
-        total: Tensor = torch.stack(losses).sum()
+        total: Tensor = torch.stack(pass_losses).sum()
         return total
 
-    loss = {"ours": partial(ours, whole), "ours in two": partial(ours, apart), "two passes": two_passes}
-    return {way: stepped(module, optimizer, each) for way, each in loss.items()}
+    losses: dict[str, Callable[[], Tensor]] = {
+        "ours": partial(ours, branched),
+        "ours in two": partial(ours, separate),
+        "two passes": two_passes,
+    }
+    return {name: optimizer_step(module, optimizer, compute_loss) for name, compute_loss in losses.items()}
 
 
-def _nothing(places: Sequence[Any]) -> SoftTargets:
-    raise AssertionError(f"no soft targets are asked for, but {len(places)} are read")
+def _no_soft_targets(keys: Sequence[Any]) -> SoftTargets:
+    raise AssertionError(f"no loss reads soft targets, but {len(keys)} were requested")
 
 
 def _two_sequences(prompts: Prompts, example: Example) -> tuple[TrainingSequence, TrainingSequence]:
@@ -260,7 +274,7 @@ def _two_sequences(prompts: Prompts, example: Example) -> tuple[TrainingSequence
 
 
 def _explained_reviews(source: Any) -> list[Example]:
-    """A step of the default task: reviews of like and middling length, with the rationales of its demonstrations."""
+    """A step of the default task: reviews of median length, with the rationales of its demonstrations."""
     shots = source.prompts.shots
     reviews = sorted(source.splits.train[:160], key=lambda example: len(source.prompts.encode(example.question)))
     middle = reviews[len(reviews) // 2 :][:_EXAMPLES]
@@ -271,25 +285,25 @@ def _explained_reviews(source: Any) -> list[Example]:
 
 
 def _long_questions(data: Path) -> list[Example]:
-    """Questions behind three solved ones."""
-    given = material.solutions(data)[: 4 * _EXAMPLES]
-    found = []
-    for start in range(0, len(given), 4):
-        *solved, asked = given[start : start + 4]
-        before = "\n\n".join(f"{example.question}\n{example.answer}" for example in solved)
-        rationale, _, answer = str(asked.answer).rpartition("####")
-        found.append(Example(f"{before}\n\n{asked.question}", answer.strip(), rationale.strip()))
-    return found
+    """Questions, each behind three solved ones."""
+    solved_examples = material.read_solutions(data)[: 4 * _EXAMPLES]
+    long_examples = []
+    for start in range(0, len(solved_examples), 4):
+        *solved, last = solved_examples[start : start + 4]
+        context = "\n\n".join(f"{example.question}\n{example.answer}" for example in solved)
+        rationale, _, answer = str(last.answer).rpartition("####")
+        long_examples.append(Example(f"{context}\n\n{last.question}", answer.strip(), rationale.strip()))
+    return long_examples
 
 
 # The loop around the step
 
 
-def per_step(folder: Path) -> dict[str, Callable[[], list[float]]]:
-    """Seconds of each step of a short run: in Lightning's loop, as the train command sets it up, and in a plain one."""
+def loop_step_seconds(folder: Path) -> dict[str, Callable[[], list[float]]]:
+    """Seconds per step of a short run in a plain loop, and in Lightning's loop as the train command sets it up."""
     source, config = material.default_source(folder), material.compose("loss=[answer]")
     module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
-    lessons = _answers(source)
+    lessons = _answer_lessons(source)
 
     def batches() -> DataLoader[Batch]:
         collated: Any = _Collated(lessons)
@@ -298,16 +312,17 @@ def per_step(folder: Path) -> dict[str, Callable[[], list[float]]]:
     def plain() -> list[float]:
         ends = [time.perf_counter()]
         for batch in batches():
-            stepped(module, optimizer, partial(loss_of, module, batch))()
+            optimizer_step(module, optimizer, partial(total_loss, module, batch))()
             ends.append(time.perf_counter())
-        return np.diff(ends)[_LOOP_START:].tolist()
+        seconds: list[float] = np.diff(ends)[_LOOP_START:].tolist()
+        return seconds
 
     def in_lightning() -> list[float]:
         clock = _Clock()
-        fast = native_dtype() == torch.bfloat16
+        is_bfloat16_fast = native_dtype() == torch.bfloat16
         trainer: lightning.Trainer = configuration.build(
             material.compose(f"trainer.max_steps={_LOOP_STEPS}").trainer,
-            precision="bf16-mixed" if fast else "32-true",
+            precision="bf16-mixed" if is_bfloat16_fast else "32-true",
             callbacks=[progress("steps", _LOOP_STEPS), clock],
             logger=CSVLogger(folder / "loop", name="", version=""),
             enable_checkpointing=False,
@@ -316,7 +331,8 @@ def per_step(folder: Path) -> dict[str, Callable[[], list[float]]]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         trainer.fit(module, batches())
         torch.use_deterministic_algorithms(False)
-        return np.diff(clock.ends)[_LOOP_START - 1 :].tolist()
+        seconds: list[float] = np.diff(clock.ends)[_LOOP_START - 1 :].tolist()
+        return seconds
 
     return {"plain": plain, "Lightning": in_lightning}
 
@@ -333,16 +349,16 @@ class _Collated:
     def __init__(self, lessons: Sequence[Lesson]) -> None:
         self._lessons = lessons
 
-    def __getitem__(self, part: Any) -> Batch:
-        return collate([self._lessons[index] for index in part.indices], part.counts, 0, _nothing)
+    def __getitem__(self, microbatch: Any) -> Batch:
+        return collate([self._lessons[index] for index in microbatch.indices], microbatch.counts, 0, _no_soft_targets)
 
 
-def padding(folder: Path) -> float:
-    """Share of padding in what the student of the default task reads in a run."""
+def padding_fraction(folder: Path) -> float:
+    """Fraction of padding among the tokens that the student of the default task reads in a run."""
     config = material.compose()
-    lessons = _answers(material.default_source(folder))
+    lessons = _answer_lessons(material.default_source(folder))
     sampler = _sampler(lessons, config, config.trainer.max_steps)
-    steps = [[lessons[index].num_tokens for index in part.indices] for part in sampler]
+    steps = [[lessons[index].num_tokens for index in microbatch.indices] for microbatch in sampler]
     return 1 - sum(map(sum, steps)) / sum(len(step) * max(step) for step in steps)
 
 
@@ -351,8 +367,8 @@ def _sampler(lessons: Sequence[Lesson], config: Any, num_steps: int) -> StepSamp
     return StepSampler(lessons, batch_size=size, batch_unit="examples", num_microbatches=1, num_steps=num_steps, seed=0)
 
 
-def _answers(source: Any) -> Sequence[Lesson]:
-    """The examples of the default task, each with an answer."""
+def _answer_lessons(source: Any) -> Sequence[Lesson]:
+    """Lessons of the default task, all with an answer."""
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     targets = [(e, prompts.answer_prompt(e, e.answer or "positive")) for e in source.splits.train]
     return [Lesson(e.id, (TrainingSequence(target, frozenset({"answer"}), {}),)) for e, target in targets]

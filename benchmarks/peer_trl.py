@@ -1,18 +1,18 @@
-"""Take steps of TRL's GKD trainer on command, in an environment of its own (see requirements.txt beside this file).
+"""Run steps of TRL's GKD trainer on request, in a separate environment (see benchmarks/requirements.txt).
 
     <python of that environment> benchmarks/peer_trl.py <folder>
 
 `<folder>` holds `teacher/` and `student/` (model folders with a tokenizer) and `batch.safetensors`: `input_ids`,
-`attention_mask` and `labels`, all [B, T]; the labels are those of the tokens themselves, -100 where nothing is learned.
+`attention_mask` and `labels`, all [B, T]; labels are token ids at their own positions, -100 where unsupervised.
 
-It prints `ready`, and then answers lines on its input until they end:
-    step     takes one optimizer step, and answers with the seconds it took
-    peak     takes one too, and answers with the bytes by which resident memory grew at its peak
+It prints `ready` and then replies to each line of its input until end of file:
+    step     makes one optimizer step; replies with its seconds
+    peak     makes one optimizer step; replies with the bytes by which resident memory grew at its peak
 
-All is the library's: its loop, its loss on full logits, its clipping, its optimizer. Nothing is generated (lmbda=0);
-the divergence is the forward KL (beta=0) at temperature 1; the teacher, in memory, reads every batch. Three settings
-are not the library's defaults, to make the step like those that it stands beside: activations are kept, the teacher's
-weights are bfloat16 where the machine is fast in it, and numbers below 1e-38 count as zero.
+Loop, loss on full logits, clipping and optimizer are the library's. Nothing is generated (lmbda=0); the divergence is
+the forward KL (beta=0) at temperature 1; the teacher is in memory and reads every batch. Three settings differ from
+the library's defaults, to match the other variants: no gradient checkpointing, teacher weights in bfloat16 where the
+machine is fast in it, and denormals flushed to zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: trl would report its use
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: trl would report usage
 
 import torch
 from datasets import Dataset
@@ -34,63 +34,63 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 
-class Protocol(TrainerCallback):
-    """Holds the library's loop between two steps until it is asked for the next one, and measures that one."""
+class StepProtocol(TrainerCallback):
+    """Pause the library's loop between steps until the next request, and measure the requested step."""
 
-    def __init__(self, answers: TextIO) -> None:
-        self._answers = answers
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Say that the first step can be asked for."""
-        self._answer("ready")
+        """Report that requests are accepted."""
+        self._reply_and_wait("ready")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Answer with what was asked of the step that has just ended."""
+        """Reply with the requested measurement of the step that just ended."""
         seconds = time.perf_counter() - self._start
-        self._answer(seconds if self._asked == "step" else _status("VmHWM") - self._before)
+        self._reply_and_wait(seconds if self._command == "step" else _status("VmHWM") - self._before)
 
-    def _answer(self, answer: object) -> None:
-        print(answer, file=self._answers, flush=True)
+    def _reply_and_wait(self, reply: object) -> None:
+        print(reply, file=self._output, flush=True)
         line = sys.stdin.readline()
         if not line:
             sys.exit()
-        self._asked = line.strip()
-        if self._asked not in ("step", "peak"):
-            sys.exit(f"{self._asked!r} is neither step nor peak")
+        self._command = line.strip()
+        if self._command not in ("step", "peak"):
+            sys.exit(f"unknown request {self._command!r}; expected step or peak")
         self._before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        self._start = time.perf_counter()  # before the batch is handed over: that is a part of the step
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        self._start = time.perf_counter()  # moving the batch is part of the step
 
 
 def main(folder: Path) -> None:
-    """Let the library train until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints, from C too, goes elsewhere than the answers
+    """Train until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stderr, from C too; stdout carries only replies
     torch.set_flush_denormal(True)
     batch = load_file(folder / "batch.safetensors")
-    with tempfile.TemporaryDirectory() as output:
-        trainer = _trainer(folder, batch, Protocol(answers), output)
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = _trainer(folder, batch, StepProtocol(replies), output_dir)
         for weight in (*trainer.model.parameters(), *trainer.teacher_model.parameters()):
-            weight.sum()  # mapped from the file: read now, lest the first step's growth include it
+            weight.sum()  # memory-mapped: read now, so that the first step does not count it
         trainer.train()
 
 
-def _trainer(folder: Path, batch: dict[str, Tensor], protocol: TrainerCallback, output: str) -> GKDTrainer:
-    fast = torch.cpu._is_avx512_bf16_supported()
+def _trainer(folder: Path, batch: dict[str, Tensor], protocol: TrainerCallback, output_dir: str) -> GKDTrainer:
+    is_bfloat16_fast = torch.cpu._is_avx512_bf16_supported()
     config = GKDConfig(
-        output_dir=output,
+        output_dir=output_dir,
         lmbda=0.0,
         beta=0.0,
         temperature=1.0,
         seq_kd=False,
-        teacher_model_init_kwargs={"dtype": "bfloat16" if fast else "float32"},
-        bf16=fast,
+        teacher_model_init_kwargs={"dtype": "bfloat16" if is_bfloat16_fast else "float32"},
+        bf16=is_bfloat16_fast,
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
         learning_rate=4e-4,
         max_grad_norm=1.0,
         max_steps=10**6,
-        per_device_train_batch_size=1,  # rows of the data set below
+        per_device_train_batch_size=1,  # rows of the dataset below
         use_cpu=True,
         save_strategy="no",
         logging_strategy="no",
@@ -102,7 +102,7 @@ def _trainer(folder: Path, batch: dict[str, Tensor], protocol: TrainerCallback, 
         teacher_model=str(folder / "teacher"),
         args=config,
         data_collator=lambda _: dict(batch),
-        train_dataset=Dataset.from_dict({"step": range(1000)}),  # one row a step: the batch is the same in all
+        train_dataset=Dataset.from_dict({"step": range(1000)}),  # one row per step; the batch is always the same
         processing_class=AutoTokenizer.from_pretrained(folder / "student"),
         callbacks=[protocol],
     )

@@ -1,4 +1,4 @@
-"""What others do, to measure beside it: whole prompts in dataset order, nested lists; each as well as it can be."""
+"""Baselines: whole prompts in dataset order, nested lists in Arrow; each implemented as well as it allows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor
 from distill.records import SoftTargets
 
 _TOP = 32
-_ROWS = 1000  # that `datasets` writes at a time
+_ROWS = 1000  # records per batch, as `datasets` writes them
 
 
 @torch.inference_mode()
 def bare_forward(model: Any, texts: Sequence[Sequence[int]], batch_size: int) -> None:
-    """Logits of every position of every text, and nothing done with them."""
+    """Compute the logits of every position of every text, and discard them."""
     for start in range(0, len(texts), batch_size):
         model(*_padded(texts[start : start + batch_size]), use_cache=False)
 
 
 @torch.inference_mode()
 def naive_capture(model: Any, texts: Sequence[tuple[Sequence[int], int]], batch_size: int, path: Path) -> None:
-    """Softmax over every position; of the targets the top 32 as Python lists, written batch by batch."""
+    """Softmax over every position; write the top 32 of each target as Python lists, batch by batch."""
     row = pa.list_(pa.list_(pa.int32())), pa.list_(pa.list_(pa.float32()))
     schema = pa.schema([("ids", row[0]), ("logprobs", row[1])])
     with pq.ParquetWriter(path, schema) as writer:
@@ -54,23 +54,23 @@ def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Int[
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], batch_size: int, *, max_new_tokens: int, stop: int
 ) -> list[list[int]]:
-    """Greedy text after each prompt from `transformers`, up to and including `stop` or to the limit."""
-    written = []
+    """Greedy text after each prompt by `transformers`, up to and including `stop` or up to the limit."""
+    texts = []
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stop, "pad_token_id": stop}
     for start in range(0, len(prompts), batch_size):
         ids_BT, mask_BT = _padded(prompts[start : start + batch_size], left=True)
         rows = model.generate(ids_BT, attention_mask=mask_BT, **settings)[:, ids_BT.shape[1] :].tolist()
-        written += [row[: row.index(stop) + 1] if stop in row else row for row in rows]
-    return written
+        texts += [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+    return texts
 
 
 @torch.inference_mode()
 def gap(model: Any, prompt: Sequence[int], left: Sequence[int], right: Sequence[int]) -> float:
-    """How far apart, in nats, the model thinks the first tokens in which two continuations of a prompt differ."""
+    """Difference in log-probability, in nats, of the first tokens in which two continuations differ."""
     pairs = list(zip(left, right, strict=False))
-    place = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
-    logprobs_V = model(torch.tensor([[*prompt, *left[:place]]])).logits[0, -1].float().log_softmax(-1)
-    return abs(float(logprobs_V[left[place]] - logprobs_V[right[place]]))
+    index = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
+    logprobs_V = model(torch.tensor([[*prompt, *left[:index]]])).logits[0, -1].float().log_softmax(-1)
+    return abs(float(logprobs_V[left[index]] - logprobs_V[right[index]]))
 
 
 Tensors = tuple[Int[Tensor, "E"], Int[Tensor, "E"], Float[Tensor, "E"]]  # positions, ids, log-probabilities
@@ -78,7 +78,7 @@ Read = Callable[[Sequence[int]], Tensors]
 
 
 def nested_lists(path: Path, records: Sequence[SoftTargets]) -> dict[str, Read]:
-    """A data set of nested lists in a memory-mapped Arrow file; its ways to read records of given places."""
+    """Write nested lists to a memory-mapped Arrow file; return the ways in which `datasets` reads records by index."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -90,22 +90,22 @@ def nested_lists(path: Path, records: Sequence[SoftTargets]) -> dict[str, Read]:
     plain = datasets.Dataset.from_file(str(path))
     formatted = plain.with_format("torch")
 
-    def lists(places: Sequence[int]) -> Tensors:
-        found = plain[list(places)]
-        rows = [row for record in found["ids"] for row in record]
+    def lists(indices: Sequence[int]) -> Tensors:
+        columns = plain[list(indices)]
+        rows = [row for record in columns["ids"] for row in record]
         return (
             _positions(rows),
             torch.tensor([token for row in rows for token in row], dtype=torch.int32),
-            torch.tensor([value for record in found["logprobs"] for row in record for value in row]),
+            torch.tensor([value for record in columns["logprobs"] for row in record for value in row]),
         )
 
-    def tensors(places: Sequence[int]) -> Tensors:
-        found = formatted[list(places)]
-        rows = [row for record in found["ids"] for row in record]
+    def tensors(indices: Sequence[int]) -> Tensors:
+        columns = formatted[list(indices)]
+        rows = [row for record in columns["ids"] for row in record]
         return (
             _positions(rows),
             torch.cat(rows).int(),
-            torch.cat([row for record in found["logprobs"] for row in record]),
+            torch.cat([row for record in columns["logprobs"] for row in record]),
         )
 
     return {"lists": lists, "tensors": tensors}

@@ -1,10 +1,10 @@
-"""Tiny real models, tokenizers, tasks and configurations. Nothing is downloaded and nothing is mocked."""
+"""Tiny real models, tokenizers, tasks and configurations; no downloads, no mocks."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # is read when the hub's library is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# OmegaConf's DictConfig is a typing.MutableMapping, which beartype calls outdated wherever it stands.
+# OmegaConf's DictConfig derives from typing.MutableMapping, which beartype reports as deprecated.
 _IGNORED = (
     "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
     "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # Lightning, with torch 2.13
@@ -63,13 +63,13 @@ WHOLE_STUDENT = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # the models are far too small to share out
-    for line in _IGNORED:
-        config.addinivalue_line("filterwarnings", line)
+    torch.set_num_threads(1)  # the models are too small for several threads
+    for warning_filter in _IGNORED:
+        config.addinivalue_line("filterwarnings", warning_filter)
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
-    """The configuration that a command line with these overrides gives."""
+    """Compose the configuration of a command line with these overrides."""
     configuration.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
@@ -83,37 +83,37 @@ def as_before(value: Any) -> Any:
 
 
 def conf_names(group: str) -> list[str]:
-    """Every option of a configuration group."""
+    """All options of a configuration group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def divergences(*sources: str) -> dict[str, Any]:
-    """Every divergence that a file in conf/loss/ names for one of these sources, built."""
-    found = {}
+    """Build the divergences of conf/loss/ for these sources, by class name."""
+    built = {}
     for name in conf_names("loss"):
         objective = yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text())[name]
         module, _, attribute = objective["divergence"]["_target_"].rpartition(".")
         if objective["source"] in sources:
             arguments = {key: value for key, value in objective["divergence"].items() if key[0] != "_"}
-            found[attribute] = getattr(importlib.import_module(module), attribute)(**arguments)
-    return found
+            built[attribute] = getattr(importlib.import_module(module), attribute)(**arguments)
+    return built
 
 
 def codec(name: str, **settings: Any) -> Any:
-    """The codec that a file in conf/cache/ names, with other settings where some are given."""
+    """Build the codec of a file in conf/cache/, with changed settings."""
     node = yaml.safe_load((CONF / "cache" / f"{name}.yaml").read_text())["codec"]
     module, _, attribute = node.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), attribute)(**node | settings)
 
 
 def arithmetic(**sizes: int) -> Arithmetic:
-    """A small task of word problems."""
+    """A small task of arithmetic word problems."""
     settings = {"num_labelled": 6, "num_unlabelled": 6, "num_validation": 4, "num_test": 4, "num_shots": 2}
     return Arithmetic(**settings | {"max_number": 20, "max_steps": 2, "split_seed": 0} | sizes)
 
 
 def make_tokenizer(folder: Path, *, has_start: bool = False, texts: Sequence[str] = ()) -> None:
-    """Train a byte-level BPE tokenizer and save it; `has_start` makes it begin every text with <s>."""
+    """Train a byte-level BPE tokenizer and save it; `has_start`: every encoded text begins with <s>."""
     task = arithmetic(num_unlabelled=200)
     lines = [*texts, *(f"Q: {e.question}\nReason: Answer:" for e in task.splits().train)]
     tokenizer = Tokenizer(models.BPE())
@@ -131,7 +131,7 @@ def make_tokenizer(folder: Path, *, has_start: bool = False, texts: Sequence[str
 
 
 def make_model(folder: Path, *, seed: int, num_layers: int = 2, **settings: Any) -> Path:
-    """Save a random Llama, with more rows in its head than the tokenizer has tokens, and its tokenizer."""
+    """Save a random Llama whose head has more rows than the tokenizer has tokens, and its tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320 + PADDED_ROWS,
@@ -153,7 +153,7 @@ def make_model(folder: Path, *, seed: int, num_layers: int = 2, **settings: Any)
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher; its dropout would show if it were ever in training mode."""
+    """A teacher with dropout, which would show if it were ever in training mode."""
     return make_model(tmp_path_factory.mktemp("teacher"), seed=1, num_layers=3, attention_dropout=0.5)
 
 
@@ -171,7 +171,7 @@ def prompts(student_folder: Path) -> Prompts:
 
 @pytest.fixture
 def configured(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable[..., DictConfig]:
-    """Compose the train command for the tiny models on a small task, below the test's own folder."""
+    """Compose the train command for the tiny models on a small task, below `tmp_path`."""
 
     def configured(*overrides: str) -> DictConfig:
         return compose(*tiny_overrides(tmp_path, teacher_folder, student_folder), *overrides)
@@ -180,7 +180,7 @@ def configured(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Ca
 
 
 def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
-    """What makes the train command a matter of seconds."""
+    """Overrides with which the train command takes seconds."""
     return [
         "task=arithmetic",
         "task.examples.num_labelled=6",
@@ -205,27 +205,27 @@ def tiny_overrides(root: Path, teacher: Path, student: Path) -> list[str]:
 
 
 def reviews(root: Path) -> list[str]:
-    """What makes the task one of two choices, with sentences made up here."""
+    """Overrides for a task with two choices, on generated sentences."""
     lines = [f"{i}\t{2.5 if i % 2 else -2.5}\tSentence number {i} is rated." for i in range(40)]
     (root / "ratings.tsv").write_text("\n".join(lines))
     return ["task=movie_reviews", f"task.examples.file={root / 'ratings.tsv'}"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a process of its own needs to find the code that is tested here; nothing of W&B."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    return kept | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+    """Environment of a subprocess that imports the tested code; without variables of W&B."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    return variables | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
 def start(root: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
-    """Start a command in a process of its own; it writes below `root` alone."""
+    """Start a command in a subprocess; it writes only below `root`."""
     line = [sys.executable, "-m", f"distill.{command}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(line, env=environment(DISTILL_ROOT=str(root)), cwd=root, text=True, **pipes)
 
 
 def run(root: Path, *arguments: str, command: str = "train") -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command in a subprocess and wait for it."""
     process = start(root, *arguments, command=command)
     try:
         output, errors = process.communicate(timeout=120)
@@ -235,12 +235,12 @@ def run(root: Path, *arguments: str, command: str = "train") -> subprocess.Compl
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """Names and bytes of all files of a cache that hold records."""
+    """Contents of all record files of a cache, by name."""
     return {path.name: path.read_bytes() for path in folder.glob("[0-9a-f]*.[sp]*")}
 
 
 class CountingTeacher:
-    """A real teacher that remembers how often it was loaded and what it was asked."""
+    """A real teacher that counts its loads and keeps the requests it gets."""
 
     def __init__(self, teacher: Any) -> None:
         self._teacher = teacher
@@ -264,14 +264,14 @@ class CountingTeacher:
 
 
 def counted(config: DictConfig) -> tuple[Source, CountingTeacher]:
-    """The source that a configuration names, its teacher counted."""
+    """Open the annotation job of a configuration with a counting teacher."""
     source = open_source(config)
     teacher = CountingTeacher(source.teacher)
     return replace(source, teacher=teacher), teacher
 
 
 def examples(number: int) -> list[Example]:
-    """Questions of very different lengths, with answers."""
+    """Examples with questions of very different lengths, answers and rationales."""
     words = "two and two are how many, and why would anyone wish to know"
     return [
         Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)
@@ -279,27 +279,27 @@ def examples(number: int) -> list[Example]:
 
 
 def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities of equally long rows, [N, K] each."""
+    """Ids and log-probabilities of rows with equally many entries, [N, K] each."""
     return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
 
 
-_IN_MEMORY: dict[Place, SoftTargets] = {}
+_SOFT_TARGETS: dict[Place, SoftTargets] = {}
 
 
 def keep(soft: SoftTargets) -> SoftPlace:
-    """Put soft targets where `read` finds them, as a cache would."""
-    place = (f"{len(_IN_MEMORY):032x}", "answer")
-    _IN_MEMORY[place] = soft
-    return SoftPlace(place, len(soft))
+    """Keep soft targets in memory for `read`, like a cache."""
+    key = (f"{len(_SOFT_TARGETS):032x}", "answer")
+    _SOFT_TARGETS[key] = soft
+    return SoftPlace(key, len(soft))
 
 
-def read(places: Sequence[Place]) -> SoftTargets:
-    """What was kept at these places, one after the other."""
-    return SoftTargets.join([_IN_MEMORY[place] for place in places])
+def read(keys: Sequence[Place]) -> SoftTargets:
+    """Concatenate the soft targets of these keys, which `keep` stored."""
+    return SoftTargets.join([_SOFT_TARGETS[key] for key in keys])
 
 
 def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
-    """Lessons of uneven lengths: all have soft targets, two of three a gold answer, one of three a rationale."""
+    """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale."""
     generator = torch.Generator().manual_seed(0)
 
     def soft(span: Sequence[int]) -> SoftPlace:
@@ -307,7 +307,7 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
         uniform_N = torch.from_numpy(uniforms(str(span), len(span), 0))
         return keep((codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N))
 
-    found = []
+    made = []
     for index, example in enumerate(examples(number)):
         labelled = frozenset({"answer"} if index % 3 else ())
         answer = TrainingSequence(
@@ -320,19 +320,19 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
             ids = prompts.rationale_ids(example.rationale)
             prompt = prompts.rationale_prompt(example, example.rationale, None)
             sequences.append(TrainingSequence(prompt, frozenset({"rationale"}), {"rationale": soft(ids)}))
-        found.append(Lesson(example.id, tuple(sequences)))
-    return found
+        made.append(Lesson(example.id, tuple(sequences)))
+    return made
 
 
 @functools.cache
 def objectives(*names: str) -> dict[str, Objective]:
-    """The losses of conf/loss/, all of them where none is named."""
+    """Build the named losses of conf/loss/; without names, all of them."""
     nodes = compose(f"loss=[{','.join(names or conf_names('loss'))}]").loss
     return {name: configuration.build(node) for name, node in nodes.items()}
 
 
 def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -> StudentModule:
-    """A student that learns by plain gradient descent."""
+    """The training module of a student, with plain gradient descent."""
     return StudentModule(
         model,
         objectives=objectives(*names),
@@ -345,6 +345,6 @@ def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _reset_torch_state() -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(False)  # commands set it for their process

@@ -1,4 +1,4 @@
-"""Laws 2, 3, 5, 8: which position learns what, whatever stands beside it, and how many of them there are."""
+"""Laws 2, 3 and 5: the collated batch supervises the right positions, with aligned soft targets and counts."""
 
 from __future__ import annotations
 
@@ -27,52 +27,52 @@ def test_a_target_without_exactly_one_distribution_per_token_is_refused(number: 
 
 
 def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> None:
-    given = lessons(prompts, 7)
-    batch = collate(given, {}, 9, read)
-    sequences = [sequence for lesson in given for sequence in lesson.sequences]
-    wanted = [
-        (row, place - 1, sequence.prompt.ids[place], SPANS.index(span), span in sequence.labelled)
+    all_lessons = lessons(prompts, 7)
+    batch = collate(all_lessons, {}, 9, read)
+    sequences = [sequence for lesson in all_lessons for sequence in lesson.sequences]
+    expected = [
+        (row, index - 1, sequence.prompt.ids[index], SPANS.index(span), span in sequence.labelled)
         for row, sequence in enumerate(sequences)
         for span, (start, stop) in sequence.prompt.spans.items()
-        for place in range(start, stop)
+        for index in range(start, stop)
     ]
-    found = zip(
+    positions = zip(
         *(x.tolist() for x in (batch.sequence_N, batch.before_N, batch.label_N, batch.span_N, batch.is_labelled_N)),
         strict=True,
     )
-    assert list(found) == wanted
+    assert list(positions) == expected
     assert torch.equal(batch.input_ids_BT[batch.sequence_N, batch.before_N + 1], batch.label_N)
 
 
 def test_soft_targets_are_aligned_with_their_tokens(prompts: Prompts) -> None:
-    given = lessons(prompts, 7)
-    batch = collate(given, {}, 9, read)
-    softs = [
+    all_lessons = lessons(prompts, 7)
+    batch = collate(all_lessons, {}, 9, read)
+    soft_spans = [
         (s.prompt, span, read([soft.place]))
-        for lesson in given
+        for lesson in all_lessons
         for s in lesson.sequences
         for span, soft in s.soft.items()
     ]
     assert batch.soft is not None
-    joined_soft = SoftTargets.join([targets for _, _, targets in softs])
+    joined_soft = SoftTargets.join([targets for _, _, targets in soft_spans])
     assert batch.soft.tail_N is not None
     assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
     assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
     assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
-    tokens = [i for prompt, span, targets in softs for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
+    tokens = [i for prompt, span, targets in soft_spans for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
     assert batch.label_N[batch.is_soft_N].tolist() == tokens
-    by_entry = np.repeat(tokens, joined_soft.num_N)
-    assert batch.label_N[batch.soft.position_E.long()].tolist() == by_entry.tolist()
+    tokens_by_entry = np.repeat(tokens, joined_soft.num_N)
+    assert batch.label_N[batch.soft.position_E.long()].tolist() == tokens_by_entry.tolist()
     assert np.diff(batch.soft.ends_N, prepend=0)[batch.is_soft_N].tolist() == joined_soft.num_N.tolist()
     assert (np.diff(batch.soft.ends_N, prepend=0) > 0).tolist() == batch.is_soft_N.tolist()
 
 
 def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(prompts: Prompts) -> None:
-    given = lessons(prompts, 7)
-    batch = collate(given, {}, prompts.end, read)
-    number = sum(len(lesson.sequences) for lesson in given)
-    assert (batch.label_N == prompts.end).sum() == number
-    lengths = [len(sequence.prompt.ids) for lesson in given for sequence in lesson.sequences]
+    all_lessons = lessons(prompts, 7)
+    batch = collate(all_lessons, {}, prompts.end, read)
+    num_sequences = sum(len(lesson.sequences) for lesson in all_lessons)
+    assert (batch.label_N == prompts.end).sum() == num_sequences
+    lengths = [len(sequence.prompt.ids) for lesson in all_lessons for sequence in lesson.sequences]
     assert batch.mask_BT.sum(1).tolist() == lengths
     assert batch.mask_BT[batch.sequence_N, batch.before_N + 1].all()
     is_end_N = batch.label_N == prompts.end
@@ -80,10 +80,10 @@ def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(prompts: Pr
 
 
 def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts) -> None:
-    given = lessons(prompts, 75)
+    all_lessons = lessons(prompts, 75)
     data = DistillData(
-        train=given,
-        validation=given,
+        train=all_lessons,
+        validation=all_lessons,
         read=read,
         batch_size=8,
         microbatch_size=8,
@@ -96,37 +96,39 @@ def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts)
     )
     batches = list(data.val_dataloader())
     assert len(batches) == 2
-    assert sorted(i for batch in batches for i in batch.example_ids) == sorted(lesson.example_id for lesson in given)
+    assert sorted(i for batch in batches for i in batch.example_ids) == sorted(
+        lesson.example_id for lesson in all_lessons
+    )
     widths = [batch.mask_BT.shape[1] for batch in batches]
-    assert widths[0] < widths[1] == max(len(s.prompt.ids) for lesson in given for s in lesson.sequences)
+    assert widths[0] < widths[1] == max(len(s.prompt.ids) for lesson in all_lessons for s in lesson.sequences)
 
 
 def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:
     for lesson in lessons(prompts, 7):
-        one = lesson.branched()
-        assert one.counts() == lesson.counts()
-        (whole,) = one.sequences
+        branched = lesson.branched()
+        assert branched.counts() == lesson.counts()
+        (shared,) = branched.sequences
         if len(lesson.sequences) == 1:
-            assert one is lesson
+            assert branched is lesson
             continue
-        assert one.num_tokens < sum(len(sequence.prompt.ids) for sequence in lesson.sequences)
-        first, *_ = whole.prompt.branches
-        ends = (*whole.prompt.branches[1:], len(whole.prompt.ids))
-        for sequence, start, end in zip(lesson.sequences, whole.prompt.branches, ends, strict=True):
-            assert whole.prompt.ids[:first] + whole.prompt.ids[start:end] == sequence.prompt.ids
-            ((span, place),) = sequence.prompt.spans.items()
-            assert whole.prompt.spans[span] == tuple(start + p - first for p in place)
-            assert start < whole.prompt.spans[span][0]  # the token before a target is in its branch
-            assert (span in whole.labelled) == (span in sequence.labelled)
-            assert whole.soft.get(span) == sequence.soft.get(span)
+        assert branched.num_tokens < sum(len(sequence.prompt.ids) for sequence in lesson.sequences)
+        branch_start, *_ = shared.prompt.branches
+        ends = (*shared.prompt.branches[1:], len(shared.prompt.ids))
+        for sequence, start, end in zip(lesson.sequences, shared.prompt.branches, ends, strict=True):
+            assert shared.prompt.ids[:branch_start] + shared.prompt.ids[start:end] == sequence.prompt.ids
+            ((span, span_bounds),) = sequence.prompt.spans.items()
+            assert shared.prompt.spans[span] == tuple(start + bound - branch_start for bound in span_bounds)
+            assert start < shared.prompt.spans[span][0]  # the token before a target belongs to its branch
+            assert (span in shared.labelled) == (span in sequence.labelled)
+            assert shared.soft.get(span) == sequence.soft.get(span)
 
 
 @pytest.mark.parametrize("last", [7, 8])
 def test_a_target_with_a_common_beginning_is_not_shared(last: int) -> None:
     answer, rationale = Prompt((5, 6, 7), {"answer": (2, 3)}), Prompt((5, 6, last), {"rationale": (2, 3)})
     lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
-    (one,) = lesson.branched().sequences
-    assert one.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
+    (sequence,) = lesson.branched().sequences
+    assert sequence.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
 
 
 def test_sequences_without_a_common_prefix_stay_separate() -> None:
@@ -136,17 +138,17 @@ def test_sequences_without_a_common_prefix_stay_separate() -> None:
 
 
 def test_positions_continue_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
-    given = [lesson.branched() for lesson in lessons(prompts, 9)]
-    batch = collate(given, {}, 9, read)
+    branched_lessons = [lesson.branched() for lesson in lessons(prompts, 9)]
+    batch = collate(branched_lessons, {}, 9, read)
     assert batch.branch_BT is not None
-    for row, lesson in enumerate(given):
+    for row, lesson in enumerate(branched_lessons):
         prompt = lesson.sequences[0].prompt
         starts, length = prompt.branches or (len(prompt.ids),), len(prompt.ids)
-        wanted = [*range(starts[0])]
+        expected = [*range(starts[0])]
         for start, end in itertools.pairwise((*starts, length)):
-            wanted += range(starts[0], starts[0] + end - start)
-        assert batch.position_BT[row, :length].tolist() == wanted
-        assert (batch.position_BT[row, length:] == 0).all()  # no place beyond those that a model has learned
+            expected += range(starts[0], starts[0] + end - start)
+        assert batch.position_BT[row, :length].tolist() == expected
+        assert (batch.position_BT[row, length:] == 0).all()  # no position beyond the model's maximum
         assert int(batch.branch_BT[row].max()) == len(prompt.branches)
     assert collate(lessons(prompts, 9), {}, 9, read).branch_BT is None
 
@@ -159,6 +161,6 @@ def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
         ("answer", "labels"): num_answer,
         ("answer", "soft"): num_answer,
         ("rationale", "labels"): num_rationale,
-        ("rationale", "soft"): num_rationale - 1,  # no distribution was asked for the end that follows it
+        ("rationale", "soft"): num_rationale - 1,  # the end token after it has no distribution
     }
     assert lessons(prompts, 1)[0].counts()["answer", "labels"] == 0

@@ -1,4 +1,4 @@
-"""Laws 2, 3, 5, 8: which position learns what, whatever stands beside it, and how many of them there are."""
+"""Law 3: the order of lessons and their division into steps and microbatches."""
 
 from __future__ import annotations
 
@@ -18,60 +18,61 @@ from distill.prompts.cues import Prompts
 from tests.conftest import lessons
 
 
-def sampler(given: list[Lesson], **settings: Any) -> StepSampler:
-    """Steps of four examples, where nothing else is said."""
-    plain = {"batch_size": 4, "batch_unit": "examples", "num_microbatches": 1, "num_steps": 1, "seed": 0}
-    return StepSampler(given, **plain | settings)
+def sampler(all_lessons: list[Lesson], **settings: Any) -> StepSampler:
+    """A sampler with four examples per step, with changed settings."""
+    defaults = {"batch_size": 4, "batch_unit": "examples", "num_microbatches": 1, "num_steps": 1, "seed": 0}
+    return StepSampler(all_lessons, **defaults | settings)
 
 
 @pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
 def test_a_step_has_the_same_examples_for_any_number_of_processes(
     prompts: Prompts, num_microbatches: int, world_size: int
 ) -> None:
-    given = lessons(prompts, 11)
+    all_lessons = lessons(prompts, 11)
 
-    def dealt(number: int, size: int, **start: int) -> list[list[Any]]:
+    def steps_of_microbatches(num_microbatches_: int, num_processes: int, **start: int) -> list[list[Any]]:
         ranks = [
             list(
                 sampler(
-                    given,
+                    all_lessons,
                     batch_size=8,
-                    num_microbatches=number,
+                    num_microbatches=num_microbatches_,
                     num_steps=4,
                     seed=3,
-                    rank=r,
-                    world_size=size,
+                    rank=rank_,
+                    world_size=num_processes,
                     **start,
                 )
             )
-            for r in range(size)
+            for rank_ in range(num_processes)
         ]
         return [
-            [m for rank in ranks for m in rank[s * number : (s + 1) * number]] for s in range(len(ranks[0]) // number)
+            [m for rank in ranks for m in rank[step_index * num_microbatches_ : (step_index + 1) * num_microbatches_]]
+            for step_index in range(len(ranks[0]) // num_microbatches_)
         ]
 
-    whole, cut = dealt(1, 1), dealt(num_microbatches, world_size)
-    assert len(cut) == 4
-    for (one,), parts in zip(whole, cut, strict=True):
-        assert sorted(one.indices) == sorted(index for part in parts for index in part.indices)
-        assert all(part.counts == one.counts for part in parts)
-        assert one.counts == sum((given[index].counts() for index in one.indices), Counter())
-    assert dealt(num_microbatches, world_size, start_step=2) == cut[2:]
-    seen = Counter(index for (one,) in whole for index in one.indices)
-    assert set(seen) == set(range(11))
-    assert max(seen.values()) - min(seen.values()) <= 1
+    undivided, divided = steps_of_microbatches(1, 1), steps_of_microbatches(num_microbatches, world_size)
+    assert len(divided) == 4
+    for (step,), microbatches in zip(undivided, divided, strict=True):
+        assert sorted(step.indices) == sorted(index for microbatch in microbatches for index in microbatch.indices)
+        assert all(microbatch.counts == step.counts for microbatch in microbatches)
+        assert step.counts == sum((all_lessons[index].counts() for index in step.indices), Counter())
+    assert steps_of_microbatches(num_microbatches, world_size, start_step=2) == divided[2:]
+    num_uses = Counter(index for (step,) in undivided for index in step.indices)
+    assert set(num_uses) == set(range(11))
+    assert max(num_uses.values()) - min(num_uses.values()) <= 1
 
 
 def test_another_seed_is_another_order(prompts: Prompts) -> None:
-    given = lessons(prompts, 11)
-    orders = [next(sampler(given, batch_size=3, seed=seed).steps()) for seed in (0, 0, 1)]
+    all_lessons = lessons(prompts, 11)
+    orders = [next(sampler(all_lessons, batch_size=3, seed=seed).steps()) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_lessons_of_similar_length_share_a_step(prompts: Prompts) -> None:
-    given = lessons(prompts, 48)
-    lengths = [lesson.num_tokens for lesson in given]
-    steps = [[lengths[index] for index in step] for step in itertools.islice(sampler(given).steps(), 12)]
+    all_lessons = lessons(prompts, 48)
+    lengths = [lesson.num_tokens for lesson in all_lessons]
+    steps = [[lengths[index] for index in step] for step in itertools.islice(sampler(all_lessons).steps(), 12)]
     assert sorted(length for step in steps for length in step) == sorted(lengths)
     by_length = sorted(sorted(step) for step in steps)
     assert all(former[-1] <= latter[0] for former, latter in itertools.pairwise(by_length))
@@ -83,32 +84,42 @@ def test_a_step_with_fewer_examples_than_chunks_is_refused(prompts: Prompts) -> 
         sampler(lessons(prompts, 5), batch_size=3, num_microbatches=2, world_size=2)
 
 
-def graded(prompts: Prompts, number: int) -> list[Lesson]:
-    """Lessons whose teacher is ever less sure, in an order of their own; every fifth has another answer."""
-    given = lessons(prompts, number)
+def graded_lessons(prompts: Prompts, number: int) -> list[Lesson]:
+    """Lessons in scrambled order of the teacher's confidence; every fifth has another answer."""
+    ungraded = lessons(prompts, number)
     return [
-        replace(x, answer="no" if i % 5 else "yes", confidence=((7 * i) % number) / number) for i, x in enumerate(given)
+        replace(lesson, answer="no" if i % 5 else "yes", confidence=((7 * i) % number) / number)
+        for i, lesson in enumerate(ungraded)
     ]
 
 
 @pytest.mark.parametrize("order", ["short_first", "confident_first"])
 def test_the_first_epoch_goes_from_easy_to_hard_and_the_second_is_shuffled(order: Any, prompts: Prompts) -> None:
-    given = graded(prompts, 200)
-    steps = list(itertools.islice(sampler(given, batch_size=2, arrangement=Arrangement(order=order)).steps(), 200))
+    all_lessons = graded_lessons(prompts, 200)
+    steps = list(
+        itertools.islice(sampler(all_lessons, batch_size=2, arrangement=Arrangement(order=order)).steps(), 200)
+    )
     first, second = steps[:100], steps[100:]
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(200))
-    hardness = [x.num_tokens if order == "short_first" else -x.confidence for x in given]
-    sorted_ = sorted(hardness)
+    hardness = [x.num_tokens if order == "short_first" else -x.confidence for x in all_lessons]
+    sorted_hardness = sorted(hardness)
 
-    def displaced(epoch: list[list[int]]) -> int:
-        """How far, at most, a lesson is from where it would be if all were sorted."""
-        seen = [hardness[index] for step in epoch for index in step]
-        bounds = [(bisect.bisect_left(sorted_, x), bisect.bisect_right(sorted_, x) - 1) for x in seen]
-        return max(max(first - at, at - last, 0) for at, (first, last) in enumerate(bounds))
+    def max_displacement(epoch: list[list[int]]) -> int:
+        """The largest distance of a lesson from its position in sorted order."""
+        epoch_hardness = [hardness[index] for step in epoch for index in step]
+        bounds = [
+            (bisect.bisect_left(sorted_hardness, x), bisect.bisect_right(sorted_hardness, x) - 1)
+            for x in epoch_hardness
+        ]
+        return max(max(first - position, position - last, 0) for position, (first, last) in enumerate(bounds))
 
-    assert displaced(first) <= 2 * 20 + 2 < 100 < displaced(second)  # lengths are sorted in windows of twenty steps
-    resumed = list(sampler(given, batch_size=2, arrangement=Arrangement(order=order), num_steps=150, start_step=60))
-    assert [list(part.indices) for part in resumed] == steps[60:150]
+    assert (
+        max_displacement(first) <= 2 * 20 + 2 < 100 < max_displacement(second)
+    )  # lengths are sorted in windows of twenty steps
+    resumed = list(
+        sampler(all_lessons, batch_size=2, arrangement=Arrangement(order=order), num_steps=150, start_step=60)
+    )
+    assert [list(microbatch.indices) for microbatch in resumed] == steps[60:150]
 
 
 GROUPS = {"answer": lambda lesson: lesson.answer, "confidence": lambda lesson: int(5 * lesson.confidence)}
@@ -118,14 +129,14 @@ GROUPS = {"answer": lambda lesson: lesson.answer, "confidence": lambda lesson: i
 def test_balancing_makes_strata_equally_frequent_and_keeps_every_lesson(
     balance: Any, group: Callable[[Lesson], Any], prompts: Prompts
 ) -> None:
-    given = [lesson for i, lesson in enumerate(graded(prompts, 40)) if i % 3 or lesson.confidence > 0.5]
-    epoch = Arrangement(balance=balance).epoch(given)
-    seen = Counter(group(given[index]) for index in epoch)
-    assert len(seen) > 1
-    assert len(set(seen.values())) == 1
-    assert set(epoch) == set(range(len(given)))
-    assert len(set(Counter(group(lesson) for lesson in given).values())) > 1  # they were not from the start
-    steps = sampler(given, batch_size=1, arrangement=Arrangement(balance=balance)).steps()
+    all_lessons = [lesson for i, lesson in enumerate(graded_lessons(prompts, 40)) if i % 3 or lesson.confidence > 0.5]
+    epoch = Arrangement(balance=balance).epoch(all_lessons)
+    stratum_sizes = Counter(group(all_lessons[index]) for index in epoch)
+    assert len(stratum_sizes) > 1
+    assert len(set(stratum_sizes.values())) == 1
+    assert set(epoch) == set(range(len(all_lessons)))
+    assert len(set(Counter(group(lesson) for lesson in all_lessons).values())) > 1  # they were unequal before
+    steps = sampler(all_lessons, batch_size=1, arrangement=Arrangement(balance=balance)).steps()
     assert Counter(index for (index,) in itertools.islice(steps, len(epoch))) == Counter(epoch)
 
 
@@ -136,32 +147,32 @@ def test_ordering_by_a_missing_confidence_is_refused(prompts: Prompts) -> None:
 
 
 def test_only_the_step_between_two_epochs_mixes_lengths(prompts: Prompts) -> None:
-    given = lessons(prompts, 50)
-    steps = list(itertools.islice(sampler(given).steps(), 50))  # four epochs of twelve and a half steps
+    all_lessons = lessons(prompts, 50)
+    steps = list(itertools.islice(sampler(all_lessons).steps(), 50))  # four epochs of twelve and a half steps
     assert all(len(step) == 4 for step in steps)
     assert set(Counter(index for step in steps for index in step).values()) == {4}
-    spreads = [max(x) - min(x) for x in ([given[index].num_tokens for index in step] for step in steps)]
+    spreads = [max(x) - min(x) for x in ([all_lessons[index].num_tokens for index in step] for step in steps)]
     assert sum(spread > 40 for spread in spreads) <= 4
 
 
 @pytest.mark.parametrize("batch_size", [100, 400, 1600])
 def test_a_step_of_tokens_is_as_full_as_similar_lengths_allow(batch_size: int, prompts: Prompts) -> None:
-    given = lessons(prompts, 48)
-    steps = list(itertools.islice(sampler(given, batch_size=batch_size, batch_unit="tokens").steps(), 60))
-    whole = Counter(index for step in steps for index in step)
-    assert max(whole.values()) - min(whole.values()) <= 1
-    sizes = [len(step) * max(given[index].num_tokens for index in step) for step in steps]
+    all_lessons = lessons(prompts, 48)
+    steps = list(itertools.islice(sampler(all_lessons, batch_size=batch_size, batch_unit="tokens").steps(), 60))
+    num_uses = Counter(index for step in steps for index in step)
+    assert max(num_uses.values()) - min(num_uses.values()) <= 1
+    sizes = [len(step) * max(all_lessons[index].num_tokens for index in step) for step in steps]
     assert all(size <= batch_size or len(step) == 1 for size, step in zip(sizes, steps, strict=True))
     assert len({len(step) for step in steps}) > 1
-    dealt = list(sampler(given, batch_size=batch_size, batch_unit="tokens", num_steps=60))
-    resumed = sampler(given, batch_size=batch_size, batch_unit="tokens", num_steps=60, start_step=17)
-    assert [list(part.indices) for part in dealt] == steps
-    assert list(resumed) == dealt[17:]
+    microbatches = list(sampler(all_lessons, batch_size=batch_size, batch_unit="tokens", num_steps=60))
+    resumed = sampler(all_lessons, batch_size=batch_size, batch_unit="tokens", num_steps=60, start_step=17)
+    assert [list(microbatch.indices) for microbatch in microbatches] == steps
+    assert list(resumed) == microbatches[17:]
 
 
 def test_every_microbatch_of_a_step_of_tokens_has_an_example(prompts: Prompts) -> None:
-    given = lessons(prompts, 48)
+    all_lessons = lessons(prompts, 48)
     settings = {"batch_size": 100, "batch_unit": "tokens", "num_microbatches": 2, "world_size": 2, "num_steps": 40}
-    parts = [part for rank in (0, 1) for part in sampler(given, rank=rank, **settings)]
-    assert len(parts) == 160
-    assert all(part.indices for part in parts)
+    microbatches = [microbatch for rank in (0, 1) for microbatch in sampler(all_lessons, rank=rank, **settings)]
+    assert len(microbatches) == 160
+    assert all(microbatch.indices for microbatch in microbatches)

@@ -1,4 +1,4 @@
-"""Laws 1 and 4: what a divergence on buckets may claim, for every divergence that conf/loss/ names."""
+"""Laws 1 and 4: properties of every divergence that conf/loss/ names, on buckets."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from distill.losses.total_variation import TotalVariation
 from distill.records import SoftTargets
 from tests.conftest import compose, conf_names, divergences, grid
 
-EVERY = pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
-SOFT = pytest.mark.parametrize("divergence", divergences("soft").values(), ids=lambda d: type(d).__name__)
+EVERY_DIVERGENCE = pytest.mark.parametrize(
+    "divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__
+)
+SOFT_DIVERGENCE = pytest.mark.parametrize("divergence", divergences("soft").values(), ids=lambda d: type(d).__name__)
 V = 40
 
 
@@ -40,18 +42,18 @@ def logprobs(seed: int, rows: int = 16, spread: float = 3.0) -> Tensor:
 
 
 def buckets(log_p_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The kept log-probabilities and that of everything else together."""
+    """The kept log-probabilities and that of the tail."""
     is_kept_NV = torch.zeros_like(log_p_NV, dtype=torch.bool).scatter_(-1, ids_NK, True)
-    rest_N1 = log_p_NV.masked_fill(is_kept_NV, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([log_p_NV.gather(-1, ids_NK), rest_N1], -1)
+    tail_N1 = log_p_NV.masked_fill(is_kept_NV, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p_NV.gather(-1, ids_NK), tail_N1], -1)
 
 
 def excess(divergence: Any, log_q_NB: Tensor, log_t_NB: Tensor) -> Tensor:
-    """By how much the value is above that of a perfect student."""
+    """The divergence above that of a perfect student."""
     return (divergence(log_q_NB, log_t_NB)[0] - divergence(log_t_NB, log_t_NB)[0]).sum(-1)
 
 
-@EVERY
+@EVERY_DIVERGENCE
 @settings(max_examples=40, deadline=None, database=None)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, V - 1), spread=st.floats(0.01, 8))
 def test_a_bucket_divergence_is_between_zero_and_the_full_divergence(
@@ -59,37 +61,37 @@ def test_a_bucket_divergence_is_between_zero_and_the_full_divergence(
 ) -> None:
     log_q_NV, log_t_NV = logprobs(seed, spread=spread), logprobs(seed + 1, spread=spread)
     ids_NK = log_t_NV.topk(k, -1).indices
-    cut_N = excess(divergence, buckets(log_q_NV, ids_NK), buckets(log_t_NV, ids_NK))
-    assert (cut_N >= -1e-12).all()
+    bucket_excess_N = excess(divergence, buckets(log_q_NV, ids_NK), buckets(log_t_NV, ids_NK))
+    assert (bucket_excess_N >= -1e-12).all()
     if log_t_NV.min() > np.log(1e-8):  # above the floor that ReverseKL states
-        assert (cut_N <= excess(divergence, log_q_NV, log_t_NV) + 1e-12).all()
+        assert (bucket_excess_N <= excess(divergence, log_q_NV, log_t_NV) + 1e-12).all()
 
 
-@SOFT
+@SOFT_DIVERGENCE
 @pytest.mark.parametrize("k", [1, 5, V - 1])
 def test_equal_distributions_have_zero_divergence(divergence: Any, k: int) -> None:
     log_t_NV = logprobs(3)
     log_t_NB = buckets(log_t_NV, log_t_NV.topk(k, -1).indices)
     value_NB, slope_NB = divergence(log_t_NB, log_t_NB)
     assert value_NB.sum(-1).abs().max() < 1e-12
-    # At the least value every bucket's slope is the same multiple of its probability.
+    # At the minimum every bucket's slope is the same multiple of its probability.
     assert torch.allclose(slope_NB / log_t_NB.exp(), slope_NB[:, :1] / log_t_NB[:, :1].exp(), atol=1e-12)
 
 
-@EVERY
+@EVERY_DIVERGENCE
 def test_a_bucket_divergence_tends_to_the_full_one_as_more_is_kept(divergence: Any) -> None:
     log_q_NV, log_t_NV = logprobs(4, spread=1), logprobs(5, spread=1)
     order_NV = log_t_NV.argsort(-1, descending=True)
-    cuts = [
+    excesses = [
         excess(divergence, buckets(log_q_NV, order_NV[:, :k]), buckets(log_t_NV, order_NV[:, :k])).sum()
         for k in range(1, V)
     ]
-    assert all(fewer <= more + 1e-12 for fewer, more in itertools.pairwise(cuts))
-    assert cuts[0] < 0.5 * cuts[-1]
-    assert abs(cuts[-1] - excess(divergence, log_q_NV, log_t_NV).sum()) < 1e-9
+    assert all(at_k <= at_k_plus_1 + 1e-12 for at_k, at_k_plus_1 in itertools.pairwise(excesses))
+    assert excesses[0] < 0.5 * excesses[-1]
+    assert abs(excesses[-1] - excess(divergence, log_q_NV, log_t_NV).sum()) < 1e-9
 
 
-@EVERY
+@EVERY_DIVERGENCE
 def test_a_slope_is_the_derivative_of_the_value(divergence: Any) -> None:
     log_q_NB = logprobs(6).requires_grad_()
     value_NB, slope_NB = divergence(log_q_NB, logprobs(7))
@@ -117,19 +119,21 @@ def test_values_are_those_of_torch() -> None:
         (SkewReverseKL(alpha=1e-7), ReverseKL(), 1),
     ],
 )
-def test_mixtures_tend_to_forward_and_reverse_kl(near: Any, limit: Any, scale: float) -> None:
+def test_mixtures_tend_to_forward_and_reverse_kl(mixture: Any, limit: Any, scale: float) -> None:
     log_q_NV, log_t_NV = logprobs(11, spread=1), logprobs(12, spread=1)
-    (value_NV, slope_NV), (limit_NV, limit_slope_NV) = (d(log_q_NV, log_t_NV) for d in (near, limit))
+    (value_NV, slope_NV), (limit_NV, limit_slope_NV) = (d(log_q_NV, log_t_NV) for d in (mixture, limit))
     assert torch.allclose(scale * value_NV.sum(-1), limit_NV.sum(-1), rtol=1e-4)
-    by_logit_NV, wanted_NV = (s - log_q_NV.exp() * s.sum(-1, keepdim=True) for s in (scale * slope_NV, limit_slope_NV))
-    assert torch.allclose(by_logit_NV, wanted_NV, rtol=1e-4, atol=1e-6)
+    by_logit_NV, expected_NV = (
+        s - log_q_NV.exp() * s.sum(-1, keepdim=True) for s in (scale * slope_NV, limit_slope_NV)
+    )
+    assert torch.allclose(by_logit_NV, expected_NV, rtol=1e-4, atol=1e-6)
 
 
 def test_divergences_of_two_coins_have_their_closed_form() -> None:
     """t = (3/4, 1/4), q = (1/4, 3/4), by hand."""
     log_t, log_q = torch.tensor([0.75, 0.25]).double().log(), torch.tensor([0.25, 0.75]).double().log()
     ln = math.log
-    wanted = {
+    expected_values = {
         ForwardKL(): 0.5 * ln(3),
         ReverseKL(): 0.5 * ln(3),
         JensenShannon(beta=0.5): 0.75 * ln(1.5) - 0.25 * ln(2),
@@ -140,22 +144,22 @@ def test_divergences_of_two_coins_have_their_closed_form() -> None:
         JensenShannon(beta=0.25): 0.25 * (0.75 * ln(2) + 0.25 * ln(0.4)) + 0.75 * (0.25 * ln(2 / 3) + 0.75 * ln(1.2)),
         TotalVariation(): 0.5,
     }
-    for divergence, value in wanted.items():
+    for divergence, value in expected_values.items():
         assert math.isclose(divergence(log_q, log_t)[0].sum(), value, rel_tol=1e-12), divergence
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
+@pytest.mark.parametrize("weight", [0.0, 1.0, -0.1, 1.5])
 @pytest.mark.parametrize("make", [SkewKL, SkewReverseKL, JensenShannon])
-def test_a_mixture_weight_outside_0_and_1_is_refused(make: Any, share: float) -> None:
+def test_a_mixture_weight_outside_0_and_1_is_refused(make: Any, weight: float) -> None:
     with pytest.raises(ConfigError, match=r"expected 0 < (alpha|beta) < 1"):
-        make(share)
+        make(weight)
 
 
-@EVERY
+@EVERY_DIVERGENCE
 def test_buckets_with_zero_probability_give_no_nan(divergence: Any) -> None:
-    never = -torch.inf
-    log_t_NB = torch.tensor([[0.0, never, never], [np.log(0.5), np.log(0.5), never]], dtype=torch.float64)
-    log_q_NB = torch.tensor([[never, 0.0, never], [0.0, -30.0, -20.7]], dtype=torch.float64)
+    log_zero = -torch.inf
+    log_t_NB = torch.tensor([[0.0, log_zero, log_zero], [np.log(0.5), np.log(0.5), log_zero]], dtype=torch.float64)
+    log_q_NB = torch.tensor([[log_zero, 0.0, log_zero], [0.0, -30.0, -20.7]], dtype=torch.float64)
     value_NB, slope_NB = divergence(log_q_NB[1:], log_t_NB[1:])
     assert value_NB.isfinite().all()
     assert slope_NB.isfinite().all()
@@ -185,10 +189,10 @@ def test_dense_targets_at_a_temperature_are_the_softmax_at_that_temperature(temp
     logits_NV = 3 * torch.randn(8, V)
     soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
     Dense().check_temperature(temperature)
-    among = np.arange(10) > 1  # positions, of which two have no soft targets
-    at = Dense().at_temperature(entries(among, soft), temperature)
-    wanted_NV = (logits_NV / temperature).log_softmax(-1)
-    assert torch.allclose(at.logprobs_E.unflatten(0, (8, V)), wanted_NV, atol=1e-5)
+    is_soft_N = np.arange(10) > 1  # the first two positions have no soft targets
+    retempered = Dense().at_temperature(entries(is_soft_N, soft), temperature)
+    expected_NV = (logits_NV / temperature).log_softmax(-1)
+    assert torch.allclose(retempered.logprobs_E.unflatten(0, (8, V)), expected_NV, atol=1e-5)
     assert (soft.tail_N == 0).all()
 
 

@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Fixtures and helpers shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Values = dict[str, Tensor]
 BATCH, STEPS, RATE = 8, 2, 0.05
 
 
-def opened(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+def open_whole_student(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return open_student(folder, **WHOLE_STUDENT).to(dtype)
 
 
 def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any, int] | None = None) -> Values:
-    """The training loss of one microbatch and what it asks of each weight."""
+    """The training loss of one microbatch and its gradient for each weight."""
     module.zero_grad()
     terms = module.terms(batch if counts is None else replace(batch, counts=counts))
     total, _ = head_loss(module.hidden(batch), module.head(), list(terms.values()))
@@ -46,26 +46,26 @@ def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any,
     return {"loss": total.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: Values, wanted: Values, tolerance: float = 1e-10) -> None:
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        gap = (found[name] - value).abs().max()
-        assert gap <= tolerance * max(1.0, value.abs().max()), f"{name} differs by {gap:.3g}"
+def assert_same(actual: Values, expected: Values, tolerance: float = 1e-10) -> None:
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        difference = (actual[name] - value).abs().max()
+        assert difference <= tolerance * max(1.0, value.abs().max()), f"{name} differs by {difference:.3g}"
 
 
-def counts_of(given: Sequence[Lesson]) -> Counter[Any]:
-    return sum((lesson.counts() for lesson in given), Counter())
+def total_counts(lessons: Sequence[Lesson]) -> Counter[Any]:
+    return sum((lesson.counts() for lesson in lessons), Counter())
 
 
 def plain_divergence(name: str, log_q_B: Tensor, log_t_B: Tensor) -> Tensor:
-    """By the textbook, with the settings of conf/loss/."""
+    """The textbook formula, with the settings of conf/loss/."""
     q_B, t_B = log_q_B.exp(), log_t_B.exp()
 
     def kl(p_B: Tensor, r_B: Tensor) -> Tensor:
         return (p_B * (p_B / r_B).log()).sum()
 
     half_B = (q_B + t_B) / 2
-    found = {
+    divergences = {
         "kl": kl(t_B, q_B),
         "rationale_kl": kl(t_B, q_B),
         "reverse_kl": kl(q_B, t_B),
@@ -74,26 +74,26 @@ def plain_divergence(name: str, log_q_B: Tensor, log_t_B: Tensor) -> Tensor:
         "jensen_shannon": (kl(t_B, half_B) + kl(q_B, half_B)) / 2,
         "total_variation": (q_B - t_B).abs().sum() / 2,
     }
-    return found[name]
+    return divergences[name]
 
 
-def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Tensor:
-    """A second, slow implementation: each sequence by itself, each position by itself, then means per loss."""
+def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> Tensor:
+    """A second, slow implementation: sequence by sequence, position by position, then a mean per loss."""
     sums: dict[str, Tensor] = {}
     numbers: Counter[str] = Counter()
-    for sequence in (s for lesson in given for s in lesson.sequences):
+    for sequence in (s for lesson in lessons for s in lesson.sequences):
         logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
         for name, objective in objectives().items():
             start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
             soft = read([sequence.soft[objective.span].place]) if objective.span in sequence.soft else None
-            for row, place in enumerate(range(start, stop)):
-                log_q_V = logits_TV[place - 1].log_softmax(-1)
-                is_given = {
+            for row, position in enumerate(range(start, stop)):
+                log_q_V = logits_TV[position - 1].log_softmax(-1)
+                has_source = {
                     "labels": objective.span in sequence.labelled,
                     "teacher": objective.span not in sequence.labelled,
                 }
-                if is_given.get(objective.source, False):
-                    value = cross_entropy(logits_TV[place - 1], torch.tensor(sequence.prompt.ids[place]))
+                if has_source.get(objective.source, False):
+                    value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.prompt.ids[position]))
                 elif objective.source == "soft" and soft is not None and row < len(soft):
                     ids, logprobs = list(soft.rows())[row]
                     kept_K = log_q_V[torch.tensor(ids)]
@@ -109,48 +109,48 @@ def plain_loss(model: Any, given: Sequence[Lesson], vocabulary_size: int) -> Ten
     return torch.stack([objectives()[name].weight * total / numbers[name] for name, total in sums.items()]).sum()
 
 
-ALIKE = ["loss=[answer,kl,rationale]", "batch_size=4", "checkpoint_every=10", "validate_every=1000"]
-ALIKE += ["evaluate_before=false", "num_samples=0", "preflight=false"]
-ALIKE += ["optim.schedule.num_training_steps=1000000"]  # so the weights after a step are the same however many follow
+COMMON = ["loss=[answer,kl,rationale]", "batch_size=4", "checkpoint_every=10", "validate_every=1000"]
+COMMON += ["evaluate_before=false", "num_samples=0", "preflight=false"]
+COMMON += ["optim.schedule.num_training_steps=1000000"]  # the weights after a step do not depend on max_steps
 
 
-ENDLESS = "trainer.max_steps=1000000"  # of a run that is to be struck: it cannot end before it is
+ENDLESS = "trainer.max_steps=1000000"  # for a run that is interrupted: it cannot end before
 
 
-TOGETHER = ["trainer.devices=2", "trainer.strategy=ddp", "microbatch_size=2"]
+TWO_PROCESSES = ["trainer.devices=2", "trainer.strategy=ddp", "microbatch_size=2"]
 
 
-SECONDS = 300  # that one process may take, on a machine that does other things too
+MAX_SECONDS = 300  # limit for one process, on a busy machine
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit code, and all that it said."""
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process; return its exit code and its output."""
     try:
-        output, errors = process.communicate(timeout=SECONDS)
+        output, errors = process.communicate(timeout=MAX_SECONDS)
     finally:
         process.kill()
     return process.returncode, output + errors
 
 
-def launch(root: Path, line: Sequence[str], **more: str) -> subprocess.Popen[str]:
-    """Start a command line of any kind, with more in its environment."""
+def launch(root: Path, line: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command line, with additional environment variables."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, env=environment(**more), cwd=root, text=True, **pipes)
+    return subprocess.Popen(line, env=environment(**variables), cwd=root, text=True, **pipes)
 
 
-def until(is_so: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait for something that a process does."""
-    limit = time.monotonic() + SECONDS
-    while not is_so():
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait until a running process has met the condition."""
+    deadline = time.monotonic() + MAX_SECONDS
+    while not condition():
         assert process.poll() is None, process.communicate()
-        if time.monotonic() > limit:
+        if time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"waited in vain: {process.communicate()}")
+            pytest.fail(f"not met in {MAX_SECONDS} s: {process.communicate()}")
         time.sleep(0.005)
 
 
-class Folder:
-    """One run's folder, to which the same command is started again and again."""
+class RunFolder:
+    """The folder of one run, in which the same command is started repeatedly."""
 
     def __init__(self, root: Path, name: str, overrides: Sequence[str]) -> None:
         self.path, self._root = root / "runs" / name, root
@@ -163,14 +163,14 @@ class Folder:
         return sorted((self.path / "checkpoints").glob("step-*.json"))
 
     def start_and_wait(self, *more: str) -> subprocess.Popen[str]:
-        """Start it without an end, and wait until it has made two more checkpoints."""
+        """Start the run without an end, and wait for two more checkpoints."""
         before = self.checkpoints()[-1:]
         process = self.start(*more, ENDLESS)
-        until(lambda: len([path for path in self.checkpoints() if [path] > before]) > 1, process)
+        wait_until(lambda: len([path for path in self.checkpoints() if [path] > before]) > 1, process)
         return process
 
-    def soon(self) -> str:
-        """What lets it end, some steps after its newest checkpoint."""
+    def end_soon(self) -> str:
+        """The override that ends the run some steps after its newest checkpoint."""
         return f"trainer.max_steps={step_of(self.checkpoints()[-1]) + 15}"
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -179,17 +179,17 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of this module share a cache."""
+    """The root folder of this module's runs, which share a cache."""
     return tmp_path_factory.mktemp("survival")
 
 
 @pytest.fixture(scope="module")
 def overrides(root: Path, teacher_folder: Path, student_folder: Path) -> list[str]:
-    """What the runs have in common; their cache is filled."""
-    alike = [*tiny_overrides(root, teacher_folder, student_folder), *ALIKE]
-    code, said = finished(start(root, *alike, "trainer.max_steps=1"))
-    assert code == 0, said
-    return alike
+    """The overrides that the runs have in common; their cache is filled."""
+    common = [*tiny_overrides(root, teacher_folder, student_folder), *COMMON]
+    code, output = wait_for(start(root, *common, "trainer.max_steps=1"))
+    assert code == 0, output
+    return common
 
 
 def free_port() -> int:
@@ -198,8 +198,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Broken(BaseHTTPRequestHandler):
-    """Answers everything with an error of its own."""
+class FailingHandler(BaseHTTPRequestHandler):
+    """Replies to every request with error 500."""
 
     def fail(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -208,13 +208,13 @@ class Broken(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = fail
 
     def log_message(self, *_: object) -> None:
-        """Nobody is told."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def broken() -> Iterator[int]:
-    """A port on which every request fails."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+def failing_server() -> Iterator[int]:
+    """The port of a server on which every request fails."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailingHandler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_port

@@ -1,7 +1,4 @@
-"""Laws 2, 3, 5, 6: the student's loss through the real trainer, however a step is cut, padded or shared out.
-
-Run as a script, this file is one process of a training run: `test_modules.py <folder> <overrides>`.
-"""
+"""Laws 3, 5 and 6: the loss and its gradients equal the plain formula and ignore padding and batch."""
 
 from __future__ import annotations
 
@@ -14,70 +11,80 @@ import torch
 from distill.lessons.collate import collate
 from distill.prompts.cues import Prompts
 from tests.conftest import lessons, read, student_module
-from tests.training.conftest import BATCH, Values, assert_same, counts_of, loss_and_gradients, opened, plain_loss
+from tests.training.conftest import (
+    BATCH,
+    Values,
+    assert_same,
+    loss_and_gradients,
+    open_whole_student,
+    plain_loss,
+    total_counts,
+)
 
 
 def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(prompts: Prompts, student_folder: Path) -> None:
-    model, given = opened(student_folder), lessons(prompts, BATCH)
-    expected = plain_loss(model, given, prompts.vocabulary_size)
+    model, all_lessons = open_whole_student(student_folder), lessons(prompts, BATCH)
+    expected = plain_loss(model, all_lessons, prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    wanted = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
-    found = loss_and_gradients(student_module(model, prompts), collate(given, counts_of(given), 0, read))
-    assert_same(found, {"loss": expected.detach()} | wanted, 1e-7)  # targets are stored in float32
+    expected_gradients = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
+    actual = loss_and_gradients(
+        student_module(model, prompts), collate(all_lessons, total_counts(all_lessons), 0, read)
+    )
+    assert_same(actual, {"loss": expected.detach()} | expected_gradients, 1e-7)  # targets are stored in float32
 
 
 @pytest.mark.parametrize("padding_id", [1, 319])
 def test_loss_and_gradient_do_not_depend_on_the_padding_id(
     padding_id: int, prompts: Prompts, student_folder: Path
 ) -> None:
-    given = lessons(prompts, BATCH)
-    module = student_module(opened(student_folder), prompts)
-    found = loss_and_gradients(module, collate(given, counts_of(given), padding_id, read))
-    assert_same(found, loss_and_gradients(module, collate(given, counts_of(given), 0, read)))
+    all_lessons = lessons(prompts, BATCH)
+    module = student_module(open_whole_student(student_folder), prompts)
+    actual = loss_and_gradients(module, collate(all_lessons, total_counts(all_lessons), padding_id, read))
+    assert_same(actual, loss_and_gradients(module, collate(all_lessons, total_counts(all_lessons), 0, read)))
 
 
 def test_loss_and_gradient_do_not_depend_on_the_padding_side(prompts: Prompts, student_folder: Path) -> None:
-    given = lessons(prompts, BATCH)
-    right = collate(given, counts_of(given), 0, read)
+    all_lessons = lessons(prompts, BATCH)
+    right = collate(all_lessons, total_counts(all_lessons), 0, read)
     shift_B = right.mask_BT.shape[1] - right.mask_BT.sum(1)
     ids_BT, mask_BT = (
-        torch.stack([row.roll(int(by)) for row, by in zip(x, shift_B, strict=True)])
+        torch.stack([row.roll(int(shift)) for row, shift in zip(x, shift_B, strict=True)])
         for x in (right.input_ids_BT, right.mask_BT)
     )
     left = replace(right, input_ids_BT=ids_BT, mask_BT=mask_BT, before_N=right.before_N + shift_B[right.sequence_N])
-    module = student_module(opened(student_folder), prompts)
+    module = student_module(open_whole_student(student_folder), prompts)
     # Rotary positions are relative, but their angles are computed in float32.
     assert_same(loss_and_gradients(module, left), loss_and_gradients(module, right), 1e-5)
 
 
 def test_loss_and_gradient_do_not_depend_on_the_batch(prompts: Prompts, student_folder: Path) -> None:
-    given = lessons(prompts, BATCH)
-    counts, module = counts_of(given), student_module(opened(student_folder), prompts)
-    whole = loss_and_gradients(module, collate(given, counts, 0, read))
+    all_lessons = lessons(prompts, BATCH)
+    counts, module = total_counts(all_lessons), student_module(open_whole_student(student_folder), prompts)
+    whole = loss_and_gradients(module, collate(all_lessons, counts, 0, read))
     for size in (1, 3):
-        summed: Values = {}
+        sums: Values = {}
         for start in range(0, BATCH, size):
-            part = loss_and_gradients(module, collate(given[start : start + size], counts, 0, read))
-            summed = {name: summed.get(name, 0) + value for name, value in part.items()}
-        assert_same(summed, whole)
+            part = loss_and_gradients(module, collate(all_lessons[start : start + size], counts, 0, read))
+            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+        assert_same(sums, whole)
 
 
 @pytest.mark.parametrize("change", ["prompt", "unsupervised"])
 def test_a_token_is_predicted_from_earlier_tokens_only(change: str, prompts: Prompts, student_folder: Path) -> None:
     batch = collate(lessons(prompts, 3), {}, 0, read)
-    module = student_module(opened(student_folder), prompts)
-    row, place = int(batch.sequence_N[-1]), int(batch.before_N[-1]) - (3 if change == "prompt" else 0)
+    module = student_module(open_whole_student(student_folder), prompts)
+    row, position = int(batch.sequence_N[-1]), int(batch.before_N[-1]) - (3 if change == "prompt" else 0)
     changed_BT = batch.input_ids_BT.clone()
-    changed_BT[row, place] = 300
+    changed_BT[row, position] = 300
     before_NH, after_NH = (module.hidden(b) for b in (batch, replace(batch, input_ids_BT=changed_BT)))
     has_moved_N = (before_NH - after_NH).abs().amax(1) > 1e-9
-    assert torch.equal(has_moved_N, (batch.sequence_N == row) & (batch.before_N >= place))
+    assert torch.equal(has_moved_N, (batch.sequence_N == row) & (batch.before_N >= position))
     assert has_moved_N.any()
 
 
 def test_padding_rows_of_the_students_head_do_not_change_the_loss(prompts: Prompts, student_folder: Path) -> None:
-    given, model = lessons(prompts, BATCH), opened(student_folder)
-    module, batch = student_module(model, prompts), collate(given, counts_of(given), 0, read)
+    all_lessons, model = lessons(prompts, BATCH), open_whole_student(student_folder)
+    module, batch = student_module(model, prompts), collate(all_lessons, total_counts(all_lessons), 0, read)
     before = loss_and_gradients(module, batch)
     model.lm_head.weight.data[prompts.vocabulary_size :] += 50
     after = loss_and_gradients(module, batch)

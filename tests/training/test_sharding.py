@@ -1,4 +1,4 @@
-"""Students that are shared out over processes: two real ones, which talk by gloo."""
+"""Students sharded over two real processes, which communicate by gloo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_overrides
-from tests.training.conftest import Folder, finished, launch
+from tests.training.conftest import RunFolder, launch, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.enable_socket]
 
@@ -25,7 +25,10 @@ STEPS += [
     "microbatch_size=2",
     "optim.schedule.num_warmup_steps=0",
 ]
-STEPS += ["optim.optimizer.lr=0.01", "+optim.optimizer.eps=0.01"]  # by Adam alone a rounding of nothing would be a step
+STEPS += [
+    "optim.optimizer.lr=0.01",
+    "+optim.optimizer.eps=0.01",
+]  # with the default eps a rounding error would make a full Adam step
 SHARDED = ["trainer=fsdp2", "trainer.devices=2"]
 
 
@@ -39,19 +42,19 @@ def overrides(root: Path, teacher_folder: Path, student_folder: Path) -> list[st
     return [*tiny_overrides(root, teacher_folder, student_folder), *STEPS, "loss=[answer,kl,rationale]"]
 
 
-def done(root: Path, name: str, overrides: Sequence[str]) -> Folder:
-    folder = Folder(root, name, overrides)
-    code, said = finished(folder.start())
-    assert code == 0, said
-    assert said.count("training on ") == 1  # only the first process speaks
+def finished_run(root: Path, name: str, overrides: Sequence[str]) -> RunFolder:
+    folder = RunFolder(root, name, overrides)
+    code, output = wait_for(folder.start())
+    assert code == 0, output
+    assert output.count("training on ") == 1  # only the first process prints
     return folder
 
 
-def assert_same(left: Folder, right: Folder) -> None:
-    theirs = right.weights()
-    assert left.weights().keys() == theirs.keys()
+def assert_same(left: RunFolder, right: RunFolder) -> None:
+    other_weights = right.weights()
+    assert left.weights().keys() == other_weights.keys()
     for name, value in left.weights().items():
-        assert torch.allclose(value, theirs[name], rtol=0, atol=1e-5), name
+        assert torch.allclose(value, other_weights[name], rtol=0, atol=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -63,69 +66,79 @@ def test_a_sharded_student_equals_that_of_a_single_process(
     more: list[str], root: Path, overrides: list[str], request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id
-    alone = done(root, f"alone-{name}", [*overrides, *more])
-    together = done(root, f"together-{name}", [*overrides, *more, *SHARDED])
-    assert_same(together, alone)
-    left, right = (json.loads((folder.path / "results.json").read_text())["rows"] for folder in (together, alone))
+    single = finished_run(root, f"alone-{name}", [*overrides, *more])
+    sharded = finished_run(root, f"together-{name}", [*overrides, *more, *SHARDED])
+    assert_same(sharded, single)
+    left, right = (json.loads((folder.path / "results.json").read_text())["rows"] for folder in (sharded, single))
     assert left["student"]["accuracy"] == right["student"]["accuracy"]
 
 
 def test_a_run_resumes_sharded_or_whole_with_any_number_of_processes(root: Path, overrides: list[str]) -> None:
-    long = [*overrides, "validate_every=1000", "checkpoint_every=10", "optim.schedule.num_training_steps=1000"]
-    folder, steps = Folder(root, "broken", long), [0]
+    long_run = [*overrides, "validate_every=1000", "checkpoint_every=10", "optim.schedule.num_training_steps=1000"]
+    resumed, steps = RunFolder(root, "broken", long_run), [0]
     for more in ([], SHARDED, SHARDED):
-        process = folder.start_and_wait(*more)
+        process = resumed.start_and_wait(*more)
         process.send_signal(signal.SIGUSR1)
-        code, said = finished(process)
-        assert code == 85, said
-        assert ("resuming from" in said) == (len(steps) > 1), said
-        steps.append(int(folder.checkpoints()[-1].stem.removeprefix("step-")))
+        code, output = wait_for(process)
+        assert code == 85, output
+        assert ("resuming from" in output) == (len(steps) > 1), output
+        steps.append(int(resumed.checkpoints()[-1].stem.removeprefix("step-")))
     assert steps == sorted(set(steps))
-    end = folder.soon()
-    code, said = finished(folder.start(end))
-    assert code == 0, said
-    assert "resuming from" in said
-    assert_same(folder, done(root, "unbroken", [*long, end]))
+    end = resumed.end_soon()
+    code, output = wait_for(resumed.start(end))
+    assert code == 0, output
+    assert "resuming from" in output
+    assert_same(resumed, finished_run(root, "unbroken", [*long_run, end]))
 
 
-HELD = """
+PRINT_SHARD_SIZES = """
 import torch
 from distill import train
 from distill.app.command import command
 from distill.training.checkpoints import Checkpoints
 end = Checkpoints.on_train_end
-def told(self, trainer, module):
+def print_sizes(self, trainer, module):
     optimizer = trainer.optimizers[0]
     weights = optimizer.param_groups[0]["params"]
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     kept = [sum(part.to_local().numel() for part in parts) for parts in (weights, states)]
-    words = ["HELD", str(sum(weight.numel() for weight in weights)), *map(str, kept)]
-    print(" ".join(words) + "\\n", end="", flush=True)  # in one piece, beside the other process
+    words = ["SHARD", str(sum(weight.numel() for weight in weights)), *map(str, kept)]
+    print(" ".join(words) + "\\n", end="", flush=True)  # a single write, so that lines of two processes do not mix
     end(self, trainer, module)
-Checkpoints.on_train_end = told
+Checkpoints.on_train_end = print_sizes
 command("train", train.main)
 """
 
 
 def test_each_process_holds_its_shard_of_weights_and_optimizer_state(root: Path, overrides: list[str]) -> None:
-    (root / "held.py").write_text(HELD)
-    line = [sys.executable, str(root / "held.py"), *overrides, *SHARDED, f"hydra.run.dir={root / 'runs' / 'held'}"]
-    code, said = finished(launch(root, line))
-    assert code == 0, said
-    held = [[int(word) for word in text.split()[1:]] for text in said.splitlines() if text.startswith("HELD")]
-    assert len(held) == 2
-    for total, weights, states in held:
+    (root / "print_shard_sizes.py").write_text(PRINT_SHARD_SIZES)
+    line = [
+        sys.executable,
+        str(root / "print_shard_sizes.py"),
+        *overrides,
+        *SHARDED,
+        f"hydra.run.dir={root / 'runs' / 'held'}",
+    ]
+    code, output = wait_for(launch(root, line))
+    assert code == 0, output
+    sizes = [
+        [int(word) for word in output_line.split()[1:]]
+        for output_line in output.splitlines()
+        if output_line.startswith("SHARD")
+    ]
+    assert len(sizes) == 2
+    for total, weights, states in sizes:
         assert weights == total / 2
         assert states == 2 * weights  # AdamW's two moments
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("student.compile=true", "student.compile"), ("callback=[ema]", "callback.ema")]
+    ("override", "setting"), [("student.compile=true", "student.compile"), ("callback=[ema]", "callback.ema")]
 )
 def test_settings_that_sharding_does_not_support_are_refused(
-    wrong: str, told: str, root: Path, overrides: list[str]
+    override: str, setting: str, root: Path, overrides: list[str]
 ) -> None:
-    code, said = finished(Folder(root, "refused", [*overrides, *SHARDED, wrong]).start())
-    assert code == 2, said
-    assert told in said
-    assert "fsdp2" in said
+    code, output = wait_for(RunFolder(root, "refused", [*overrides, *SHARDED, override]).start())
+    assert code == 2, output
+    assert setting in output
+    assert "fsdp2" in output

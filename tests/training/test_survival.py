@@ -1,4 +1,4 @@
-"""What may happen to a run from outside: signals, kills, lost processes, full memory and disks, no tracker."""
+"""Runs that are signalled or killed resume with the same weights, also with another number of processes."""
 
 from __future__ import annotations
 
@@ -13,95 +13,100 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.conftest import SECONDS, TOGETHER, Folder, finished, launch, until
+from tests.training.conftest import MAX_SECONDS, TWO_PROCESSES, RunFolder, launch, wait_for, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
+    """Ids of the child processes."""
     with contextlib.suppress(FileNotFoundError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs: one that ended and was not asked how does not."""
+    """Whether a process runs; a zombie does not."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     return False
 
 
-def assert_equal(left: Folder, right: Folder) -> None:
-    theirs = right.weights()
-    assert all(torch.equal(value, theirs[name]) for name, value in left.weights().items())
+def assert_equal(left: RunFolder, right: RunFolder) -> None:
+    other_weights = right.weights()
+    assert all(torch.equal(value, other_weights[name]) for name, value in left.weights().items())
 
 
 def test_a_run_interrupted_in_every_way_ends_with_the_uninterrupted_weights(root: Path, overrides: list[str]) -> None:
-    folder = Folder(root, "broken", overrides)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
-    for number, wanted in ((signal.SIGTERM, 85), (signal.SIGKILL, -9), (signal.SIGUSR1, 85), (signal.SIGINT, 130)):
+    folder = RunFolder(root, "broken", overrides)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    for signal_number, expected_code in (
+        (signal.SIGTERM, 85),
+        (signal.SIGKILL, -9),
+        (signal.SIGUSR1, 85),
+        (signal.SIGINT, 130),
+    ):
         process = folder.start_and_wait()
-        process.send_signal(number)
-        code, said = finished(process)
-        assert code == wanted, said
-        assert ("Traceback" not in said) or wanted == -9, said
+        process.send_signal(signal_number)
+        code, output = wait_for(process)
+        assert code == expected_code, output
+        assert ("Traceback" not in output) or expected_code == -9, output
     newest = folder.checkpoints()[-1].with_suffix(".ckpt")
     os.truncate(newest, newest.stat().st_size - 100)
-    end = folder.soon()
-    code, said = finished(folder.start(end))
-    assert code == 0, said
-    assert f"{newest} is damaged" in said
-    assert "resuming from" in said
-    unbroken = Folder(root, "unbroken", overrides)
-    code, said = finished(unbroken.start(end))
-    assert code == 0, said
-    assert "resuming from" not in said
-    assert_equal(folder, unbroken)
+    end = folder.end_soon()
+    code, output = wait_for(folder.start(end))
+    assert code == 0, output
+    assert f"{newest} is damaged" in output
+    assert "resuming from" in output
+    uninterrupted = RunFolder(root, "unbroken", overrides)
+    code, output = wait_for(uninterrupted.start(end))
+    assert code == 0, output
+    assert "resuming from" not in output
+    assert_equal(folder, uninterrupted)
     assert not folder.checkpoints()
 
-    code, said = finished(folder.start(end))
-    assert code == 0, said
-    assert "is complete" in said
-    code, said = finished(folder.start(end, "seed=1"))
-    assert code == 2, said
-    assert "seed was 0 and is now 1" in said
+    code, output = wait_for(folder.start(end))
+    assert code == 0, output
+    assert "is complete" in output
+    code, output = wait_for(folder.start(end, "seed=1"))
+    assert code == 2, output
+    assert "seed was 0 and is now 1" in output
 
 
 def test_processes_stop_together_without_orphans_or_losses(root: Path, overrides: list[str]) -> None:
-    folder = Folder(root, "together", [*overrides, *TOGETHER])
+    folder = RunFolder(root, "together", [*overrides, *TWO_PROCESSES])
 
-    def strike(number: int, *, first: bool, hangs: bool = False) -> int:
-        """Send a signal to the first or the other of two; where it hangs, the other answers nothing from then on."""
+    def interrupt(signal_number: int, *, first: bool, other_hangs: bool = False) -> int:
+        """Signal the first or the other of two processes; with `other_hangs` the other one is stopped before."""
         process = folder.start_and_wait()
         (other,) = [pid for pid in children(process.pid) if "distill" in Path(f"/proc/{pid}/cmdline").read_text()]
-        if hangs:
+        if other_hangs:
             os.kill(other, signal.SIGSTOP)
-        os.kill(process.pid if first else other, number)
-        limit = time.monotonic() + SECONDS
+        os.kill(process.pid if first else other, signal_number)
+        deadline = time.monotonic() + MAX_SECONDS
         while is_alive(other):
-            if time.monotonic() > limit:
+            if time.monotonic() > deadline:
                 os.kill(other, signal.SIGKILL)
-                pytest.fail("a process outlives the one that started it")
+                pytest.fail("a child process outlives its parent")
             time.sleep(0.05)
-        return finished(process)[0]
+        return wait_for(process)[0]
 
-    assert strike(signal.SIGUSR1, first=False) == 85
-    assert strike(signal.SIGKILL, first=True) == -9
-    assert strike(signal.SIGKILL, first=True, hangs=True) == -9
-    assert strike(signal.SIGKILL, first=False) not in (0, 85)
-    end = folder.soon()
-    code, said = finished(folder.start(end))
-    assert code == 0, said
-    assert said.count("resuming from") >= 1
-    whole = Folder(root, "whole", [*overrides, *TOGETHER])
-    code, said = finished(whole.start(end))
-    assert code == 0, said
-    assert_equal(folder, whole)
+    assert interrupt(signal.SIGUSR1, first=False) == 85
+    assert interrupt(signal.SIGKILL, first=True) == -9
+    assert interrupt(signal.SIGKILL, first=True, other_hangs=True) == -9
+    assert interrupt(signal.SIGKILL, first=False) not in (0, 85)
+    end = folder.end_soon()
+    code, output = wait_for(folder.start(end))
+    assert code == 0, output
+    assert output.count("resuming from") >= 1
+    uninterrupted = RunFolder(root, "whole", [*overrides, *TWO_PROCESSES])
+    code, output = wait_for(uninterrupted.start(end))
+    assert code == 0, output
+    assert_equal(folder, uninterrupted)
     assert len(list((root / "runs").glob("together*"))) == 1
 
 
-NOTED = """
+RECORD_STEPS = """
 import json, os, signal
 from pathlib import Path
 from distill.app import preemption
@@ -109,21 +114,21 @@ preemption.watch()
 from distill import train
 from distill.app.command import command
 from distill.training.module import StudentModule
-work = StudentModule.training_step
-def noted(module, batch):
+original_step = StudentModule.training_step
+def recording_step(module, batch):
     with Path(os.environ["NOTES"], str(os.getpid())).open("a") as notes:
         print(json.dumps([module.global_step, batch.example_ids]), file=notes)
     trainer = module.trainer
     if module.global_step == int(os.environ["LAST_STEP"]) and module.global_rank == trainer.world_size - 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    return work(module, batch)
-StudentModule.training_step = noted
+    return original_step(module, batch)
+StudentModule.training_step = recording_step
 command("train", train.main)
 """
 
 
-def learned(notes: Path) -> list[tuple[int, list[str]]]:
-    """The examples of each step, in all processes of all parts of a run."""
+def examples_by_step(notes: Path) -> list[tuple[int, list[str]]]:
+    """The example ids of each step, over all processes and parts of a run."""
     steps: dict[int, list[str]] = {}
     for path in notes.iterdir():
         for step, example_ids in map(json.loads, path.read_text().splitlines()):
@@ -135,51 +140,51 @@ def learned(notes: Path) -> list[tuple[int, list[str]]]:
 def test_a_run_resumed_with_another_number_of_processes_learns_the_same(
     before: int, after: int, root: Path, overrides: list[str]
 ) -> None:
-    (root / "noted.py").write_text(NOTED)
+    (root / "record_steps.py").write_text(RECORD_STEPS)
 
-    def part(name: str, number: int, last_step: int) -> tuple[int, str]:
+    def run_part(name: str, num_processes: int, last_step: int) -> tuple[int, str]:
         notes = root / "notes" / name
         notes.mkdir(parents=True, exist_ok=True)
-        line = [sys.executable, str(root / "noted.py"), *overrides, "trainer.max_steps=8", "microbatch_size=2"]
-        line += ["trainer.devices=2", "trainer.strategy=ddp"] * (number - 1)
+        line = [sys.executable, str(root / "record_steps.py"), *overrides, "trainer.max_steps=8", "microbatch_size=2"]
+        line += ["trainer.devices=2", "trainer.strategy=ddp"] * (num_processes - 1)
         line += [f"hydra.run.dir={root / 'runs' / name}", "checkpoint_every=1000", "optim.optimizer.lr=0.01"]
-        return finished(launch(root, line, NOTES=str(notes), LAST_STEP=str(last_step)))
+        return wait_for(launch(root, line, NOTES=str(notes), LAST_STEP=str(last_step)))
 
     name = f"{before}-then-{after}"
-    for folder, number, last_step, wanted in ((f"only-{before}", before, -1, 0), (name, before, 4, 85)):
-        code, said = part(folder, number, last_step)
-        assert code == wanted, said
-    code, said = part(name, after, -1)
-    assert code == 0, said
-    assert "step-00000005.ckpt" in said
-    assert [step for step, _ in learned(root / "notes" / name)] == [*range(8)]
-    assert learned(root / "notes" / name) == learned(root / "notes" / f"only-{before}")
-    whole, found = (Folder(root, each, []).weights() for each in (f"only-{before}", name))
-    for key, value in whole.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+    for folder, num_processes, last_step, expected_code in ((f"only-{before}", before, -1, 0), (name, before, 4, 85)):
+        code, output = run_part(folder, num_processes, last_step)
+        assert code == expected_code, output
+    code, output = run_part(name, after, -1)
+    assert code == 0, output
+    assert "step-00000005.ckpt" in output
+    assert [step for step, _ in examples_by_step(root / "notes" / name)] == [*range(8)]
+    assert examples_by_step(root / "notes" / name) == examples_by_step(root / "notes" / f"only-{before}")
+    expected, actual = (RunFolder(root, run_name, []).weights() for run_name in (f"only-{before}", name))
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 1.0, 4.0])
 def test_a_signal_at_startup_is_not_a_failure(seconds: float, root: Path, overrides: list[str]) -> None:
-    # As the batch scripts start it: what comes before Python can take note is ignored.
-    begun = root / f"begun-{seconds}"
-    line = f"trap '' USR1 TERM; touch {begun}; exec \"$@\""
+    # Like the batch scripts: signals are ignored until Python handles them.
+    started_file = root / f"started-{seconds}"
+    line = f"trap '' USR1 TERM; touch {started_file}; exec \"$@\""
     command = ["bash", "-c", line, "-", sys.executable, "-m", "distill.train", *overrides]
     command += ["trainer.max_steps=2", f"hydra.run.dir={root / 'runs' / f'early-{seconds}'}"]
     process = launch(root, command)
-    until(begun.exists, process)
+    wait_until(started_file.exists, process)
     time.sleep(seconds)
     process.send_signal(signal.SIGUSR1)
-    code, said = finished(process)
-    assert code in (0, 85), said
+    code, output = wait_for(process)
+    assert code in (0, 85), output
 
 
 def test_a_signal_during_shutdown_is_not_a_failure(root: Path, overrides: list[str]) -> None:
-    folder = Folder(root, "late", [*overrides, "trainer.max_steps=2"])
+    folder = RunFolder(root, "late", [*overrides, "trainer.max_steps=2"])
     process = folder.start()
-    until((folder.path / "results.json").exists, process)
+    wait_until((folder.path / "results.json").exists, process)
     while process.poll() is None:
         process.send_signal(signal.SIGUSR1)
         time.sleep(0.001)
-    code, said = finished(process)
-    assert code == 0, said
+    code, output = wait_for(process)
+    assert code == 0, output

@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Fixtures and helpers shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOSSES = ("answer", "kl", "rationale")
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Plan:
-    """What the train command would train: the tiny student on what the tiny teacher really left in a cache."""
+def shared_input(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Plan:
+    """The preflight input of a real run: the tiny student on a cache filled by the tiny teacher."""
     root = tmp_path_factory.mktemp("preflight")
     job = prepare(compose(*tiny_overrides(root, teacher_folder, student_folder)), root)
     curriculum = teach(job)
@@ -47,29 +47,29 @@ def planned(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, stud
 
 
 @pytest.fixture
-def sound(planned: Plan, student_folder: Path) -> Plan:
-    """The plan with a student of the test's own."""
+def valid_input(shared_input: Plan, student_folder: Path) -> Plan:
+    """The preflight input with a new student, which a test may change."""
     model = open_student(student_folder, **WHOLE_STUDENT)
-    return replace(planned, module=student_module(model, planned.prompts, *LOSSES))
+    return replace(shared_input, module=student_module(model, shared_input.prompts, *LOSSES))
 
 
-def checked(plan: Plan) -> dict[str, Finding]:
-    return {finding.check: finding for finding in preflight(plan)}
+def findings_by_check(preflight_input: Plan) -> dict[str, Finding]:
+    return {finding.check: finding for finding in preflight(preflight_input)}
 
 
-def failed(plan: Plan) -> set[str]:
-    return {finding.check for finding in preflight(plan) if finding.passed is False}
+def failed_checks(preflight_input: Plan) -> set[str]:
+    return {finding.check for finding in preflight(preflight_input) if finding.passed is False}
 
 
-def taught(plan: Plan, losses: dict[str, Objective]) -> Plan:
-    """The plan with other losses."""
+def with_losses(preflight_input: Plan, losses: dict[str, Objective]) -> Plan:
+    """The preflight input with other losses."""
     module = StudentModule(
-        plan.module.model,
+        preflight_input.module.model,
         objectives=losses,
-        vocabulary_size=plan.prompts.vocabulary_size,
+        vocabulary_size=preflight_input.prompts.vocabulary_size,
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
         seed=0,
     )
-    return replace(plan, module=module, objectives=losses)
+    return replace(preflight_input, module=module, objectives=losses)

@@ -1,4 +1,4 @@
-"""Preflight: it passes what is sound, finds each bug that is planted here, and leaves no trace."""
+"""Preflight checks of data: a valid run passes, and each planted bug is detected."""
 
 from __future__ import annotations
 
@@ -17,189 +17,197 @@ from distill.training import module as modules
 from distill.training.module import StudentModule
 from distill.training.preflight import Plan, preflight
 from tests.conftest import objectives
-from tests.training.preflight.conftest import checked, failed, taught
+from tests.training.preflight.conftest import failed_checks, findings_by_check, with_losses
 
 
-def test_a_correct_run_passes_every_check(sound: Plan) -> None:
-    findings = preflight(sound)
+def test_a_correct_run_passes_every_check(valid_input: Plan) -> None:
+    findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
     assert len(findings) == 17
 
 
-def test_a_correct_run_with_shared_prompts_passes_every_check(sound: Plan) -> None:
-    lessons = [lesson.branched() for lesson in sound.lessons]
+def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: Plan) -> None:
+    lessons = [lesson.branched() for lesson in valid_input.lessons]
     assert any(lesson.sequences[0].prompt.branches for lesson in lessons)
-    assert failed(replace(sound, lessons=lessons)) == set()
+    assert failed_checks(replace(valid_input, lessons=lessons)) == set()
 
 
-def test_self_kl_detects_hidden_states_shifted_by_one(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = StudentModule.hidden
+def test_self_kl_detects_hidden_states_shifted_by_one(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    original_hidden = StudentModule.hidden
 
-    def early(self: StudentModule, batch: Batch) -> Any:
-        return right(self, replace(batch, before_N=batch.before_N - 1))
+    def shifted_hidden(self: StudentModule, batch: Batch) -> Any:
+        return original_hidden(self, replace(batch, before_N=batch.before_N - 1))
 
-    monkeypatch.setattr(StudentModule, "hidden", early)
-    found = checked(sound)
-    assert found["self-KL"].stops
-    assert found["labels"].passed
+    monkeypatch.setattr(StudentModule, "hidden", shifted_hidden)
+    findings = findings_by_check(valid_input)
+    assert findings["self-KL"].stops
+    assert findings["labels"].passed
 
 
-def test_self_kl_detects_padding_rows_in_the_head(sound: Plan) -> None:
-    model = sound.module.model
+def test_self_kl_detects_padding_rows_in_the_head(valid_input: Plan) -> None:
+    model = valid_input.module.model
     rows = len(model.get_output_embeddings().weight)
-    assert rows > sound.prompts.vocabulary_size
+    assert rows > valid_input.prompts.vocabulary_size
     module = StudentModule(
         model,
-        objectives=sound.objectives,
+        objectives=valid_input.objectives,
         vocabulary_size=rows,
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
         seed=0,
     )
-    assert checked(replace(sound, module=module))["self-KL"].stops
+    assert findings_by_check(replace(valid_input, module=module))["self-KL"].stops
 
 
-def test_labels_shifted_by_one_are_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(lessons: Sequence[Lesson], *rest: Any) -> Batch:
+def test_labels_shifted_by_one_are_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted_collate(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         return replace(batch, before_N=batch.before_N - 1)
 
-    monkeypatch.setattr("distill.training.preflight.inputs.collate", late)
-    found = checked(sound)
-    assert found["labels"].stops
-    assert "self-KL" not in found  # nothing is run that cannot work
+    monkeypatch.setattr("distill.training.preflight.inputs.collate", shifted_collate)
+    findings = findings_by_check(valid_input)
+    assert findings["labels"].stops
+    assert "self-KL" not in findings  # the model does not run on invalid data
 
 
-def sure(plan: Plan, by: int) -> Callable[[Sequence[Place]], SoftTargets]:
-    """Soft targets that give nine tenths to a token of the text, `by` places from their own."""
+def confident_targets(preflight_input: Plan, shift: int) -> Callable[[Sequence[Place]], SoftTargets]:
+    """Soft targets that give probability 0.9 to the token of the text `shift` positions further on."""
 
-    def read(places: Sequence[Place]) -> SoftTargets:
-        targets = [np.roll(plan.annotation(key).targets[span].token_ids, -by) for key, span in places]
-        ids_E = np.concatenate(targets).astype(np.int32)
+    def read(keys: Sequence[Place]) -> SoftTargets:
+        token_ids = [np.roll(preflight_input.annotation(key).targets[span].token_ids, -shift) for key, span in keys]
+        ids_E = np.concatenate(token_ids).astype(np.int32)
         number = len(ids_E)
-        each_N = np.ones(number, np.int32)
-        return SoftTargets(ids_E, np.full(number, np.log(0.9), np.float32), np.full(number, 0.1, np.float32), each_N)
+        num_N = np.ones(number, np.int32)
+        return SoftTargets(ids_E, np.full(number, np.log(0.9), np.float32), np.full(number, 0.1, np.float32), num_N)
 
     return read
 
 
-def test_soft_targets_shifted_by_one_are_detected(sound: Plan) -> None:
-    assert checked(replace(sound, read=sure(sound, 0)))["shift"].passed
-    assert checked(replace(sound, read=sure(sound, 1)))["shift"].stops
-    assert checked(replace(sound, read=sure(sound, -1)))["shift"].stops
+def test_soft_targets_shifted_by_one_are_detected(valid_input: Plan) -> None:
+    assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, 0)))["shift"].passed
+    assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, 1)))["shift"].stops
+    assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, -1)))["shift"].stops
 
 
-def test_attention_to_padding_is_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_left(lessons: Sequence[Lesson], *rest: Any) -> Batch:
+def test_attention_to_padding_is_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left_padding_without_mask(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         pad_B = (1 - batch.mask_BT).sum(1)
         rows = [row.roll(int(pad)) for row, pad in zip(batch.input_ids_BT, pad_B, strict=True)]
         before_N = batch.before_N + pad_B[batch.sequence_N]
         return replace(batch, input_ids_BT=torch.stack(rows), mask_BT=torch.ones_like(batch.mask_BT), before_N=before_N)
 
-    monkeypatch.setattr("distill.training.preflight.inputs.collate", on_the_left)
-    found = checked(sound)
-    assert found["labels"].passed
-    assert found["mask"].stops
+    monkeypatch.setattr("distill.training.preflight.inputs.collate", left_padding_without_mask)
+    findings = findings_by_check(valid_input)
+    assert findings["labels"].passed
+    assert findings["mask"].stops
 
 
-def test_attention_to_neighbours_is_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = StudentModule.hidden
+def test_attention_to_neighbours_is_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    original_hidden = StudentModule.hidden
 
-    def mixed(self: StudentModule, batch: Batch) -> Any:
-        hidden_NH = right(self, batch)
+    def mixed_hidden(self: StudentModule, batch: Batch) -> Any:
+        hidden_NH = original_hidden(self, batch)
         return hidden_NH + hidden_NH.mean(0) / 2
 
-    monkeypatch.setattr(StudentModule, "hidden", mixed)
-    found = checked(sound)["mask"]
-    assert found.stops
-    assert "change by 0e+00 with padding" in found.found
+    monkeypatch.setattr(StudentModule, "hidden", mixed_hidden)
+    finding = findings_by_check(valid_input)["mask"]
+    assert finding.stops
+    assert "change by 0e+00 with padding" in finding.found
 
 
-def test_branches_that_attend_to_padding_are_detected(sound: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_attend_to_padding_are_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_mask(branch_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(branch_BT), 1, branch_BT.shape[1], branch_BT.shape[1], dtype=dtype)
 
     monkeypatch.setattr(modules, "branch_mask", open_mask)
-    found = checked(replace(sound, lessons=[lesson.branched() for lesson in sound.lessons]))
-    assert found["mask"].stops
-    assert found["self-KL"].stops
+    findings = findings_by_check(replace(valid_input, lessons=[lesson.branched() for lesson in valid_input.lessons]))
+    assert findings["mask"].stops
+    assert findings["self-KL"].stops
 
 
-def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(sound: Plan) -> None:
-    def foreign(places: Sequence[Place]) -> SoftTargets:
-        soft = sound.read(places)
-        return replace(soft, ids_E=soft.ids_E + sound.prompts.vocabulary_size)
+def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_input: Plan) -> None:
+    def read_with_larger_ids(keys: Sequence[Place]) -> SoftTargets:
+        soft = valid_input.read(keys)
+        return replace(soft, ids_E=soft.ids_E + valid_input.prompts.vocabulary_size)
 
-    found = checked(replace(sound, read=foreign))
-    assert found["vocabulary"].stops
-    assert "self-KL" not in found
-
-
-def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(sound: Plan) -> None:
-    apart = replace(sound, is_vocabulary_shared=False)
-    assert checked(apart)["vocabulary"].stops
-    assert checked(taught(apart, objectives("answer", "rationale")))["vocabulary"].passed
+    findings = findings_by_check(replace(valid_input, read=read_with_larger_ids))
+    assert findings["vocabulary"].stops
+    assert "self-KL" not in findings
 
 
-def test_a_target_that_the_teacher_did_not_read_is_detected(sound: Plan) -> None:
-    def other(key: str) -> Annotation:
-        annotation = sound.annotation(key)
-        turned = {
+def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(valid_input: Plan) -> None:
+    unshared = replace(valid_input, is_vocabulary_shared=False)
+    assert findings_by_check(unshared)["vocabulary"].stops
+    assert findings_by_check(with_losses(unshared, objectives("answer", "rationale")))["vocabulary"].passed
+
+
+def test_a_target_that_the_teacher_did_not_read_is_detected(valid_input: Plan) -> None:
+    def reversed_annotation(key: str) -> Annotation:
+        annotation = valid_input.annotation(key)
+        reversed_targets = {
             span: replace(target, token_ids=tuple(reversed(target.token_ids)))
             for span, target in annotation.targets.items()
         }
-        return replace(annotation, targets=turned)
+        return replace(annotation, targets=reversed_targets)
 
-    assert checked(replace(sound, annotation=other))["template"].stops
+    assert findings_by_check(replace(valid_input, annotation=reversed_annotation))["template"].stops
 
 
-def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(sound: Plan) -> None:
+def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input: Plan) -> None:
     unlabelled = [
         Lesson(lesson.example_id, tuple(replace(s, labelled=frozenset[Any]()) for s in lesson.sequences))
-        for lesson in sound.lessons
+        for lesson in valid_input.lessons
     ]
-    told = {
+    keys = {
         key: lesson for lesson in unlabelled for s in lesson.sequences for key, _ in [p.place for p in s.soft.values()]
     }
-    texts = {key: sound.prompts.text(sound.annotation(key).targets["answer"].token_ids) for key in told}
-    kl = taught(replace(sound, lessons=unlabelled), objectives("kl"))
-    same = replace(kl, annotation=lambda key: replace(sound.annotation(key), answer=texts[key]))
-    assert checked(same)["template"].passed
-    other = replace(kl, annotation=lambda key: replace(sound.annotation(key), answer=texts[key] + "0"))
-    assert checked(other)["template"].stops
+    texts = {key: valid_input.prompts.text(valid_input.annotation(key).targets["answer"].token_ids) for key in keys}
+    kl = with_losses(replace(valid_input, lessons=unlabelled), objectives("kl"))
+    matching = replace(kl, annotation=lambda key: replace(valid_input.annotation(key), answer=texts[key]))
+    assert findings_by_check(matching)["template"].passed
+    mismatched = replace(kl, annotation=lambda key: replace(valid_input.annotation(key), answer=texts[key] + "0"))
+    assert findings_by_check(mismatched)["template"].stops
 
 
-def test_a_target_after_another_cue_is_detected(sound: Plan) -> None:
-    layout = replace(sound.prompts.layout, answer_cue="Result:")
-    other = type(sound.prompts)(sound.prompts.tokenizer, layout, (), max_length=256, too_long="drop")
-    assert checked(replace(sound, prompts=other))["template"].stops
+def test_a_target_after_another_cue_is_detected(valid_input: Plan) -> None:
+    layout = replace(valid_input.prompts.layout, answer_cue="Result:")
+    other_prompts = type(valid_input.prompts)(
+        valid_input.prompts.tokenizer, layout, (), max_length=256, too_long="drop"
+    )
+    assert findings_by_check(replace(valid_input, prompts=other_prompts))["template"].stops
 
 
-def test_an_answer_without_its_end_token_is_detected(sound: Plan) -> None:
-    def endless(lesson: Lesson) -> Lesson:
+def test_an_answer_without_its_end_token_is_detected(valid_input: Plan) -> None:
+    def without_end(lesson: Lesson) -> Lesson:
         sequences = []
         for sequence in lesson.sequences:
             spans = {name: (start, stop - 1) for name, (start, stop) in sequence.prompt.spans.items()}
             sequences.append(replace(sequence, prompt=replace(sequence.prompt, spans=spans), soft={}))
         return Lesson(lesson.example_id, tuple(sequences))
 
-    labels = taught(sound, objectives("answer", "rationale"))
-    assert checked(labels)["end"].passed
-    assert checked(replace(labels, lessons=[endless(lesson) for lesson in labels.lessons]))["end"].stops
+    label_losses = with_losses(valid_input, objectives("answer", "rationale"))
+    assert findings_by_check(label_losses)["end"].passed
+    assert findings_by_check(replace(label_losses, lessons=[without_end(lesson) for lesson in label_losses.lessons]))[
+        "end"
+    ].stops
 
 
-def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(sound: Plan) -> None:
-    kept = float(np.mean([1 - sound.read([p.place]).tail_N.mean() for s in _sequences(sound) for p in s.soft.values()]))
-    assert kept < 0.5
-    found = checked(taught(sound, objectives("reverse_kl")))["captured mass"]
-    assert (found.passed, found.is_fatal) == (False, False)
-    assert "cache.codec.k" in found.remedy
-    assert checked(taught(sound, objectives("kl")))["captured mass"].passed
-    nearly = taught(replace(sound, read=sure(sound, 0)), objectives("reverse_kl"))
-    assert checked(nearly)["captured mass"].found.startswith("0.900")
+def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_input: Plan) -> None:
+    captured = float(
+        np.mean(
+            [1 - valid_input.read([p.place]).tail_N.mean() for s in _sequences(valid_input) for p in s.soft.values()]
+        )
+    )
+    assert captured < 0.5
+    finding = findings_by_check(with_losses(valid_input, objectives("reverse_kl")))["captured mass"]
+    assert (finding.passed, finding.is_fatal) == (False, False)
+    assert "cache.codec.k" in finding.remedy
+    assert findings_by_check(with_losses(valid_input, objectives("kl")))["captured mass"].passed
+    confident = with_losses(replace(valid_input, read=confident_targets(valid_input, 0)), objectives("reverse_kl"))
+    assert findings_by_check(confident)["captured mass"].found.startswith("0.900")
 
 
-def _sequences(plan: Plan) -> list[Any]:
-    return [sequence for lesson in plan.lessons for sequence in lesson.sequences]
+def _sequences(preflight_input: Plan) -> list[Any]:
+    return [sequence for lesson in preflight_input.lessons for sequence in lesson.sequences]

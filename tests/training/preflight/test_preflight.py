@@ -1,4 +1,4 @@
-"""Preflight: it passes what is sound, finds each bug that is planted here, and leaves no trace."""
+"""Preflight as a whole: it changes nothing in the run, and its table is readable."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from distill.lessons.loader import Arrangement, DistillData
 from distill.students.causal_lm import open_student
 from distill.training.preflight import Finding, Plan, _state_restored, preflight, table
 from tests.conftest import WHOLE_STUDENT, make_model, student_module
-from tests.training.preflight.conftest import LOSSES, checked, failed
+from tests.training.preflight.conftest import LOSSES, failed_checks, findings_by_check
 
 
-def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.Tensor]:
-    """Weights of a student with dropout after two steps."""
+def train_two_steps(valid_input: Plan, folder: Path, *, with_preflight: bool) -> dict[str, torch.Tensor]:
+    """Train a student with dropout for two steps; return its weights."""
     lightning.seed_everything(0, verbose=False)
-    module = student_module(open_student(folder, **WHOLE_STUDENT), sound.prompts, *LOSSES)
+    module = student_module(open_student(folder, **WHOLE_STUDENT), valid_input.prompts, *LOSSES)
     data = DistillData(
-        train=sound.lessons,
-        validation=sound.lessons,
-        read=sound.read,
+        train=valid_input.lessons,
+        validation=valid_input.lessons,
+        read=valid_input.read,
         batch_size=4,
         microbatch_size=2,
         batch_unit="examples",
         arrangement=Arrangement(),
         num_steps=2,
         seed=0,
-        padding_id=sound.prompts.end,
+        padding_id=valid_input.prompts.end,
         num_workers=0,
     )
     module.model.train()
     module.model.model.layers[0].eval()
     modes = [part.training for part in module.modules()]
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    if is_checked:
-        assert len(preflight(replace(sound, module=module))) == 17
+    random_states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    if with_preflight:
+        assert len(preflight(replace(valid_input, module=module))) == 17
     assert [part.training for part in module.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert np.random.get_state()[1].tolist() == random_states[1]
     assert all(weight.grad is None and weight.requires_grad for weight in module.parameters())
     module.train()
     trainer = lightning.Trainer(
@@ -63,48 +63,50 @@ def trained(sound: Plan, folder: Path, *, is_checked: bool) -> dict[str, torch.T
     return module.model.state_dict()
 
 
-def test_random_states_modes_and_buffers_are_restored(sound: Plan) -> None:
-    def drawn() -> list[Any]:
+def test_random_states_modes_and_buffers_are_restored(valid_input: Plan) -> None:
+    def draw() -> list[Any]:
         return [random.random(), np.random.rand(), torch.rand(()).item()]
 
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    expected = drawn()
+    expected = draw()
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    model = sound.module.model.train()
+    model = valid_input.module.model.train()
     model.register_buffer("count", torch.zeros(2))
     with suppress(KeyError), _state_restored(model, torch.device("cpu")):
-        drawn()
+        draw()
         model.eval()
         model.count += 1
         raise KeyError
-    assert drawn() == expected
+    assert draw() == expected
     assert model.training
     assert model.count.tolist() == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Trainer was configured with")
-def test_preflight_does_not_change_training(sound: Plan, tmp_path: Path) -> None:
+def test_preflight_does_not_change_training(valid_input: Plan, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "dropout", seed=3, attention_dropout=0.5)
-    without, with_ = (trained(sound, folder, is_checked=is_checked) for is_checked in (False, True))
-    assert all(torch.equal(value, with_[name]) for name, value in without.items())
+    plain, checked_first = (
+        train_two_steps(valid_input, folder, with_preflight=with_preflight) for with_preflight in (False, True)
+    )
+    assert all(torch.equal(value, checked_first[name]) for name, value in plain.items())
 
 
-def test_gradient_checkpointing_is_checked_too(sound: Plan, student_folder: Path) -> None:
+def test_gradient_checkpointing_is_checked_too(valid_input: Plan, student_folder: Path) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
-    twice = replace(sound, module=student_module(model, sound.prompts, *LOSSES))
-    assert failed(twice) == set()
-    assert checked(twice)["gradients"].found == checked(sound)["gradients"].found
+    with_checkpointing = replace(valid_input, module=student_module(model, valid_input.prompts, *LOSSES))
+    assert failed_checks(with_checkpointing) == set()
+    assert findings_by_check(with_checkpointing)["gradients"].found == findings_by_check(valid_input)["gradients"].found
 
 
-def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(sound: Plan) -> None:
-    findings = [*preflight(sound), Finding("mask", False, "a " * 60, "b " * 40, "do this " * 20, False)]
+def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(valid_input: Plan) -> None:
+    findings = [*preflight(valid_input), Finding("mask", False, "a " * 60, "b " * 40, "do this " * 20, False)]
     lines = table(findings).splitlines()
     assert max(map(len, lines)) <= 110
-    at = next(i for i, line in enumerate(lines) if line.startswith("warn"))
-    assert any("-> do this" in line for line in lines[at:])
-    assert not any("->" in line for line in lines[:at])
+    warning_line = next(i for i, line in enumerate(lines) if line.startswith("warn"))
+    assert any("-> do this" in line for line in lines[warning_line:])
+    assert not any("->" in line for line in lines[:warning_line])

@@ -1,4 +1,4 @@
-"""Preflight: it passes what is sound, finds each bug that is planted here, and leaves no trace."""
+"""Preflight estimates of memory and disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from distill.training.preflight.inputs import collated
 from distill.training.preflight.resources import _measured_step, _states_per_weight
 
 
-class Hoarder(torch.optim.SGD):
-    """Keeps a petabyte for a parameter, by its own account."""
+class MemoryHungrySGD(torch.optim.SGD):
+    """An optimizer whose state has 2^48 elements per parameter, without allocating them."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -22,19 +22,24 @@ class Hoarder(torch.optim.SGD):
                 self.state[weight]["kept"] = torch.zeros(1).expand(2**48)
 
 
-def test_missing_memory_or_disk_stops_the_run(sound: Plan) -> None:
-    assert {"memory", "disk"} <= {f.check for f in preflight(replace(sound, make_optimizer=Hoarder)) if f.stops}
+def test_missing_memory_or_disk_stops_the_run(valid_input: Plan) -> None:
+    assert {"memory", "disk"} <= {
+        f.check for f in preflight(replace(valid_input, make_optimizer=MemoryHungrySGD)) if f.stops
+    }
 
 
-def test_optimizer_states_are_counted(sound: Plan) -> None:
-    assert _states_per_weight(sound) == pytest.approx(2, abs=1e-4)  # AdamW: two moments, and a count
-    assert _states_per_weight(replace(sound, make_optimizer=torch.optim.SGD)) == 0
+def test_optimizer_states_are_counted(valid_input: Plan) -> None:
+    assert _states_per_weight(valid_input) == pytest.approx(2, abs=1e-4)  # AdamW: two moments, and a count
+    assert _states_per_weight(replace(valid_input, make_optimizer=torch.optim.SGD)) == 0
 
 
-def test_activations_grow_with_the_lessons(sound: Plan) -> None:
-    weights = sum(p.numel() * p.element_size() for p in sound.module.parameters())
-    one, four = (
-        _measured_step(sound, collated(sound, [sound.lessons[0]] * number, 1))[0] - weights for number in (1, 4)
+def test_activations_grow_with_the_lessons(valid_input: Plan) -> None:
+    weights = sum(p.numel() * p.element_size() for p in valid_input.module.parameters())
+    bytes_of_one, bytes_of_four = (
+        _measured_step(valid_input, collated(valid_input, [valid_input.lessons[0]] * number, 1))[0] - weights
+        for number in (1, 4)
     )
-    assert four == pytest.approx(4 * one, rel=0.15)
-    assert four > 4 * sum(len(s.prompt.ids) for s in sound.lessons[0].sequences) * 32 * 4 * 2  # hidden states, 2 layers
+    assert bytes_of_four == pytest.approx(4 * bytes_of_one, rel=0.15)
+    assert (
+        bytes_of_four > 4 * sum(len(s.prompt.ids) for s in valid_input.lessons[0].sequences) * 32 * 4 * 2
+    )  # hidden states, 2 layers
