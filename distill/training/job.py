@@ -31,12 +31,12 @@ from distill.records import Annotation, Example, Span
 from distill.reports.page import tables, to_text, write_report
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
-from distill.training.checkpoints import digest
 from distill.training.fit import Training, arrange, fit, look_ahead, opened_student, plan_of, stop_at
 from distill.training.forecast import foresee, training_findings, verdict
 from distill.training.preflight import table
 from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
 from distill.training.sharding import in_one_piece
+from distill.training.untrained import untrained_row
 
 Json = dict[str, Any]
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
@@ -160,19 +160,13 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
-    """Return the rows known before training: the teacher's, and the student's, which a resumed run reads back."""
-    test, path = job.source.splits.test, job.run_dir / "before.json"
+    """The rows that are known before the student learns: the teacher's, and that of the student before training."""
+    test = job.source.splits.test
     folder = job.source.folder if job.source.teacher.gives_soft_targets else None
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
-    if not job.config.evaluate_before:
-        return rows
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    if saved.get("of") != digest(training.identity):
-        say(f"evaluating the student before training on {len(test)} test examples ...")
-        row = row_of(evaluation.predict(test, teacher), job.source.task, training.module.model)
-        saved = {"of": digest(training.identity), "row": row}
-        _write(path, saved)
-    return rows | {"before": saved["row"]}
+    if job.config.evaluate_before:
+        rows["before"] = untrained_row(job, evaluation, teacher, training.identity["student"])
+    return rows
 
 
 def _results(
