@@ -131,10 +131,12 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
     if config.preflight is False:
         return []
     findings = preflight(plan_of(job, training))
-    if config.preflight is True or not all(finding.passed in (True, None) for finding in findings):
+    if config.preflight is True:
         say(table(findings))
     else:
-        say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
+        failed = [finding for finding in findings if finding.passed is False]
+        passed = f"preflight: {sum(finding.passed is True for finding in findings)} checks passed"
+        say(f"{passed}; these did not:\n{table(failed)}" if failed else passed)
     stop_at(findings)
     return [asdict(finding) for finding in findings]
 

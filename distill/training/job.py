@@ -79,10 +79,18 @@ def train(config: Config) -> float:
     if not results:
         print("preflight passed; remove preflight=true to start the run")
         return 0.0
-    print(f"\n{to_text(summary)}\n")
-    print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
-    print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
+    _print_results(run_dir, results, run, summary)
     return _accuracy(config, results)
+
+
+def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
+    row = results["rows"]["student"]
+    if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
+        print(f"\naccuracy    {row['accuracy']:.1%} on {row['num_examples']} test examples")
+    else:
+        print(f"\n{to_text(summary)}\n")
+    print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
+    print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}\n")
 
 
 def plan(job: Job) -> float:
