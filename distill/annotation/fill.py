@@ -145,9 +145,9 @@ def fill(
     missing = source.store.missing(_asked(groups))
     reused = len(_asked(groups)) - len(missing)
     if not missing:
-        say(f"cache {source.store.place}: all {reused} records are there; the teacher is not loaded (0 calls)")
+        say(f"cache {source.store.place}: all {reused} records exist; the teacher is not loaded (0 calls)")
         return replace(asked, num_reused=reused)
-    say(f"cache {source.store.place}: {reused} records are there, {len(missing)} are to be annotated")
+    say(f"cache {source.store.place}: {reused} records exist, annotating {len(missing)} more")
     if not len(source.store):
         _say_why(source.store)
     with source.store.writing() as writer:

@@ -96,7 +96,7 @@ def test_a_whole_cache_can_be_read_where_nothing_can_be_written(
     assert teacher.num_loads == 0
     assert [lesson.example_id for lesson in again.train] == [lesson.example_id for lesson in first.train]
     assert [lesson.counts() for lesson in again.train] == [lesson.counts() for lesson in first.train]
-    assert "records are there; the teacher is not loaded" in capsys.readouterr().err
+    assert "records exist; the teacher is not loaded" in capsys.readouterr().err
     assert job.source.store.check() == []
 
 

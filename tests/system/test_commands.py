@@ -42,7 +42,7 @@ def test_a_run_saves_a_student_and_a_second_run_makes_no_teacher_call(
     tiny += ["loss=[answer,kl,rationale]", "validate_every=2", "max_new_tokens=6"]
     first = run(tmp_path, *tiny)
     assert first.returncode == 0, first.stderr
-    assert "are to be annotated" in first.stderr
+    assert ", annotating " in first.stderr
     assert "Traceback" not in first.stderr
     folder = only_run(tmp_path)
     second = run(tmp_path, *tiny, "seed=1")
