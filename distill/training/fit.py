@@ -175,8 +175,8 @@ def fit(job: Job, training: Training) -> float:
     """Train the student in place, resuming the folder's run if there is one; return the total seconds."""
     config, trainer = job.config, training.trainer
     checkpoint = _checkpoint_to_resume(config.resume, job.run_dir / "checkpoints", training.identity)
-    num_lessons = len(training.curriculum.train)
-    say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
+    steps = f"{config.trainer.max_steps} steps of {config.batch_size} {config.batch_unit}"
+    say(f"training on {len(training.curriculum.train)} examples: {steps}")
     if checkpoint:
         say(f"resuming from {checkpoint}")
     training.curves.resume(step_of(checkpoint) if checkpoint else 0)
