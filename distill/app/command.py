@@ -30,6 +30,8 @@ Work = Callable[[DictConfig], float | None]
 def command(name: str, work: Work) -> None:
     """Run `work` on the composed configuration `name`; tell a user's errors in one message, and exit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, each update of a bar would be text of its own
     for library in ("pytorch", "fabric"):  # Lightning sets the levels of its other loggers when it is imported
         logging.getLogger(f"lightning.{library}.utilities.rank_zero").setLevel(logging.WARNING)
 

@@ -106,6 +106,7 @@ class WandbTracking:
         home.mkdir(parents=True, exist_ok=True)
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(variable, str(home))
+        os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what artifacts print
         begin = partial(
             wandb.init,
             project=self._project,

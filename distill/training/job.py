@@ -33,12 +33,12 @@ from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
-from distill.training.checkpoints import digest
 from distill.training.fit import Training, arrange, fit, look_ahead, opened_student, plan_of, stop_at
 from distill.training.forecast import foresee, training_findings, verdict
 from distill.training.preflight import table
 from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
 from distill.training.sharding import in_one_piece
+from distill.training.untrained import untrained_row
 
 Json = dict[str, Any]
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
@@ -81,10 +81,18 @@ def train(config: Config) -> float:
     if not results:
         print("preflight passed; remove preflight=true to start the run")
         return 0.0
-    print(f"\n{to_text(summary)}\n")
-    print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
-    print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}")
+    _print_results(run_dir, results, run, summary)
     return _accuracy(config, results)
+
+
+def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
+    row = results["rows"]["student"]
+    if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
+        print(f"\naccuracy    {row['accuracy']:.1%} on {row['num_examples']} test examples")
+    else:
+        print(f"\n{to_text(summary)}\n")
+    print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
+    print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}\n")
 
 
 def plan(job: Job) -> float:
@@ -162,19 +170,13 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
-    """Return the rows known before training: the teacher's, and the student's, which a resumed run reads back."""
-    test, path = job.source.splits.test, job.run_dir / "before.json"
+    """The rows that are known before the student learns: the teacher's, and that of the student before training."""
+    test = job.source.splits.test
     folder = job.source.folder if job.source.teacher.gives_soft_targets else None
     rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
-    if not job.config.evaluate_before:
-        return rows
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    if saved.get("of") != digest(training.identity):
-        say(f"evaluating the student before training on {len(test)} test examples ...")
-        row = row_of(evaluation.predict(test, teacher), job.source.task, training.module.model)
-        saved = {"of": digest(training.identity), "row": row}
-        _write(path, saved)
-    return rows | {"before": saved["row"]}
+    if job.config.evaluate_before:
+        rows["before"] = untrained_row(job, evaluation, teacher, training.identity["student"])
+    return rows
 
 
 def _results(

@@ -1,0 +1,71 @@
+"""The student's row before training: evaluated once, then shared by all runs that begin with the same student."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.app import config as configuration
+from distill.app.console import say
+from distill.app.files import whole_file
+from distill.evaluation.evaluate import Evaluation, row_of
+from distill.lessons.curriculum import Job
+from distill.records import Annotation
+
+Json = dict[str, Any]
+
+
+def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annotation], weights: str) -> Json:
+    """The row of the student as it is now; `weights` is the hash of its weights.
+
+    The row is kept below the root under the hash of all that decides it, so the arms and the seeds of a sweep, and a
+    run that is resumed, evaluate the same student once.
+    """
+    test, key = job.source.splits.test, _key(job, evaluation.model, teacher, weights)
+    path = configuration.local_root(job.config.root) / "untrained" / f"{key}.json"
+    if path.is_file():
+        say("the student before training was evaluated by an earlier run")
+    else:
+        say(f"evaluating the student before training on {len(test)} test examples ...")
+        row = row_of(evaluation.predict(test, teacher), job.source.task, evaluation.model)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(row, indent=1))
+    known: Json = json.loads(path.read_text())
+    return known
+
+
+def _key(job: Job, student: nn.Module, teacher: Mapping[str, Annotation], weights: str) -> str:
+    """Hash of all that decides the row: the student, the prompts, the test examples and the teacher's answers."""
+    config = configuration.plain(job.config)
+    settings = {
+        "weights": weights,
+        "config": student.config.to_json_string(use_diff=False),
+        "torch": torch.__version__,
+        "device": str(student.device),
+        "prompts": job.prompts.fingerprint(),
+        "task": config["task"],
+        "version": job.source.task.version,
+        "max_new_tokens": config["max_new_tokens"],
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for example in job.source.splits.test:
+        digest.update(repr((example.id, example.question, example.answer)).encode())
+        if example.id in teacher:
+            _add(digest, teacher[example.id])
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, annotation: Annotation) -> None:
+    """Add what the student is compared with: the teacher's answer, its confidence and its soft targets."""
+    target = annotation.targets.get("answer")
+    token_ids = target.token_ids if target else None
+    digest.update(repr((annotation.answer, annotation.choice_logprobs, token_ids)).encode())
+    if target and target.soft:
+        soft = target.soft
+        for array in (soft.ids_E, soft.logprobs_E, soft.tail_N, soft.num_exact_N):
+            digest.update(array.tobytes())
