@@ -13,7 +13,7 @@ from torch import nn
 from distill.app import config as configuration
 from distill.app.console import say
 from distill.app.files import whole_file
-from distill.evaluation.evaluate import Evaluation, row_of
+from distill.evaluation.answers import Evaluation, row_of
 from distill.lessons.curriculum import Job
 from distill.records import Annotation
 
