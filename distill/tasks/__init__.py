@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from distill.errors import AnswerError
 from distill.records import Example, Splits
 
 
@@ -33,3 +34,11 @@ class Task(Protocol):
     def value(self, answer: str) -> str:
         """What a canonical answer comes to: two answers with one value are the same answer in other words."""
         ...
+
+
+def readable_answer(task: Task, text: str) -> str | None:
+    """The canonical answer in a text; None where the task reads none."""
+    try:
+        return task.read_answer(text)
+    except AnswerError:
+        return None

@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.cache import Codec, uniforms
-from distill.errors import AnswerError, ConfigError
+from distill.errors import ConfigError
 from distill.models import loading
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
-from distill.tasks import Task
+from distill.tasks import Task, readable_answer
 
 
 @final
@@ -136,7 +136,7 @@ class CausalLMTeacher:
             scores = [tuple(row) for row in scores_BC.tolist()]
         else:
             written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-            answers = [self._canonical(self._prompts.text(ids)) for ids in written]
+            answers = [readable_answer(self._task, self._prompts.text(ids)) for ids in written]
             scores = [()] * len(requests)
         own = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
         ids = [request.given_ids or answer_ids for request, answer_ids in zip(requests, own, strict=True)]
@@ -150,7 +150,7 @@ class CausalLMTeacher:
         reading = self._read(requests)
         written = self._written(requests, reading)
         replies = [self._prompts.take_apart(ids) for ids in written]
-        answers = [self._canonical(reply.answer) for reply in replies]
+        answers = [readable_answer(self._task, reply.answer) for reply in replies]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
         # Generated text is tokenized again and read once more, so that text, ids and targets always match.
         lasts = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
@@ -188,12 +188,6 @@ class CausalLMTeacher:
 
     def _read(self, requests: Sequence[Request]) -> Reading:
         return self._reader(requests[0].span).read([request.question_ids for request in requests])
-
-    def _canonical(self, text: str) -> str | None:
-        try:
-            return self._task.read_answer(text)
-        except AnswerError:
-            return None
 
     def _among_choices(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         if not self._calibration and not self._constrain:

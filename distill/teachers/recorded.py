@@ -10,10 +10,10 @@ from typing import Any, final
 from torch import nn
 
 from distill.cache import Codec
-from distill.errors import AnswerError, ConfigError
+from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, content_id
-from distill.tasks import Task
+from distill.tasks import Task, readable_answer
 from distill.tasks.tables import check_columns, composed, pieces_of, read_file, refuse, text_of
 
 
@@ -85,10 +85,4 @@ class RecordedTeacher:
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, self._canonical(row["answer"]), rationale)
-
-    def _canonical(self, text: str | None) -> str | None:
-        try:
-            return self._task.read_answer(text) if text else None
-        except AnswerError:
-            return None
+        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale)
