@@ -16,16 +16,15 @@ from typing import Any, Literal, final
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
-from distill.tasks.expressions import value_of
+from distill.tasks.expressions import ASCII_SIGNS, NUMBER, value_of
 from distill.tasks.tables import Table, check_columns, composed, open_tables, pick, pieces_of, refuse, text_of
 
 Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
 Read = Callable[[str], tuple[str, str]]  # a text to its canonical answer, and what stands behind that
 
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER = rf"(?a:{NUMBER})"  # ASCII digits only
 _SIGNED = re.compile(rf"((?<![\w).])-)?\$?({_NUMBER})")
 _PIECE = re.compile(rf"\s*({_NUMBER}|[-+*/()])")
-_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")", "$": None})
 _MARKS = " \t\r\n.!\"'*_()[]“”‘’«»"  # may stand around an answer without being of it
 _HELD_OUT = 10  # one labelled row in so many is held out where no number is given
 
@@ -309,7 +308,7 @@ def _plain(number: str) -> str:
 
 def _expression(text: str) -> tuple[str, str]:
     first, rest = _line(text)
-    line, end, pieces = first.translate(_SIGNS), 0, []
+    line, end, pieces = first.translate(ASCII_SIGNS), 0, []
     while found := _PIECE.match(line, end):
         pieces.append(_plain(found[1]) if found[1][-1].isdigit() else found[1])
         end = found.end()
