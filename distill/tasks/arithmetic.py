@@ -9,6 +9,7 @@ from typing import final
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
+from distill.tasks.splitting import cut, make_splits
 
 _NAMES = ("Ada", "Ben", "Chloe", "Dan", "Eva", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo")
 _THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "tickets", "stones", "cards", "eggs")
@@ -42,9 +43,8 @@ class Arithmetic:
 
     def splits(self) -> Splits:
         """Distinct problems, so no split holds another's."""
-        problems = self._problems()
-        test, validation, _, labelled, unlabelled = problems
-        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+        test, validation, _, labelled, unlabelled = self._problems()
+        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test)
 
     def shots(self) -> Sequence[Example]:
         """Problems of the same kind that are in no split."""
@@ -71,12 +71,7 @@ class Arithmetic:
                 break
         else:
             raise ConfigError(f"max_number={self._max_number} allows too few distinct problems; raise it")
-        rest = list(distinct.values())
-        parts: list[list[Example]] = []
-        for size in self._sizes:
-            parts.append(rest[:size])
-            rest = rest[size:]
-        return parts
+        return cut(list(distinct.values()), self._sizes)[:-1]
 
 
 def _problem(rng: random.Random, max_number: int, num_steps: int) -> Example:

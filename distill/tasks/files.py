@@ -17,6 +17,7 @@ from typing import Any, Literal, final
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
 from distill.tasks.expressions import ASCII_SIGNS, NUMBER, value_of
+from distill.tasks.splitting import cut
 from distill.tasks.tables import Table, check_columns, composed, open_tables, pick, pieces_of, refuse, text_of
 
 Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
@@ -209,7 +210,8 @@ class FileTask:
                 f"task.examples.num_{name}={number}: {self._own.get(name) or self._path} has {len(among)} different "
                 "examples left for it; ask for fewer, or give more rows"
             )
-        return list(among[:number]), list(among[number:])
+        taken, rest = cut(among, [number])
+        return taken, rest
 
 
 def examples_of(table: Table, columns: Columns, answers: AnswerFormat) -> list[Example]:

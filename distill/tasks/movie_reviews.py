@@ -14,6 +14,7 @@ from typing import final
 from distill.errors import AnswerError, ConfigError
 from distill.models.fetch import from_pypi
 from distill.records import Example, Splits
+from distill.tasks.splitting import cut, make_splits
 
 _MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -59,12 +60,8 @@ class MovieReviews:
                 f"{self._min_rating} from neutral; ask for fewer (task.num_unlabelled=…)"
             )
         random.Random(self._split_seed).shuffle(rated)
-        parts: list[list[Example]] = []
-        for size in self._sizes:
-            parts.append(rated[:size])
-            rated = rated[size:]
-        test, validation, labelled, unlabelled = parts
-        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+        test, validation, labelled, unlabelled, _ = cut(rated, self._sizes)
+        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test)
 
     def shots(self) -> Sequence[Example]:
         """Sentences written for this purpose."""
