@@ -16,16 +16,16 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def value_of(text: str) -> Fraction:
-    """The value of an expression; ValueError where the text is none. `7,000` is one number, × is *, $ is left out."""
+    """Evaluate an expression exactly. Thousands commas and $ are ignored; ValueError if the text is no expression."""
     plain = text.translate(ASCII_SIGNS).replace(",", "").strip()
     if len(plain) > _MAX_CHARACTERS:
-        raise ValueError(f"an expression of {len(plain)} characters; at most {_MAX_CHARACTERS} are worked out")
+        raise ValueError(f"an expression of {len(plain)} characters; at most {_MAX_CHARACTERS} are evaluated")
     if not _PLAIN.fullmatch(plain):
-        raise ValueError(f"{text[:60]!r} is no arithmetic")
+        raise ValueError(f"{text[:60]!r} is not an arithmetic expression")
     try:
         return _value(ast.parse(plain, mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"{text[:60]!r} cannot be worked out: {error}") from None
+        raise ValueError(f"{text[:60]!r} cannot be evaluated: {error}") from None
 
 
 def _value(node: ast.expr) -> Fraction:
@@ -36,4 +36,4 @@ def _value(node: ast.expr) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         result: Fraction = _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
         return result
-    raise ValueError(f"{ast.unparse(node)[:60]!r} is no arithmetic")
+    raise ValueError(f"{ast.unparse(node)[:60]!r} is not an arithmetic expression")

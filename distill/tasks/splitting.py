@@ -1,4 +1,4 @@
-"""Examples cut into parts of given sizes, and parts made into splits."""
+"""Splitting a list of examples into parts of given sizes, and assembling the splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distill.records import Example, Splits
 
 
 def cut(examples: Sequence[Example], sizes: Iterable[int]) -> list[list[Example]]:
-    """Consecutive parts of these sizes, and last the remaining examples."""
+    """Consecutive parts of these sizes, followed by the remaining examples as a last part."""
     parts, rest = list[list[Example]](), list(examples)
     for size in sizes:
         parts.append(rest[:size])
@@ -23,5 +23,5 @@ def make_splits(
     validation: Sequence[Example],
     test: Sequence[Example],
 ) -> Splits:
-    """Splits disjoint by content; of the unlabelled train examples only the questions are kept."""
+    """Assemble splits, disjoint by content; unlabelled examples keep only their question."""
     return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
