@@ -21,11 +21,7 @@ if TYPE_CHECKING:
     import peft
 
 _LAYER_LISTS = ("layers", "h", "blocks")
-_NOT_MERGED = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-)  # in LoraConfig
+_NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # in LoraConfig
 
 
 def open_student(
