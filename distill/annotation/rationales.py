@@ -25,7 +25,7 @@ from typing import Literal, final
 
 from distill.errors import ConfigError
 from distill.records import Annotation, CheckedRationale, Example, RejectionReason, content_id
-from distill.tasks.expressions import value_of
+from distill.tasks.expressions import NUMBER, value_of
 
 Reference = Literal["gold", "votes", "teacher"]
 Shingles = frozenset[tuple[str, ...]]
@@ -33,8 +33,7 @@ Shingles = frozenset[tuple[str, ...]]
 _WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+(?:[.,'’][^\W぀-ヿ㐀-鿿]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|[。！？\n]")
 
-_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)"
-_OPERAND = rf"(?:\( ?)*(?:-?\$?|\$-){_NUMBER}(?: ?%)?(?: ?\))*"
+_OPERAND = rf"(?:\( ?)*(?:-?\$?|\$-){NUMBER}(?: ?%)?(?: ?\))*"
 _SIGN = r"[-+*/×÷−–]"
 _TERM = rf"(?: ?(?:{_SIGN}|x) ?{_OPERAND})"
 _EQUALS = r" ?(?:==?|equals|is equal to) ?"
@@ -51,8 +50,8 @@ _AFTER = re.compile(
 _LOOK_BACK = 12  # characters: longer than all words of _BEFORE
 _NO_OPERATION = re.compile(rf" ?{_OPERAND}")
 _ROUND = str.maketrans("[]", "()")
-_SHARE = re.compile(rf"({_NUMBER}) ?%")
-_RELATIVE = re.compile(rf"([-+]) ?({_NUMBER}) ?%")
+_SHARE = re.compile(rf"({NUMBER}) ?%")
+_RELATIVE = re.compile(rf"([-+]) ?({NUMBER}) ?%")
 _RESULT = re.compile(r"[-$\d, ]*(?:\.(\d+))? ?(%?)")
 
 _LEAD = r"(?:(?:so|thus|hence|therefore|then)\b,? )?"
@@ -353,7 +352,7 @@ def _is_wrong(sides: Sequence[str]) -> bool:
 
 
 def _first_number(side: str) -> str:
-    match = re.search(rf"-?\$?{_NUMBER}(?: ?%)?", side)
+    match = re.search(rf"-?\$?{NUMBER}(?: ?%)?", side)
     return match.group() if match else side
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from distill.app.machine import extra_bytes, median_milliseconds
 from distill.cache.store import Store
-from distill.errors import AnswerError
 from distill.evaluation.metrics import Prediction, score
 from distill.lessons.join import AnswerMode
 from distill.losses.forward_kl import ForwardKL
@@ -23,7 +22,7 @@ from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, spread
 from distill.students.causal_lm import size_bytes
-from distill.tasks import Task
+from distill.tasks import Task, readable_answer
 
 _BATCH_SIZE = 32
 _LATENCY_EXAMPLES = 6
@@ -132,7 +131,7 @@ class Evaluation:
             replies = [self._prompts.take_apart(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
-        answers = [self._canonical(text) for text in texts]
+        answers = [readable_answer(self._task, text) for text in texts]
         best, probabilities = self._choose(reading, answers)
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
@@ -174,12 +173,6 @@ class Evaluation:
             _divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
             for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
         ]
-
-    def _canonical(self, text: str) -> str | None:
-        try:
-            return self._task.read_answer(text)
-        except AnswerError:
-            return None
 
 
 def _is_same(task: Task, left: str | None, right: str | None) -> bool:

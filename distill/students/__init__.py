@@ -1,1 +1,1 @@
-"""Students: opened, cut, adapted, saved. They know no teacher."""
+"""Students: loading, removing layers, adapters, saving. Nothing here depends on teachers."""

@@ -1,4 +1,4 @@
-"""The student: opened, cut down, partly frozen or adapted, saved as an ordinary Hugging Face folder."""
+"""Causal language model students: loaded, cut, frozen or adapted, and saved as a standard Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import peft
 
 _LAYER_LISTS = ("layers", "h", "blocks")
-_NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # what LoraConfig has beside LoRA
+_NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # in LoraConfig
 
 
 def open_student(
@@ -33,12 +33,12 @@ def open_student(
     lora: peft.LoraConfig | None,
     gradient_checkpointing: bool,
 ) -> PreTrainedModel:
-    """Open a model for training in float32.
+    """Load a model for training in float32.
 
-    `keep_layers` are the indices of the layers that stay, None for all; parameters whose name holds one of
-    `freeze` are not trained; `from_scratch` draws new weights for the folder's configuration. With `lora` its
-    adapters alone are trained, until `merge_adapters`. `gradient_checkpointing` computes activations a second
-    time in the backward pass instead of keeping them.
+    `keep_layers` has the indices of the layers to keep, None for all; parameters whose name contains an item of
+    `freeze` are not trained; `from_scratch` initializes new weights from the folder's configuration. With `lora`,
+    only adapters are trained, until `merge_adapters`. `gradient_checkpointing` recomputes activations in the
+    backward pass instead of keeping them.
     """
     model = loading.load(folder, torch.float32, from_scratch=from_scratch)
     if keep_layers is not None:
@@ -46,7 +46,7 @@ def open_student(
     unused = [part for part in freeze if not any(part in name for name, _ in model.named_parameters())]
     if unused:
         names = sorted({name.split(".")[1] for name, _ in model.named_parameters() if "." in name})
-        raise ConfigError(f"student.freeze: no parameter's name holds {unused}; there are {names}")
+        raise ConfigError(f"student.freeze: no parameter's name contains {unused}; the model has {names}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in freeze))
     if lora is not None:
@@ -57,12 +57,12 @@ def open_student(
 
 
 def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
-    """Put adapters into the model in place, and freeze all else."""
+    """Add adapters to the model in place, and freeze all other parameters."""
     from peft import inject_adapter_in_model
 
-    given = [name for name in _NOT_MERGED if getattr(lora, name, None)]
-    if given:
-        raise ConfigError(f"student.lora: {given} cannot be merged into the weights; leave them out")
+    unmergeable = [name for name in _NOT_MERGED if getattr(lora, name, None)]
+    if unmergeable:
+        raise ConfigError(f"student.lora: {unmergeable} cannot be merged into the weights; remove them")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     try:
         inject_adapter_in_model(lora, model)
@@ -71,19 +71,19 @@ def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
     is_tied = embedding.weight is head.weight
     if model.get_output_embeddings() is not head or (is_tied and model.get_input_embeddings() is not embedding):
         raise ConfigError(
-            "student.lora adapts the output head, or the embedding whose weight it shares; the loss reads that weight "
-            "as it is. Leave them out of student.lora.target_modules (all-linear does), or name them in "
-            "student.lora.exclude_modules"
+            "student.lora adapts the output head or the embedding tied to it, but the loss reads that weight directly, "
+            "without adapters. Remove them from student.lora.target_modules (all-linear excludes them), or list them "
+            "in student.lora.exclude_modules"
         )
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add each adapter to the weight that it adapts, in place; what remains is an ordinary model."""
+    """Merge all adapters into the weights in place, which leaves a standard model."""
     if not hasattr(model, "peft_config"):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, layer in reversed(list(model.named_modules())):  # of two around one layer the inner one first
+    for name, layer in reversed(list(model.named_modules())):  # inner adapters before those around them
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             model.set_submodule(name, layer.get_base_layer())
@@ -92,22 +92,24 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 def _checkpoint(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
-        raise ConfigError(f"{type(model).__name__} keeps all activations; set student.gradient_checkpointing=false")
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its older name
-    enable({"use_reentrant": False})  # the reentrant kind loses the gradients behind an input that needs none
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute activations; set student.gradient_checkpointing=false"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the older name
+    enable({"use_reentrant": False})  # the reentrant kind gives no gradients if the input requires none
 
 
 def layer_list(model: PreTrainedModel) -> str | None:
-    """The name by which the model's body has its layers, if it is a known one."""
+    """Name of the attribute of the model's body that holds its layers, None if unknown."""
     body = model.base_model
     return next((name for name in _LAYER_LISTS if isinstance(getattr(body, name, None), nn.ModuleList)), None)
 
 
 def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
-    body, owner = model.base_model, layer_list(model)
-    if owner is None:
-        raise ConfigError(f"{type(model).__name__} has no list of layers to cut; set student.keep_layers=null")
-    layers = getattr(body, owner)
+    body, name = model.base_model, layer_list(model)
+    if name is None:
+        raise ConfigError(f"{type(model).__name__} has no known list of layers to cut; set student.keep_layers=null")
+    layers = getattr(body, name)
     if not keep_layers or not all(0 <= index < len(layers) for index in keep_layers):
         raise ConfigError(f"student.keep_layers={list(keep_layers)}: the model has layers 0 to {len(layers) - 1}")
     kept = nn.ModuleList([layers[index] for index in keep_layers])
@@ -115,7 +117,7 @@ def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = position  # type: ignore[assignment]
-    setattr(body, owner, kept)
+    setattr(body, name, kept)
     model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[index] for index in keep_layers]
@@ -123,20 +125,20 @@ def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile the body runs compiled, for all sizes of batch at once.
+    """Run the body compiled in this context, for all batch sizes at once.
 
-    Not for ever: generation passes a cache, of another shape at each call, and would be compiled over and over.
+    Only in this context, since generation passes a cache of a different shape at every call, which would recompile.
     """
     body = model.base_model
     body.compile(dynamic=True)
     try:
         yield
     finally:
-        body._compiled_call_impl = None  # torch has no public way back
+        body._compiled_call_impl = None  # torch has no public way to undo compile()
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of all parameters: two students that start alike have the same."""
+    """Hash of all parameters and buffers; students that start equal have the same hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -145,17 +147,17 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), configuration and tokenizer; the folder appears whole or not at all."""
+    """Write weights (safetensors), configuration and tokenizer; the folder never exists incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        whole = Path(temporary) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
+        complete = Path(temporary) / "model"
+        model.save_pretrained(complete)
+        tokenizer.save_pretrained(complete)
         if folder.exists():
             shutil.rmtree(folder)
-        whole.rename(folder)
+        complete.rename(folder)
 
 
 def size_bytes(folder: Path) -> int:
-    """Size of a model folder's weights on disk."""
+    """Size in bytes of the weights in a model folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,6 +1,6 @@
-"""Tasks: where examples come from, how an answer is read out of text, how it is scored.
+"""Tasks: where examples come from, and how answers are read and compared.
 
-A new task is one file here and one in conf/task/. Nothing here knows of tokens or models.
+A new task is a file in this package and one in conf/task/. Nothing here depends on tokens or models.
 """
 
 from __future__ import annotations
@@ -8,28 +8,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from distill.errors import AnswerError
 from distill.records import Example, Splits
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What the pipeline asks of a task. `version` changes whenever its examples or reading rules do."""
+    """Interface of a task. Change `version` whenever its examples or its rules for reading answers change."""
 
     version: str
     choices: Sequence[str]
 
     def splits(self) -> Splits:
-        """Train (labelled first), validation and test examples, disjoint by content."""
+        """Train (labelled examples first), validation and test, disjoint by content."""
         ...
 
     def shots(self) -> Sequence[Example]:
-        """Demonstrations for few-shot prompts, with rationale and answer; never from the splits."""
+        """Demonstrations for few-shot prompts, with rationale and answer; none is in the splits."""
         ...
 
     def read_answer(self, text: str) -> str:
-        """Canonical answer in a generated text; raises AnswerError where there is none."""
+        """Read the canonical answer from a generated text; AnswerError if it has none."""
         ...
 
     def value(self, answer: str) -> str:
-        """What a canonical answer comes to: two answers with one value are the same answer in other words."""
+        """Value of a canonical answer; answers with equal values count as the same."""
         ...
+
+
+def readable_answer(task: Task, text: str) -> str | None:
+    """Read the canonical answer from a text; None if it has no readable answer."""
+    try:
+        return task.read_answer(text)
+    except AnswerError:
+        return None

@@ -1,4 +1,4 @@
-"""One- and two-step word problems from a seeded generator, with gold rationales. Needs no download."""
+"""Generated one- and two-step word problems with gold rationales; reproducible by seed, no download."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import final
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
+from distill.tasks.splitting import cut, make_splits
 
 _NAMES = ("Ada", "Ben", "Chloe", "Dan", "Eva", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo")
 _THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "tickets", "stones", "cards", "eggs")
-_NUMBER = re.compile(r"-?\d+")
+_WHOLE_NUMBER = re.compile(r"-?\d+")
 
 
 @final
 class Arithmetic:
-    """Problems whose answers are whole numbers."""
+    """Addition and subtraction problems; answers are whole numbers."""
 
     version = "1"
     choices: tuple[str, ...] = ()
@@ -34,28 +35,27 @@ class Arithmetic:
         max_steps: int,
         split_seed: int,
     ) -> None:
-        """`max_steps` is 1 or 2: how many operations a problem may need."""
+        """`max_steps` (1 or 2) is the largest number of operations in a problem."""
         if max_steps not in (1, 2):
-            raise ConfigError(f"task.max_steps={max_steps}: problems have 1 or 2 steps")
+            raise ConfigError(f"task.max_steps={max_steps}: expected 1 or 2")
         self._sizes = (num_test, num_validation, num_shots, num_labelled, num_unlabelled)
         self._max_number, self._max_steps, self._split_seed = max_number, max_steps, split_seed
 
     def splits(self) -> Splits:
-        """Distinct problems, so no split holds another's."""
-        problems = self._problems()
-        test, validation, _, labelled, unlabelled = problems
-        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+        """Disjoint, since all generated problems are distinct."""
+        test, validation, _, labelled, unlabelled = self._problems()
+        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test)
 
     def shots(self) -> Sequence[Example]:
-        """Problems of the same kind that are in no split."""
+        """Further problems that are in no split."""
         return self._problems()[2]
 
     def read_answer(self, text: str) -> str:
-        """The first whole number in the text."""
-        found = _NUMBER.search(text.replace(",", ""))
-        if found is None:
-            raise AnswerError(f"{text[:60]!r} holds no whole number")
-        return str(int(found.group()))
+        """Read the first whole number in the text."""
+        number = _WHOLE_NUMBER.search(text.replace(",", ""))
+        if number is None:
+            raise AnswerError(f"{text[:60]!r} has no whole number")
+        return str(int(number.group()))
 
     def value(self, answer: str) -> str:
         """The answer itself."""
@@ -70,13 +70,8 @@ class Arithmetic:
             if len(distinct) == sum(self._sizes):
                 break
         else:
-            raise ConfigError(f"max_number={self._max_number} allows too few distinct problems; raise it")
-        rest = list(distinct.values())
-        parts: list[list[Example]] = []
-        for size in self._sizes:
-            parts.append(rest[:size])
-            rest = rest[size:]
-        return parts
+            raise ConfigError(f"max_number={self._max_number} allows too few distinct problems; increase it")
+        return cut(list(distinct.values()), self._sizes)[:-1]
 
 
 def _problem(rng: random.Random, max_number: int, num_steps: int) -> Example:

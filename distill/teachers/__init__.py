@@ -1,4 +1,4 @@
-"""Teachers: ways to get an Annotation. A new kind is one file here and one in conf/teacher/."""
+"""Teachers: ways to get annotations. A new kind is a file in this package and one in conf/teacher/."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from distill.records import Annotation, Request
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A frozen source of annotations. Nothing heavy is loaded before `load`."""
+    """A frozen model or other origin of annotations. Nothing heavy is loaded before `load`."""
 
     gives_soft_targets: bool
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the teacher's targets, as plain JSON values; computed without loading weights."""
+        """Everything that affects the teacher's targets, as JSON values; computed without loading weights."""
         ...
 
     def load(self) -> nn.Module:
-        """Open the model; the result is what a device is chosen for."""
+        """Load the model and return it, for placement on a device."""
         ...
 
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
-        """One annotation per request, in order; requests of one call share a span."""
+        """One annotation per request, in order; all requests of a call have the same span."""
         ...
 
     def close(self) -> None:
-        """Let go of the model, so that a student has the memory."""
+        """Release the model, to free its memory for a student."""
         ...

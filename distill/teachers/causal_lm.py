@@ -1,11 +1,10 @@
-"""A causal language model in this process, few-shot, its shared prefix computed once.
+"""A teacher that runs a causal language model in this process, few-shot, with a shared prefix computed once.
 
-Answers to fixed choices are the most likely choice. A small model prefers some words whatever the question
-says, so choices can be calibrated: their first tokens get an offset that makes the median question of a
-given sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real questions in the place of
-content-free ones). And since the answer is one of the choices, the teacher can be held to them: every other
-first token gets minus infinity, as in constrained decoding. Both belong to the teacher, whose full softmax is
-taken after them: its soft targets carry them.
+If a task has fixed choices, the answer is the most likely choice. A small model prefers some words regardless of
+the question, so choices can be calibrated: their first tokens get offsets that make the median question of a
+sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real instead of content-free questions).
+The first token can also be constrained to the choices: all other tokens get minus infinity, as in constrained
+decoding. Both are applied before the full softmax, so soft targets include them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.cache import Codec, uniforms
-from distill.errors import AnswerError, ConfigError
+from distill.errors import ConfigError
 from distill.models import loading
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
-from distill.tasks import Task
+from distill.tasks import Task, readable_answer
 
 
 @final
@@ -49,14 +48,14 @@ class CausalLMTeacher:
         sampling_temperature: float,
         top_p: float,
     ) -> None:
-        """`calibration` is what choices are calibrated on (empty: not at all), `codec` cuts distributions down.
+        """`calibration` has the examples to calibrate choices on (empty: no calibration); `codec` truncates targets.
 
-        Rationales after the first are drawn at `sampling_temperature` from the nucleus of mass `top_p`.
+        The first rationale of an example is greedy, further ones are sampled with `sampling_temperature` and `top_p`.
         """
         if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
             raise ConfigError(
-                f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: the temperature is "
-                "positive, and top_p above 0 and at most 1; for the most likely words ask for one rationale"
+                f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: expected a positive "
+                "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
             )
         self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
         self._dtype = loading.native_dtype() if dtype == "auto" else getattr(torch, dtype)
@@ -68,12 +67,12 @@ class CausalLMTeacher:
         self._offset_V: Tensor | None = None
         if self._calibration and len({ids[0] for ids in self._choices}) < len(self._choices):
             raise ConfigError(
-                f"choices {list(task.choices)} begin with the same token, so they cannot be calibrated; "
+                f"choices {list(task.choices)} start with the same token, so they cannot be calibrated; "
                 "set teacher.calibrate=0"
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Weights, prompts, numbers' type, generation, calibration and the software that computes."""
+        """Weights, dtype, software versions, prompts, choices, calibration and generation settings."""
         return {
             "model": loading.fingerprint(self._folder),
             "dtype": str(self._dtype).removeprefix("torch."),
@@ -90,56 +89,56 @@ class CausalLMTeacher:
         }
 
     def load(self) -> nn.Module:
-        """Open the weights, frozen and in eval mode."""
+        """Load the weights, frozen and in eval mode."""
         model: nn.Module = loading.load(self._folder, self._dtype).eval().requires_grad_(False)
         self._model: Any = model
         return model
 
     def close(self) -> None:
-        """Let go of the weights and of everything computed with them."""
+        """Release the weights and everything computed with them."""
         self._readers, self._offset_V = {}, None
         del self._model
 
     @torch.inference_mode()
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
-        """Answer, or reason and then answer."""
+        """Annotate requests of a single span; ValueError if their spans differ."""
         spans = {request.span for request in requests}
         if len(spans) != 1:
-            raise ValueError(f"one call annotates one span, not {sorted(spans)}")
-        # Where words are given the teacher need not write its own; but it always says which of the choices it takes.
-        is_chosen = spans == {"answer"} and bool(self._choices)
-        given = [r for r in requests if r.given_ids and not is_chosen]
-        asked = [r for r in requests if not r.given_ids or is_chosen]
-        speak = self._answer if spans == {"answer"} else self._reason
-        parts = [*(self._expect(given) if given else []), *(speak(asked) if asked else [])]
-        by_key = {annotation.key: annotation for annotation in parts}
+            raise ValueError(f"all requests of a call must have the same span, got {sorted(spans)}")
+        # Given texts are only scored, nothing is generated; but answers to fixed choices always need all scores.
+        has_choices = spans == {"answer"} and bool(self._choices)
+        to_score = [r for r in requests if r.given_ids and not has_choices]
+        to_generate = [r for r in requests if not r.given_ids or has_choices]
+        generate = self._answer if spans == {"answer"} else self._reason
+        annotations = [*(self._score(to_score) if to_score else []), *(generate(to_generate) if to_generate else [])]
+        by_key = {annotation.key: annotation for annotation in annotations}
         return [by_key[request.key] for request in requests]
 
-    def _expect(self, requests: Sequence[Request]) -> list[Annotation]:
-        """What is expected in the place of each token of the given words."""
+    def _score(self, requests: Sequence[Request]) -> list[Annotation]:
+        """Soft targets at every token of the given texts."""
         targets, span = [request.given_ids for request in requests], requests[0].span
         reader = self._reader(span)
-        hidden_NH = reader.before_targets([request.question_ids for request in requests], targets)
+        hidden_NH = reader.hidden_before_targets([request.question_ids for request in requests], targets)
         uniform_N = torch.cat([self._uniforms(r, len(ids)) for r, ids in zip(requests, targets, strict=True)])
-        soft, found = self._cut(reader, hidden_NH, uniform_N), []
+        soft, annotations = self._truncate(reader, hidden_NH, uniform_N), list[Annotation]()
         for request, ids in zip(requests, targets, strict=True):
-            found.append(Annotation(request.key, {span: Target(ids, soft[: len(ids)])}, None))
+            annotations.append(Annotation(request.key, {span: Target(ids, soft[: len(ids)])}, None))
             soft = soft[len(ids) :]
-        return found
+        return annotations
 
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        first_BV = self._among_choices(reading.first_BV)
+        first_BV = self._adjust(reading.first_BV)
         if self._choices:
             scores_BC = reading.choice_logprobs(first_BV, self._choices).log_softmax(-1)
             answers = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
             scores = [tuple(row) for row in scores_BC.tolist()]
         else:
-            written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-            answers = [self._canonical(self._prompts.text(ids)) for ids in written]
+            generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+            answers = [readable_answer(self._task, self._prompts.text(ids)) for ids in generated]
             scores = [()] * len(requests)
-        own = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
-        ids = [request.given_ids or answer_ids for request, answer_ids in zip(requests, own, strict=True)]
+        answer_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
+        ids = [request.given_ids or own_ids for request, own_ids in zip(requests, answer_ids, strict=True)]
         softs = self._soft_targets(requests, reading, first_BV, ids)
         return [
             Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)
@@ -148,32 +147,32 @@ class CausalLMTeacher:
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        written = self._written(requests, reading)
-        replies = [self._prompts.take_apart(ids) for ids in written]
-        answers = [self._canonical(reply.answer) for reply in replies]
+        generated = self._generate_rationales(requests, reading)
+        replies = [self._prompts.take_apart(ids) for ids in generated]
+        answers = [readable_answer(self._task, reply.answer) for reply in replies]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
-        # Generated text is tokenized again and read once more, so that text, ids and targets always match.
-        lasts = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
+        # Generated text is tokenized again and read again, so that text, ids and targets always match.
+        endings = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
         bridge = self._prompts.bridge()
-        whole = [(*r, *bridge, *last) if last else r for r, last in zip(rationales, lasts, strict=True)]
-        softs = self._soft_targets(requests, reading, reading.first_BV, whole)
+        sequences = [(*r, *bridge, *ending) if ending else r for r, ending in zip(rationales, endings, strict=True)]
+        softs = self._soft_targets(requests, reading, reading.first_BV, sequences)
         return [
             Annotation(
                 request.key,
-                _targets(rationales[k], lasts[k], softs[k]),
+                _targets(rationales[k], endings[k], softs[k]),
                 answers[k],
                 replies[k].rationale,
                 is_sampled=request.sample > 0,
-                is_truncated=written[k][-1] != self._prompts.end,
+                is_truncated=generated[k][-1] != self._prompts.end,
             )
             for k, request in enumerate(requests)
         ]
 
-    def _written(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
-        """The most likely words, or for a further sample words drawn by numbers that are the request's own."""
+    def _generate_rationales(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
+        """Generate greedily for sample 0; further samples use random numbers that depend only on the request's key."""
         if not any(request.sample for request in requests):
             return reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-        # Other numbers than those of the codec: what it draws must not depend on the word that was drawn.
+        # Not the random numbers of the codec: its draws must be independent of the generated tokens.
         keys = [f"{request.key}/words" for request in requests]
         uniforms_BN = torch.stack([torch.from_numpy(uniforms(key, self._max_new_tokens, 0)) for key in keys])
         uniforms_BN[[request.sample == 0 for request in requests]] = 0.0
@@ -189,13 +188,7 @@ class CausalLMTeacher:
     def _read(self, requests: Sequence[Request]) -> Reading:
         return self._reader(requests[0].span).read([request.question_ids for request in requests])
 
-    def _canonical(self, text: str) -> str | None:
-        try:
-            return self._task.read_answer(text)
-        except AnswerError:
-            return None
-
-    def _among_choices(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    def _adjust(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         if not self._calibration and not self._constrain:
             return logprobs_BV
         if self._offset_V is None:
@@ -212,13 +205,13 @@ class CausalLMTeacher:
         return offset_V
 
     def _typical(self, firsts: Int[Tensor, "C"]) -> Float[Tensor, "C"]:
-        """Median log-probability of each choice's first token over the calibration questions."""
-        reader, seen = self._reader("answer"), []
+        """Median log-probability of the first token of each choice over the calibration questions."""
+        reader, chunks = self._reader("answer"), []
         for start in range(0, len(self._calibration), 32):
-            part = self._calibration[start : start + 32]
-            reading = reader.read([self._prompts.question(example, "answer") for example in part])
-            seen.append(reading.first_BV[:, firsts])
-        return torch.cat(seen).median(0).values
+            examples = self._calibration[start : start + 32]
+            reading = reader.read([self._prompts.question(example, "answer") for example in examples])
+            chunks.append(reading.first_BV[:, firsts])
+        return torch.cat(chunks).median(0).values
 
     def _soft_targets(
         self,
@@ -227,8 +220,8 @@ class CausalLMTeacher:
         first_BV: Float[Tensor, "B V"],
         targets: Sequence[tuple[int, ...]],
     ) -> list[SoftTargets]:
-        """Distributions for each token of each target; the first follows the prompt, which was read."""
-        # The last token of a target predicts nothing that is kept, so it need not be read.
+        """Distributions at every token of the targets; the first follows the prompt, which has been read."""
+        # No target depends on the prediction after the last token, so that token is not read.
         lengths = [max(0, len(ids) - 1) for ids in targets]
         padded = [[*ids[:-1], *[0] * (max(lengths) - n)] for ids, n in zip(targets, lengths, strict=True)]
         uniforms_BN = [self._uniforms(r, max(1, len(ids))) for r, ids in zip(requests, targets, strict=True)]
@@ -237,34 +230,36 @@ class CausalLMTeacher:
             hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
             is_read_BT = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
             later_NH = hidden_BTH[is_read_BT.to(hidden_BTH.device)]
-            parts.append(self._cut(reading.reader, later_NH, torch.cat([uniform_N[1:] for uniform_N in uniforms_BN])))
-        every = SoftTargets.join(parts)
-        found, start = [], len(targets)
+            parts.append(
+                self._truncate(reading.reader, later_NH, torch.cat([uniform_N[1:] for uniform_N in uniforms_BN]))
+            )
+        joined = SoftTargets.join(parts)
+        by_target, start = list[SoftTargets](), len(targets)
         for row, (ids, length) in enumerate(zip(targets, lengths, strict=True)):
-            rows = [every[row : row + min(1, len(ids))], every[start : start + length]]
-            found.append(SoftTargets.join(rows))
+            rows = [joined[row : row + min(1, len(ids))], joined[start : start + length]]
+            by_target.append(SoftTargets.join(rows))
             start += length
-        return found
+        return by_target
 
-    def _cut(
+    def _truncate(
         self, reader: PrefixedReader, hidden_NH: Float[Tensor, "N H"], uniform_N: Float[Tensor, "N"]
     ) -> SoftTargets:
         parts, start = list[SoftTargets](), 0
-        for logprobs_MV in reader.in_pieces(hidden_NH):
+        for logprobs_MV in reader.logprobs_in_chunks(hidden_NH):
             parts.append(self._codec.cut(logprobs_MV, uniform_N[start : start + len(logprobs_MV)]))
             start += len(logprobs_MV)
         return SoftTargets.join(parts)
 
     def _uniforms(self, request: Request, number: int) -> Float[Tensor, "N"]:
-        """A number for each position of a target: its own in any batch."""
+        """Random numbers for the positions of a target, the same in any batch."""
         return torch.from_numpy(uniforms(request.key, number, self._codec.seed or 0))
 
 
-def _targets(rationale: tuple[int, ...], last: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:
-    """Cut the distributions of `rationale, bridge, last` into those of the two spans."""
-    found: dict[Span, Target] = {}
+def _targets(rationale: tuple[int, ...], answer: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:
+    """Split the distributions of the sequence `rationale, bridge, answer` into the targets of the two spans."""
+    targets: dict[Span, Target] = {}
     if rationale:
-        found["rationale"] = Target(rationale, soft[: len(rationale)])
-    if last:
-        found["answer"] = Target(last, soft[len(soft) - len(last) :])
-    return found
+        targets["rationale"] = Target(rationale, soft[: len(rationale)])
+    if answer:
+        targets["answer"] = Target(answer, soft[len(soft) - len(answer) :])
+    return targets

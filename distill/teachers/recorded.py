@@ -1,4 +1,4 @@
-"""Answers and rationales that were given elsewhere, by a model that is not here, in files."""
+"""A teacher whose answers and rationales were recorded in files, without a model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, final
 from torch import nn
 
 from distill.cache import Codec
-from distill.errors import AnswerError, ConfigError
+from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, content_id
-from distill.tasks import Task
-from distill.tasks.tables import check_columns, composed, pieces_of, read_file, refuse, text_of
+from distill.tasks import Task, readable_answer
+from distill.tasks.tables import check_columns, fill_template, parse_template, raise_problems, read_file, text_of
 
 
 @final
 class RecordedTeacher:
-    """What stands in files, a row for each question; several rows of one question are its samples.
+    """Reads annotations from files with a row per question; several rows of a question are its samples.
 
-    There are no distributions in a text, so there are no soft targets. A question that is in no row gets neither
-    answer nor rationale.
+    Texts have no distributions, so there are no soft targets. A question without a row gets neither answer nor
+    rationale.
     """
 
     gives_soft_targets = False
@@ -40,55 +40,49 @@ class RecordedTeacher:
         answer: str,
         rationale: str | None,
     ) -> None:
-        """`question`, `answer` and `rationale` name columns; the rest is what every teacher is given."""
+        """`question`, `answer` and `rationale` are columns of `files`; all teachers have the other arguments."""
         self._prompts, self._task = prompts, task
         self._files = [Path(file) for file in files]
         self._columns = {"question": question, "answer": answer, "rationale": rationale}
         self._rows: dict[str, list[dict[str, str]]] = {}
-        absent = [str(file) for file in self._files if not file.is_file()]
-        if absent or not files:
-            found = f"there is no file {', '.join(absent)}" if absent else "none is named"
-            raise ConfigError(f"teacher.kind.files: {found}; wanted those with the teacher's answers")
+        missing_files = [str(file) for file in self._files if not file.is_file()]
+        if missing_files or not files:
+            problem = f"{', '.join(missing_files)} does not exist" if missing_files else "the list is empty"
+            raise ConfigError(f"teacher.kind.files: {problem}; expected files with the teacher's answers")
 
     def fingerprint(self) -> dict[str, Any]:
-        """The files' content, how they are read, and the prompts that requests are made with."""
-        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files]
-        return {"recorded": content, "columns": self._columns, "prompts": self._prompts.fingerprint()}
+        """Hashes of the files, their columns, and the prompts that requests are made with."""
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files]
+        return {"recorded": hashes, "columns": self._columns, "prompts": self._prompts.fingerprint()}
 
     def load(self) -> nn.Module:
         """Read the files; there is no model."""
         question, *others = self._columns.values()
         for table in map(read_file, self._files):
             check_columns(table, [name for name in others if name])
-            pieces = pieces_of(table, str(question))
+            template = parse_template(table, str(question))
             problems = []
             for place, row in table.rows.items():
                 try:
                     texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
-                    self._rows.setdefault(content_id(composed(row, pieces)), []).append(texts)
+                    self._rows.setdefault(content_id(fill_template(row, template)), []).append(texts)
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{place}: {error}")
-            refuse(table.name, problems, "a question and texts in each row")
+            raise_problems(table.name, problems, "a question and texts in every row")
         return nn.Module()
 
     def close(self) -> None:
-        """Let go of the rows."""
+        """Release the rows."""
         self._rows = {}
 
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
-        """What stands in the files."""
-        return [self._found(request) for request in requests]
+        """Look up the recorded answer and rationale of every request."""
+        return [self._annotation(request) for request in requests]
 
-    def _found(self, request: Request) -> Annotation:
+    def _annotation(self, request: Request) -> Annotation:
         rows = self._rows.get(request.example.id, [])
         if request.sample >= len(rows):
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, self._canonical(row["answer"]), rationale)
-
-    def _canonical(self, text: str | None) -> str | None:
-        try:
-            return self._task.read_answer(text) if text else None
-        except AnswerError:
-            return None
+        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale)

@@ -1,4 +1,4 @@
-"""Law 11 for reading: a prefix read once is a prefix read by every row, whatever the model's attention."""
+"""Law 11 for reading: a shared prefix gives the same results as reading it in every row, for any attention."""
 
 from __future__ import annotations
 
@@ -48,52 +48,60 @@ CONFIGS = {
 }
 
 
-def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).eval()
 
 
-def ids(number: int, seed: int) -> list[int]:
+def random_ids(number: int, seed: int) -> list[int]:
     return torch.randint(2, VOCABULARY, (number,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @torch.no_grad()
-def plain(opened: PreTrainedModel, *pieces: list[int]) -> Tensor:
-    """Log-probabilities [T, V] after each token of a text that is read alone and whole."""
+def plain(loaded: PreTrainedModel, *pieces: list[int]) -> Tensor:
+    """Log-probabilities [T, V] after every token of a text, read alone in a single pass."""
     whole = torch.tensor([[i for piece in pieces for i in piece]])
-    return opened(whole).logits[0, :, :VOCABULARY].float().log_softmax(-1)
+    return loaded(whole).logits[0, :, :VOCABULARY].float().log_softmax(-1)
 
 
 @pytest.mark.parametrize("length", [0, 1, 11])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_company_and_padding_inside_a_reader_change_no_probability(name: str, length: int) -> None:
-    opened, prefix, questions = model(name), ids(length, 1), [ids(2 + 3 * row, 10 + row) for row in range(5)]
-    reader = PrefixedReader(opened, prefix, VOCABULARY)
+def test_batching_and_padding_change_no_probability(name: str, length: int) -> None:
+    loaded, prefix, questions = (
+        make_model(name),
+        random_ids(length, 1),
+        [random_ids(2 + 3 * row, 10 + row) for row in range(5)],
+    )
+    reader = PrefixedReader(loaded, prefix, VOCABULARY)
     assert bool(reader._blocks) == (length > 0)
     reading = reader.read(questions)
-    first, second = [ids(2, 20 + row) for row in range(5)], [ids(3, 30 + row) for row in range(5)]
+    first, second = [random_ids(2, 20 + row) for row in range(5)], [random_ids(3, 30 + row) for row in range(5)]
     hidden = [reading.last_BH.unsqueeze(1), reading.feed(torch.tensor(first))]
     reading.rewind(1)
     hidden.append(reading.feed(torch.tensor(second)))
-    together_BTV = reader.logprobs(torch.cat(hidden, 1))
+    batched_BTV = reader.logprobs(torch.cat(hidden, 1))
     for row, question in enumerate(questions):
-        before = plain(opened, prefix, question, first[row])[-3:]
-        after = plain(opened, prefix, question, first[row][:1], second[row])[-3:]
-        assert torch.allclose(together_BTV[row], torch.cat([before, after]), atol=1e-4)
+        before = plain(loaded, prefix, question, first[row])[-3:]
+        after = plain(loaded, prefix, question, first[row][:1], second[row])[-3:]
+        assert torch.allclose(batched_BTV[row], torch.cat([before, after]), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_text_is_that_of_the_library(name: str) -> None:
-    opened, prefix, questions = model(name), ids(9, 1), [ids(2 + 3 * row, 10 + row) for row in range(5)]
-    written = PrefixedReader(opened, prefix, VOCABULARY + 32).read(questions).greedy(max_new_tokens=8, stop=1)
-    for question, row in zip(questions, written, strict=True):
+def test_greedy_text_equals_that_of_transformers(name: str) -> None:
+    loaded, prefix, questions = (
+        make_model(name),
+        random_ids(9, 1),
+        [random_ids(2 + 3 * row, 10 + row) for row in range(5)],
+    )
+    generated = PrefixedReader(loaded, prefix, VOCABULARY + 32).read(questions).greedy(max_new_tokens=8, stop=1)
+    for question, row in zip(questions, generated, strict=True):
         whole = torch.tensor([prefix + question])
-        made = opened.generate(whole, max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1)
-        assert made[0, whole.shape[1] :].tolist() == row
+        expected = loaded.generate(whole, max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1)
+        assert expected[0, whole.shape[1] :].tolist() == row
 
 
 def nucleus(logits: list[float], temperature: float, top_p: float) -> list[float]:
-    """Softmax of logits / temperature cut to its nucleus, written out."""
+    """Softmax of logits / temperature restricted to its nucleus, computed naively."""
     weights = [math.exp(logit / temperature) for logit in logits]
     p = [weight / sum(weights) for weight in weights]
     kept, mass = set[int](), 0.0
@@ -106,24 +114,26 @@ def nucleus(logits: list[float], temperature: float, top_p: float) -> list[float
 
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_a_drawn_token_has_the_probability_of_the_nucleus(temperature: float, top_p: float) -> None:
+def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus(temperature: float, top_p: float) -> None:
     logits, number = [0.3, -1.0, 2.0, 1.2, -4.0, 1.9], 20_000
-    uniform_B = (torch.arange(number, dtype=torch.float64) + 0.5) / number  # so each share is right to 1 / number
+    uniform_B = (torch.arange(number, dtype=torch.float64) + 0.5) / number  # so frequencies are exact to 1 / number
     drawn_B = draw(torch.tensor([logits]).expand(number, -1), uniform_B, temperature=temperature, top_p=top_p)
-    shares = torch.bincount(drawn_B, minlength=len(logits)) / number
-    assert shares.tolist() == pytest.approx(nucleus(logits, temperature, top_p), abs=1.5 / number)
+    frequencies = torch.bincount(drawn_B, minlength=len(logits)) / number
+    assert frequencies.tolist() == pytest.approx(nucleus(logits, temperature, top_p), abs=1.5 / number)
 
 
-def test_numbers_that_are_independent_draw_tokens_that_pass_a_chi_square_test() -> None:
+def test_tokens_of_independent_uniforms_pass_a_chi_square_test() -> None:
     logits, number = [1.0, 0.0, -0.5, 0.7], 20_000
     uniform_B = torch.from_numpy(uniforms("key", number, 0))
     drawn_B = draw(torch.tensor([logits]).expand(number, -1), uniform_B, temperature=0.7, top_p=1.0)
-    wanted = [number * p for p in nucleus(logits, 0.7, 1.0)]
-    seen = torch.bincount(drawn_B, minlength=4).tolist()
-    assert sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True)) < 16.27  # 0.999 of three degrees of freedom
+    expected = [number * p for p in nucleus(logits, 0.7, 1.0)]
+    counts = torch.bincount(drawn_B, minlength=4).tolist()
+    assert (
+        sum((a - b) ** 2 / b for a, b in zip(counts, expected, strict=True)) < 16.27
+    )  # quantile 0.999 of chi-square with 3 degrees of freedom
 
 
-def test_a_nucleus_always_holds_the_most_probable_token_and_never_an_impossible_one() -> None:
+def test_a_nucleus_contains_the_most_probable_token_and_no_impossible_one() -> None:
     logits_BV = torch.tensor([[0.0, 5.0, -torch.inf, -torch.inf]]).expand(3, -1)
     ends_B = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(logits_BV, ends_B, temperature=1.0, top_p=1e-9).tolist() == [1, 1, 1]
@@ -131,23 +141,27 @@ def test_a_nucleus_always_holds_the_most_probable_token_and_never_an_impossible_
     assert draw(logits_BV, ends_B, temperature=1e-308, top_p=1.0).tolist() == [1, 1, 1]
 
 
-def test_of_equally_likely_tokens_zero_draws_the_one_that_greedy_takes() -> None:
+def test_a_uniform_of_zero_breaks_ties_as_greedy_does() -> None:
     logits_BV = torch.randint(3, (50, 2000), generator=torch.Generator().manual_seed(0)).float()
-    found_B = draw(logits_BV, torch.zeros(50, dtype=torch.float64), temperature=0.7, top_p=0.9)
-    assert found_B.tolist() == logits_BV.argmax(-1).tolist()
+    drawn_B = draw(logits_BV, torch.zeros(50, dtype=torch.float64), temperature=0.7, top_p=0.9)
+    assert drawn_B.tolist() == logits_BV.argmax(-1).tolist()
 
 
-def test_sampled_text_is_that_of_drawing_token_after_token_alone() -> None:
-    opened, prefix, questions = model("grouped"), ids(9, 1), [ids(2 + 3 * row, 10 + row) for row in range(4)]
+def test_sampled_text_equals_naive_sampling_of_single_rows() -> None:
+    loaded, prefix, questions = (
+        make_model("grouped"),
+        random_ids(9, 1),
+        [random_ids(2 + 3 * row, 10 + row) for row in range(4)],
+    )
     uniforms_BN = torch.from_numpy(np.stack([uniforms(str(row), 7, 0) for row in range(4)]))
-    reading = PrefixedReader(opened, prefix, VOCABULARY).read(questions)
+    reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
     before_BV = reading.first_BV
-    written = reading.sampled(uniforms_BN=uniforms_BN, stop=-1, temperature=1.3, top_p=0.9)
+    generated = reading.sampled(uniforms_BN=uniforms_BN, stop=-1, temperature=1.3, top_p=0.9)
     assert torch.equal(before_BV, reading.reader.logprobs(reading.last_BH))
-    for question, row, numbers in zip(questions, written, uniforms_BN.tolist(), strict=True):
+    for question, row, numbers in zip(questions, generated, uniforms_BN.tolist(), strict=True):
         text: list[int] = []
         for number in numbers:
-            p = nucleus(plain(opened, prefix, question, text)[-1].tolist(), 1.3, 0.9)
+            p = nucleus(plain(loaded, prefix, question, text)[-1].tolist(), 1.3, 0.9)
             order, mass = sorted(range(VOCABULARY), key=lambda token: -p[token]), 0.0
             for token in order:
                 mass += p[token]
@@ -158,11 +172,14 @@ def test_sampled_text_is_that_of_drawing_token_after_token_alone() -> None:
 
 
 @pytest.mark.parametrize("settings", [(0.0, 5.0, 1.0), (0.7, 1e-4, 1.0), (0.7, 5.0, 1e-9)])
-def test_sampled_text_becomes_greedy_as_number_temperature_or_nucleus_vanish(
+def test_sampling_approaches_greedy_as_uniform_temperature_or_top_p_vanish(
     settings: tuple[float, float, float],
 ) -> None:
     number, temperature, top_p = settings
-    reader, questions = PrefixedReader(model("grouped"), ids(9, 1), VOCABULARY), [ids(4, row) for row in range(5)]
+    reader, questions = (
+        PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY),
+        [random_ids(4, row) for row in range(5)],
+    )
     greedy = reader.read(questions).greedy(max_new_tokens=8, stop=7)
     limits = {"stop": 7, "temperature": temperature, "top_p": top_p}
     numbers_BN = torch.full((5, 8), number, dtype=torch.float64)
@@ -171,8 +188,11 @@ def test_sampled_text_becomes_greedy_as_number_temperature_or_nucleus_vanish(
     assert reader.read(questions).sampled(uniforms_BN=others_BN, stop=7, temperature=5.0, top_p=1.0) != greedy
 
 
-def test_sampled_text_ends_with_its_end_and_later_text_can_be_fed() -> None:
-    reader, questions = PrefixedReader(model("grouped"), ids(9, 1), VOCABULARY), [ids(4, row) for row in range(5)]
+def test_sampling_stops_at_the_stop_token_and_more_tokens_can_be_fed() -> None:
+    reader, questions = (
+        PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY),
+        [random_ids(4, row) for row in range(5)],
+    )
     settings = {"uniforms_BN": torch.from_numpy(uniforms("k", 40, 0)).view(5, 8), "temperature": 1.0, "top_p": 1.0}
     whole = reader.read(questions).sampled(stop=-1, **settings)
     end = whole[0][3]
@@ -184,28 +204,28 @@ def test_sampled_text_ends_with_its_end_and_later_text_can_be_fed() -> None:
 
 
 def test_a_text_longer_than_an_attention_window_is_refused() -> None:
-    reader = PrefixedReader(model("windowed"), ids(30, 1), VOCABULARY)
-    reading = reader.read([ids(10, 2), ids(3, 3)])
+    reader = PrefixedReader(make_model("windowed"), random_ids(30, 1), VOCABULARY)
+    reading = reader.read([random_ids(10, 2), random_ids(3, 3)])
     with pytest.raises(ConfigError, match=r"a text of 41 tokens.* window of 40"):
         reading.feed(torch.tensor([[5], [5]]))
 
 
-def test_a_model_whose_attention_differs_unnoticed_gets_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one with attention sinks would, whose weights do not sum to one."""
-    opened, prefix, question = model("grouped"), ids(9, 1), ids(4, 2)
+def test_a_model_with_a_different_attention_gets_copies_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as attention sinks, with which attention weights do not sum to 1."""
+    loaded, prefix, question = make_model("grouped"), random_ids(9, 1), random_ids(4, 2)
     library = "transformers.integrations.sdpa_attention.torch.nn.functional.scaled_dot_product_attention"
     attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(library, lambda *given, **others: 0.9 * attention(*given, **others))
-    reader = PrefixedReader(opened, prefix, VOCABULARY)
+    monkeypatch.setattr(library, lambda *args, **kwargs: 0.9 * attention(*args, **kwargs))
+    reader = PrefixedReader(loaded, prefix, VOCABULARY)
     assert not reader._blocks
-    assert torch.allclose(reader.read([question]).first_BV[0], plain(opened, prefix, question)[-1], atol=1e-4)
+    assert torch.allclose(reader.read([question]).first_BV[0], plain(loaded, prefix, question)[-1], atol=1e-4)
 
 
-def test_a_shared_prefix_leaves_the_model_as_it_was() -> None:
-    opened = model("grouped", torch.bfloat16)
-    before = opened.config.to_dict()
-    reader = PrefixedReader(opened, ids(9, 1), VOCABULARY)
+def test_a_shared_prefix_does_not_change_the_model() -> None:
+    loaded = make_model("grouped", torch.bfloat16)
+    before = loaded.config.to_dict()
+    reader = PrefixedReader(loaded, random_ids(9, 1), VOCABULARY)
     assert reader._blocks
-    reader.read([ids(4, 2)])
-    assert opened.config.to_dict() == before
-    assert opened.config._attn_implementation == "sdpa"
+    reader.read([random_ids(4, 2)])
+    assert loaded.config.to_dict() == before
+    assert loaded.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""What a model reads: spans, ends, starts, lengths, and nothing special from a user's text."""
+"""Prompts: spans, start and end tokens, lengths, keys; special tokens never come from a user's text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_span_at_position_0_or_outside_the_sequence_is_refused(span: tuple[int
         Prompt((5, 6, 7, 8), {"answer": span})
 
 
-def test_an_answer_and_its_end_are_the_target(prompts: Prompts) -> None:
+def test_the_target_is_the_answer_and_the_end_token(prompts: Prompts) -> None:
     prompt = prompts.answer_prompt(QUESTION, "3")
     (start, stop) = prompt.spans["answer"]
     assert prompt.ids[start:stop] == prompts.answer_ids("3")
@@ -39,63 +39,63 @@ def test_an_answer_and_its_end_are_the_target(prompts: Prompts) -> None:
     assert prompts.tokenizer.decode(prompt.ids) == f"Q: {QUESTION.question}\nAnswer: 3</s>"
 
 
-def test_a_rationale_ends_or_leads_to_an_answer(prompts: Prompts) -> None:
+def test_a_rationale_is_followed_by_the_end_token_or_by_the_answer(prompts: Prompts) -> None:
     alone = prompts.rationale_prompt(QUESTION, QUESTION.rationale, None)
-    led = prompts.rationale_prompt(QUESTION, QUESTION.rationale, "3")
+    with_answer = prompts.rationale_prompt(QUESTION, QUESTION.rationale, "3")
     text = f"Q: {QUESTION.question}\nReason: {QUESTION.rationale}"
     assert prompts.tokenizer.decode(alone.ids) == f"{text}</s>"
-    assert prompts.tokenizer.decode(led.ids) == f"{text}\nAnswer: 3</s>"
+    assert prompts.tokenizer.decode(with_answer.ids) == f"{text}\nAnswer: 3</s>"
     assert alone.ids[slice(*alone.spans["rationale"])] == (*prompts.rationale_ids(QUESTION.rationale), prompts.end)
-    assert led.ids[slice(*led.spans["rationale"])] == prompts.rationale_ids(QUESTION.rationale)
-    assert led.ids[slice(*led.spans["answer"])] == prompts.answer_ids("3")
+    assert with_answer.ids[slice(*with_answer.spans["rationale"])] == prompts.rationale_ids(QUESTION.rationale)
+    assert with_answer.ids[slice(*with_answer.spans["answer"])] == prompts.answer_ids("3")
 
 
-def test_target_ids_are_the_same_behind_a_teachers_and_a_students_prompt(prompts: Prompts) -> None:
+def test_target_ids_are_the_same_in_a_teachers_and_a_students_prompt(prompts: Prompts) -> None:
     teacher = few_shot(prompts)
     assert len(teacher.prefix("answer")) > len(prompts.prefix("answer"))
     for example in (QUESTION, *examples(9)):
-        for made in ("answer_prompt", "rationale_prompt"):
-            arguments = (example.answer,) if made == "answer_prompt" else (example.rationale or "so", example.answer)
-            seen, read = (getattr(p, made)(example, *arguments) for p in (teacher, prompts))
-            assert [seen.ids[slice(*s)] for s in seen.spans.values()] == [
-                read.ids[slice(*s)] for s in read.spans.values()
+        for method in ("answer_prompt", "rationale_prompt"):
+            arguments = (example.answer,) if method == "answer_prompt" else (example.rationale or "so", example.answer)
+            few, zero = (getattr(p, method)(example, *arguments) for p in (teacher, prompts))
+            assert [few.ids[slice(*s)] for s in few.spans.values()] == [
+                zero.ids[slice(*s)] for s in zero.spans.values()
             ]
             assert (
-                seen.ids[-len(read.ids) + len(prompts.prefix("answer")) :] == read.ids[len(prompts.prefix("answer")) :]
+                few.ids[-len(zero.ids) + len(prompts.prefix("answer")) :] == zero.ids[len(prompts.prefix("answer")) :]
             )
 
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "a </s> b", "<s></s>", "</s", " </s>\n</s>"])
-def test_no_special_token_arises_from_a_users_text(prompts: Prompts, text: str) -> None:
+def test_a_users_text_never_produces_special_tokens(prompts: Prompts, text: str) -> None:
     special = set(prompts.tokenizer.all_special_ids)
     assert special == {0, 1}
     example = Example(text, text, text)
-    shown = few_shot(prompts, shots=[example], layout=replace(LAYOUT, instruction=text))
+    with_shot = few_shot(prompts, shots=[example], layout=replace(LAYOUT, instruction=text))
     ends_of_answers = [prompts.end]
     for span in ("answer", "rationale"):
-        assert [i for i in shown.prefix(span) if i in special] == ends_of_answers
+        assert [i for i in with_shot.prefix(span) if i in special] == ends_of_answers
         assert not special & set(prompts.question(example, span))
     for prompt in (prompts.answer_prompt(example, text), prompts.rationale_prompt(example, text, text)):
         assert [i for i in prompt.ids if i in special] == [prompts.end]
     assert prompts.tokenizer.decode(prompts.encode(text)) == text
 
 
-def test_a_start_token_stands_once_and_only_where_the_model_has_one(prompts: Prompts, tmp_path: Path) -> None:
+def test_a_start_token_occurs_once_and_only_if_the_model_has_one(prompts: Prompts, tmp_path: Path) -> None:
     make_tokenizer(tmp_path, has_start=True)
     for shots in ((), SHOTS):
-        started = Prompts(load_tokenizer(tmp_path), LAYOUT, shots, max_length=256, too_long="drop")
-        ids = started.rationale_prompt(QUESTION, "so", "3").ids
+        with_start = Prompts(load_tokenizer(tmp_path), LAYOUT, shots, max_length=256, too_long="drop")
+        ids = with_start.rationale_prompt(QUESTION, "so", "3").ids
         assert ids[0] == 0
         assert ids.count(0) == 1
     assert 0 not in few_shot(prompts).answer_prompt(QUESTION, "3").ids
 
 
-def test_a_question_that_is_too_long_is_dropped_cut_or_refused(prompts: Prompts) -> None:
+def test_a_too_long_question_is_dropped_cut_or_refused(prompts: Prompts) -> None:
     long = Example("very " * 100 + "long?", "4")
     length = 40
     with pytest.raises(ValueError, match="over max_length=40"):
         few_shot(prompts, max_length=length).answer_prompt(long, "4")
-    with pytest.raises(ConfigError, match=r"over max_length=40; raise max_length"):
+    with pytest.raises(ConfigError, match=r"over max_length=40; increase max_length"):
         few_shot(prompts, max_length=length, too_long="refuse").answer_prompt(long, "4")
     cut = few_shot(prompts, max_length=length, too_long="cut")
     prompt = cut.answer_prompt(long, "4")
@@ -108,8 +108,8 @@ def test_a_question_that_is_too_long_is_dropped_cut_or_refused(prompts: Prompts)
     assert Prompts(prompts.tokenizer, LAYOUT, (), max_length=exact, too_long="refuse").answer_prompt(QUESTION, "3")
 
 
-def test_a_key_is_that_of_what_the_teacher_reads(prompts: Prompts) -> None:
-    plain, shown = prompts, few_shot(prompts)
+def test_a_key_depends_on_exactly_what_the_teacher_reads(prompts: Prompts) -> None:
+    plain, with_shots = prompts, few_shot(prompts)
     key = plain.request(QUESTION, "answer").key
     assert key == plain.request(replace(QUESTION, rationale="another"), "answer").key
     others = {
@@ -117,7 +117,7 @@ def test_a_key_is_that_of_what_the_teacher_reads(prompts: Prompts) -> None:
         plain.request(replace(QUESTION, answer="4"), "answer").key,
         plain.request(replace(QUESTION, answer=None), "answer").key,
         plain.request(replace(QUESTION, question=QUESTION.question + "?"), "answer").key,
-        shown.request(QUESTION, "answer").key,
+        with_shots.request(QUESTION, "answer").key,
         few_shot(prompts, layout=replace(LAYOUT, answer_cue="So:")).request(QUESTION, "answer").key,
         few_shot(prompts, layout=replace(LAYOUT, instruction="Count.")).request(QUESTION, "answer").key,
     }
@@ -128,34 +128,34 @@ def test_a_key_is_that_of_what_the_teacher_reads(prompts: Prompts) -> None:
 @pytest.mark.parametrize(
     "change", [{"shots": ()}, {"layout": replace(LAYOUT, question_cue="?")}, {"max_length": 9}, {"too_long": "cut"}]
 )
-def test_every_setting_of_the_prompts_is_in_their_fingerprint(prompts: Prompts, change: dict[str, Any]) -> None:
+def test_the_fingerprint_covers_every_setting(prompts: Prompts, change: dict[str, Any]) -> None:
     assert few_shot(prompts).fingerprint() == few_shot(prompts).fingerprint()
     assert few_shot(prompts, **change).fingerprint() != few_shot(prompts).fingerprint()
 
 
-def test_a_shot_without_what_is_to_be_shown_is_refused(prompts: Prompts) -> None:
-    with pytest.raises(ConfigError, match="lacks an answer or a rationale"):
+def test_a_shot_without_the_required_rationale_is_refused(prompts: Prompts) -> None:
+    with pytest.raises(ConfigError, match="has no answer or no rationale"):
         few_shot(prompts, shots=[Example("Why?", "3")]).prefix("rationale")
     assert few_shot(prompts, shots=[Example("Why?", "3")]).prefix("answer")
 
 
-def test_a_reply_is_taken_apart_at_the_answer_cue(prompts: Prompts) -> None:
+def test_a_reply_is_split_at_the_answer_cue(prompts: Prompts) -> None:
     reply = prompts.take_apart((*prompts.rationale_ids("Since so."), *prompts.bridge(), *prompts.answer_ids("12")))
     assert (reply.rationale, reply.answer) == ("Since so.", "12")
-    without = prompts.take_apart(prompts.rationale_ids("Since so."))
-    assert (without.rationale, without.answer) == ("Since so.", "")
+    without_answer = prompts.take_apart(prompts.rationale_ids("Since so."))
+    assert (without_answer.rationale, without_answer.answer) == ("Since so.", "")
 
 
-def test_the_vocabulary_is_every_token_and_no_padded_row(prompts: Prompts) -> None:
+def test_the_vocabulary_has_all_tokens_and_no_padding_rows(prompts: Prompts) -> None:
     assert sorted(prompts.tokenizer.get_vocab().values()) == list(range(prompts.vocabulary_size))
 
 
-def test_two_tokenizers_that_are_alike_share_soft_targets(teacher_folder: Path, student_folder: Path) -> None:
+def test_equal_tokenizers_share_soft_targets(teacher_folder: Path, student_folder: Path) -> None:
     check_shared_vocabulary(load_tokenizer(teacher_folder), load_tokenizer(student_folder))
 
 
 @pytest.mark.parametrize("change", ["permuted", "extra", "fewer", "end"])
-def test_tokenizers_that_differ_are_refused_with_what_to_do(
+def test_different_tokenizers_are_refused_with_a_remedy(
     change: str, teacher_folder: Path, student_folder: Path
 ) -> None:
     student = load_tokenizer(student_folder)
@@ -175,14 +175,14 @@ def test_tokenizers_that_differ_are_refused_with_what_to_do(
         student = type(student)(tokenizer_object=Tokenizer.from_str(state), bos_token="<s>", eos_token="</s>")
     with pytest.raises(ConfigError) as raised:
         check_shared_vocabulary(load_tokenizer(teacher_folder), student)
-    found = {"permuted": "2 of 320", "extra": "0 of 320", "fewer": "1 of 320", "end": "id 1, the student with 0"}
-    assert found[change] in str(raised.value)
+    differences = {"permuted": "2 of 320", "extra": "0 of 320", "fewer": "1 of 320", "end": "id 1, the student with 0"}
+    assert differences[change] in str(raised.value)
     assert "loss=[answer,rationale]" in str(raised.value)
 
 
-def test_a_folder_without_a_tokenizer_or_without_an_end_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", seed=0)
     for file in folder.glob("*token*"):
         file.unlink()
-    with pytest.raises(ConfigError, match="no tokenizer that opens"):
+    with pytest.raises(ConfigError, match="no tokenizer that loads"):
         load_tokenizer(folder)

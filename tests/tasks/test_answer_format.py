@@ -1,0 +1,113 @@
+"""Answer formats: reading answers of every kind, gold answers, values, refused settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distill.errors import AnswerError, ConfigError
+from tests.tasks.conftest import answer_format
+
+READ = [
+    ("choice", " Yes, because it is.", "yes"),
+    ("choice", "**no**\nQuestion: another", "no"),
+    ("choice", "NOT SURE.", "not sure"),
+    ("choice", "nothing", None),
+    ("choice", "no-one", None),
+    ("choice", "I say yes", None),
+    ("number", "1,234.0 pens and 5", "1234"),
+    ("number", "so $-5 or", "-5"),
+    ("number", "10-3", "10"),
+    ("number", "it is .50", "0.5"),
+    ("number", "-0.0", "0"),
+    ("number", "007.", "7"),
+    ("number", "3,4", "3"),
+    ("number", "none", None),
+    ("last_number", "84 / 2 = 42.", "42"),
+    ("last_number", "10-3", "3"),
+    ("last_number", "2 and -7.25 °C", "-7.25"),
+    ("expression", "( 84.0 / 2.0 )", "(84 / 2)"),
+    ("expression", "(84/2) = 42 in all\n3 + 4", "(84 / 2)"),
+    ("expression", "[10 − (3×06)].", "(10 - (3 * 6))"),
+    ("expression", "-3 - -1,000.50", "-3 - -1000.5"),
+    ("expression", "((1 + 2) * (-4))", "((1 + 2) * (-4))"),
+    ("expression", "(84 / 2", None),
+    ("expression", "(84 / 0)", None),
+    ("expression", "2 ** 9", None),
+    ("expression", "2 3", None),
+    ("expression", "x + 2", None),
+    ("expression", "", None),
+    ("line", "\n the first \n the second", "the first"),
+    ("line", " \n", None),
+    ("pattern", "so it goes #### 1,5 ", "1,5"),
+    ("pattern", "so it goes", None),
+    ("pattern", "#### ", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "answer"), READ)
+def test_each_kind_reads_its_answers(kind: Any, text: str, answer: str | None) -> None:
+    choices = ["no", "not sure", "yes"] if kind == "choice" else []
+    answers = answer_format(kind, "####(.*)" if kind == "pattern" else None, choices)
+    if answer is None:
+        with pytest.raises(AnswerError):
+            answers.read(text)
+    else:
+        assert answers.read(text) == answer
+        assert kind == "pattern" or answers.read(answer) == answer
+
+
+def test_the_default_kind_follows_from_pattern_and_choices() -> None:
+    assert [answer_format(None, "(a)").kind, answer_format(choices=["a", "b"]).kind, answer_format().kind] == [
+        "pattern",
+        "choice",
+        "line",
+    ]
+    assert answer_format(choices=[True, False, 3, 0.5]).choices == ("true", "false", "3", "0.5")
+
+
+def test_answers_of_any_kind_must_be_among_the_choices() -> None:
+    answers = answer_format("number", choices=[1, 2, 3])
+    assert answers.read("2.0 stars") == "2"
+    with pytest.raises(AnswerError, match="'4' is not one of 1, 2, 3"):
+        answers.read("4")
+
+
+@pytest.mark.parametrize(("kind", "text"), [("line", "a\nb"), ("expression", "(3 + 4) times 2"), ("choice", "no\nyes")])
+def test_a_gold_answer_with_more_text_is_refused(kind: Any, text: str) -> None:
+    with pytest.raises(AnswerError, match="has more text after the answer"):
+        answer_format(kind, choices=["no", "yes"] if kind == "choice" else None).read_gold(text)
+
+
+def test_a_pattern_must_match_the_bare_answer_which_a_student_generates() -> None:
+    assert answer_format("pattern", "(?s)(?:.*####)?(.+)").read_gold("Three\nand two. #### 5") == "5"
+    with pytest.raises(AnswerError, match="does not read back unchanged"):
+        answer_format("pattern", "####(.+)").read_gold("Three and two. #### 5")
+
+
+def test_expressions_with_equal_values_are_the_same_answer() -> None:
+    answers = answer_format("expression")
+    first, second, other = (answers.read(text) for text in ("( 3.0 + 5.0 )", "(5 + 3)", "(5 - 3)"))
+    assert first != second
+    assert answers.value(first) == answers.value(second) != answers.value(other)
+    assert answers.value(answers.read("(1 / 3)")) == "1/3"
+    assert answer_format("line").value("(5 + 3)") == "(5 + 3)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"kind": "pattern", "pattern": "(a"}, "not a valid regular expression"),
+        ({"kind": "pattern", "pattern": "a"}, "has 0 groups, expected exactly 1"),
+        ({"kind": "pattern", "pattern": "(a)(b)"}, "has 2 groups, expected exactly 1"),
+        ({"kind": "pattern", "pattern": None}, "has 0 groups, expected exactly 1"),
+        ({"kind": "number", "pattern": "(a)"}, "requires task.read.kind=pattern"),
+        ({"kind": "choice"}, "needs choices"),
+        ({"choices": ["Yes", "yes"]}, "differ only in case"),
+        ({"choices": ["", "yes"]}, "must not be empty"),
+    ],
+)
+def test_impossible_settings_of_an_answer_format_are_refused(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        answer_format(**settings)
