@@ -129,8 +129,8 @@ def _parsed_once() -> Iterator[None]:
     accepts no parsed file in its place.
     """
     reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader = reader  # type: ignore[misc]

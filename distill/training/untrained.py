@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from distill.app import config as configuration
 from distill.app.console import say
@@ -39,7 +38,7 @@ def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annota
     return known
 
 
-def _key(job: Job, student: nn.Module, teacher: Mapping[str, Annotation], weights: str) -> str:
+def _key(job: Job, student: Any, teacher: Mapping[str, Annotation], weights: str) -> str:
     """Hash of all that decides the row: the student, the prompts, the test examples and the teacher's answers."""
     config = configuration.plain(job.config)
     settings = {
