@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from distill.evaluation.answers import Evaluation, row_of
 
+from distill.evaluation.answers import Evaluation, row_of
 from distill.lessons.curriculum import Job, prepare, teach
 from distill.lessons.join import Records
 from distill.records import Annotation
