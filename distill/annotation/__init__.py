@@ -1,1 +1,1 @@
-"""Annotation: what the teacher is asked, each request once, and which rationales are kept. It knows no training."""
+"""Annotation: requests to the teacher, each annotated once, and the filtering of its rationales. Knows no training."""

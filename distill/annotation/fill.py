@@ -119,7 +119,7 @@ def _annotate(job: Source, groups: Sequence[Group], writer: Writer, num_devices:
         annotate_one = {"teacher": lambda request: job.teacher.annotate([request])}
         milliseconds = median_milliseconds(annotate_one, answers if writer.num_written else [])["teacher"]
         _record_cost(writer, module, start, milliseconds)
-    except (KeyboardInterrupt, PreemptedError):  # the time until now was spent all the same
+    except (KeyboardInterrupt, PreemptedError):  # record the cost so far
         _record_cost(writer, module, start, None)
         raise
     finally:

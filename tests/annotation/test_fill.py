@@ -169,7 +169,7 @@ def test_a_cache_can_be_inspected_verified_and_repaired(
     assert f"record     {rows[0]['key']}" in shown
     assert "the teacher's most probable tokens at its position" in shown
     with pytest.raises(ConfigError, match="matches 0 requests"):
-        annotate("show=no such question")
+        annotate("show=a question of no example")
     with pytest.raises(ConfigError, match=r"part=4/3: expected number/parts"):
         annotate("part=4/3")
     name = min(before)
