@@ -111,7 +111,7 @@ def test_values_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("near", "limit", "scale"),
+    ("mixture", "limit", "scale"),
     [
         (JensenShannon(beta=1e-7), ForwardKL(), 1e7),
         (JensenShannon(beta=1 - 1e-7), ReverseKL(), 1e7),
