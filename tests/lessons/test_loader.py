@@ -30,25 +30,25 @@ def test_a_step_has_the_same_examples_for_any_number_of_processes(
 ) -> None:
     all_lessons = lessons(prompts, 11)
 
-    def steps_of_microbatches(num_microbatches_: int, num_processes: int, **start: int) -> list[list[Any]]:
+    def steps_of_microbatches(number: int, num_processes: int, **start: int) -> list[list[Any]]:
         ranks = [
             list(
                 sampler(
                     all_lessons,
                     batch_size=8,
-                    num_microbatches=num_microbatches_,
+                    num_microbatches=number,
                     num_steps=4,
                     seed=3,
-                    rank=rank_,
+                    rank=rank_index,
                     world_size=num_processes,
                     **start,
                 )
             )
-            for rank_ in range(num_processes)
+            for rank_index in range(num_processes)
         ]
         return [
-            [m for rank in ranks for m in rank[step_index * num_microbatches_ : (step_index + 1) * num_microbatches_]]
-            for step_index in range(len(ranks[0]) // num_microbatches_)
+            [m for rank in ranks for m in rank[step_index * number : (step_index + 1) * number]]
+            for step_index in range(len(ranks[0]) // number)
         ]
 
     undivided, divided = steps_of_microbatches(1, 1), steps_of_microbatches(num_microbatches, world_size)

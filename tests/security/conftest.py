@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Fixtures and helpers shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -28,56 +28,58 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-class Evil:
-    """Unpickled, it makes a folder."""
+class MakesFolderWhenUnpickled:
+    """An object that makes a folder when it is unpickled."""
 
-    def __init__(self, marker: Path) -> None:
-        self._marker = marker
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self._marker),)
+        return os.mkdir, (str(self._folder),)
 
 
 @pytest.fixture
-def marker(tmp_path: Path) -> Iterator[Path]:
-    """A place that is written by hostile code alone."""
+def hostile_marker(tmp_path: Path) -> Iterator[Path]:
+    """A path that only hostile code would create."""
     path = tmp_path / "hostile code ran"
     yield path
     assert not path.exists()
 
 
-def written(folder: Path) -> set[Path]:
-    """Everything below a folder."""
+def paths_below(folder: Path) -> set[Path]:
+    """All paths below a folder."""
     return set(folder.rglob("*"))
 
 
-Told = Callable[..., tuple[Any, str]]
+TrainCommand = Callable[..., tuple[Any, str]]
 
 
-def commanded(name: str, work: Callable[[DictConfig], Any]) -> tuple[Any, str]:
-    """Run a command in this process: its exit code, and what it said."""
-    said, code = io.StringIO(), 0
-    with redirect_stderr(said), redirect_stdout(said):
+def run_in_process(name: str, work: Callable[[DictConfig], Any]) -> tuple[Any, str]:
+    """Run a command in this process; return its exit code and its output."""
+    output, code = io.StringIO(), 0
+    with redirect_stderr(output), redirect_stdout(output):
         try:
             command(name, work)
         except SystemExit as stopped:
             code = stopped.code or 0
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Told:
-    """Give a command line to the train command; it is checked and saved, and not run. Exit code and what was said."""
+def train_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TrainCommand:
+    """Check and save the configuration of a train command line without training; return exit code and output."""
 
     def work(config: DictConfig) -> None:
         configuration.check(config)
         configuration.save(config, configuration.run_dir() / "config.yaml")
 
-    def told(*arguments: str) -> tuple[Any, str]:
+    def train_command(*arguments: str) -> tuple[Any, str]:
         GlobalHydra.instance().clear()
         common = ["task=arithmetic", "tracking=off", f"root={tmp_path / 'root'}"]
-        flags = [word for word in arguments if word == "-m"]
-        monkeypatch.setattr(sys, "argv", ["train", *flags, *common, *(word for word in arguments if word != "-m")])
-        return commanded("train", work)
+        flags = [argument for argument in arguments if argument == "-m"]
+        monkeypatch.setattr(
+            sys, "argv", ["train", *flags, *common, *(argument for argument in arguments if argument != "-m")]
+        )
+        return run_in_process("train", work)
 
-    return told
+    return train_command

@@ -1,4 +1,4 @@
-"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+"""Locked requirements: exact, hashed, from the default index."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ from tests.security.conftest import ROOT
 
 
 def pins(*names: str) -> dict[str, str]:
-    """Names and versions in files of locked requirements; every line is exact, and no name stands twice."""
-    found: dict[str, str] = {}
+    """Versions by package in files of locked requirements; every line is exact, and no package appears twice."""
+    version_by_package: dict[str, str] = {}
     for name in names:
         lines = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] not in "#-"]
         for line in lines:
             package, version = re.fullmatch(r"([\w.-]+)==([\w.+!-]+)(?: --hash=sha256:[0-9a-f]{64})*", line).groups()
-            assert canonicalize_name(package) not in found, line
-            found[canonicalize_name(package)] = version
-    return found
+            assert canonicalize_name(package) not in version_by_package, line
+            version_by_package[canonicalize_name(package)] = version
+    return version_by_package
 
 
 def test_every_dependency_is_locked_to_a_version_that_it_allows() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locks = sorted(path.name for path in ROOT.glob("requirements*.txt"))
     assert locks[:2] == ["requirements-dev.txt", "requirements.txt"]
-    runtime, every = pins("requirements.txt"), pins(*locks)
-    wanted = {"": project["dependencies"], **project["optional-dependencies"]}
-    del wanted["ray"]  # does not go with the newest of what the others need, and is in no lock
-    for extra, lines in wanted.items():
-        lock = every if extra else runtime
-        for requirement in map(Requirement, lines):
+    runtime, all_locks = pins("requirements.txt"), pins(*locks)
+    requirements_by_extra = {"": project["dependencies"], **project["optional-dependencies"]}
+    del requirements_by_extra["ray"]  # conflicts with the newest dependencies of the others, and is not locked
+    for extra, requirements in requirements_by_extra.items():
+        lock = all_locks if extra else runtime
+        for requirement in map(Requirement, requirements):
             name = canonicalize_name(requirement.name)
-            assert name in lock, f"{requirement} of {extra or 'the project'} is locked nowhere"
+            assert name in lock, f"{requirement} of {extra or 'the project'} is not locked"
             assert requirement.specifier.contains(lock[name], prereleases=True), (
-                f"{requirement}, locked is {lock[name]}"
+                f"{requirement}: locked to {lock[name]}"
             )
 
 
 def test_no_requirement_names_another_index_or_url() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    every = [*project["dependencies"], *(line for part in project["optional-dependencies"].values() for line in part)]
-    assert not [line for line in every if Requirement(line).url]
+    requirements = [
+        *project["dependencies"],
+        *(line for extra_lines in project["optional-dependencies"].values() for line in extra_lines),
+    ]
+    assert not [line for line in requirements if Requirement(line).url]
     for path in ROOT.glob("requirements*.txt"):
         options = [line for line in path.read_text().splitlines() if line.startswith("-")]
         assert set(options) <= {"-r requirements.txt"}, path

@@ -1,4 +1,4 @@
-"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+"""Names, URLs and links lead to no file outside the intended folders."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from distill.reports.runs import read_run
 from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import summarise as summary_of
 from tests.conftest import compose
-from tests.security.conftest import ANY_TEXT, QUICK, Told, written
+from tests.security.conftest import ANY_TEXT, QUICK, TrainCommand, paths_below
 
-TRICKS = ["", ".", "..", "../../x", "/etc/passwd", "a/../../b", "\0", "x" * 999, "．．／", "~", "~nobody/x"]
+HOSTILE_NAMES = ["", ".", "..", "../../x", "/etc/passwd", "a/../../b", "\0", "x" * 999, "．．／", "~", "~nobody/x"]
 
 
-NAMES = ANY_TEXT | st.sampled_from(TRICKS)
+NAMES = ANY_TEXT | st.sampled_from(HOSTILE_NAMES)
 
 
 @given(name=NAMES)
 @QUICK
 def test_a_model_name_resolves_to_a_folder_or_an_error_and_writes_nothing(name: str, tmp_path: Path) -> None:
-    before = written(tmp_path)
+    before = paths_below(tmp_path)
     with suppress(ConfigError):
         assert naming.resolve(name, tmp_path / "root").is_dir()
-    assert written(tmp_path) == before
+    assert paths_below(tmp_path) == before
 
 
 HASHES = {"sha256": "0" * 64, "package": "1" * 64}
@@ -82,8 +82,8 @@ def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path
 @QUICK
 def test_a_copy_of_a_cache_stays_in_the_copies_folder_for_any_url(url: str, tmp_path: Path) -> None:
     config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
-    folder, place = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
-    assert (folder.parent, place) == (tmp_path / "copies", f"s3://{url}")
+    folder, cache_url = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
+    assert (folder.parent, cache_url) == (tmp_path / "copies", f"s3://{url}")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -112,9 +112,9 @@ def test_wandb_accepts_every_artifact_name(name: str) -> None:
 def test_an_lm_eval_task_is_written_into_its_folder_only(name: str, tmp_path: Path, prompts: Prompts) -> None:
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     (tmp_path / "a" / "model").mkdir(parents=True)
-    before = written(tmp_path)
+    before = paths_below(tmp_path)
     harness_task(name, prompts, ["yes", "no"], []).write(tmp_path / "a" / "model")
-    new = written(tmp_path) - before
+    new = paths_below(tmp_path) - before
     assert len(new) == 3
     assert all(path.parent.name in ("model", "lm_eval") and path.is_relative_to(tmp_path / "a") for path in new)
 
@@ -143,7 +143,7 @@ def test_writing_replaces_a_link_instead_of_following_it(tmp_path: Path) -> None
 
 
 def made_run(folder: Path) -> Path:
-    """A run folder with little in it."""
+    """Write a minimal run folder."""
     folder.mkdir()
     (folder / "config.yaml").write_text("task: {name: t}\n")
     (folder / "run.json").write_text(json.dumps({"name": "a run", "losses": ["answer"], "seed": 0}))
@@ -171,12 +171,12 @@ def test_an_export_does_not_follow_links(name: str, tmp_path: Path, student_fold
     folder = made_run(tmp_path / "run")
     shutil.copytree(student_folder, folder / "student")
     link = folder / "student" if name == "student" else folder / "student" / name
-    kept = tmp_path / "kept"
+    link_target = tmp_path / "kept"
     if link.exists():
-        link.rename(kept)
+        link.rename(link_target)
     else:
-        kept.write_text("CANARY")
-    link.symlink_to(kept)
+        link_target.write_text("CANARY")
+    link.symlink_to(link_target)
     with pytest.raises(ConfigError, match="is a link"):
         export(folder, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
@@ -184,24 +184,24 @@ def test_an_export_does_not_follow_links(name: str, tmp_path: Path, student_fold
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "..", ".hidden", "a/b", "x" * 300, "a\nb"])
 def test_a_run_name_is_a_single_folder_name(
-    name: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTILL_RUN", name)
-    code, said = told()
-    assert code == 2, said
-    assert "wanted the name of one folder" in said
+    code, output = train_command()
+    assert code == 2, output
+    assert "wanted the name of one folder" in output
     assert not list(tmp_path.iterdir())
 
 
 def test_scheduler_ids_and_the_root_may_come_from_the_environment(
-    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.delenv("SLURM_NODEID", raising=False)
-    code, said = told("task.name='job-${oc.env:SLURM_JOB_ID}-${oc.env:SLURM_NODEID,0}'")
-    assert code == 0, said
+    code, output = train_command("task.name='job-${oc.env:SLURM_JOB_ID}-${oc.env:SLURM_NODEID,0}'")
+    assert code == 0, output
     (saved,) = (tmp_path / "root").glob("runs/*/config.yaml")
     assert "job-4711-0" in saved.read_text()
-    code, said = told("task.name='${oc.env:SLURM_NODEID}'")
-    assert code == 2, said
-    assert "the environment has no SLURM_NODEID" in said
+    code, output = train_command("task.name='${oc.env:SLURM_NODEID}'")
+    assert code == 2, output
+    assert "the environment has no SLURM_NODEID" in output

@@ -1,4 +1,4 @@
-"""What others put into models, data, names and settings does not run and leads nowhere; no key is written down."""
+"""A `_target_` builds only allowed classes, from configurations and command lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from tests.conftest import compose
-from tests.security.conftest import Evil, Told
+from tests.security.conftest import MakesFolderWhenUnpickled, TrainCommand
 
 TARGETS = [
     "os.system",
@@ -82,26 +82,30 @@ def test_every_part_of_a_run_is_an_allowed_target(target: str) -> None:
         "+hydra.job_logging.handlers.evil.class=subprocess.Popen",
     ],
 )
-def test_hydra_builds_no_target_from_the_command_line(argument: str, told: Told, marker: Path) -> None:
-    code, said = told("-m", "seed=1", argument.format(marker=marker))
-    assert code == 2, said
-    assert "is not from" in said
-    assert not list(marker.parent.iterdir())
+def test_hydra_builds_no_target_from_the_command_line(
+    argument: str, train_command: TrainCommand, hostile_marker: Path
+) -> None:
+    code, output = train_command("-m", "seed=1", argument.format(marker=hostile_marker))
+    assert code == 2, output
+    assert "is not from" in output
+    assert not list(hostile_marker.parent.iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-r", "--exp"])
-@pytest.mark.parametrize("joined", [True, False])
-def test_rerunning_from_a_pickle_is_refused(flag: str, joined: bool, told: Told, tmp_path: Path, marker: Path) -> None:
-    torch.save(Evil(marker), tmp_path / "config.pickle")
-    pickled = str(tmp_path / "config.pickle")
-    code, said = told(*([f"{flag}={pickled}"] if joined else [flag, pickled]))
-    assert code == 2, said
-    assert "reads a pickle" in said
+@pytest.mark.parametrize("is_one_word", [True, False])
+def test_rerunning_from_a_pickle_is_refused(
+    flag: str, is_one_word: bool, train_command: TrainCommand, tmp_path: Path, hostile_marker: Path
+) -> None:
+    torch.save(MakesFolderWhenUnpickled(hostile_marker), tmp_path / "config.pickle")
+    pickle_path = str(tmp_path / "config.pickle")
+    code, output = train_command(*([f"{flag}={pickle_path}"] if is_one_word else [flag, pickle_path]))
+    assert code == 2, output
+    assert "reads a pickle" in output
 
 
 @pytest.mark.parametrize("subdir", ["../x", "/x", "a/../../x"])
-def test_a_sweep_job_stays_in_the_sweep_folder(subdir: str, told: Told, tmp_path: Path) -> None:
-    code, said = told("-m", "seed=1,2", f"hydra.sweep.subdir={subdir}")
-    assert code == 2, said
-    assert "leads out of the sweep's folder" in said
+def test_a_sweep_job_stays_in_the_sweep_folder(subdir: str, train_command: TrainCommand, tmp_path: Path) -> None:
+    code, output = train_command("-m", "seed=1,2", f"hydra.sweep.subdir={subdir}")
+    assert code == 2, output
+    assert "leads out of the sweep's folder" in output
     assert not list(tmp_path.iterdir())

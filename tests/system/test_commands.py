@@ -1,4 +1,4 @@
-"""The train command end to end, as a user starts it."""
+"""The commands end to end, as a user starts them."""
 
 from __future__ import annotations
 
@@ -52,42 +52,42 @@ def test_a_run_saves_a_student_and_a_second_run_makes_no_teacher_call(
     results: Any = json.loads((folder / "results.json").read_text())
     assert set(results["rows"]) == {"teacher", "before", "student"}
     assert results["rows"]["student"]["num_examples"] == 4
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["losses"] == ["answer", "kl", "rationale"]
+    run_facts = json.loads((folder / "run.json").read_text())
+    assert run_facts["losses"] == ["answer", "kl", "rationale"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["batch_size"] == 4
     assert (folder / "report.html").stat().st_size > 1000
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 4
 
-    # The same configuration, trained in this process, gives the weights that the run saved.
+    # Training the same configuration in this process gives the saved weights.
     config = OmegaConf.load(folder / "config.yaml")
     job = prepare(config, tmp_path / "again")
     trained = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": [0, 2]})
-    started = weights_hash(trained)
+    start_hash = weights_hash(trained)
     fit(job, arrange(job, teach(job), trained, []))
-    opened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    reopened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     ids = tokenizer("Question: How many?", return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.allclose(opened(ids).logits, trained.eval()(ids).logits, atol=1e-5)
-    assert facts["start"] == started != weights_hash(opened)
-    assert opened.config.num_hidden_layers == 2
+        assert torch.allclose(reopened(ids).logits, trained.eval()(ids).logits, atol=1e-5)
+    assert run_facts["start"] == start_hash != weights_hash(reopened)
+    assert reopened.config.num_hidden_layers == 2
 
 
 def test_a_lora_student_is_evaluated_as_saved(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=3", "batch_size=4"]
     tiny += ["student.lora={_target_: peft.LoraConfig, r: 4, lora_alpha: 8, target_modules: all-linear}"]
     tiny += ["student.gradient_checkpointing=true", "optim.optimizer.lr=0.05", "optim.schedule.num_warmup_steps=0"]
-    done = run(tmp_path, *tiny, "loss=[answer,kl]", "max_new_tokens=6")
-    assert done.returncode == 0, done.stderr
+    process = run(tmp_path, *tiny, "loss=[answer,kl]", "max_new_tokens=6")
+    assert process.returncode == 0, process.stderr
     folder = only_run(tmp_path)
-    written = [
+    saved_texts = [
         json.loads(line)["student_rationale"] for line in (folder / "predictions.jsonl").read_text().splitlines()
     ]
     job = prepare(OmegaConf.load(folder / "config.yaml"), tmp_path / "again")
-    for start, is_same in ((folder / "student", True), (student_folder, False)):
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    for model_folder, is_same in ((folder / "student", True), (student_folder, False)):
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 6)
-        assert (evaluation.rationales(job.source.splits.test) == written) == is_same
+        assert (evaluation.rationales(job.source.splits.test) == saved_texts) == is_same
 
 
 def test_a_student_of_another_vocabulary_uses_no_soft_targets(
@@ -100,9 +100,9 @@ def test_a_student_of_another_vocabulary_uses_no_soft_targets(
     tiny = [*tiny_overrides(tmp_path, teacher_folder, other)[1:], *reviews(tmp_path), "teacher.calibrate=0"]
     with pytest.raises(ConfigError, match="cannot share soft targets"):
         prepare(compose(*tiny, "loss=[answer,kl]"), tmp_path)
-    few = ["loss=[answer]", "trainer.max_steps=2", "batch_size=4", "max_new_tokens=4", "num_samples=0"]
-    done = run(tmp_path, *tiny, *few)
-    assert done.returncode == 0, done.stderr
+    short_run = ["loss=[answer]", "trainer.max_steps=2", "batch_size=4", "max_new_tokens=4", "num_samples=0"]
+    process = run(tmp_path, *tiny, *short_run)
+    assert process.returncode == 0, process.stderr
     rows = json.loads((only_run(tmp_path) / "results.json").read_text())["rows"]
     assert rows["student"]["agreement"] is not None
     assert rows["before"]["kl"] is rows["student"]["kl"] is None
@@ -110,10 +110,10 @@ def test_a_student_of_another_vocabulary_uses_no_soft_targets(
 
 def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
-    done = run(
+    process = run(
         tmp_path, *tiny, "task.answer_mode=reasoned", "loss=[answer,rationale]", "max_new_tokens=6", "num_samples=2"
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     rows = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
     assert all(isinstance(row["student_rationale"], str) for row in rows)
 
@@ -123,66 +123,66 @@ def test_the_annotate_command_fills_the_cache_that_training_reads(
 ) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1"]
     tiny = [option for option in tiny if not option.startswith("tracking")]
-    foreign = ("student", "trainer", "loss")
-    done = run(tmp_path, *(o for o in tiny if not o.startswith(foreign)), command="annotate")
-    assert done.returncode == 0, done.stderr
-    assert "records" in done.stdout
+    train_only = ("student", "trainer", "loss")
+    process = run(tmp_path, *(o for o in tiny if not o.startswith(train_only)), command="annotate")
+    assert process.returncode == 0, process.stderr
+    assert "records" in process.stdout
 
 
 def test_a_configuration_error_is_one_message_and_exit_code_2(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
-    done = run(tmp_path, *tiny, "loss=[kl]", "loss.kl.temperature=2.0")
-    assert done.returncode == 2
-    assert "cache=dense" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("Error") == 1
+    process = run(tmp_path, *tiny, "loss=[kl]", "loss.kl.temperature=2.0")
+    assert process.returncode == 2
+    assert "cache=dense" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stderr.count("Error") == 1
 
 
 def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "num_samples=0"]
-    done = run(tmp_path, "-m", *tiny, "loss=[answer],[answer,teacher_answer]", "evaluate_before=false")
-    assert done.returncode == 0, done.stderr
+    process = run(tmp_path, "-m", *tiny, "loss=[answer],[answer,teacher_answer]", "evaluate_before=false")
+    assert process.returncode == 0, process.stderr
     (page,) = tmp_path.glob("sweeps/*/report.html")
     assert "answer + teacher_answer" in page.read_text()
-    assert f"report  {page}" in done.stdout
-    assert "over hard labels" in done.stdout
+    assert f"report  {page}" in process.stdout
+    assert "over hard labels" in process.stdout
 
 
-KEPT = """
+COUNT_STUDENTS = """
 import atexit, gc, os
-gc.disable()  # nothing is collected unless the command says so
+gc.disable()  # only the command itself collects garbage
 from distill import train
 from distill.app.command import command
 from distill.training.module import StudentModule
 
-def told():
-    print("KEPT", sum(isinstance(each, StudentModule) for each in gc.get_objects()))
+def print_num_students():
+    print("STUDENTS", sum(isinstance(item, StudentModule) for item in gc.get_objects()))
 
-atexit.register(told)
+atexit.register(print_num_students)
 command("train", train.main)
 """
 
 
 def test_a_sweep_keeps_no_student_in_memory(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=1", "num_samples=0"]
-    line = [sys.executable, "-c", KEPT, "-m", *tiny, "seed=0,1", "evaluate_before=false", "loss=[answer]"]
-    done = subprocess.run(
+    line = [sys.executable, "-c", COUNT_STUDENTS, "-m", *tiny, "seed=0,1", "evaluate_before=false", "loss=[answer]"]
+    process = subprocess.run(
         line, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "KEPT 0" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "STUDENTS 0" in process.stdout
 
 
 def test_preflight_trains_nothing_and_prints_its_findings(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
-    done = run(tmp_path, *tiny, "preflight=true")
-    assert done.returncode == 0, done.stderr
-    assert "self-KL" in done.stderr
-    assert "preflight passed" in done.stdout
+    process = run(tmp_path, *tiny, "preflight=true")
+    assert process.returncode == 0, process.stderr
+    assert "self-KL" in process.stderr
+    assert "preflight passed" in process.stdout
     folder = only_run(tmp_path)
     assert not (folder / "student").exists()
     assert "self-KL" in {line["check"] for line in json.loads((folder / "run.json").read_text())["preflight"]}
@@ -192,8 +192,8 @@ def test_a_failed_preflight_ends_the_run_before_training(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
-    done = run(tmp_path, *tiny, "student.freeze=[model,lm_head]")
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "gradient" in done.stderr
-    assert "steps of" not in done.stderr  # training would begin with so many
+    process = run(tmp_path, *tiny, "student.freeze=[model,lm_head]")
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "gradient" in process.stderr
+    assert "steps of" not in process.stderr  # the first line of training

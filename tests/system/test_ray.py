@@ -1,4 +1,4 @@
-"""A sweep of which Ray starts the jobs: what fails is listed, and what is done is not done again."""
+"""Sweeps with the Ray launcher: failed jobs are listed, and finished jobs are not repeated."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.conftest import environment, tiny_overrides
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def swept(root: Path, *line: str) -> tuple[int, str]:
-    """Sweep over tiny jobs on a Ray of its own; the exit code, and all that was said."""
-    alone = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(root)}
+def run_ray_sweep(root: Path, *line: str) -> tuple[int, str]:
+    """Run a sweep of tiny jobs on a separate Ray; return the exit code and the output."""
+    variables = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(root)}
     command = [sys.executable, "-m", "distill.train", "-m", "hydra/launcher=ray", *line]
     command += ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
-    with tempfile.TemporaryDirectory() as short:  # the names of sockets have at most 107 characters
-        command += [f"+hydra.launcher.ray.init._temp_dir={short}"]
-        done = subprocess.run(
-            command, env=environment(**alone), cwd=root, capture_output=True, text=True, timeout=250, check=False
+    with tempfile.TemporaryDirectory() as short_path:  # a socket path has at most 107 characters
+        command += [f"+hydra.launcher.ray.init._temp_dir={short_path}"]
+        process = subprocess.run(
+            command, env=environment(**variables), cwd=root, capture_output=True, text=True, timeout=250, check=False
         )
-    return done.returncode, done.stdout + done.stderr
+    return process.returncode, process.stdout + process.stderr
 
 
 @pytest.mark.enable_socket
@@ -36,14 +36,14 @@ def test_a_ray_sweep_lists_failures_and_repeats_nothing(
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "trainer.max_steps=2", "batch_size=4"]
     tiny += ["num_samples=0", "evaluate_before=false", "max_new_tokens=2", "loss=[answer,kl]"]
     sweep = tmp_path / "sweep"
-    code, said = swept(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[model,lm_head]")
-    assert code == 2, said
-    assert "job 1, exit code 2: student.freeze=[model,lm_head]\n" in said
+    code, output = run_ray_sweep(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[model,lm_head]")
+    assert code == 2, output
+    assert "job 1, exit code 2: student.freeze=[model,lm_head]\n" in output
     assert "accuracy" in json.dumps(json.loads((sweep / "0" / "results.json").read_text()))
     assert (sweep / "report.html").is_file()
-    made = (sweep / "0" / "results.json").stat().st_mtime_ns
-    code, said = swept(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[lm_head]")
-    assert "holds this run already" in said
-    assert (sweep / "0" / "results.json").stat().st_mtime_ns == made
-    assert code == 0, said
+    modified_ns = (sweep / "0" / "results.json").stat().st_mtime_ns
+    code, output = run_ray_sweep(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[lm_head]")
+    assert "holds this run already" in output
+    assert (sweep / "0" / "results.json").stat().st_mtime_ns == modified_ns
+    assert code == 0, output
     assert (sweep / "1" / "results.json").is_file()
