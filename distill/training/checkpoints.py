@@ -114,7 +114,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: lightning.Trainer) -> None:
         path = self._folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # the default too, but then Lightning prints that
         if trainer.is_global_zero:
             with whole_file(_seal(path)) as temporary:
                 temporary.write_text(json.dumps({"sha256": sha256(path), "identity": dict(self._identity)}, indent=1))

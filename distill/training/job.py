@@ -88,7 +88,7 @@ def train(config: Config) -> float:
 def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
     row = results["rows"]["student"]
     if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
-        print(f"\naccuracy    {row['accuracy']:.1%} on {row['num_examples']} test examples")
+        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples")
     else:
         print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
