@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.app import config as configuration
 from distill.app.command import command
 from distill.app.config import Config
 
@@ -13,7 +12,6 @@ def main(config: Config) -> None:
     """Export, and say where."""
     from distill.exports.folder import export  # takes seconds: after the configuration is known to be right
 
-    configuration.check(config)
     to = Path(config.to).resolve()
     told = export(Path(config.run).resolve(), to)
     print(f"{to}\nopens with AutoModelForCausalLM.from_pretrained({str(to)!r})\n{told}")

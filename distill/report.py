@@ -6,7 +6,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from distill.app import config as configuration
 from distill.app.command import command
 from distill.app.config import Config
 
@@ -17,7 +16,6 @@ def main(config: Config) -> None:
     from distill.reports.runs import find_runs, mapping
     from distill.reports.text import to_text
 
-    configuration.check(config)
     named = [config.runs] if isinstance(config.runs, str) else list(config.runs)
     out = Path(config.out or named[0]).resolve()
     prices = mapping(OmegaConf.to_container(config.cost))

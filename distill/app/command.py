@@ -6,6 +6,7 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -17,10 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distill.app import preemption
-from distill.app.config import CONF, register, renamed
-from distill.app.console import visible
+from distill.app.config import CONF, check, register, renamed, run_dir
+from distill.app.console import is_first_process, say, visible
+from distill.app.help import help_text
 from distill.app.overrides import check_command_line, check_processes
-from distill.errors import DistillError, OutOfMemoryError, PreemptedError
+from distill.errors import ConfigError, DistillError, OutOfMemoryError, PreemptedError
 
 _MOST_CHARACTERS = 10_000  # of a message
 _IO_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -29,6 +31,9 @@ Work = Callable[[DictConfig], float | None]
 
 def command(name: str, work: Work) -> None:
     """Run `work` on the composed configuration `name`; tell a user's errors in one message, and exit."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(CONF, name))
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, each update of a bar would be text of its own
@@ -39,7 +44,10 @@ def command(name: str, work: Work) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             check_processes(config)
-            return work(renamed(config))
+            say(f"{name}: run folder {run_dir()}; loading libraries takes a few seconds ...")
+            config = renamed(config)
+            _check(config)
+            return work(config)
 
     register()
     if work.__module__ == "__main__":  # launchers send the job to other processes, where that is something else
@@ -51,6 +59,17 @@ def command(name: str, work: Work) -> None:
         sys.exit(tell(error))
     finally:
         preemption.ignore()
+
+
+def _check(config: DictConfig) -> None:
+    """Check the configuration; a run that never began leaves no folder behind."""
+    try:
+        check(config)
+    except ConfigError:
+        is_single = HydraConfig.get().mode == RunMode.RUN and is_first_process()
+        if is_single and {path.name for path in run_dir().iterdir()} <= {".hydra"}:  # a resumed run has more
+            shutil.rmtree(run_dir())
+        raise
 
 
 def _told(job: Work) -> Work:

@@ -24,6 +24,7 @@ _ALLOWED_IN_HYDRA = {"_target_": ("hydra.", "hydra_plugins.", "distill."), "clas
 _RUN_NAME = re.compile(r"(?!\.)[^/\x00-\x1f]{1,60}")
 _RANKS_ARE_MADE = ("LOCAL_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _LOOK_ONLY = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc", "--version"}
+_SHOWS = {"--cfg", "-c", "--info", "-i"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp"}
 _WITH_VALUE |= {"--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun"}
 
@@ -43,6 +44,8 @@ def check_command_line(name: str, arguments: list[str]) -> None:
     flags = {index for index, word in enumerate(arguments) if word.startswith("-")}
     values = {index + 1 for index in flags if arguments[index] in _WITH_VALUE}
     words = [word for index, word in enumerate(arguments) if index not in flags | values]
+    if not words and any(arguments[index].partition("=")[0] in _SHOWS for index in flags):
+        return  # there is no override to check, and Hydra composes the configuration itself
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:

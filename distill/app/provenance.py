@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill import __version__
 
 _HERE = Path(__file__).parents[2]
@@ -21,6 +19,8 @@ _HERE = Path(__file__).parents[2]
 
 def provenance() -> dict[str, Any]:
     """What produces a run: command, time, versions, commit, machine."""
+    import torch  # not at the top: the commit alone needs no PyTorch
+
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

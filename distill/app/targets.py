@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 # What can be built and runs nothing but itself: torch.load and lightning's instantiate_class are not among it.
 _ALLOWED = re.compile(
     r"distill\.|torch\.optim\.|torch\.distributed\.fsdp\.|transformers\.(get_\w*schedule\w*$|optimization\.)|peft\.\w+Config$"
@@ -60,6 +58,8 @@ def problems_of(node: Mapping[str, Any]) -> list[str]:
 def _check_types(target: Any, name: str, given: Mapping[str, Any]) -> list[str]:
     if not name.startswith("distill."):
         return []
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # only now: 40 ms that a misspelt key need not wait
+
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     problems = []
     for key, value in given.items():

@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, final, runtime_checkable
-
-import wandb
-from lightning.pytorch.loggers import Logger, WandbLogger
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, runtime_checkable
 
 from distill.app.console import say
 from distill.app.provenance import commit
 from distill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 _PATIENCE_SECONDS = 30  # to reach W&B; a run does not wait longer for being watched
 _MOST_OF_A_NAME = 128  # characters, by W&B's rule
@@ -102,6 +102,8 @@ class WandbTracking:
 
     def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
         """Begin a W&B run that writes below `folder` alone."""
+        import wandb  # takes a second, and only a run that W&B tracks needs it
+
         home = folder / "wandb"
         home.mkdir(parents=True, exist_ok=True)
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
@@ -142,6 +144,8 @@ class WandbTracking:
 
     def loggers(self) -> list[Logger]:
         """The run, as Lightning's logger."""
+        from lightning.pytorch.loggers import WandbLogger
+
         return [WandbLogger(experiment=self._run)]
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -151,16 +155,22 @@ class WandbTracking:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of plain values."""
         if rows:
+            import wandb
+
             columns: list[str | int] = [*rows[0]]
             data = [[row[str(column)] for column in columns] for row in rows]
             self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
     def page(self, name: str, path: Path) -> None:
         """The page whole, with its plots."""
+        import wandb
+
         self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
         """A reference to the folder's files; a cache is what the run used, a model what it made."""
+        import wandb
+
         artifact = wandb.Artifact(artifact_name(name), kind, metadata=dict(metadata))
         artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
         if kind == "cache" and not self._run.offline:

@@ -224,3 +224,24 @@ def _holds(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
         return all(_holds(found[key], value) for key, value in wanted.items())
     return bool(found == wanted)
+
+
+@pytest.mark.parametrize(
+    "argument", ["batch_sise=4", "task=arithmetics", "+loss.kl.temperatur=2", "task.layout.answer_cue=[1]"]
+)
+def test_a_refused_configuration_leaves_no_run_folder(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = told([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
+    assert code == 2, err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_refused_configuration_keeps_what_a_run_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("kept")
+    code, err = told([*WHOLE, f"hydra.run.dir={tmp_path / 'run'}", "+loss.kl.temperatur=2"], monkeypatch, capsys)
+    assert code == 2, err
+    assert (tmp_path / "run" / "results.json").read_text() == "kept"
