@@ -192,7 +192,7 @@ def _check_hydra(path: str, text: str) -> list[str]:
     if allowed and not text.startswith(allowed):
         return [f"{path}={text} is not from {', '.join(allowed)}"]
     if allowed and text in MOVED:
-        return [f"{path}={text} has moved to {MOVED[text]}"]
+        return [f"{path}={text}: the class has moved to {MOVED[text]}"]
     if path == "hydra.job.env_copy" and not is_readable(text):
         return [f"{path}: {text} would be written to a file; only {READABLE} may be copied"]
     if path == "hydra.sweep.subdir" and (Path(text).is_absolute() or ".." in Path(text).parts):
