@@ -1,10 +1,10 @@
-"""Annotate: have the teacher answer, and reason about, what the cache lacks; or look into the cache."""
+"""Annotate: let the teacher answer the examples that the cache lacks, or inspect the cache."""
 
 from __future__ import annotations
 
 from distill.app import preemption
 
-if __name__ == "__main__":  # before the imports that take seconds
+if __name__ == "__main__":  # before any slow import
     preemption.watch()
 
 from distill.app.command import command
@@ -12,8 +12,8 @@ from distill.app.config import Config
 
 
 def main(config: Config) -> float:
-    """Fill the cache, or look into it; return how many records are new."""
-    from distill.annotation.job import annotate  # takes seconds: after the configuration is known to be right
+    """Fill or inspect the cache; return the number of new records."""
+    from distill.annotation.job import annotate  # slow: only once the overrides are checked
 
     return annotate(config)
 

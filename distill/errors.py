@@ -1,43 +1,43 @@
-"""Errors that a user may see; each has the exit code of the command that it ends."""
+"""Errors that a user may see. Each has the exit code of the command that it ends."""
 
 from __future__ import annotations
 
 
 class DistillError(Exception):
-    """Base of the errors that are the user's to mend; shown without a traceback."""
+    """Base of all errors that the user can fix; shown without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(DistillError):
-    """A configuration that cannot work. Takes all problems at once."""
+    """An invalid configuration, with every problem that was found."""
 
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        """Keep every problem; the message lists them one below the other."""
+        """Keep all problems; the message lists one per line."""
         self.problems = problems
         lead = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n"
         super().__init__(lead + "\n".join(f"- {p}" if lead else p for p in problems))
 
 
 class CacheError(DistillError):
-    """A cache that is damaged, incomplete, or made by something else."""
+    """A cache that is damaged, incomplete, or made with other settings."""
 
     exit_code = 3
 
 
 class OutOfMemoryError(DistillError):
-    """What was asked for does not fit into this machine's memory."""
+    """The job does not fit into the memory of this machine."""
 
     exit_code = 7
 
 
 class PreemptedError(DistillError):
-    """The command was asked to stop, has saved its state and can go on."""
+    """The command received a stop signal and saved its state; the same command resumes it."""
 
     exit_code = 85
 
 
 class AnswerError(DistillError):
-    """A text in which no answer of the task could be read."""
+    """A text that contains no readable answer to the task."""

@@ -1,4 +1,4 @@
-"""Evaluate: measure a model folder on a task's split."""
+"""Evaluate: measure a model folder on one split of a task."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from distill.app.config import Config
 
 
 def main(config: Config) -> float:
-    """Evaluate one model folder; return its accuracy."""
-    from distill.evaluation.job import evaluate  # takes seconds: after the configuration is known to be right
+    """Evaluate a model folder; return its accuracy."""
+    from distill.evaluation.job import evaluate  # slow: only once the overrides are checked
 
     return evaluate(config)
 

@@ -1,22 +1,20 @@
-"""Export: a run's student as a Hugging Face folder with a model card and its test questions for lm-eval."""
+"""Export: write a run's student as a Hugging Face folder with a model card and a task for lm-eval."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from distill.app import config as configuration
 from distill.app.command import command
 from distill.app.config import Config
 
 
 def main(config: Config) -> None:
-    """Export, and say where."""
-    from distill.exports.folder import export  # takes seconds: after the configuration is known to be right
+    """Export the student; print the folder and how to use it."""
+    from distill.exports.folder import export  # slow: only once the overrides are checked
 
-    configuration.check(config)
     to = Path(config.to).resolve()
-    told = export(Path(config.run).resolve(), to)
-    print(f"{to}\nopens with AutoModelForCausalLM.from_pretrained({str(to)!r})\n{told}")
+    usage = export(Path(config.run).resolve(), to)
+    print(f"{to}\nopens with AutoModelForCausalLM.from_pretrained({str(to)!r})\n{usage}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Report: tables, plots and one page over run folders, which say whether distillation helped."""
+"""Report: compare run folders in tables, plots and one page that says whether distillation helped."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from distill.app import config as configuration
 from distill.app.command import command
 from distill.app.config import Config
 
 
 def main(config: Config) -> None:
-    """Report on run folders, print the tables and say where the page is."""
+    """Write the report of the run folders; print its tables and its path."""
     from distill.reports.page import write_report
     from distill.reports.runs import find_runs, mapping
     from distill.reports.text import to_text
 
-    configuration.check(config)
-    named = [config.runs] if isinstance(config.runs, str) else list(config.runs)
-    out = Path(config.out or named[0]).resolve()
+    folders = [config.runs] if isinstance(config.runs, str) else list(config.runs)
+    out = Path(config.out or folders[0]).resolve()
     prices = mapping(OmegaConf.to_container(config.cost))
-    summary = write_report(find_runs(named), out, level=config.confidence_level, prices=prices)
+    summary = write_report(find_runs(folders), out, level=config.confidence_level, prices=prices)
     print(f"{to_text(summary, prices)}\n\nreport  {out / 'report.html'}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.app import preemption
 
-if __name__ == "__main__":  # before the imports that take seconds
+if __name__ == "__main__":  # before any slow import
     preemption.watch()
 
 from distill.app.command import command
@@ -12,8 +12,8 @@ from distill.app.config import Config
 
 
 def main(config: Config) -> float:
-    """Run the main job; return the student's accuracy on test, or on validation if that is the objective."""
-    from distill.training.job import train  # takes seconds: after the configuration is known to be right
+    """Run the whole pipeline; return the accuracy of the student on the split that `objective` names."""
+    from distill.training.job import train  # slow: only once the overrides are checked
 
     return train(config)
 

@@ -10,7 +10,6 @@ from distill.annotation.codec_probe import candidate_codecs, compare_codecs, for
 from distill.annotation.fill import Share, check_rationales, fill, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
 from distill.annotation.requests import to_ask, without_answers
-from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
@@ -22,7 +21,6 @@ _NUM_RESCORED = 32
 
 def annotate(config: Config) -> float:
     """Fill the cache for all splits, or inspect it; return the number of new records."""
-    configuration.check(config)
     job = open_source(config)
     examples = _examples_by_span(config, job)
     if not (config.show or config.export or config.dry_run or config.verify or config.probe):

@@ -1,4 +1,4 @@
-"""What a command says on the terminal, and which process says it."""
+"""Lines on the terminal, and which process prints them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import sys
 
 MAX_CHARACTERS = 500
-_MOST_CHARACTERS = 10_000  # of what is said at once
-KEPT = "\n\t\u00a0\u200c\u200d\u202f\u3000"  # not printable to Python, yet plain parts of text
+_MAX_LINE_CHARACTERS = 10_000
+KEPT = "\n\t\u00a0\u200c\u200d\u202f\u3000"  # not printable to Python, yet part of ordinary text
 
 
 def is_first_process() -> bool:
-    """Whether this one writes and speaks for all that train or annotate together."""
+    """Whether this process has rank 0: of several, it alone writes files and prints."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def say(text: str) -> None:
-    """A line for whoever watches; what a command gives goes to standard output, this does not."""
+    """Print a progress line to standard error; results go to standard output."""
     if is_first_process():
-        print(visible(text, _MOST_CHARACTERS), file=sys.stderr, flush=True)
+        print(visible(text, _MAX_LINE_CHARACTERS), file=sys.stderr, flush=True)
 
 
 def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """The text with control, bidi and surrogate characters spelt out, cut to `limit` characters."""
+    """The text with control, bidi and surrogate characters escaped, cut to `limit` characters."""
     shown = "".join(c if c.isprintable() or c in KEPT else f"⟨U+{ord(c):04X}⟩" for c in text[:limit])
     return f"{shown}… ({len(text) - limit} more)" if len(text) > limit else shown

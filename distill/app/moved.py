@@ -1,7 +1,4 @@
-"""Names that have moved: what the configurations of earlier versions name, and where that is now.
-
-Only what a `_target_` can name is listed. Losses, tasks and teachers have kept their names.
-"""
+"""Renamed classes: the `_target_` names in configurations of earlier versions, and their present names."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ MOVED: Mapping[str, str] = {
 
 
 def current(value: Any) -> Any:
-    """A configuration, or part of one, with each `_target_` that has moved under its present name."""
+    """A configuration, or a part of one, in which every renamed `_target_` has its present name."""
     if isinstance(value, dict):
         return {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
     return [current(item) for item in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""Being asked to stop, as by a scheduler that takes the machine back: noted at once, acted on between two steps.
+"""Stop signals, as a scheduler sends them before it takes the machine back: recorded at once, obeyed between steps.
 
-Nothing heavy is imported here, so that a command can watch before it spends seconds on imports.
+Nothing heavy is imported here, so that a command can install the handlers first.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ import signal
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_PARENT_DEATH = 1  # prctl(2): PR_SET_PDEATHSIG
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Notice:
-    """A signal's handler that takes note of it and does nothing else: no step is broken off in the middle."""
+class SignalRecorder:
+    """A signal handler that only records the signal, so that no step is interrupted."""
 
-    is_given = False
+    has_received = False
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        """Take note."""
-        self.is_given = True
+        """Record the signal."""
+        self.has_received = True
 
 
 def watch() -> None:
-    """Take note of being asked to stop, from now on; a process of several ends with the one that started it."""
-    notice = Notice()
+    """Record stop signals from now on. On Linux, a process with a local rank above 0 is killed when its parent ends."""
+    recorder = SignalRecorder()
     for number in _SIGNALS:
-        signal.signal(number, notice)
+        signal.signal(number, recorder)
     if int(os.environ.get("LOCAL_RANK", "0")) and os.uname().sysname == "Linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def watch_on() -> None:
-    """Watch again where a library has put a handler of its own before ours."""
-    if notice := _notice():
-        signal.signal(signal.SIGTERM, notice)
+    """Install the handler again after a library has replaced it."""
+    if recorder := _recorder():
+        signal.signal(signal.SIGTERM, recorder)
 
 
 def is_asked() -> bool:
-    """Whether this process was asked to stop since it watches."""
-    notice = _notice()
-    return notice is not None and notice.is_given
+    """Whether this process has received a stop signal since `watch`."""
+    recorder = _recorder()
+    return recorder is not None and recorder.has_received
 
 
 def ignore() -> None:
-    """The last act of a command: a signal while Python shuts down must not make a failure of what is done."""
-    if _notice():
+    """Ignore further signals: called last, so that a signal during shutdown does not turn success into failure."""
+    if _recorder():
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _notice() -> Notice | None:
-    handler = signal.getsignal(signal.SIGUSR1)  # Lightning leaves this one alone where it finds it taken
-    return handler if isinstance(handler, Notice) else None
+def _recorder() -> SignalRecorder | None:
+    handler = signal.getsignal(signal.SIGUSR1)  # Lightning does not replace a handler of this signal
+    return handler if isinstance(handler, SignalRecorder) else None

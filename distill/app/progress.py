@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, plain lines in a log."""
+"""Progress of annotation and training: a bar in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distill.records import Group
 
 
 def progress(unit: str, total: int) -> Callback:
-    """A bar in a terminal, plain lines in a log."""
+    """A progress bar in a terminal, otherwise plain lines for a log."""
     return TQDMProgressBar() if sys.stderr.isatty() else ProgressLines(unit, total)
 
 
 @final
 class ProgressLines(Callback):
-    """A line every few seconds: how much is done, how fast, how long it will take."""
+    """Prints a line every few seconds: steps done, speed, time left."""
 
     def __init__(self, unit: str, total: int, every_seconds: float = 15) -> None:
-        """`unit` is what is counted, in the plural."""
+        """`unit` is the plural name of what `total` counts."""
         self._unit, self._total, self._every = unit, total, every_seconds
         self._start = self._last = 0.0
         self._done = 0
@@ -45,7 +45,7 @@ class ProgressLines(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._done += len(batch.requests)
-        self._line(self._total, {})
+        self._print(self._total, {})
 
     def on_train_batch_end(
         self,
@@ -56,24 +56,24 @@ class ProgressLines(Callback):
         batch_idx: int,
     ) -> None:
         self._done = trainer.global_step
-        self._line(self._total, {k: v for k, v in trainer.logged_metrics.items() if "train/" in k and "rate" not in k})
+        self._print(self._total, {k: v for k, v in trainer.logged_metrics.items() if "train/" in k and "rate" not in k})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        say(f"  step {trainer.global_step}: {told}")
+        line = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        say(f"  step {trainer.global_step}: {line}")
 
     def _begin(self) -> None:
         self._start = self._last = time.monotonic()
         self._done = 0
 
-    def _line(self, total: int, losses: Mapping[str, Any]) -> None:
+    def _print(self, total: int, losses: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if now - self._last < self._every and self._done < total:
             return
         self._last = now
         rate = self._done / max(1e-9, now - self._start)
         left = (total - self._done) / max(1e-9, rate)
-        told = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
-        # Only here are the values read, for which the host waits for the device.
-        say(", ".join([told, *(f"{name.removeprefix('train/')} {float(value):.3f}" for name, value in losses.items())]))
+        line = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
+        # Losses are read only here, because reading them waits for the device.
+        say(", ".join([line, *(f"{name.removeprefix('train/')} {float(value):.3f}" for name, value in losses.items())]))

@@ -1,4 +1,4 @@
-"""What produces a run: command, time, versions, commit, machine."""
+"""The origin of a run: command, start time, versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill import __version__
 
-_HERE = Path(__file__).parents[2]
+_REPOSITORY = Path(__file__).parents[2]
 
 
 def provenance() -> dict[str, Any]:
-    """What produces a run: command, time, versions, commit, machine."""
+    """The origin of a run: command, start time, versions, commit, machine."""
+    import torch  # here, because `commit` is also called where torch is not loaded
+
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -34,12 +34,12 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, None where it is not known."""
+    """The Git commit of this code; None if unknown."""
     return os.environ.get("DISTILL_COMMIT") or _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_HERE / ".git").exists() or shutil.which("git") is None:
+    if not (_REPOSITORY / ".git").exists() or shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "-C", str(_REPOSITORY), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Sweeps: a job that fails stops no other, in whatever process it runs, and is listed at the end."""
+"""Sweeps: a failed job does not stop the others, and all failures are listed at the end."""
 
 from __future__ import annotations
 
@@ -15,91 +15,93 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distill.app import preemption
-from distill.app.command import tell
+from distill.app.command import report_error
 from distill.app.console import visible
+from distill.app.files import write_json
 from distill.errors import ConfigError
 
-FAILED = "failed.json"  # in the folder of a job that failed
+FAILED = "failed.json"  # in the folder of a failed job
 
 
 class FailedJobs(Callback):
-    """A job of a sweep that fails does not stop the others; all that failed are listed at the end.
+    """Hydra's callback that records failed jobs, lets the sweep continue, and lists them at the end.
 
-    Launchers copy it into the processes of jobs, and no copy comes back: each job notes its failure in its folder.
+    Launchers pickle the callback for the processes of jobs, and nothing comes back: each failed job leaves a file in
+    its folder.
     """
 
     def __init__(self) -> None:
-        """Nothing failed yet."""
-        self._old: set[tuple[Path, int]] = set()
+        """Start without failures."""
+        self._earlier: set[tuple[Path, int]] = set()
 
     def __reduce__(self) -> tuple[Callable[[], FailedJobs], tuple[()]]:
-        """A copy is made where a launcher started a process for jobs."""
-        return _arrived, ()
+        """In the process that a launcher started, `_in_job_process` makes a new callback."""
+        return _in_job_process, ()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Make the folder."""
-        _make(config.hydra.run.dir)
+        """Create the run folder."""
+        _create(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Make the folder, in which a search may keep its study."""
-        _make(config.hydra.sweep.dir)
-        self._old = _notes(config)
+        """Create the sweep folder, in which a search may store its study."""
+        _create(config.hydra.sweep.dir)
+        self._earlier = _failures(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """What became of this job the last time counts no more."""
+        """Remove the record of an earlier failure of this job."""
         (Path(config.hydra.runtime.output_dir) / FAILED).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Tell and note an error, and give None instead: a sweeper goes on, and Optuna counts the trial as failed."""
+        """Print and record an error, and return None in its place: sweepers continue, Optuna counts a failed trial."""
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
             return
-        error = job_return._return_value  # the property raises it
-        noted = {"job": config.hydra.job.num, "exit_code": tell(error), "reason": _line(error)}
-        noted["overrides"] = list(config.hydra.overrides.task)
-        (Path(config.hydra.runtime.output_dir) / FAILED).write_text(json.dumps(noted))
+        error = job_return._return_value  # the public property raises it
+        failure = {"job": config.hydra.job.num, "exit_code": report_error(error), "reason": _one_line(error)}
+        failure["overrides"] = list(config.hydra.overrides.task)
+        write_json(Path(config.hydra.runtime.output_dir) / FAILED, failure)
         job_return.return_value, job_return.status = None, JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """List the jobs that failed since the start, and end with the largest of their exit codes."""
-        failed = [json.loads(path.read_text()) for path, _ in _notes(config) - self._old]
-        if failed:
-            settings = Path(config.hydra.sweep.dir).rglob(".hydra/overrides.yaml")
-            jobs = [set(yaml.safe_load(path.read_text())) for path in settings]
-            print(_listed(failed, jobs), file=sys.stderr)
-            sys.exit(max(job["exit_code"] for job in failed))
+        """List the jobs that failed in this sweep, and exit with their largest exit code."""
+        failures = [json.loads(path.read_text()) for path, _ in _failures(config) - self._earlier]
+        if failures:
+            paths = Path(config.hydra.sweep.dir).rglob(".hydra/overrides.yaml")
+            overrides = [set(yaml.safe_load(path.read_text())) for path in paths]
+            print(_summary(failures, overrides), file=sys.stderr)
+            sys.exit(max(failure["exit_code"] for failure in failures))
 
 
-def _arrived() -> FailedJobs:
-    """In the process of a job too, being asked to stop is noted and acted on between two steps."""
+def _in_job_process() -> FailedJobs:
+    """Make the callback, and record stop signals in this process too."""
     preemption.watch()
     return FailedJobs()
 
 
-def _make(folder: str) -> None:
-    """Make a run's or a sweep's folder; Hydra itself would end in a traceback where that cannot be."""
+def _create(folder: str) -> None:
+    """Create the folder of a run or a sweep; Hydra would end in a traceback if that is impossible."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        told = f"{folder} cannot be made, since a file is in its place; name another: root=… or hydra.run.dir=…"
-        sys.exit(tell(ConfigError(told)))
+        message = f"cannot create the folder {folder}: a file is in its place; set root=… or hydra.run.dir=…"
+        sys.exit(report_error(ConfigError(message)))
     except OSError as error:
-        sys.exit(tell(error))
+        sys.exit(report_error(error))
 
 
-def _notes(config: DictConfig) -> set[tuple[Path, int]]:
-    """Each job's note of its failure, and when it was made."""
+def _failures(config: DictConfig) -> set[tuple[Path, int]]:
+    """The records of failed jobs, with the times at which they were written."""
     return {(path, path.stat().st_mtime_ns) for path in Path(config.hydra.sweep.dir).rglob(FAILED)}
 
 
-def _listed(failed: Sequence[Mapping[str, Any]], jobs: Sequence[set[str]]) -> str:
-    """A line for each failed job, with those of its settings that not all jobs share, and one for the reason."""
-    shared = set.intersection(*jobs) if len(jobs) > 1 else set()
-    lines = [f"\n{len(failed)} {'job' if len(failed) == 1 else 'jobs'} failed; the others are done:"]
-    for job in sorted(failed, key=lambda job: int(job["job"])):
-        own = " ".join(setting for setting in job["overrides"] if setting not in shared)
-        lines += [f"  job {job['job']}, exit code {job['exit_code']}: {own}", f"    {job['reason']}"]
+def _summary(failures: Sequence[Mapping[str, Any]], overrides: Sequence[set[str]]) -> str:
+    """Two lines for each failed job: the overrides that not all jobs share, and the reason."""
+    shared = set.intersection(*overrides) if len(overrides) > 1 else set()
+    lines = [f"\n{len(failures)} {'job' if len(failures) == 1 else 'jobs'} failed; the others are complete:"]
+    for failure in sorted(failures, key=lambda failure: int(failure["job"])):
+        own = " ".join(override for override in failure["overrides"] if override not in shared)
+        lines += [f"  job {failure['job']}, exit code {failure['exit_code']}: {own}", f"    {failure['reason']}"]
     return "\n".join(lines)
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return visible(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)

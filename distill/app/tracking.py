@@ -1,4 +1,4 @@
-"""Runs in Weights & Biases, and progress on the screen. The one importer of wandb."""
+"""Tracking of runs in Weights & Biases; only this module imports wandb."""
 
 from __future__ import annotations
 
@@ -8,83 +8,83 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, final, runtime_checkable
-
-import wandb
-from lightning.pytorch.loggers import Logger, WandbLogger
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, runtime_checkable
 
 from distill.app.console import say
 from distill.app.provenance import commit
 from distill.errors import ConfigError
 
-_PATIENCE_SECONDS = 30  # to reach W&B; a run does not wait longer for being watched
-_MOST_OF_A_NAME = 128  # characters, by W&B's rule
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+_INIT_TIMEOUT_SECONDS = 30  # after which a run is tracked offline
+_MAX_NAME_CHARACTERS = 128  # W&B's limit
 
 
 @runtime_checkable
 class Tracking(Protocol):
-    """Where a run is followed from elsewhere. The run folder holds everything without it."""
+    """Publishes the progress and results of a run. The run folder is complete without it."""
 
     def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
-        """Begin a run of its own."""
+        """Start a tracked run."""
         ...
 
     def loggers(self) -> list[Logger]:
-        """What Lightning logs to."""
+        """The loggers for Lightning's Trainer."""
         ...
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Note final values."""
+        """Record final values."""
         ...
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Note a table; all rows have the keys of the first."""
+        """Record a table; all rows have the keys of the first."""
         ...
 
     def page(self, name: str, path: Path) -> None:
-        """Note a page of HTML."""
+        """Record an HTML page."""
         ...
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Note a folder that the run made or used, by reference: nothing is copied."""
+        """Record a folder that the run wrote or read, by reference: nothing is copied."""
         ...
 
     def finish(self, exit_code: int) -> dict[str, str]:
-        """End the run; return its mode, where it is and, for an offline run, the command that uploads it."""
+        """End the run; return its mode, its location and, if it is offline, the command that uploads it."""
         ...
 
 
 @final
 class NoTracking:
-    """No tracking."""
+    """Tracks nothing."""
 
     def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
-        """Nothing to begin."""
+        """Do nothing."""
 
     def loggers(self) -> list[Logger]:
-        """None."""
+        """No loggers."""
         return []
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Not noted."""
+        """Do nothing."""
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Not noted."""
+        """Do nothing."""
 
     def page(self, name: str, path: Path) -> None:
-        """Not noted."""
+        """Do nothing."""
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Not noted."""
+        """Do nothing."""
 
     def finish(self, exit_code: int) -> dict[str, str]:
-        """Nothing to end."""
+        """Do nothing."""
         return {"mode": "off", "where": "", "upload": ""}
 
 
 @final
 class WandbTracking:
-    """A W&B run per training run; offline where no key is set, unless WANDB_MODE says otherwise."""
+    """A W&B run for each training run. WANDB_MODE overrides the mode; `auto` is offline if no API key is set."""
 
     def __init__(
         self,
@@ -95,19 +95,21 @@ class WandbTracking:
         group: str | None,
         tags: list[str],
     ) -> None:
-        """`group` overrides the name of the sweep."""
+        """Keep the settings; `group` overrides the name of the sweep."""
         self._project, self._entity, self._group, self._tags = project, entity, group, tags
         self._mode = mode
         self._run: Any = None
 
     def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
-        """Begin a W&B run that writes below `folder` alone."""
+        """Start a W&B run that writes only below `folder`."""
+        import wandb  # slow to import, and needed only by tracked runs
+
         home = folder / "wandb"
         home.mkdir(parents=True, exist_ok=True)
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(variable, str(home))
-        os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what artifacts print
-        begin = partial(
+        os.environ.setdefault("WANDB_SILENT", "true")  # artifacts print to the terminal despite `silent` below
+        init = partial(
             wandb.init,
             project=self._project,
             entity=self._entity,
@@ -124,53 +126,61 @@ class WandbTracking:
                 silent=True,
                 console="off",
                 x_disable_stats=True,
-                init_timeout=_PATIENCE_SECONDS,
-                disable_git=True,  # else the address of a repository is sent as it is, with a token in the user's place
+                init_timeout=_INIT_TIMEOUT_SECONDS,
+                disable_git=True,  # W&B would upload the URL of the remote, which may contain a token
                 git_commit=commit(),
             ),
         )
         try:
-            self._run = begin(mode=self._chosen_mode())
+            self._run = init(mode=self._chosen_mode())
         except wandb.errors.CommError as error:
-            say(f"W&B cannot be reached ({error}); this run is tracked offline, and can be uploaded later")
-            wandb.teardown()  # its service still holds the run that it could not begin
-            self._run = begin(mode="offline")
+            say(f"cannot reach W&B ({error}); this run is tracked offline and can be uploaded later")
+            wandb.teardown()  # its service still holds the run that failed to start
+            self._run = init(mode="offline")
         except wandb.Error as error:
-            raise ConfigError(f"W&B could not start: {error}. Set tracking.mode=offline or tracking=off") from None
-        # Parts of a run that broke off share this axis, whatever each counts for itself.
+            raise ConfigError(f"W&B failed to start: {error}. Set tracking.mode=offline or tracking=off") from None
+        # The parts of a resumed run share this axis; W&B's own step starts again in each part.
         self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
     def loggers(self) -> list[Logger]:
-        """The run, as Lightning's logger."""
+        """The W&B run as a Lightning logger."""
+        from lightning.pytorch.loggers import WandbLogger
+
         return [WandbLogger(experiment=self._run)]
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values, under the names of the config."""
+        """Record final values in the summary of the run."""
         self._run.summary.update(dict(values))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table of plain values."""
+        """Record a table of numbers and strings."""
         if rows:
+            import wandb
+
             columns: list[str | int] = [*rows[0]]
             data = [[row[str(column)] for column in columns] for row in rows]
             self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
     def page(self, name: str, path: Path) -> None:
-        """The page whole, with its plots."""
+        """Record the page with its plots."""
+        import wandb
+
         self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """A reference to the folder's files; a cache is what the run used, a model what it made."""
+        """Record a reference to the files of a folder: a cache as an input of the run, a model as an output."""
+        import wandb
+
         artifact = wandb.Artifact(artifact_name(name), kind, metadata=dict(metadata))
         artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
         if kind == "cache" and not self._run.offline:
-            # Offline, W&B cannot say that a run used something; then the cache is logged beside the model.
+            # An offline W&B run cannot have inputs; there the cache is logged as an output.
             self._run.use_artifact(artifact)
         else:
             self._run.log_artifact(artifact)
 
     def finish(self, exit_code: int) -> dict[str, str]:
-        """End the run, whatever became of it."""
+        """End the run, whether it succeeded or failed."""
         if self._run is None:
             return {"mode": "off", "where": "", "upload": ""}
         run, self._run = self._run, None
@@ -181,16 +191,16 @@ class WandbTracking:
         return {"mode": "online", "where": run.url, "upload": ""}
 
     def _chosen_mode(self) -> Literal["online", "offline", "disabled", "shared"]:
-        asked = os.environ.get("WANDB_MODE")
-        if asked in ("online", "offline", "disabled", "shared"):
-            return asked  # type: ignore[return-value]
+        mode = os.environ.get("WANDB_MODE")
+        if mode in ("online", "offline", "disabled", "shared"):
+            return mode  # type: ignore[return-value]
         if self._mode == "auto":
             return "online" if os.environ.get("WANDB_API_KEY") else "offline"
         return self._mode
 
 
 def _run_id(home: Path) -> str:
-    """The same for all parts of a run that broke off."""
+    """The W&B id of a run; a resumed run keeps it."""
     path = home / "run_id"
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:8])
@@ -198,5 +208,5 @@ def _run_id(home: Path) -> str:
 
 
 def artifact_name(name: str) -> str:
-    """A name that W&B takes."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_MOST_OF_A_NAME]
+    """The name with characters that W&B does not accept replaced."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:_MAX_NAME_CHARACTERS]

@@ -10,9 +10,6 @@ from hydra.experimental.callback import Callback
 
 from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.reports.page import write_report
-from distill.reports.runs import find_runs
-from distill.reports.text import to_text
 
 
 class AfterSweep(Callback):
@@ -20,6 +17,10 @@ class AfterSweep(Callback):
 
     def on_multirun_end(self, config: Config, **kwargs: Any) -> None:  # noqa: ARG002
         """Write and print the report once all jobs have ended, also if some failed."""
+        from distill.reports.page import write_report  # here, because every run imports this callback
+        from distill.reports.runs import find_runs
+        from distill.reports.text import to_text
+
         out = Path(config.hydra.sweep.dir).resolve()
         try:
             summary = write_report(find_runs([str(out)]), out)

@@ -68,9 +68,9 @@ def test_all_problems_are_told_at_once() -> None:
         "loss.kl.span=question",
     )
     wanted = [
-        "loss.kl: distill.losses.Objective takes no 'temperatur'; did you mean temperature?",
+        "loss.kl: distill.losses.Objective has no parameter 'temperatur'; did you mean temperature?",
         "task.examples: num_test='many'",
-        "task.examples: distill.tasks.arithmetic.Arithmetic takes no 'max_nummer'; did you mean max_number?",
+        "task.examples: distill.tasks.arithmetic.Arithmetic has no parameter 'max_nummer'; did you mean max_number?",
         "tracking: mode='perhaps'",
         "extra: _target_ os.system is not from distill, torch",
         "other: _target_ distill.losses.Nothing does not exist",
@@ -92,7 +92,7 @@ def test_a_needed_value_that_is_left_out_is_named() -> None:
     config = compose(*WHOLE)
     OmegaConf.set_struct(config, False)
     del config.loss.kl.weight
-    with pytest.raises(ConfigError, match="needs 'weight'"):
+    with pytest.raises(ConfigError, match="requires 'weight'"):
         configuration.check(config)
 
 
@@ -122,17 +122,17 @@ def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("batch_sise=4", "batch_sise is no key of this configuration; did you mean batch_size?"),
+        ("batch_sise=4", "batch_sise is not a key of this configuration; did you mean batch_size?"),
         ("optim.optimizer.lrr=1", "did you mean optim.optimizer.lr?"),
-        ("loss=[answer,kll]", "loss=kll: there is"),
+        ("loss=[answer,kll]", "loss=kll does not exist; available: "),
         ("loss=[answer,kll]", "did you mean kl?"),
         ("task=arithmetics", "did you mean arithmetic?"),
-        ("student=tiny", "student=tiny: there is causal_lm"),
+        ("student=tiny", "student=tiny does not exist; available: causal_lm"),
         ("teacher.model", "teacher.model"),
         ("batch_size=many", "batch_size"),
         ("trainer.max_steps=soon", "max_steps"),
-        ("tracking.api_key=abc", "may hold no secret"),
-        ("tracking.project=[a", "Overrides read group=option or key=value"),
+        ("tracking.api_key=abc", "must not contain secrets"),
+        ("tracking.project=[a", "Write overrides as group=option or key=value"),
     ],
 )
 def test_a_wrong_word_on_the_command_line_is_told_without_a_traceback(
@@ -224,3 +224,24 @@ def _holds(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
         return all(_holds(found[key], value) for key, value in wanted.items())
     return bool(found == wanted)
+
+
+@pytest.mark.parametrize(
+    "argument", ["batch_sise=4", "task=arithmetics", "+loss.kl.temperatur=2", "task.layout.answer_cue=[1]"]
+)
+def test_a_refused_configuration_leaves_no_run_folder(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = told([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
+    assert code == 2, err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_refused_configuration_keeps_what_a_run_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("kept")
+    code, err = told([*WHOLE, f"hydra.run.dir={tmp_path / 'run'}", "+loss.kl.temperatur=2"], monkeypatch, capsys)
+    assert code == 2, err
+    assert (tmp_path / "run" / "results.json").read_text() == "kept"

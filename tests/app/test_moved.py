@@ -36,7 +36,7 @@ def test_an_earlier_name_in_a_configuration_is_taken_and_said(capsys: pytest.Cap
     assert now == compose("task=arithmetic", "tracking=off")
     assert OmegaConf.is_struct(now) == OmegaConf.is_struct(config)
     told = capsys.readouterr().err.splitlines()
-    assert told == ["task.layout._target_: distill.prompts.Layout is now distill.prompts.cues.Layout"]
+    assert told == ["task.layout._target_: distill.prompts.Layout has moved to distill.prompts.cues.Layout"]
     assert configuration.renamed(now) is now
     assert not capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from distill import annotate
-from distill.app.command import tell
+from distill.app.command import report_error
 from distill.app.console import say
 from distill.cache.codecs.topk import TopK
 from distill.errors import ConfigError
@@ -51,7 +51,7 @@ def test_say_truncates_a_huge_text() -> None:
     stderr = io.StringIO()
     with redirect_stderr(stderr):
         say("x" * 10**7)
-        tell(ConfigError("y" * 10**7, "z"))
+        report_error(ConfigError("y" * 10**7, "z"))
     assert len(stderr.getvalue()) < 50_000
 
 

@@ -189,7 +189,7 @@ def test_a_run_name_is_a_single_folder_name(
     monkeypatch.setenv("DISTILL_RUN", name)
     code, output = train_command()
     assert code == 2, output
-    assert "wanted the name of one folder" in output
+    assert "expected a folder name" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -204,4 +204,4 @@ def test_scheduler_ids_and_the_root_may_come_from_the_environment(
     assert "job-4711-0" in saved.read_text()
     code, output = train_command("task.name='${oc.env:SLURM_NODEID}'")
     assert code == 2, output
-    assert "the environment has no SLURM_NODEID" in output
+    assert "variable SLURM_NODEID is not set" in output

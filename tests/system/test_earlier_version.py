@@ -103,7 +103,7 @@ def test_an_earlier_student_is_evaluated_as_it_was(material: Material, tmp_path:
     named = ["task.layout._target_=distill.prompts.Layout", f"hydra.run.dir={tmp_path / 'out'}"]
     done = run(tmp_path, f"model={material.finished / 'student'}", *kept, *named, command="evaluate")
     assert done.returncode == 0, done.stderr
-    assert "distill.prompts.Layout is now distill.prompts.cues.Layout" in done.stderr
+    assert "distill.prompts.Layout has moved to distill.prompts.cues.Layout" in done.stderr
     row = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     before = results(material.finished)["student"]
     for key in ("accuracy", "generated_accuracy", "num_examples", "parameters", "ece"):
