@@ -29,11 +29,12 @@ from benchmarks.fidelity import Texts, round_trips, sizes
 from benchmarks.material import Workload
 from benchmarks.measure import Row, medians, save
 from benchmarks.pairs import optimizer_step, total_loss
-from distill.annotation.fill import Source, plan
+from distill.annotation.annotation_job import AnnotationJob
+from distill.annotation.requests import group_requests
 from distill.cache import Codec
 from distill.cache.store import Store
 from distill.lessons.collate import collate, entries
-from distill.lessons.join import Join, Records
+from distill.lessons.join import AnnotationReader, Join
 from distill.lessons.loader import StepSampler
 from distill.models.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
@@ -78,7 +79,7 @@ def _rows(folder: Path, repetitions: int, data: Path) -> Iterator[Row]:
 # Filling
 
 
-def capture(folder: Path, source: Source, examples: Sequence[Example], repetitions: int) -> Iterator[Row]:
+def capture(folder: Path, source: AnnotationJob, examples: Sequence[Example], repetitions: int) -> Iterator[Row]:
     """Annotating given texts: tokens per second beside a bare forward pass and a naive loop."""
     topk = material.solutions_workload(source, examples, "topk", _BATCH)
     sampled = material.solutions_workload(source, examples, "sampled", _BATCH)
@@ -160,7 +161,7 @@ def _greedy(workload: Workload, *, max_new_tokens: int, stop: int) -> list[list[
     """Text for each request, in groups of similar length as annotation makes them; the prefix is read once."""
     reader = PrefixedReader(workload.model, workload.prompts.prefix("rationale"), workload.prompts.vocabulary_size)
     written: dict[str, list[int]] = {}
-    for group in plan(workload.requests, workload.group_size):
+    for group in group_requests(workload.requests, workload.group_size):
         for start in range(0, len(group.requests), workload.batch_size):
             batch = group.requests[start : start + workload.batch_size]
             texts = reader.read([r.question_ids for r in batch]).greedy(max_new_tokens=max_new_tokens, stop=stop)
@@ -254,14 +255,14 @@ def _store_records(folder: Path, codec: Codec, records: Sequence[SoftTargets]) -
 # Waiting for data
 
 
-def data_wait(source: Source, store: Store, requests: Sequence[Request], repetitions: int) -> Iterator[Row]:
+def data_wait(source: AnnotationJob, store: Store, requests: Sequence[Request], repetitions: int) -> Iterator[Row]:
     """Time to make a batch, relative to a default training step."""
     config = material.compose()
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
-    join = Join(prompts=prompts, teacher=Records(store, by_example_and_span), **settings)
+    join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span), **settings)
     lessons = join.lessons([request.example for request in requests])
     sampler = StepSampler(
         lessons, batch_size=config.batch_size, batch_unit="examples", num_microbatches=1, num_steps=20, seed=0

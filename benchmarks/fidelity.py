@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks import material
 from benchmarks.measure import Row
-from distill.annotation.codec_probe import Kept, pass_through
+from distill.annotation.codec_probe import Kept, round_trip
 from distill.cache import Codec
 from distill.cache.codecs.rs_kd import RandomSampling
-from distill.records import SoftTargets, spread
+from distill.records import SoftTargets, ragged_indices
 
 Texts = Sequence[Float[Tensor, "N V"]]
 _LARGE_VOCABULARY = 151_936
@@ -23,7 +23,7 @@ _SAMPLED_BARS = {"chat": 30, "manual": 60, "reviews": 60}  # bytes per token
 
 def round_trips(codec: Codec, texts: Texts, name: str) -> list[Kept]:
     """Pass each text through the codec as a separate record."""
-    return [pass_through(logprobs_NV, codec, f"{name}/{index}") for index, logprobs_NV in enumerate(texts)]
+    return [round_trip(logprobs_NV, codec, f"{name}/{index}") for index, logprobs_NV in enumerate(texts)]
 
 
 def sizes(kind: str, texts: Texts) -> Iterator[Row]:
@@ -95,6 +95,6 @@ def _buckets(soft: SoftTargets) -> np.ndarray:
 def _squared_error(trip: Kept, logprobs_NV: Float[Tensor, "N V"]) -> float:
     """Sum over positions of |t - p|^2, where t is the target that a student trains on."""
     p_NV = logprobs_NV.double().exp()
-    t_E, (row_E, _) = torch.from_numpy(trip.back.logprobs_E).double().exp(), spread(trip.back.num_N)
+    t_E, (row_E, _) = torch.from_numpy(trip.back.logprobs_E).double().exp(), ragged_indices(trip.back.num_N)
     p_E = p_NV[torch.from_numpy(row_E), torch.from_numpy(trip.back.ids_E)]
     return float(p_NV.square().sum() + (t_E * (t_E - 2 * p_E)).sum())

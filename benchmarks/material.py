@@ -16,7 +16,8 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor
 
-from distill.annotation.fill import Source, open_source, plan
+from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.requests import group_requests
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import config as configuration
 from distill.cache import Codec
@@ -89,7 +90,7 @@ class Workload:
         """Annotate and store all requests, as `annotation.fill` does once its teacher is loaded."""
         store = Store(folder / uuid.uuid4().hex, {"made for": "a benchmark"}, self.codec)
         with store.writing() as writer:
-            for group in plan(self.requests, self.group_size):
+            for group in group_requests(self.requests, self.group_size):
                 store.claims.take(group.name)
                 writer.write(group, self.module.predict_step(group))
         return store
@@ -132,30 +133,32 @@ def student(
     return module, module.configure_optimizers()["optimizer"]
 
 
-def default_source(folder: Path) -> Source:
+def default_source(folder: Path) -> AnnotationJob:
     """The default task and teacher, not loaded, with a store below `folder`."""
-    return open_source(compose(f"cache.dir={folder / 'default'}"))
+    return open_annotation_job(compose(f"cache.dir={folder / 'default'}"))
 
 
-def default_workload(source: Source, number: int, batch_size: int) -> Workload:
+def default_workload(source: AnnotationJob, number: int, batch_size: int) -> Workload:
     """Labelled examples of the default task."""
     requests = tuple(source.prompts.request(example, "answer") for example in source.splits.train[:number])
     module = TeacherModule(source.teacher, batch_size)
     return Workload(module, source.prompts, source.codec, requests, batch_size, source.group_size)
 
 
-def solutions_workload(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
+def solutions_workload(source: AnnotationJob, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
     """Questions as prompts, solutions as targets."""
     return _workload(source, Layout("", "Question:", "", "Answer:"), examples, cache, batch_size)
 
 
-def texts_workload(source: Source, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
+def texts_workload(source: AnnotationJob, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
     """The same texts behind a number as the prompt: nearly every token is a target."""
     texts = [Example(str(index), f"{example.question}\n{example.answer}") for index, example in enumerate(examples)]
     return _workload(source, Layout("", "", "", ""), texts, cache, batch_size)
 
 
-def _workload(source: Source, layout: Layout, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
+def _workload(
+    source: AnnotationJob, layout: Layout, examples: Sequence[Example], cache: str, batch_size: int
+) -> Workload:
     prompts = Prompts(source.prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
     cache_codec = codec(cache)
     teacher = CausalLMTeacher(

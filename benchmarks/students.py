@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.student_runs import ARMS, RS_KD, SAMPLED, TOP_13, TOP_50, Run, finished_runs, report
-from distill.annotation.codec_probe import pass_through
+from distill.annotation.codec_probe import round_trip
 from distill.app.files import sha256
 from distill.cache import Codec
 from distill.cache.codecs.rs_kd import RandomSampling
@@ -53,7 +53,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import head_loss
 from distill.models import loading, naming
 from distill.prompts.tokenizers import load_tokenizer
-from distill.records import Batch, Place, Prompt, SoftTargets, Span, content_id
+from distill.records import Batch, Prompt, SoftTargets, SoftTargetsKey, Span, content_id
 from distill.reports.statistics import calibration_error
 from distill.students.causal_lm import open_student
 from distill.training.module import StudentModule
@@ -72,7 +72,7 @@ OPTIONS = {"num_steps", "batch_size", "num_held_out", "max_length"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a run besides code, arm and seed; `sha256` is the hash of the data."""
+    """Everything that determines a run ignored_sections code, arm and seed; `sha256` is the hash of the data."""
 
     sha256: str
     num_steps: int = 100
@@ -249,7 +249,7 @@ def _caches(
     for text in texts:
         logprobs_NV = teacher.logprobs(text.hidden_NH)
         for name, codec in codecs.items():
-            trip = pass_through(logprobs_NV, codec, text.id)
+            trip = round_trip(logprobs_NV, codec, text.id)
             sizes[name] += trip.num_bytes
             caches[name].append(trip.back.for_training())
     num_positions = sum(len(text.hidden_NH) for text in texts)
@@ -340,7 +340,7 @@ def _lesson(text: Text, soft: SoftTargets | None) -> Lesson:
     return Lesson(text.id, (TrainingSequence(text.prompt, frozenset({"rationale"}), soft_by_span),))
 
 
-def _joined(soft: Mapping[str, SoftTargets], keys: Sequence[Place]) -> SoftTargets:
+def _joined(soft: Mapping[str, SoftTargets], keys: Sequence[SoftTargetsKey]) -> SoftTargets:
     return SoftTargets.join([soft[key] for key, _ in keys])
 
 

@@ -24,7 +24,7 @@ from distill.errors import CacheError
 
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
-Place = tuple[str, Span]  # identifies stored soft targets: the key of their request, and the span
+SoftTargetsKey = tuple[str, Span]  # identifies stored soft targets: the key of their request, and the span
 RejectionReason = Literal[
     "disagrees",
     "outvoted",
@@ -140,7 +140,7 @@ class SoftTargets:
         """Select rows."""
         num_N = self.num_N[rows]
         first_N = (np.cumsum(self.num_N) - self.num_N)[rows]
-        row_E, offset_E = spread(num_N)
+        row_E, offset_E = ragged_indices(num_N)
         entries = first_N[row_E] + offset_E
         drawn = self.num_drawn_N
         return SoftTargets(
@@ -170,7 +170,7 @@ class SoftTargets:
     @property
     def is_exact_E(self) -> np.ndarray:  # noqa: N802
         """Whether each entry is exact rather than sampled."""
-        row_E, offset_E = spread(self.num_N)
+        row_E, offset_E = ragged_indices(self.num_N)
         is_exact_E: np.ndarray = offset_E < self.num_exact_N[row_E]
         return is_exact_E
 
@@ -197,7 +197,7 @@ class SoftTargets:
     def check(self) -> None:
         """Raise CacheError if a row is not a distribution; every codec calls this before packing."""
         head = self.buckets()
-        row_E, _ = spread(head.num_exact_N)
+        row_E, _ = ragged_indices(head.num_exact_N)
         mass_N = np.bincount(row_E, np.exp(head.logprobs_E.astype(np.float64)), len(self)) + self.tail_N
         conditions = {
             "ids are not negative": (self.ids_E >= 0).all(),
@@ -210,7 +210,7 @@ class SoftTargets:
             raise CacheError(f"invalid soft targets, not written; violated: {'; '.join(violated)}")
 
 
-def spread(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ragged_indices(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the row of each entry, and its offset in the row, for ragged rows of `num_N` entries."""
     row_E = np.repeat(np.arange(len(num_N), dtype=np.int32), num_N)
     return row_E, np.arange(len(row_E)) - (np.cumsum(num_N, dtype=np.int64) - num_N)[row_E]
@@ -290,7 +290,7 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class CheckedRationale:
+class FilteredRationale:
     """A teacher's rationale, and why it was rejected; `reason` is None if it was kept.
 
     `compared_with` names the reference for its answer: the gold answer; without one, the majority of the example's

@@ -35,7 +35,7 @@ _IGNORED = (
 )
 warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)
 
-from distill.annotation.fill import Source, open_source  # noqa: E402
+from distill.annotation.annotation_job import AnnotationJob, open_annotation_job  # noqa: E402
 from distill.app import config as configuration  # noqa: E402
 from distill.app.config import CONF  # noqa: E402
 from distill.app.moved import MOVED  # noqa: E402
@@ -46,7 +46,7 @@ from distill.lessons.join import Lesson, SoftPlace, TrainingSequence  # noqa: E4
 from distill.losses import Objective  # noqa: E402
 from distill.prompts.cues import Layout, Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
-from distill.records import Annotation, Example, Place, Request, SoftTargets  # noqa: E402
+from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
 
@@ -263,9 +263,9 @@ class CountingTeacher:
         self._teacher.close()
 
 
-def counted(config: DictConfig) -> tuple[Source, CountingTeacher]:
+def counted(config: DictConfig) -> tuple[AnnotationJob, CountingTeacher]:
     """Open the annotation job of a configuration with a counting teacher."""
-    source = open_source(config)
+    source = open_annotation_job(config)
     teacher = CountingTeacher(source.teacher)
     return replace(source, teacher=teacher), teacher
 
@@ -283,7 +283,7 @@ def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
 
 
-_SOFT_TARGETS: dict[Place, SoftTargets] = {}
+_SOFT_TARGETS: dict[SoftTargetsKey, SoftTargets] = {}
 
 
 def keep(soft: SoftTargets) -> SoftPlace:
@@ -293,7 +293,7 @@ def keep(soft: SoftTargets) -> SoftPlace:
     return SoftPlace(key, len(soft))
 
 
-def read(keys: Sequence[Place]) -> SoftTargets:
+def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
     """Concatenate the soft targets of these keys, which `keep` stored."""
     return SoftTargets.join([_SOFT_TARGETS[key] for key in keys])
 

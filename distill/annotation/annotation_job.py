@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.annotation.rationales import Checks
+from distill.annotation.rationales import RationaleFilter
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import is_url
@@ -21,7 +21,7 @@ from distill.models import loading, naming
 from distill.prompts.cues import Prompts, build_prompts
 from distill.records import Example, Splits
 from distill.tasks import Task
-from distill.tasks.contamination import Overlap, screened
+from distill.tasks.contamination import Overlap, screen_splits
 from distill.teachers import Teacher
 
 # In characters. A folder name has at most 255 bytes; a task's name takes up to four bytes per character, a URL one.
@@ -29,7 +29,7 @@ _MAX_TASK_NAME, _MAX_URL = 60, 200
 
 
 @dataclass(frozen=True)
-class Source:
+class AnnotationJob:
     """A task with its splits, and a teacher with its cache; the teacher is not in memory yet."""
 
     folder: Path
@@ -41,14 +41,14 @@ class Source:
     teacher: Teacher
     build_teacher: Callable[..., Teacher]  # builds the same teacher for another `codec`
     store: Store
-    rationale_filter: Checks
+    rationale_filter: RationaleFilter
     batch_size: int
     group_size: int
     num_rationales: int
     rationales_each: int
 
 
-def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> Source:
+def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> AnnotationJob:
     """Build the parts that the configuration names, and open the cache; raises ConfigError or CacheError."""
     loading.flush_denormals()
     settings = config[name]
@@ -58,7 +58,7 @@ def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "t
         )
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
-    splits, overlaps = screened(task.splits(), config.overlap.words, config.overlap.action)
+    splits, overlaps = screen_splits(task.splits(), config.overlap.words, config.overlap.action)
     folder = naming.resolve(settings.model, root)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
@@ -79,10 +79,10 @@ def open_source(config: Config, *, name: Literal["teacher", "soft_teacher"] = "t
     if config.get("rebuild"):
         drop_shard(cache_dir, str(config.rebuild), url=url)
     store = Store(cache_dir, fingerprint, codec, url=url)
-    rationale_filter: Checks = configuration.build(config.rationales)
+    rationale_filter: RationaleFilter = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
     parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
-    return Source(*parts, *sizes)
+    return AnnotationJob(*parts, *sizes)
 
 
 def cache_location(config: Config, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:

@@ -7,7 +7,7 @@ For a target t stored for a distribution p, in expectation over the codec's samp
 
 Both are given as fractions of the noise of a hard label sampled from p, 1 - sum p^2. The mass of a rest bucket is
 spread evenly over the ids that are not kept. Neither number predicts how well a student learns: of two unbiased
-targets the noisier one may teach equally well, and a small bias may still matter.
+targets the noisier one may build_curriculum equally well, and a small bias may still matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distill.cache.codecs.dense import Dense
 from distill.cache.codecs.rs_kd import RandomSampling
 from distill.cache.codecs.sampled import Sampled
 from distill.cache.codecs.topk import TopK
-from distill.records import SPANS, Request, SoftTargets, spread
+from distill.records import SPANS, Request, SoftTargets, ragged_indices
 from distill.teachers import Teacher
 
 _NUM_POSITIONS, _NUM_REPEATS, _BATCH_SIZE = 300, 8, 4
@@ -119,7 +119,7 @@ def _fidelity(distributions: Sequence[SoftTargets], codec: Codec) -> Fidelity:
         logprobs_NV = torch.from_numpy(dense.logprobs_E.reshape(len(dense), -1))
         p_NV = logprobs_NV.double().exp().numpy()
         num_repeats = 1 if codec.seed is None else _NUM_REPEATS
-        round_trips = [pass_through(logprobs_NV, codec, f"{number}/{repeat}") for repeat in range(num_repeats)]
+        round_trips = [round_trip(logprobs_NV, codec, f"{number}/{repeat}") for repeat in range(num_repeats)]
         targets = [_to_rows(kept.back.for_training(), p_NV.shape[1]) for kept in round_trips]
         half = len(targets) // 2
         means = (np.mean(targets[:half] or targets, 0), np.mean(targets[half:], 0))
@@ -140,7 +140,7 @@ def _fidelity(distributions: Sequence[SoftTargets], codec: Codec) -> Fidelity:
     )
 
 
-def pass_through(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
+def round_trip(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> Kept:
     """Encode and decode distributions as the record with this key."""
     uniform_N = torch.from_numpy(uniforms(key, len(logprobs_NV), codec.seed or 0))
     cut = codec.cut(logprobs_NV, uniform_N)
@@ -150,7 +150,7 @@ def pass_through(logprobs_NV: Float[Tensor, "N V"], codec: Codec, key: str) -> K
 
 def _to_rows(soft: SoftTargets, size: int) -> np.ndarray:
     """Return dense rows over the vocabulary, with each tail spread evenly over the ids that are not kept."""
-    kept, row_NV = (spread(soft.num_N)[0], soft.ids_E), np.zeros((len(soft), size))
+    kept, row_NV = (ragged_indices(soft.num_N)[0], soft.ids_E), np.zeros((len(soft), size))
     row_NV[kept] = np.exp(soft.logprobs_E)
     is_other_NV = np.ones((len(soft), size), bool)
     is_other_NV[kept] = False

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from distill.annotation.annotation_job import Source, open_source
+from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.rationales import filter_samples
-from distill.annotation.requests import Filled, plan, to_ask, without_answers
+from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import preemption
 from distill.app.console import say
@@ -24,27 +24,15 @@ from distill.app.machine import median_milliseconds
 from distill.app.progress import progress
 from distill.cache.store import Store, Writer, nearest_difference
 from distill.errors import PreemptedError
-from distill.records import SPANS, CheckedRationale, Example, Group, Request, Span
+from distill.records import SPANS, Example, FilteredRationale, Group, Request, Span
 from distill.teachers import Teacher
 
-__all__ = [  # including names from annotation_job and requests
-    "Filled",
-    "Share",
-    "Source",
-    "check_rationales",
-    "fill",
-    "loaded",
-    "open_source",
-    "plan",
-    "to_ask",
-    "without_answers",
-]
 _NUM_LATENCY_REQUESTS = 6
 _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Share:
+class Part:
     """The part of the groups that this process annotates, `number` of `num_parts`, and its number of devices."""
 
     number: int = 1
@@ -53,22 +41,26 @@ class Share:
 
 
 def fill(
-    job: Source, examples: Mapping[Span, Sequence[Example]], *, part: Share = Share(), are_given: bool = False
-) -> Filled:
+    job: AnnotationJob,
+    examples: Mapping[Span, Sequence[Example]],
+    *,
+    part: Part = Part(),
+    use_given_rationales: bool = False,
+) -> AnnotationRequests:
     """Annotate the examples of each span; the teacher is loaded only if a record is missing.
 
     Several processes may fill one cache: each annotates groups that no other has claimed, then waits until the
-    groups claimed by others are complete. Only this process annotates the groups of its `part`. With `are_given`
-    the teacher scores the examples' own rationales and generates none.
+    groups claimed by others are complete. Only this process annotates the groups of its `part`. With
+    `use_given_rationales` the teacher scores the examples' own rationales and generates none.
     """
-    filled, start = to_ask(job, examples, are_given=are_given), time.monotonic()
-    groups = plan(filled.every, job.group_size)[part.number - 1 :: part.num_parts]
+    filled, start = collect_requests(job, examples, use_given_rationales=use_given_rationales), time.monotonic()
+    groups = group_requests(filled.all_requests, job.group_size)[part.number - 1 :: part.num_parts]
     missing = job.store.missing(_requests_of(groups))
     num_reused = len(_requests_of(groups)) - len(missing)
     if not missing:
-        say(f"cache {job.store.place}: all {num_reused} records exist; the teacher is not loaded (0 calls)")
+        say(f"cache {job.store.location}: all {num_reused} records exist; the teacher is not loaded (0 calls)")
         return replace(filled, num_reused=num_reused)
-    say(f"cache {job.store.place}: {num_reused} records exist, annotating {len(missing)} more")
+    say(f"cache {job.store.location}: {num_reused} records exist, annotating {len(missing)} more")
     if not len(job.store):
         _say_nearest_cache(job.store)
     with job.store.writing() as writer:
@@ -77,7 +69,7 @@ def fill(
     return replace(filled, num_reused=num_reused, num_annotated=len(missing), seconds=seconds)
 
 
-def check_rationales(job: Source, filled: Filled) -> list[CheckedRationale]:
+def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[FilteredRationale]:
     """Filter the teacher's rationales of train examples; a rejected rationale has the reason."""
     store = job.store
     examples = [example for example in job.splits.train if example.id in filled.samples]
@@ -91,7 +83,7 @@ def check_rationales(job: Source, filled: Filled) -> list[CheckedRationale]:
     unreadable = [id_ for id_ in samples if id_ not in compared and id_ in direct]
     return [
         *rationales,
-        *(CheckedRationale(id_, a, "teacher", "disagrees") for id_ in unreadable for a in samples[id_]),
+        *(FilteredRationale(id_, a, "teacher", "disagrees") for id_ in unreadable for a in samples[id_]),
     ]
 
 
@@ -104,7 +96,7 @@ def loaded(teacher: Teacher) -> Iterator[nn.Module]:
         teacher.close()
 
 
-def _annotate(job: Source, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
+def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
     start = time.monotonic()
     module = TeacherModule(job.teacher, job.batch_size)
     try:
@@ -168,7 +160,7 @@ def _predict(module: TeacherModule, groups: _UnclaimedGroups, callbacks: list[Ca
     )
     try:
         trainer.predict(module, DataLoader(groups, batch_size=None), return_predictions=False)
-    except SystemExit:  # Lightning raises it on Ctrl-C, and on signals that arrive before `watch_on`
+    except SystemExit:  # Lightning raises it on Ctrl-C, and on signals that arrive before `watch_again`
         _raise_if_stop_requested()
         raise KeyboardInterrupt from None
 
@@ -199,7 +191,7 @@ class _WriteGroups(Callback):
         self._writer = writer
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        preemption.watch_on()
+        preemption.watch_again()
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -209,7 +201,7 @@ class _WriteGroups(Callback):
 
 
 def _raise_if_stop_requested() -> None:
-    if preemption.is_asked():
+    if preemption.is_stop_requested():
         raise PreemptedError("stopped on request; annotated records are kept, run the same command to resume")
 
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.app.console import visible
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.cache import Codec
-from distill.cache.shard import packed
+from distill.cache.shard import pack_annotation
 from distill.cache.store import Store
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Request, Span, Target
@@ -113,7 +113,7 @@ def export_parquet(store: Store, requests: Sequence[Request], prompts: Prompts, 
         for request, annotation in records
         for span, target in annotation.targets.items()
     ]
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
     return len(rows)
 
@@ -130,7 +130,7 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
         "is_truncated": annotation.is_truncated,
         "span": span,
         "token_ids": list(target.token_ids),
-        "tokens": [prompts.piece(token_id) for token_id in target.token_ids],
+        "tokens": [prompts.token_text(token_id) for token_id in target.token_ids],
         "ids": [ids.tolist() for ids, _ in soft.rows()] if soft else [],
         "logprobs": [logprobs.astype(float).tolist() for _, logprobs in soft.rows()] if soft else [],
         "tail": soft.tail_N.astype(float).tolist() if soft else [],
@@ -139,17 +139,17 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
 
 def _token_lines(target: Target, prompts: Prompts) -> list[str]:
     if target.soft is None:
-        return [f"  {prompts.piece(token_id)!r}" for token_id in target.token_ids]
+        return [f"  {prompts.token_text(token_id)!r}" for token_id in target.token_ids]
     lines = []
     for token_id, (ids, logprobs), tail in zip(target.token_ids, target.soft.rows(), target.soft.tail_N, strict=True):
         top = np.argsort(-logprobs, kind="stable")[:_TOP]
-        probabilities = [f"{prompts.piece(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in top]
-        lines.append(f"  {prompts.piece(token_id)!r:16} {'  '.join(probabilities)}  rest {tail:.3f}")
+        probabilities = [f"{prompts.token_text(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in top]
+        lines.append(f"  {prompts.token_text(token_id)!r:16} {'  '.join(probabilities)}  rest {tail:.3f}")
     return lines
 
 
 def _stored_bytes(annotation: Annotation, codec: Codec) -> int:
-    arrays = packed(annotation, codec)
+    arrays = pack_annotation(annotation, codec)
     num_tokens = sum(len(target.token_ids) for target in annotation.targets.values())
     text = (annotation.rationale or "") + (annotation.answer or "")
     return sum(array.nbytes for array in arrays.values()) + 4 * num_tokens + len(text.encode()) + len(annotation.key)

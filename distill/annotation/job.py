@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.annotation.annotation_job import Source, open_source
+from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.codec_probe import candidate_codecs, compare_codecs, format_fidelity, sample_distributions
-from distill.annotation.fill import Share, check_rationales, fill, loaded
+from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
-from distill.annotation.requests import to_ask, without_answers
+from distill.annotation.requests import collect_requests, without_labels
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
@@ -21,18 +21,18 @@ _NUM_RESCORED = 32
 
 def annotate(config: Config) -> float:
     """Fill the cache for all splits, or inspect it; return the number of new records."""
-    job = open_source(config)
+    job = open_annotation_job(config)
     examples = _examples_by_span(config, job)
     if not (config.show or config.export or config.dry_run or config.verify or config.probe):
         return _fill(job, examples, _part(config))
-    requests = to_ask(job, examples)
+    requests = collect_requests(job, examples)
     if config.show:
-        print(_show(job, requests.every, str(config.show)))
+        print(_show(job, requests.all_requests, str(config.show)))
     elif config.export:
-        num_rows = export_parquet(job.store, requests.every, job.prompts, Path(config.export))
+        num_rows = export_parquet(job.store, requests.all_requests, job.prompts, Path(config.export))
         print(f"{config.export}\n{num_rows} targets with their tokens, ids and log-probabilities")
     elif config.dry_run:
-        print(_estimate(job, requests.every))
+        print(_estimate(job, requests.all_requests))
     elif config.probe:
         print(_probe(config, job, unique_requests(requests.requests.values())))
     else:  # without sampled rationales, which may differ by rounding
@@ -40,36 +40,36 @@ def annotate(config: Config) -> float:
     return 0.0
 
 
-def _examples_by_span(config: Config, job: Source) -> dict[Span, Sequence[Example]]:
+def _examples_by_span(config: Config, job: AnnotationJob) -> dict[Span, Sequence[Example]]:
     splits, examples = job.splits, dict[Span, Sequence[Example]]()
     if "answer" in config.spans:
-        examples["answer"] = [*splits.train, *splits.validation, *without_answers(splits.test)]
+        examples["answer"] = [*splits.train, *splits.validation, *without_labels(splits.test)]
     if "rationale" in config.spans:
         examples["rationale"] = splits.train[: job.num_rationales]
     return examples
 
 
-def _part(config: Config) -> Share:
+def _part(config: Config) -> Part:
     number, _, num_parts = str(config.part).partition("/")
     if not (number.isdecimal() and num_parts.isdecimal() and 1 <= int(number) <= int(num_parts)):
         raise ConfigError(f"part={config.part}: expected number/parts, for example part=3/16 for the third of sixteen")
-    return Share(int(number), int(num_parts), config.devices)
+    return Part(int(number), int(num_parts), config.devices)
 
 
-def _fill(job: Source, examples: Mapping[Span, Sequence[Example]], part: Share) -> float:
+def _fill(job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], part: Part) -> float:
     filled = fill(job, examples, part=part)
-    rationales = check_rationales(job, filled)
+    rationales = filter_rationales(job, filled)
     num_kept = sum(rationale.reason is None for rationale in rationales)
     if is_first_process():
         print(
-            f"{job.store.place}\n{len(job.store)} records, {filled.num_annotated} of them new in "
+            f"{job.store.location}\n{len(job.store)} records, {filled.num_annotated} of them new in "
             f"{filled.seconds:.0f} s; kept {num_kept} of {len(rationales)} rationales; "
             f"{len(filled.too_long)} examples too long"
         )
     return float(filled.num_annotated)
 
 
-def _show(job: Source, requests: Sequence[Request], selector: str) -> str:
+def _show(job: AnnotationJob, requests: Sequence[Request], selector: str) -> str:
     matches = [
         request
         for request in requests
@@ -84,9 +84,9 @@ def _show(job: Source, requests: Sequence[Request], selector: str) -> str:
     return "\n\n".join(format_record(request, job.store.read(request.key), job.prompts) for request in stored)
 
 
-def _estimate(job: Source, requests: Sequence[Request]) -> str:
+def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
     missing = job.store.missing(requests)
-    summary = f"{job.store.place}\n{len(requests) - len(missing)} records exist, {len(missing)} are missing"
+    summary = f"{job.store.location}\n{len(requests) - len(missing)} records exist, {len(missing)} are missing"
     if not missing:
         return summary
     with loaded(job.teacher):
@@ -97,7 +97,7 @@ def _estimate(job: Source, requests: Sequence[Request]) -> str:
     )
 
 
-def _probe(config: Config, job: Source, requests: Sequence[Request]) -> str:
+def _probe(config: Config, job: AnnotationJob, requests: Sequence[Request]) -> str:
     teacher = job.build_teacher(codec=Dense())
     say(f"reading full distributions of some of {len(requests)} targets to compare codecs; nothing is written")
     with loaded(teacher):
@@ -108,11 +108,11 @@ def _probe(config: Config, job: Source, requests: Sequence[Request]) -> str:
     return format_fidelity(fidelities, sum(map(len, distributions)))
 
 
-def _verify(job: Source, requests: Sequence[Request], seed: int) -> str:
+def _verify(job: AnnotationJob, requests: Sequence[Request], seed: int) -> str:
     problems = job.store.check()
     if problems:
         raise CacheError("\n".join(problems))
-    lines = [f"{job.store.place}\n{len(job.store)} records: all checksums are correct"]
+    lines = [f"{job.store.location}\n{len(job.store)} records: all checksums are correct"]
     with loaded(job.teacher):
         for span in SPANS:
             of_span = [request for request in requests if request.span == span]

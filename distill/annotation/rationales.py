@@ -24,8 +24,8 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, CheckedRationale, Example, RejectionReason, content_id
-from distill.tasks.expressions import NUMBER, value_of
+from distill.records import Annotation, Example, FilteredRationale, RejectionReason, content_id
+from distill.tasks.expressions import NUMBER, evaluate_expression
 
 Reference = Literal["gold", "votes", "teacher"]
 Shingles = frozenset[tuple[str, ...]]
@@ -64,7 +64,7 @@ _CALLED = rf"{_LEAD}(?:it is|it's|this is|that is|that's) "
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class RationaleFilter:
     """Criteria for keeping a rationale.
 
     `min_confidence`   minimum share of an example's samples for the majority answer to count as right.
@@ -131,8 +131,8 @@ def filter_samples(
     samples: Mapping[str, Sequence[Annotation]],
     direct: Mapping[str, str],
     value: Callable[[str], str],
-    criteria: Checks,
-) -> list[CheckedRationale]:
+    criteria: RationaleFilter,
+) -> list[FilteredRationale]:
     """Keep or reject each of the teacher's rationales, in the order of examples and samples.
 
     `samples` are the annotations of rationale requests, `direct` the teacher's direct answers, both by example id.
@@ -149,7 +149,7 @@ def filter_samples(
     return _reject_repeats(rationales, criteria)
 
 
-def count_by_reason(rationales: Iterable[CheckedRationale]) -> dict[str, int]:
+def count_by_reason(rationales: Iterable[FilteredRationale]) -> dict[str, int]:
     """Count kept rationales, and rejected ones by their reason."""
     counts = Counter(rationale.reason or "kept" for rationale in rationales)
     return {"kept": counts.pop("kept", 0), **dict(counts.most_common())}
@@ -160,18 +160,18 @@ def _compare(
     samples: Sequence[Annotation],
     direct: str | None,
     value: Callable[[str], str],
-    criteria: Checks,
-) -> list[CheckedRationale]:
+    criteria: RationaleFilter,
+) -> list[FilteredRationale]:
     """Compare the samples' answers with the reference. A truncated sample has no vote: its answer may be cut off."""
     votes = Counter(value(s.answer) for s in samples if s.answer is not None and not s.is_truncated)
 
-    def compare(sample: Annotation, reference: Reference, right: str | None) -> CheckedRationale:
+    def compare(sample: Annotation, reference: Reference, right: str | None) -> FilteredRationale:
         answer = None if sample.answer is None else value(sample.answer)
         wrong: RejectionReason = "outvoted" if reference == "votes" else "disagrees"
         reason = _unusable(sample) or (None if answer == right else wrong)
         has_confidence = len(samples) > 1 and answer is not None
         confidence = votes[answer or ""] / len(samples) if has_confidence else None
-        return CheckedRationale(example.id, sample, reference, reason, confidence)
+        return FilteredRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
         gold = value(example.answer)
@@ -196,11 +196,11 @@ def _unusable(annotation: Annotation) -> RejectionReason | None:
     return "unreadable" if annotation.answer is None else None
 
 
-def _reject_repeats(rationales: Sequence[CheckedRationale], criteria: Checks) -> list[CheckedRationale]:
+def _reject_repeats(rationales: Sequence[FilteredRationale], criteria: RationaleFilter) -> list[FilteredRationale]:
     """Reject near duplicates of kept rationales, and those beyond the number to keep per example."""
     texts = [rationale.annotation.rationale or "" for rationale in rationales if rationale.reason is None]
     near = None if criteria.near_duplicates is None else _NearDuplicates(texts, criteria.near_duplicates)
-    seen, num_kept, results = set[tuple[str, str]](), Counter[str](), list[CheckedRationale]()
+    seen, num_kept, results = set[tuple[str, str]](), Counter[str](), list[FilteredRationale]()
     for rationale in rationales:
         text, example_id, reason = rationale.annotation.rationale or "", rationale.example_id, rationale.reason
         if reason is None:
@@ -297,7 +297,7 @@ def _is_script(script: str) -> bool:
 
 
 def leaks(text: str, answer: str) -> bool:
-    """Whether a text states the answer instead of reasoning, as described in `Checks`."""
+    """Whether a text states the answer instead of reasoning, as described in `RationaleFilter`."""
     plain, answer_pattern = _unquoted(text), re.escape(_unquoted(answer))
     alone = rf"(?:{_ANNOUNCED}|{_CALLED})?{answer_pattern}[.!]?"
     # A number at the beginning of a calculation is no leak.
@@ -369,7 +369,7 @@ def _values(side: str) -> list[Fraction]:
     """Evaluate a side with percentages as fractions, as units, and relative to the number before them."""
     relative = _RELATIVE.sub(r"*(1\1\2/100)", side)
     readings = [_SHARE.sub(r"(\1/100)", side), side.replace("%", ""), _SHARE.sub(r"(\1/100)", relative)]
-    return [value_of(reading.replace("x", "*")) for reading in readings]
+    return [evaluate_expression(reading.replace("x", "*")) for reading in readings]
 
 
 def _roundings(side: str) -> list[Fraction]:

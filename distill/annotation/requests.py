@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distill.annotation.annotation_job import Source
+from distill.annotation.annotation_job import AnnotationJob
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Example, Group, Request, Span, unique_requests
 
 
 @dataclass(frozen=True)
-class Filled:
+class AnnotationRequests:
     """Requests by example id and span, all samples of rationales, and how many records were reused or annotated."""
 
     requests: Mapping[tuple[str, Span], Request]
@@ -23,19 +23,21 @@ class Filled:
     seconds: float
 
     @property
-    def every(self) -> list[Request]:
+    def all_requests(self) -> list[Request]:
         """All requests, without repeated keys."""
         samples = (request for requests in self.samples.values() for request in requests)
         return unique_requests([*self.requests.values(), *samples])
 
 
-def to_ask(job: Source, examples: Mapping[Span, Sequence[Example]], *, are_given: bool = False) -> Filled:
+def collect_requests(
+    job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], *, use_given_rationales: bool = False
+) -> AnnotationRequests:
     """Return the requests that `fill` would have annotated, without annotating any."""
-    requests, too_long = _requests(job.prompts, examples, are_given)
-    return Filled(requests, _samples(job, requests), too_long, 0, 0, 0.0)
+    requests, too_long = _requests(job.prompts, examples, use_given_rationales)
+    return AnnotationRequests(requests, _samples(job, requests), too_long, 0, 0, 0.0)
 
 
-def plan(requests: Sequence[Request], size: int) -> list[Group]:
+def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
     """Split requests into groups of similar lengths, so that batches have little padding."""
     groups = []
     for span in SPANS:
@@ -48,7 +50,7 @@ def plan(requests: Sequence[Request], size: int) -> list[Group]:
     return groups
 
 
-def without_answers(examples: Sequence[Example]) -> list[Example]:
+def without_labels(examples: Sequence[Example]) -> list[Example]:
     """Return the same questions without gold answers and rationales, for teachers that must not see them."""
     return [Example(example.question) for example in examples]
 
@@ -58,7 +60,7 @@ def _num_tokens(request: Request) -> int:
     return len(request.question_ids) + len(request.given_ids)
 
 
-def _samples(job: Source, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:
+def _samples(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:
     """Return all rationale requests of each train example; only these are sampled several times."""
     samples = {}
     for example in job.splits.train:
@@ -70,7 +72,7 @@ def _samples(job: Source, requests: Mapping[tuple[str, Span], Request]) -> dict[
 
 
 def _requests(
-    prompts: Prompts, examples: Mapping[Span, Sequence[Example]], are_given: bool
+    prompts: Prompts, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
 ) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
     """Return the requests, and an error message per example that is too long."""
     requests: dict[tuple[str, Span], Request] = {}
@@ -78,7 +80,7 @@ def _requests(
     for span, examples_of_span in examples.items():
         for example in examples_of_span:
             try:
-                rationale = example.rationale if are_given and span == "rationale" else None
+                rationale = example.rationale if use_given_rationales and span == "rationale" else None
                 requests[example.id, span] = prompts.request(example, span, given=rationale)
             except ValueError as error:
                 too_long[example.id] = str(error)

@@ -30,7 +30,7 @@ from distill.app.credentials import (
     secret_problems,
     strings,
 )
-from distill.app.files import is_url, whole_file
+from distill.app.files import atomic_write, is_url
 from distill.app.moved import MOVED, current
 from distill.app.targets import nodes, problems_of
 from distill.errors import ConfigError, DistillError
@@ -39,7 +39,7 @@ _PACKAGE = Path(__file__).parent.parent
 _IN_REPOSITORY, _INSTALLED = _PACKAGE.parent / "conf", _PACKAGE / "conf"
 CONF = _IN_REPOSITORY if (_IN_REPOSITORY / "train.yaml").is_file() else _INSTALLED
 Config = DictConfig
-UNUSABLE = (ConfigError, HydraException, OmegaConfBaseException)  # raised by a damaged saved configuration
+INVALID_CONFIG = (ConfigError, HydraException, OmegaConfBaseException)  # raised by a damaged saved configuration
 _EXTRAS = {"joblib": "sweep", "optuna": "sweep", "ray": "ray"}
 _EXTRAS |= {"slurm": "slurm", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 
@@ -94,21 +94,21 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return resolved
 
 
-def differences(config: DictConfig, path: Path, *, besides: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ from a saved configuration; keys in the sections `besides` are ignored."""
+def differences(config: DictConfig, path: Path, *, ignored_sections: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ from a saved configuration; keys in the sections `ignored_sections` are ignored."""
     values = current(yaml.safe_load(path.read_text()))
     saved, present = dict(_leaves(values)), dict(_leaves(plain(config)))
     return [
         f"{key} was {saved.get(key)!r} and is now {present.get(key)!r}"
         for key in sorted({*saved, *present})
-        if saved.get(key) != present.get(key) and key.partition(".")[0] not in besides
+        if saved.get(key) != present.get(key) and key.partition(".")[0] not in ignored_sections
     ]
 
 
 def save(config: DictConfig, path: Path) -> dict[str, Any]:
     """Write the resolved configuration without secrets, and return it."""
     values = plain(config)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return values
 

@@ -33,13 +33,13 @@ def watch() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def watch_on() -> None:
+def watch_again() -> None:
     """Install the handler again after a library has replaced it."""
     if recorder := _recorder():
         signal.signal(signal.SIGTERM, recorder)
 
 
-def is_asked() -> bool:
+def is_stop_requested() -> bool:
     """Whether this process has received a stop signal since `watch`."""
     recorder = _recorder()
     return recorder is not None and recorder.has_received

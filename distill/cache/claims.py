@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 
 
 @final
@@ -114,7 +114,7 @@ class Claims:
         return self._now_ns() - stat[1] > self._seconds * 1e9
 
     def _now_ns(self) -> int:
-        with whole_file(self._folder / ".clock") as temporary:
+        with atomic_write(self._folder / ".clock") as temporary:
             return temporary.stat().st_mtime_ns
 
 

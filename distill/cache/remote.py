@@ -15,7 +15,7 @@ from typing import Any, final
 
 import fsspec
 
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ class Remote:
 
     def get(self, name: str) -> None:
         """Download a file, replacing the local one."""
-        with whole_file(self._folder / name) as temporary, self._connection_errors():
+        with atomic_write(self._folder / name) as temporary, self._connection_errors():
             self._fs.get_file(f"{self._path}/{name}", str(temporary))
 
     def put(self, *names: str) -> None:

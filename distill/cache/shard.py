@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save
 
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.cache import Codec
 from distill.cache.index import KEY_BYTES
 from distill.errors import CacheError
@@ -62,7 +62,7 @@ def write_shard(folder: Path, annotations: Sequence[Annotation], codec: Codec) -
     contents = {"safetensors": save(arrays), "parquet": _parquet_from(annotations)}
     name = hashlib.blake2b(contents["safetensors"] + contents["parquet"], digest_size=8).hexdigest()
     for suffix, content in contents.items():
-        with whole_file(folder / f"{name}.{suffix}") as temporary:
+        with atomic_write(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
     extents = _array_extents(contents["safetensors"])
     crcs = {array: zlib.crc32(contents["safetensors"][start:stop]) for array, (_, _, start, stop) in extents.items()}
@@ -247,7 +247,7 @@ class Shard:
         return f"restore it, or annotate it again: python -m distill.annotate rebuild={self.name}"
 
 
-def packed(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
+def pack_annotation(annotation: Annotation, codec: Codec) -> dict[str, np.ndarray]:
     """Encode a record's soft targets, those of all spans concatenated; empty if it has none."""
     targets = [annotation.targets[span] for span in SPANS if span in annotation.targets]
     softs = [target.soft for target in targets if target.soft is not None]
@@ -331,7 +331,7 @@ def _arrays_from(annotations: Sequence[Annotation], codec: Codec) -> dict[str, n
     tokens = [i for a in annotations for span in SPANS if span in a.targets for i in a.targets[span].token_ids]
     arrays = {f"length.{span}": np.array(lengths[span], "<i4") for span in SPANS}
     arrays["token"] = np.array(tokens, "<i4")
-    packs = [packed(annotation, codec) for annotation in annotations]
+    packs = [pack_annotation(annotation, codec) for annotation in annotations]
     for name in sorted({name for parts in packs for name in parts}):
         parts = [part[name] for part in packs if name in part]
         arrays[name] = np.ascontiguousarray(np.concatenate(parts))

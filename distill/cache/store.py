@@ -31,14 +31,14 @@ from typing import Any, final
 
 import numpy as np
 
-from distill.app.files import sync_folder, whole_file
+from distill.app.files import atomic_write, sync_folder
 from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
 from distill.cache.remote import Remote
 from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
-from distill.records import Annotation, Group, Place, Request, SoftTargets, unique_requests
+from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, unique_requests
 
 FORMAT = 2
 _DAY_SECONDS = 86_400
@@ -64,7 +64,7 @@ class Store:
         Opening reads the manifests and checks file sizes; a shard's checksums are verified when it is read. With an
         fsspec `url` the cache is at that URL, and the folder holds copies of the files that were read or written.
         """
-        self.folder, self.place = folder, url or str(folder)
+        self.folder, self.location = folder, url or str(folder)
         self._remote = Remote(url, folder) if url else None
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.claims = Claims(folder / "claims", seconds=claim_seconds)
@@ -90,7 +90,7 @@ class Store:
         return len(self._index)
 
     @property
-    def is_begun(self) -> bool:
+    def has_header(self) -> bool:
         """Whether the folder has a header, manifest.jsonl."""
         return (self.folder / "manifest.jsonl").is_file()
 
@@ -109,7 +109,7 @@ class Store:
         shard, row = self._locate(key, self._number(key))
         return shard.read(row)
 
-    def soft_targets(self, places: Sequence[Place]) -> SoftTargets:
+    def soft_targets(self, places: Sequence[SoftTargetsKey]) -> SoftTargets:
         """Return the concatenated soft targets of many (key, span), decoded together.
 
         Raises CacheError if some are missing or a shard is damaged. Safe in forked processes.
@@ -150,9 +150,9 @@ class Store:
         if self._remote:
             self._remote.pull_manifests()
         header = self.folder / "manifest.jsonl"
-        if not self.is_begun:
+        if not self.has_header:
             # Writers create the header first; it may have been created since the first look.
-            if any(self.folder.glob("manifest-*.jsonl")) and not self.is_begun:
+            if any(self.folder.glob("manifest-*.jsonl")) and not self.has_header:
                 raise CacheError(
                     f"{header} is missing, so the fingerprint of the records beside it is unknown. Restore it, or "
                     f"delete {self.folder}"
@@ -184,8 +184,8 @@ class Store:
     def writing(self) -> Iterator[Writer]:
         """Open a writer. However the block ends, annotations added before are written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.is_begun:
-            with whole_file(self.folder / "manifest.jsonl") as temporary:
+        if not self.has_header:
+            with atomic_write(self.folder / "manifest.jsonl") as temporary:
                 temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
         self.refresh()
         if self._remote:
@@ -200,7 +200,7 @@ class Store:
             try:
                 yield writer
             except OSError as error:
-                if not self.is_begun:
+                if not self.has_header:
                     raise CacheError(f"{self.folder} no longer exists ({error}); annotate again") from None
                 error.filename = error.filename or str(self.folder)
                 raise
@@ -292,7 +292,7 @@ class Writer:
         self._append({"cost": cost})
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if not self._store.is_begun or (self._num_lines and not self._manifest.exists()):
+        if not self._store.has_header or (self._num_lines and not self._manifest.exists()):
             raise CacheError(f"{self._store.folder} no longer exists; annotate again")
         if self._num_lines == _MAX_MANIFEST_LINES:  # a manifest is uploaded as a whole after each line
             self._manifest, self._num_lines = _new_manifest(self._store.folder), 0
@@ -324,7 +324,7 @@ def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
     if not listing_manifests:
         raise CacheError(f"no manifest in {folder} lists a shard {name!r}")
     manifest = _new_manifest(folder)
-    with whole_file(manifest) as temporary:
+    with atomic_write(manifest) as temporary:
         temporary.write_bytes(b"".join(_sealed({"struck": path.name, "shard": name}) for path in listing_manifests))
     if remote:
         remote.put(manifest.name)

@@ -20,7 +20,7 @@ from distill.lessons.join import AnswerMode
 from distill.losses.forward_kl import ForwardKL
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
-from distill.records import Annotation, Example, Span, Target, spread
+from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.causal_lm import size_bytes
 from distill.tasks import Task, readable_answer
 
@@ -70,7 +70,7 @@ class Evaluation:
             return [""] * len(examples)
         reading = self._reader("rationale").read(list(questions.values()))
         written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-        texts = dict(zip(questions, (self._prompts.take_apart(ids).rationale for ids in written), strict=True))
+        texts = dict(zip(questions, (self._prompts.split_reply(ids).rationale for ids in written), strict=True))
         return [texts.get(index, "") for index in range(len(examples))]
 
     def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
@@ -128,7 +128,7 @@ class Evaluation:
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._mode == "reasoned":
-            replies = [self._prompts.take_apart(ids) for ids in written]
+            replies = [self._prompts.split_reply(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
         answers = [readable_answer(self._task, text) for text in texts]
@@ -146,7 +146,7 @@ class Evaluation:
 
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
         """Token ids of the model's rationale, after which its answer is scored."""
-        return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.bridge())
+        return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.separator_ids())
 
     def _choose(
         self, reading: Reading, answers: Sequence[str | None]
@@ -214,7 +214,7 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
     soft = target.soft.buckets()
     if not soft.num_exact_N.all():  # only draws: a single bucket, in which all models are equal
         return None
-    row_E, _ = spread(soft.num_exact_N)
+    row_E, _ = ragged_indices(soft.num_exact_N)
     log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
     rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
     log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])

@@ -9,7 +9,7 @@ import torch
 
 from distill.app import config as configuration
 from distill.app.config import Config
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.evaluation.answers import Evaluation, row_of, speeds
 from distill.models import loading, naming
 from distill.prompts.cues import build_prompts
@@ -29,7 +29,7 @@ def evaluate(config: Config) -> float:
     row: dict[str, Any] = row_of(evaluation.predict(examples, {}), task, model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
-    with whole_file(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_text(json.dumps(row, indent=1))
     low, high = row["interval"]
     print(

@@ -38,7 +38,7 @@ def export(run_dir: Path, to: Path) -> str:
         usage = _usage(task)
         message = f"evaluates with lm-eval: cd {shlex.quote(str(to))} && {task.command}"
         message += f"\n({task.caution})" if task.caution else ""
-    except (*configuration.UNUSABLE, ValueError) as error:
+    except (*configuration.INVALID_CONFIG, ValueError) as error:
         usage, message = "", f"no lm-eval task: {' '.join(str(error).split())}"
     origin = f"Distilled by `distill` from {run.facts.get('teacher')} on the task {run.facts.get('task')}.\n\n"
     (to / "README.md").write_text(f"{_CARD_HEAD}# {run.name}\n\n{origin}{to_markdown(summarise([run]))}{usage}")

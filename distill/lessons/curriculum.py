@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from distill.annotation.fill import Filled, Source, check_rationales, fill, open_source, without_answers
+from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.fill import fill, filter_rationales
+from distill.annotation.requests import AnnotationRequests, without_labels
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.lessons.join import Join, Lesson, Read, Records
+from distill.lessons.join import AnnotationReader, Join, Lesson, Read
 from distill.losses import Objective
 from distill.models import naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
-from distill.records import CheckedRationale, Example, Span
+from distill.records import Example, FilteredRationale, Span
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Job:
 
     config: Config
     run_dir: Path
-    source: Source
-    soft_source: Source | None  # a second teacher, whose soft targets replace those of the first
+    annotation_job: AnnotationJob
+    soft_annotation_job: AnnotationJob | None  # a second teacher, whose soft targets replace those of the first
     objectives: Mapping[str, Objective]
     student_folder: Path
     prompts: Prompts
@@ -40,12 +42,12 @@ class Job:
 class Curriculum:
     """The lessons of a student, and what was left out of them."""
 
-    filled: Filled
-    soft_filled: Filled | None
+    filled: AnnotationRequests
+    soft_filled: AnnotationRequests | None
     train: Sequence[Lesson]
     validation: Sequence[Lesson]
     read: Read
-    rationales: Sequence[CheckedRationale]
+    rationales: Sequence[FilteredRationale]
     too_long: Mapping[str, str]
 
 
@@ -54,39 +56,39 @@ def prepare(config: Config, run_dir: Path) -> Job:
     objectives: dict[str, Objective] = {
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
-    source = open_source(config)
-    soft_source = open_source(config, name="soft_teacher") if config.get("soft_teacher") else None
-    check_parts(objectives, soft_source or source, config.task.answer_mode)
+    annotation_job = open_annotation_job(config)
+    soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
+    check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
     tokenizer = load_tokenizer(folder)
     is_shared = True
     try:
-        check_shared_vocabulary((soft_source or source).prompts.tokenizer, tokenizer)
+        check_shared_vocabulary((soft_annotation_job or annotation_job).prompts.tokenizer, tokenizer)
     except ConfigError:
         is_shared = False
         if any(objective.source == "soft" for objective in objectives.values()):
             raise
-    prompts = source.prompts.zero_shot(tokenizer)
-    return Job(config, run_dir, source, soft_source, objectives, folder, prompts, is_shared)
+    prompts = annotation_job.prompts.zero_shot(tokenizer)
+    return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, is_shared)
 
 
-def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str) -> None:
+def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str) -> None:
     """Raise ConfigError with every reason why this teacher and cache do not support these losses."""
     problems = []
     for name, objective in objectives.items():
         if objective.source == "soft":
-            if not source.teacher.gives_soft_targets:
+            if not annotation_job.teacher.gives_soft_targets:
                 problems.append(
                     f"loss.{name} needs soft targets, which this teacher does not provide; remove the loss, or add a "
                     "second teacher of the student's vocabulary to score these texts: teacher@soft_teacher=smollm2_135m"
                 )
-            if objective.divergence.needs_rest and source.codec.seed is not None:
+            if objective.divergence.needs_rest and annotation_job.codec.seed is not None:
                 problems.append(
                     f"loss.{name} needs the rest of each distribution as one bucket, but this cache samples it; set "
                     "cache=topk (annotates again), or choose a loss that supports sampled targets, such as loss.kl"
                 )
             try:
-                source.codec.check_temperature(objective.temperature)
+                annotation_job.codec.check_temperature(objective.temperature)
             except ConfigError as error:
                 problems.append(f"loss.{name}: {error}")
     if not objectives:
@@ -97,39 +99,39 @@ def check_parts(objectives: Mapping[str, Objective], source: Source, answer: str
         raise ConfigError(*problems)
 
 
-def teach(job: Job) -> Curriculum:
+def build_curriculum(job: Job) -> Curriculum:
     """Fill the cache with what the losses and the evaluation read, and join it with the examples."""
-    source, splits = job.source, job.source.splits
-    filled = fill(source, wanted(job))
-    rationales = check_rationales(source, filled)
-    kept = kept_of(rationales)
-    annotations = Records(source.store, filled.requests)
+    annotation_job, splits = job.annotation_job, job.annotation_job.splits
+    filled = fill(annotation_job, examples_to_annotate(job))
+    rationales = filter_rationales(annotation_job, filled)
+    kept = kept_rationales(rationales)
+    annotations = AnnotationReader(annotation_job.store, filled.requests)
     soft_filled, soft_annotations = None, None
-    if job.soft_source:
-        soft_filled = fill(job.soft_source, words_to_read(job, annotations, kept), are_given=True)
-        soft_annotations = Records(job.soft_source.store, soft_filled.requests)
-    join = join_of(job, annotations, soft_annotations, kept)
+    if job.soft_annotation_job:
+        soft_filled = fill(job.soft_annotation_job, texts_to_score(job, annotations, kept), use_given_rationales=True)
+        soft_annotations = AnnotationReader(job.soft_annotation_job.store, soft_filled.requests)
+    join = join_for(job, annotations, soft_annotations, kept)
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     if not train:
         raise ConfigError(f"no training example has targets for the losses {sorted(job.objectives)}")
-    read = (job.soft_source or source).store.soft_targets
+    read = (job.soft_annotation_job or annotation_job).store.soft_targets
     return Curriculum(filled, soft_filled, train, validation, read, rationales, {**filled.too_long, **join.skipped})
 
 
-def kept_of(rationales: Sequence[CheckedRationale]) -> dict[str, list[CheckedRationale]]:
+def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[FilteredRationale]]:
     """Return the rationales to learn from, by example id."""
-    kept: dict[str, list[CheckedRationale]] = {}
+    kept: dict[str, list[FilteredRationale]] = {}
     for rationale in rationales:
         if rationale.reason is None:
             kept.setdefault(rationale.example_id, []).append(rationale)
     return kept
 
 
-def join_of(
+def join_for(
     job: Job,
-    annotations: Records,
-    soft_annotations: Records | None,
-    kept: Mapping[str, Sequence[CheckedRationale]],
+    annotations: AnnotationReader,
+    soft_annotations: AnnotationReader | None,
+    kept: Mapping[str, Sequence[FilteredRationale]],
 ) -> Join:
     """Return the join of the teachers' annotations with the examples."""
     return Join(
@@ -146,12 +148,12 @@ def _needed(job: Job) -> frozenset[tuple[Span, str]]:
     return frozenset((objective.span, objective.source) for objective in job.objectives.values())
 
 
-def words_to_read(
-    job: Job, annotations: Records, kept: Mapping[str, Sequence[CheckedRationale]]
+def texts_to_score(
+    job: Job, annotations: AnnotationReader, kept: Mapping[str, Sequence[FilteredRationale]]
 ) -> dict[Span, list[Example]]:
     """Return the texts that the second teacher scores: gold ones, else those of the first teacher."""
-    splits, texts = job.source.splits, dict[Span, list[Example]]()
-    for example in (*splits.train, *splits.validation, *without_answers(splits.test)):
+    splits, texts = job.annotation_job.splits, dict[Span, list[Example]]()
+    for example in (*splits.train, *splits.validation, *without_labels(splits.test)):
         annotation = annotations.find(example.id, "answer")
         answer = example.answer or (annotation.answer if annotation else None)
         if answer is not None:
@@ -162,14 +164,14 @@ def words_to_read(
     return {span: examples for span, examples in texts.items() if (span, "soft") in _needed(job)}
 
 
-def wanted(job: Job) -> dict[Span, Sequence[Example]]:
+def examples_to_annotate(job: Job) -> dict[Span, Sequence[Example]]:
     """Return the examples that the first teacher annotates: those that the losses and the evaluation read."""
-    splits, objectives = job.source.splits, job.objectives.values()
-    candidates = splits.train[: job.source.num_rationales]
-    examples: dict[Span, Sequence[Example]] = {"answer": without_answers(splits.test)}
+    splits, objectives = job.annotation_job.splits, job.objectives.values()
+    candidates = splits.train[: job.annotation_job.num_rationales]
+    examples: dict[Span, Sequence[Example]] = {"answer": without_labels(splits.test)}
     if any(objective.span == "rationale" for objective in objectives):
         without_rationale = [example for example in candidates if example.rationale is None]
-        examples["rationale"] = [*without_rationale, *without_answers(splits.test[: job.config.num_samples])]
+        examples["rationale"] = [*without_rationale, *without_labels(splits.test[: job.config.num_samples])]
         examples["answer"] = [*examples["answer"], *without_rationale]
     if any(objective.source != "labels" for objective in objectives):
         examples["answer"] = [*examples["answer"], *splits.train, *splits.validation]
@@ -183,11 +185,13 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
     """
     config = configuration.plain(job.config)
     return {
-        "cache": job.source.store.digest,
-        "soft_cache": job.soft_source.store.digest if job.soft_source else None,
+        "cache": job.annotation_job.store.digest,
+        "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,
         "train": _hash_of(curriculum.train),
         "validation": _hash_of(curriculum.validation),
-        "test": hashlib.sha256("".join(example.id for example in job.source.splits.test).encode()).hexdigest()[:16],
+        "test": hashlib.sha256("".join(example.id for example in job.annotation_job.splits.test).encode()).hexdigest()[
+            :16
+        ],
         "student": student,
         **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
         "optimizer": config["optim"]["optimizer"],

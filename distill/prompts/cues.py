@@ -155,7 +155,7 @@ class Prompts:
             before = self._before_target(example, "rationale", len(target) + 1)
             ids = (*before, *target, self.end)
             return Prompt(ids, {"rationale": (len(before), len(ids))})
-        cue, answer_ids = self.bridge(), self.answer_ids(answer)
+        cue, answer_ids = self.separator_ids(), self.answer_ids(answer)
         before = self._before_target(example, "rationale", len(target) + len(cue) + len(answer_ids))
         start = len(before) + len(target) + len(cue)
         spans: dict[Span, tuple[int, int]] = {
@@ -164,7 +164,7 @@ class Prompts:
         }
         return Prompt(before + target + cue + answer_ids, spans)
 
-    def bridge(self) -> tuple[int, ...]:
+    def separator_ids(self) -> tuple[int, ...]:
         """Token ids between a rationale and the answer after it."""
         return self._cue("\n") + self._cue(self.layout.answer_cue)
 
@@ -184,7 +184,7 @@ class Prompts:
         key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         return Request(key, span, example, question, ids, sample)
 
-    def take_apart(self, token_ids: Sequence[int]) -> Reply:
+    def split_reply(self, token_ids: Sequence[int]) -> Reply:
         """Decode a text generated after a rationale cue and split it at the answer cue."""
         text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         rationale, cue, answer = text.partition(f"\n{self.layout.answer_cue}")
@@ -194,7 +194,7 @@ class Prompts:
         """Decode tokens, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
-    def piece(self, token_id: int) -> str:
+    def token_text(self, token_id: int) -> str:
         """The text of a token; of a special token its name."""
         return str(self.tokenizer.decode([token_id]))
 

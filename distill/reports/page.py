@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from distill.app.console import visible
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.reports.arms import SEED_COLUMNS, cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.costs import cost, yields
@@ -100,6 +100,6 @@ def write_report(
     """
     summary = summarise(read_runs(run_dirs), level)
     for name, text in (("report.html", to_html(summary, prices)), ("report.md", to_markdown(summary, prices))):
-        with whole_file(Path(out_dir) / name) as part:
+        with atomic_write(Path(out_dir) / name) as part:
             part.write_text(text, encoding="utf-8")
     return summary

@@ -28,7 +28,7 @@ def facts(summary: Summary, prices: Json) -> list[str]:
 def effect_lines(swept: Sequence[Effect]) -> list[str]:
     """State how much of the variance each setting of a sweep explains."""
     parts = ", ".join(f"{effect.setting} {100 * effect.share:.0f} %" for effect in swept)
-    return [f"Share of the variance of accuracy between runs that each setting explains: {parts}."] if swept else []
+    return [f"Part of the variance of accuracy between runs that each setting explains: {parts}."] if swept else []
 
 
 def cost_note(costs: Sequence[Cost]) -> str:

@@ -99,14 +99,14 @@ def _checkpoint(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # the reentrant kind gives no gradients if the input requires none
 
 
-def layer_list(model: PreTrainedModel) -> str | None:
+def layers_attribute(model: PreTrainedModel) -> str | None:
     """Name of the attribute of the model's body that holds its layers, None if unknown."""
     body = model.base_model
     return next((name for name in _LAYER_LISTS if isinstance(getattr(body, name, None), nn.ModuleList)), None)
 
 
 def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
-    body, name = model.base_model, layer_list(model)
+    body, name = model.base_model, layers_attribute(model)
     if name is None:
         raise ConfigError(f"{type(model).__name__} has no known list of layers to cut; set student.keep_layers=null")
     layers = getattr(body, name)

@@ -38,7 +38,7 @@ def find_overlaps(splits: Splits, n: int) -> list[Overlap]:
     return [overlap for example in splits.train for overlap in _overlaps_of(example, n, eval_ngrams)]
 
 
-def screened(splits: Splits, n: int, action: str) -> tuple[Splits, list[Overlap]]:
+def screen_splits(splits: Splits, n: int, action: str) -> tuple[Splits, list[Overlap]]:
     """Find overlaps; return them and the splits, without the overlapping train examples if `action` is `drop`."""
     if action not in ("report", "drop"):
         raise ConfigError(f"overlap.action={action}: expected report or drop")

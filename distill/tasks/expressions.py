@@ -15,7 +15,7 @@ _PLAIN = re.compile(r"[0-9.+\-*/() ]+")
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def value_of(text: str) -> Fraction:
+def evaluate_expression(text: str) -> Fraction:
     """Evaluate an expression exactly. Thousands commas and $ are ignored; ValueError if the text is no expression."""
     plain = text.translate(ASCII_SIGNS).replace(",", "").strip()
     if len(plain) > _MAX_CHARACTERS:

@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
-from distill.tasks.expressions import ASCII_SIGNS, NUMBER, value_of
+from distill.tasks.expressions import ASCII_SIGNS, NUMBER, evaluate_expression
 from distill.tasks.splitting import cut
 from distill.tasks.tables import (
     Table,
@@ -94,7 +94,7 @@ class AnswerFormat:
 
     def value(self, answer: str) -> str:
         """The exact value if the answer is an expression, else the answer itself."""
-        return str(value_of(answer)) if self.kind == "expression" else answer
+        return str(evaluate_expression(answer)) if self.kind == "expression" else answer
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class FileTask:
 
     def _examples(self, name: str, table: Table) -> list[Example]:
         columns = self._columns if name == "train" else replace(self._columns, rationale=None)
-        examples = examples_of(table, columns, self._format)
+        examples = read_examples(table, columns, self._format)
         num_unlabelled = sum(example.answer is None for example in examples)
         if num_unlabelled and name != "train":
             raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {columns.answer!r}; all need one")
@@ -228,7 +228,7 @@ class FileTask:
         return taken, rest
 
 
-def examples_of(table: Table, columns: Columns, answers: AnswerFormat) -> list[Example]:
+def read_examples(table: Table, columns: Columns, answers: AnswerFormat) -> list[Example]:
     """The examples of a table, in its order; ConfigError names the first invalid rows."""
     template = parse_template(table, columns.question)
     check_columns(table, (columns.answer, columns.rationale or columns.answer))
@@ -330,7 +330,7 @@ def _read_expression(text: str) -> tuple[str, str]:
         end = match.end()
     expression = _format_expression(symbols)
     try:
-        value_of(expression)
+        evaluate_expression(expression)
     except ValueError as error:
         raise AnswerError(f"{first_line[:60]!r} does not begin with an expression: {error}") from None
     return expression, line[end:] + rest

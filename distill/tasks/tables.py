@@ -28,7 +28,7 @@ _WHOLE_BELOW = 10**15  # a float represents every integer below exactly
 _MAX_CHARACTERS = 1_000_000  # of a value
 _BATCH_ROWS = 256
 # An unpacked file may exceed one of these limits, not both.
-_MOST_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 2**30, 1000
+_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 2**30, 1000
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _read_parquet(file: Path) -> Rows:
 
     rows: list[dict[str, Any]] = []
     packed = file.stat().st_size
-    remaining = limit = max(_MOST_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * packed)
+    remaining = limit = max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * packed)
     try:
         for batch in parquet.ParquetFile(file).iter_batches(_BATCH_ROWS):
             remaining -= batch.nbytes

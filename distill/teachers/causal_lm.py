@@ -148,12 +148,12 @@ class CausalLMTeacher:
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
         generated = self._generate_rationales(requests, reading)
-        replies = [self._prompts.take_apart(ids) for ids in generated]
+        replies = [self._prompts.split_reply(ids) for ids in generated]
         answers = [readable_answer(self._task, reply.answer) for reply in replies]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
         # Generated text is tokenized again and read again, so that text, ids and targets always match.
         endings = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
-        bridge = self._prompts.bridge()
+        bridge = self._prompts.separator_ids()
         sequences = [(*r, *bridge, *ending) if ending else r for r, ending in zip(rationales, endings, strict=True)]
         softs = self._soft_targets(requests, reading, reading.first_BV, sequences)
         return [

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from distill.app import preemption
-from distill.app.files import sha256, whole_file
+from distill.app.files import atomic_write, sha256
 from distill.errors import ConfigError, PreemptedError
 
 Identity = Mapping[str, Any]
@@ -29,7 +29,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save atomically. Lightning's own writer leaves a truncated file if the disk is full."""
-        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
+        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # on a full disk, torch raises another error after the OSError
@@ -85,7 +85,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Set Lightning's microbatch count for the present number of processes, which may have changed."""
-        preemption.watch_on()
+        preemption.watch_again()
         done = trainer.global_step * trainer.accumulate_grad_batches
         progress = trainer.fit_loop.epoch_loop.batch_progress
         progress.reset()
@@ -100,7 +100,7 @@ class Checkpoints(Callback):
         if step == before:
             return
         self._step = step
-        is_stopping = trainer.strategy.reduce_boolean_decision(preemption.is_asked(), all=False)
+        is_stopping = trainer.strategy.reduce_boolean_decision(preemption.is_stop_requested(), all=False)
         if before >= 0 and (is_stopping or step % self._every == 0):
             self._save(trainer)
         if is_stopping:
@@ -116,7 +116,7 @@ class Checkpoints(Callback):
         path = self._folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)  # the default too, but then Lightning prints that
         if trainer.is_global_zero:
-            with whole_file(_seal(path)) as temporary:
+            with atomic_write(_seal(path)) as temporary:
                 temporary.write_text(json.dumps({"sha256": sha256(path), "identity": dict(self._identity)}, indent=1))
             for old in sorted(self._folder.glob("step-*.ckpt"))[:-_NUM_KEPT]:
                 _seal(old).unlink(missing_ok=True)

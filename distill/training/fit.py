@@ -29,7 +29,7 @@ from distill.students.causal_lm import open_student, weights_hash
 from distill.training.checkpoints import Checkpoints, Identity, WholeFiles, checked, newest, step_of
 from distill.training.curves import Curves
 from distill.training.module import StudentModule
-from distill.training.preflight import Finding, Plan, preflight, table
+from distill.training.preflight import Finding, PreflightInput, preflight, table
 
 Json = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Training:
     identity: Identity
 
 
-def opened_student(job: Job) -> Any:
+def open_job_student(job: Job) -> Any:
     """Open the student as configured, before training."""
     settings = job.config.student
     return open_student(
@@ -60,7 +60,7 @@ def opened_student(job: Job) -> Any:
     )
 
 
-def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
+def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
     """Build everything that trains the student in place."""
     config = job.config
     identity = identity_of(job, curriculum, weights_hash(student))
@@ -68,7 +68,7 @@ def arrange(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Seque
         student,
         objectives=job.objectives,
         vocabulary_size=job.prompts.vocabulary_size,
-        retemper=job.source.codec.at_temperature,
+        retemper=job.annotation_job.codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
         seed=config.seed,
@@ -125,37 +125,37 @@ def _check_sharded(config: Config, trainer: lightning.Trainer) -> None:
         raise ConfigError(*(f"trainer=fsdp2 does not support {setting}; remove one" for setting in unsupported))
 
 
-def look_ahead(job: Job, training: Training) -> list[Json]:
+def run_preflight(job: Job, training: Training) -> list[Json]:
     """Run preflight on the first lessons; return its findings, or raise ConfigError if a check failed."""
     config = job.config
     if config.preflight is False:
         return []
-    findings = preflight(plan_of(job, training))
+    findings = preflight(preflight_input(job, training))
     if config.preflight is True:
         say(table(findings))
     else:
         failed = [finding for finding in findings if finding.passed is False]
         passed = f"preflight: {sum(finding.passed is True for finding in findings)} checks passed"
         say(f"{passed}; these did not:\n{table(failed)}" if failed else passed)
-    stop_at(findings)
+    stop_on_failures(findings)
     return [asdict(finding) for finding in findings]
 
 
-def stop_at(findings: Sequence[Finding]) -> None:
+def stop_on_failures(findings: Sequence[Finding]) -> None:
     """Raise ConfigError with every finding that must stop the run."""
     if stops := [finding.problem for finding in findings if finding.stops]:
         raise ConfigError(*stops)
 
 
-def plan_of(job: Job, training: Training) -> Plan:
+def preflight_input(job: Job, training: Training) -> PreflightInput:
     """Collect what preflight and the forecast inspect."""
     config, trainer = job.config, training.trainer
-    return Plan(
+    return PreflightInput(
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
         read=training.curriculum.read,
-        annotation=(job.soft_source or job.source).store.read,
+        annotation=(job.soft_annotation_job or job.annotation_job).store.read,
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,
@@ -184,7 +184,7 @@ def fit(job: Job, training: Training) -> float:
     try:
         trainer.fit(training.module, training.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning raises this on Ctrl-C, and on a signal that arrives before its handlers are disabled
-        if preemption.is_asked():
+        if preemption.is_stop_requested():
             raise PreemptedError("stopped on request before the first step; run the same command to start it") from None
         say(f"to resume from the last checkpoint, add hydra.run.dir={job.run_dir}")
         raise KeyboardInterrupt from None

@@ -17,18 +17,28 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from distill.annotation.fill import Filled, Source, check_rationales, loaded, plan, to_ask
+from distill.annotation.annotation_job import AnnotationJob
+from distill.annotation.fill import filter_rationales, loaded
 from distill.annotation.inspection import Estimate, estimate
+from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
-from distill.cache.shard import packed
+from distill.cache.shard import pack_annotation
 from distill.errors import ConfigError
-from distill.lessons.curriculum import Curriculum, Job, join_of, kept_of, teach, wanted, words_to_read
-from distill.lessons.join import Lesson, Read, Records
+from distill.lessons.curriculum import (
+    Curriculum,
+    Job,
+    build_curriculum,
+    examples_to_annotate,
+    join_for,
+    kept_rationales,
+    texts_to_score,
+)
+from distill.lessons.join import AnnotationReader, Lesson, Read
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import vocabulary_fingerprint
-from distill.records import SPANS, Annotation, CheckedRationale, Example, Request, SoftTargets, Span, Target
-from distill.training.preflight import Finding, Plan, resource_findings
-from distill.training.preflight.resources import kept_bytes, told_bytes, told_seconds
+from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
+from distill.training.preflight import Finding, PreflightInput, resource_findings
+from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
 
 # Bytes of a shard's headers and manifest line; of a record's key (twice), lengths and flags; of a token's text.
 _SHARD_BYTES, _RECORD_BYTES, _TEXT_BYTES = 12_288, 256, 16
@@ -43,8 +53,8 @@ class TeacherWork:
     """The requests to one teacher; `is_bound` if another teacher has yet to write the texts that it scores."""
 
     name: str
-    source: Source
-    filled: Filled
+    annotation_job: AnnotationJob
+    filled: AnnotationRequests
     missing: Sequence[Request]
     max_tokens: int  # of a generated text
     text_bytes: int  # of recorded texts
@@ -53,12 +63,12 @@ class TeacherWork:
     @property
     def needs_model(self) -> bool:
         """Whether a model has to be loaded."""
-        return bool(self.missing) and self.source.teacher.gives_soft_targets
+        return bool(self.missing) and self.annotation_job.teacher.gives_soft_targets
 
     def num_written(self, request: Request) -> int:
         """Return the maximum number of tokens that the teacher generates for a request."""
-        longest = _longest_choice(self.source)
-        if request.given_ids or not self.source.teacher.gives_soft_targets:
+        longest = _longest_choice(self.annotation_job)
+        if request.given_ids or not self.annotation_job.teacher.gives_soft_targets:
             return 0
         if request.span == "answer":
             return longest or self.max_tokens + 1
@@ -75,17 +85,17 @@ class Forecast:
     cache_bytes: Mapping[Path, int]  # maximum growth of each cache
 
 
-def foresee(job: Job) -> Forecast:
+def forecast_run(job: Job) -> Forecast:
     """Count what the caches hold and measure the teachers; no teacher is in memory on return."""
     work, curriculum = _work(job)
     findings, growth = [_examples(job, work)], dict[Path, int]()
     for teacher in work:
-        growth[teacher.source.store.folder] = _max_growth(teacher)
-        findings += _annotation_findings(teacher, growth[teacher.source.store.folder])
+        growth[teacher.annotation_job.store.folder] = _max_growth(teacher)
+        findings += _annotation_findings(teacher, growth[teacher.annotation_job.store.folder])
     return Forecast(findings, curriculum, any(teacher.missing for teacher in work), growth)
 
 
-def training_findings(forecast: Forecast, inputs: Plan) -> list[Finding]:
+def training_findings(forecast: Forecast, inputs: PreflightInput) -> list[Finding]:
     """Return the findings on training, for the forecast's lessons and soft targets."""
     findings = [*_steps(forecast, inputs), *resource_findings(inputs)]
     disk: dict[int, int] = {}
@@ -111,33 +121,36 @@ def verdict(findings: Sequence[Finding], is_bound: bool) -> str:
 
 def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     """Return the requests to each teacher, and the curriculum that results from them."""
-    first = to_ask(job.source, wanted(job))
-    missing = job.source.store.missing(first.every)
+    first = collect_requests(job.annotation_job, examples_to_annotate(job))
+    missing = job.annotation_job.store.missing(first.all_requests)
     max_tokens = _max_tokens(job)
     texts = sum(Path(file).stat().st_size for file in job.config.teacher.kind.get("files", ()))
-    work = [TeacherWork("", job.source, first, missing, max_tokens, texts, False)]
-    annotations, kept = Records(job.source.store, first.requests), {}
-    largest = _largest_target(job.soft_source or job.source)
+    work = [TeacherWork("", job.annotation_job, first, missing, max_tokens, texts, False)]
+    annotations, kept = AnnotationReader(job.annotation_job.store, first.requests), {}
+    largest = _largest_target(job.soft_annotation_job or job.annotation_job)
     rows = functools.cache(functools.partial(_copies, largest))
     if missing:
         texts_by_key = _longest_texts(job, first, max_tokens)
         annotations = LongestAnnotations(annotations.store, first.requests, job.prompts, texts_by_key, rows)
         kept = _longest_rationales(job, first, annotations)
     else:
-        kept = kept_of(check_rationales(job.source, first))
+        kept = kept_rationales(filter_rationales(job.annotation_job, first))
     soft_annotations = None
-    if job.soft_source:
-        texts_to_score = words_to_read(job, annotations, kept)
-        second = to_ask(job.soft_source, texts_to_score, are_given=True)
-        unscored = job.soft_source.store.missing(second.every)
-        work.append(TeacherWork("soft ", job.soft_source, second, unscored, max_tokens, 0, bool(missing)))
+    if job.soft_annotation_job:
+        scored_texts = texts_to_score(job, annotations, kept)
+        second = collect_requests(job.soft_annotation_job, scored_texts, use_given_rationales=True)
+        unscored = job.soft_annotation_job.store.missing(second.all_requests)
+        work.append(TeacherWork("soft ", job.soft_annotation_job, second, unscored, max_tokens, 0, bool(missing)))
         soft_annotations = LongestAnnotations(
-            job.soft_source.store, second.requests, job.prompts, _texts_by_key(texts_to_score), rows
+            job.soft_annotation_job.store, second.requests, job.prompts, _texts_by_key(scored_texts), rows
         )
     if not any(teacher.missing for teacher in work):
-        return work, teach(job)
-    join = join_of(job, annotations, soft_annotations, kept)
-    train, validation = join.lessons(job.source.splits.train), join.lessons(job.source.splits.validation)
+        return work, build_curriculum(job)
+    join = join_for(job, annotations, soft_annotations, kept)
+    train, validation = (
+        join.lessons(job.annotation_job.splits.train),
+        join.lessons(job.annotation_job.splits.validation),
+    )
     if not train:
         raise ConfigError(f"no training example has targets for the losses {sorted(job.objectives)}")
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
@@ -147,7 +160,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
 
 
 @dataclass(frozen=True)
-class LongestAnnotations(Records):
+class LongestAnnotations(AnnotationReader):
     """The annotations that a teacher would leave for `texts`, each token with the largest soft target."""
 
     prompts: Prompts
@@ -165,23 +178,25 @@ class LongestAnnotations(Records):
         return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
 
 
-def _longest_texts(job: Job, first: Filled, max_tokens: int) -> Texts:
+def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
     """Return the longest possible text of each answer and rationale that still makes a lesson."""
     filler, texts = _filler(job.prompts), dict[tuple[str, Span], str]()
     for (id_, span), request in sorted(first.requests.items()):  # answers sort first
         example, room = request.example, _room(job.prompts, request.example, span) - 1
         if span == "answer":
-            choices = sorted(job.source.task.choices, key=lambda choice: len(job.prompts.answer_ids(choice)))
+            choices = sorted(job.annotation_job.task.choices, key=lambda choice: len(job.prompts.answer_ids(choice)))
             texts[id_, span] = example.answer or (choices[-1] if choices else filler(min(max_tokens, room)))
         else:
             if job.config.task.answer_mode == "reasoned":
                 answer = example.answer or texts.get((id_, "answer"), "")
-                room -= len(job.prompts.bridge()) + len(job.prompts.answer_ids(answer))
+                room -= len(job.prompts.separator_ids()) + len(job.prompts.answer_ids(answer))
             texts[id_, span] = filler(min(max_tokens, room))
     return texts
 
 
-def _longest_rationales(job: Job, first: Filled, annotations: LongestAnnotations) -> dict[str, list[CheckedRationale]]:
+def _longest_rationales(
+    job: Job, first: AnnotationRequests, annotations: LongestAnnotations
+) -> dict[str, list[FilteredRationale]]:
     rationales = {}
     for id_, samples in first.samples.items():
         reasoned, direct = annotations.find(id_, "rationale"), annotations.find(id_, "answer")
@@ -189,8 +204,8 @@ def _longest_rationales(job: Job, first: Filled, annotations: LongestAnnotations
         targets = {**(direct.targets if direct else {}), **reasoned.targets}
         answer = first.requests[id_, "rationale"].example.answer or (direct.answer if direct else None)
         annotation = Annotation(reasoned.key, targets, answer, reasoned.rationale)
-        confidence = 1.0 if job.source.rationales_each > 1 else None
-        rationales[id_] = [CheckedRationale(id_, annotation, "teacher", None, confidence)] * len(samples)
+        confidence = 1.0 if job.annotation_job.rationales_each > 1 else None
+        rationales[id_] = [FilteredRationale(id_, annotation, "teacher", None, confidence)] * len(samples)
     return rationales
 
 
@@ -209,9 +224,11 @@ def _max_tokens(job: Job) -> int:
     The text is decoded and tokenized again: a space is put before it, and a token that is part of a character comes
     back as the replacement character.
     """
-    source, prompts = job.source, job.prompts
-    generation = source.store.fingerprint["teacher"].get("generation")
-    if not generation or vocabulary_fingerprint(source.prompts.tokenizer) != vocabulary_fingerprint(prompts.tokenizer):
+    annotation_job, prompts = job.annotation_job, job.prompts
+    generation = annotation_job.store.fingerprint["teacher"].get("generation")
+    if not generation or vocabulary_fingerprint(annotation_job.prompts.tokenizer) != vocabulary_fingerprint(
+        prompts.tokenizer
+    ):
         return prompts.max_length
     return 1 + int(generation["max_new_tokens"]) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
@@ -226,35 +243,35 @@ def _room(prompts: Prompts, example: Example, span: Span) -> int:
 
 def _filler(prompts: Prompts) -> Callable[[int], str]:
     """Return a maker of texts of a given number of tokens, at least one: a single-token word, repeated."""
-    pieces = ((token_id, prompts.piece(token_id)) for token_id in range(prompts.vocabulary_size))
+    pieces = ((token_id, prompts.token_text(token_id)) for token_id in range(prompts.vocabulary_size))
     words = (piece for token_id, piece in pieces if piece[:1] == " " and prompts.encode(piece * 3) == (token_id,) * 3)
     word = next((word.strip() for word in words if word.strip().isalpha()), "a")
     return lambda num_tokens: " ".join([word] * max(1, num_tokens))
 
 
-def _longest_choice(source: Source) -> int:
-    return max((len(source.prompts.answer_ids(choice)) for choice in source.task.choices), default=0)
+def _longest_choice(annotation_job: AnnotationJob) -> int:
+    return max((len(annotation_job.prompts.answer_ids(choice)) for choice in annotation_job.task.choices), default=0)
 
 
-def _largest_target(source: Source) -> SoftTargets:
+def _largest_target(annotation_job: AnnotationJob) -> SoftTargets:
     """Return the soft target that takes most bytes: uniform over a part of the vocabulary, of several sizes."""
-    size, targets = source.prompts.vocabulary_size, list[SoftTargets]()
+    size, targets = annotation_job.prompts.vocabulary_size, list[SoftTargets]()
     for num_likely in {size, *(2**power - 1 for power in range(1, size.bit_length()))}:
         logprobs_1V = torch.full((1, size), _UNLIKELY)
         logprobs_1V[:, -num_likely:] = 0.0  # ids above 16 bits take more bytes
-        targets.append(source.codec.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
-    return max(targets, key=lambda row: _packed_bytes(row, source))
+        targets.append(annotation_job.codec.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
+    return max(targets, key=lambda row: _packed_bytes(row, annotation_job))
 
 
 def _copies(row: SoftTargets, number: int) -> SoftTargets:
     return row[np.zeros(number, np.int64)]
 
 
-def _packed_bytes(row: SoftTargets, source: Source) -> float:
+def _packed_bytes(row: SoftTargets, annotation_job: AnnotationJob) -> float:
     """Return the bytes of one such soft target, packed with others like it."""
     soft = _copies(row, _NUM_PACKED)
     annotation = Annotation("", {"answer": Target((0,) * len(soft), soft)}, None)
-    return sum(array.nbytes for array in packed(annotation, source.codec).values()) / len(soft)
+    return sum(array.nbytes for array in pack_annotation(annotation, annotation_job.codec).values()) / len(soft)
 
 
 def _reader(lessons: Sequence[Lesson], row: SoftTargets) -> Read:
@@ -265,21 +282,21 @@ def _reader(lessons: Sequence[Lesson], row: SoftTargets) -> Read:
 
 def _max_growth(work: TeacherWork) -> int:
     """Return the maximum number of bytes that the cache will grow by."""
-    source, missing_keys = work.source, {request.key for request in work.missing}
+    annotation_job, missing_keys = work.annotation_job, {request.key for request in work.missing}
     if not missing_keys:
         return 0
-    groups = plan(work.filled.every, source.group_size)
+    groups = group_requests(work.filled.all_requests, annotation_job.group_size)
     num_shards = sum(any(request.key in missing_keys for request in group.requests) for group in groups)
     fixed = num_shards * _SHARD_BYTES + len(missing_keys) * _RECORD_BYTES + 2 * work.text_bytes
-    if not source.teacher.gives_soft_targets:
+    if not annotation_job.teacher.gives_soft_targets:
         return fixed
-    per_token = _packed_bytes(_largest_target(source), source) + 4 + _TEXT_BYTES
+    per_token = _packed_bytes(_largest_target(annotation_job), annotation_job) + 4 + _TEXT_BYTES
     num_tokens = sum(work.num_written(request) + len(request.given_ids) for request in work.missing)
     return fixed + round(num_tokens * per_token)
 
 
 def _examples(job: Job, work: Sequence[TeacherWork]) -> Finding:
-    splits, num_too_long = job.source.splits, len({id_ for teacher in work for id_ in teacher.filled.too_long})
+    splits, num_too_long = job.annotation_job.splits, len({id_ for teacher in work for id_ in teacher.filled.too_long})
     sizes = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     counts = ", ".join(f"{len(examples)} {name}" for name, examples in sizes.items())
     labelled = sum(example.answer is not None for example in splits.train)
@@ -289,7 +306,7 @@ def _examples(job: Job, work: Sequence[TeacherWork]) -> Finding:
 
 def _annotation_findings(work: TeacherWork, max_bytes: int) -> list[Finding]:
     """Return what one teacher will read and generate, the time it takes, and the disk its records need."""
-    num_records = len(work.filled.every)
+    num_records = len(work.filled.all_requests)
     missing = f"{len(work.missing)} of {num_records} are missing" + (" at most" if work.is_bound else "")
     findings = [_known(f"{work.name}records", missing, f"{num_records - len(work.missing)} in the cache")]
     if not work.missing:
@@ -299,14 +316,14 @@ def _annotation_findings(work: TeacherWork, max_bytes: int) -> list[Finding]:
         findings += [_tokens(work), weights]
         if not weights.stops:
             findings.append(_hours(work, _measured(work, device)))
-    folder, store = work.source.store.folder, work.source.store
-    where = f"for records at {store.place} (free space unknown)" if store.place != str(folder) else "for records"
+    folder, store = work.annotation_job.store.folder, work.annotation_job.store
+    where = f"for records at {store.location} (free space unknown)" if store.location != str(folder) else "for records"
     return [*findings, _disk(f"{work.name}cache", max_bytes, folder, where, False)]
 
 
 def _tokens(work: TeacherWork) -> Finding:
     """Count the tokens to read (prompts and texts to score, each shared prefix once) and to generate."""
-    prompts, spans = work.source.prompts, {request.span for request in work.missing}
+    prompts, spans = work.annotation_job.prompts, {request.span for request in work.missing}
     num_read = sum(len(prompts.prefix(span)) for span in SPANS if span in spans)
     num_read += sum(len(request.question_ids) + len(request.given_ids) for request in work.missing)
     num_written = sum(map(work.num_written, work.missing))
@@ -315,16 +332,16 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
-    size, dtype = 0, str(work.source.store.fingerprint["teacher"].get("dtype", "float32"))
-    for file in work.source.folder.glob("*.safetensors"):
+    size, dtype = 0, str(work.annotation_job.store.fingerprint["teacher"].get("dtype", "float32"))
+    for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(_device())
     return Finding(
         f"{work.name}weights",
         None if free_bytes is None else num_bytes <= free_bytes,
-        f"{told_bytes(num_bytes)} for the teacher in {dtype} on {_device()}",
-        f"<= {'unknown' if free_bytes is None else told_bytes(free_bytes)}",
+        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {_device()}",
+        f"<= {'unknown' if free_bytes is None else format_bytes(free_bytes)}",
         "Use a smaller teacher or a machine with more memory; this teacher was not measured",
         True,
     )
@@ -332,11 +349,11 @@ def _weights(work: TeacherWork) -> Finding:
 
 def _measured(work: TeacherWork, device: torch.device) -> Estimate | None:
     """Measure a few requests; return None if they do not fit into memory."""
-    source = work.source
+    annotation_job = work.annotation_job
     try:
-        with loaded(source.teacher) as model:
+        with loaded(annotation_job.teacher) as model:
             model.to(device)
-            return estimate(source.teacher, source.codec, work.missing, source.batch_size)
+            return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
     except torch.OutOfMemoryError:
         return None
 
@@ -344,18 +361,18 @@ def _measured(work: TeacherWork, device: torch.device) -> Estimate | None:
 def _hours(work: TeacherWork, measured: Estimate | None) -> Finding:
     duration = "unknown"
     if measured:
-        duration = f"about {told_seconds(measured.seconds)}, measured on {measured.num_sampled} requests"
+        duration = f"about {format_seconds(measured.seconds)}, measured on {measured.num_sampled} requests"
     return Finding(
         f"{work.name}annotation",
         measured is not None,
-        duration + ("; its cache will be about " + told_bytes(measured.num_bytes) if measured else ""),
+        duration + ("; its cache will be about " + format_bytes(measured.num_bytes) if measured else ""),
         "memory for one batch",
         f"Reduce {'soft_' if work.name else ''}teacher.batch_size",
         True,
     )
 
 
-def _steps(forecast: Forecast, inputs: Plan) -> list[Finding]:
+def _steps(forecast: Forecast, inputs: PreflightInput) -> list[Finding]:
     """Return the number of lessons, tokens and epochs; upper bounds while records are missing."""
     at_most = " at most" if forecast.is_bound else ""
     num_lessons, total = len(inputs.lessons), sum(lesson.num_tokens for lesson in inputs.lessons)
@@ -381,8 +398,8 @@ def _disk(check: str, num_bytes: int, folder: Path, purpose: str, is_total: bool
     return Finding(
         check,
         num_bytes <= free,
-        f"{told_bytes(num_bytes)} at most {purpose}",
-        f"<= {told_bytes(free)}",
+        f"{format_bytes(num_bytes)} at most {purpose}",
+        f"<= {format_bytes(free)}",
         f"Free space on the disk of {folder}, "
         + ("or set root to a folder elsewhere" if is_total else "or set cache.dir to a folder elsewhere"),
         True,

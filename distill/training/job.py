@@ -20,24 +20,32 @@ from distill.annotation.fill import loaded
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, row_of, speeds, teacher_row
-from distill.lessons.curriculum import Curriculum, Job, prepare, teach
-from distill.lessons.join import Records
+from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
+from distill.lessons.join import AnnotationReader
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
-from distill.training.fit import Training, arrange, fit, look_ahead, opened_student, plan_of, stop_at
-from distill.training.forecast import foresee, training_findings, verdict
+from distill.training.fit import (
+    Training,
+    build_training,
+    fit,
+    open_job_student,
+    preflight_input,
+    run_preflight,
+    stop_on_failures,
+)
+from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
 from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
-from distill.training.sharding import in_one_piece
+from distill.training.sharding import gather_model
 from distill.training.untrained import untrained_row
 
 Json = dict[str, Any]
@@ -97,12 +105,12 @@ def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) ->
 def plan(job: Job) -> float:
     """Print the resources that the run needs and those available; raise ConfigError with all that are missing."""
     job.run_dir.mkdir(parents=True, exist_ok=True)  # free disk space is measured there
-    forecast = foresee(job)
-    student = opened_student(job)
-    inputs = plan_of(job, arrange(job, forecast.curriculum, student, []))
+    forecast = forecast_run(job)
+    student = open_job_student(job)
+    inputs = preflight_input(job, build_training(job, forecast.curriculum, student, []))
     findings = [*forecast.findings, *training_findings(forecast, inputs)]
     print(f"{table(findings)}\n\n{verdict(findings, forecast.is_bound)}")
-    stop_at(findings)
+    stop_on_failures(findings)
     return 0.0
 
 
@@ -115,7 +123,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differences := configuration.differences(config, run_dir / "config.yaml", besides=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", ignored_sections=_MAY_DIFFER):
         raise ConfigError(
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
@@ -128,27 +136,27 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
-    curriculum = teach(job)
+    curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
-    student = opened_student(job)
-    training = arrange(job, curriculum, student, loggers)
+    student = open_job_student(job)
+    training = build_training(job, curriculum, student, loggers)
     is_first = is_first_process()
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         _write_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         _write_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
-    run["preflight"] = look_ahead(job, training)
+    run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
     evaluation = Evaluation(
-        student, job.prompts, job.source.task, job.config.task.answer_mode, job.config.max_new_tokens
+        student, job.prompts, job.annotation_job.task, job.config.task.answer_mode, job.config.max_new_tokens
     )
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
-    student = in_one_piece(training.module, lambda: opened_student(job))
+    student = gather_model(training.module, lambda: open_job_student(job))
     merge_adapters(student)
     evaluation = evaluation.of(student)
     results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
@@ -158,9 +166,9 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
-    teacher = _annotations(job, curriculum, job.source.splits.test, "answer")
-    if job.soft_source and curriculum.soft_filled:
-        soft = Records(job.soft_source.store, curriculum.soft_filled.requests)
+    teacher = _annotations(job, curriculum, job.annotation_job.splits.test, "answer")
+    if job.soft_annotation_job and curriculum.soft_filled:
+        soft = AnnotationReader(job.soft_annotation_job.store, curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
@@ -170,9 +178,9 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
     """The rows that are known before the student learns: the teacher's, and that of the student before training."""
-    test = job.source.splits.test
-    folder = job.source.folder if job.source.teacher.gives_soft_targets else None
-    rows = {"teacher": teacher_row(test, teacher, job.source.task, job.source.store, folder)}
+    test = job.annotation_job.splits.test
+    folder = job.annotation_job.folder if job.annotation_job.teacher.gives_soft_targets else None
+    rows = {"teacher": teacher_row(test, teacher, job.annotation_job.task, job.annotation_job.store, folder)}
     if job.config.evaluate_before:
         rows["before"] = untrained_row(job, evaluation, teacher, training.identity["student"])
     return rows
@@ -188,15 +196,17 @@ def _results(
     seconds: float,
 ) -> Json:
     """Save the student, evaluate it on test, save its predictions; return all figures."""
-    test, student = job.source.splits.test, evaluation.model
+    test, student = job.annotation_job.splits.test, evaluation.model
     save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
-    rows["student"] = row_of(predictions, job.source.task, student) | {"training_seconds": seconds}
+    rows["student"] = row_of(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation":
-        on_validation = row_of(evaluation.predict(job.source.splits.validation, {}), job.source.task, student)
+        on_validation = row_of(
+            evaluation.predict(job.annotation_job.splits.validation, {}), job.annotation_job.task, student
+        )
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
@@ -216,23 +226,25 @@ def _results(
 
 def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
     """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
-    test, source = job.source.splits.test, job.source
-    if not job.config.time_teacher or not source.teacher.gives_soft_targets:
+    test, annotation_job = job.annotation_job.splits.test, job.annotation_job
+    if not job.config.time_teacher or not annotation_job.teacher.gives_soft_targets:
         return speeds({"student": student}, test)
     say("timing teacher and student in turn ...")
-    with loaded(source.teacher) as model:
+    with loaded(annotation_job.teacher) as model:
         mode = job.config.task.answer_mode, job.config.max_new_tokens
-        return speeds({"teacher": Evaluation(model, source.prompts, source.task, *mode), "student": student}, test)
+        return speeds(
+            {"teacher": Evaluation(model, annotation_job.prompts, annotation_job.task, *mode), "student": student}, test
+        )
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    reader = Records(job.source.store, curriculum.filled.requests)
+    reader = AnnotationReader(job.annotation_job.store, curriculum.filled.requests)
     return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 
 def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: Evaluation) -> list[Json]:
     """Add the teacher's and the student's reasoning to the first rows."""
-    samples = job.source.splits.test[: job.config.num_samples]
+    samples = job.annotation_job.splits.test[: job.config.num_samples]
     teacher = _annotations(job, curriculum, samples, "rationale")
     for row, example, text in zip(rows, samples, evaluation.rationales(samples), strict=False):
         row["student_rationale"] = row["student_rationale"] or text
@@ -252,7 +264,7 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
         tracking.table(name, [{key: _plain(value) for key, value in line.items()} for line in lines])
     tracking.table("predictions", results["predictions"][: job.config.num_samples])
     tracking.page("report", job.run_dir / "report.html")
-    cache = job.source.store.folder
+    cache = job.annotation_job.store.folder
     tracking.artifact(f"cache-{cache.name}", "cache", cache, run["cache"])
     lineage = {"cache": run["cache"]["fingerprint"], "start": run["start"]}
     tracking.artifact(f"student-{run['name']}", "model", job.run_dir / "student", lineage)
@@ -264,10 +276,10 @@ def _plain(value: Any) -> Any:
 
 
 def _write(path: Path, content: Json) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

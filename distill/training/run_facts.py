@@ -14,7 +14,7 @@ _MAX_LISTED = 200
 
 
 def settings(config: Config) -> Json:
-    """Return the settings that, besides the losses, distinguish the arms of a comparison."""
+    """Return the settings that, ignored_sections the losses, distinguish the arms of a comparison."""
     return {
         "steps": config.trainer.max_steps,
         "batch_size": config.batch_size,
@@ -26,7 +26,7 @@ def settings(config: Config) -> Json:
 
 def cache_card(job: Job, curriculum: Curriculum) -> Json:
     """Return the cache that was used, and the cost of filling it."""
-    store = job.source.store
+    store = job.annotation_job.store
     return {
         "dir": str(store.folder),
         "fingerprint": store.digest,
@@ -39,7 +39,7 @@ def cache_card(job: Job, curriculum: Curriculum) -> Json:
 
 def counts(job: Job, curriculum: Curriculum) -> Json:
     """Return the number of examples, and of those left out for each reason."""
-    splits = job.source.splits
+    splits = job.annotation_job.splits
     return {
         "train": len(splits.train),
         "labelled": sum(example.answer is not None for example in splits.train),
@@ -55,7 +55,7 @@ def counts(job: Job, curriculum: Curriculum) -> Json:
 
 def contamination(job: Job) -> Json:
     """Return the overlap of train with validation and test; the first overlapping pairs are listed."""
-    overlaps, settings = job.source.overlaps, job.config.overlap
+    overlaps, settings = job.annotation_job.overlaps, job.config.overlap
     num_train = len({overlap.train_id for overlap in overlaps})
     is_dropped = settings.action == "drop"
     listed = [asdict(overlap) for overlap in overlaps[:_MAX_LISTED]]
@@ -71,7 +71,7 @@ def rejected(curriculum: Curriculum) -> list[Json]:
 
 def rationales(job: Job, curriculum: Curriculum) -> list[Json]:
     """Return every rationale of the teacher, kept or rejected, with its question and gold answer."""
-    examples = {example.id: example for example in job.source.splits.train}
+    examples = {example.id: example for example in job.annotation_job.splits.train}
     return [
         {
             "id": c.example_id,

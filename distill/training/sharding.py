@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from distill.students.causal_lm import layer_list
+from distill.students.causal_lm import layers_attribute
 
 
 def shard(module: Any) -> None:
@@ -21,12 +21,12 @@ def shard(module: Any) -> None:
 
     During the module's forward pass, and its backward pass, the weights are whole.
     """
-    for layer in getattr(module.model.base_model, layer_list(module.model) or "", ()):
+    for layer in getattr(module.model.base_model, layers_attribute(module.model) or "", ()):
         fully_shard(layer)
     fully_shard(module)
 
 
-def in_one_piece(module: Any, fresh: Callable[[], nn.Module]) -> Any:
+def gather_model(module: Any, fresh: Callable[[], nn.Module]) -> Any:
     """Return the module's model; if it is sharded, a fresh unsharded one with its weights, on the first process.
 
     All processes must call this, since each contributes its shard. On the other processes the fresh model does not

@@ -11,7 +11,7 @@ import torch
 
 from distill.app import config as configuration
 from distill.app.console import say
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.evaluation.answers import Evaluation, row_of
 from distill.lessons.curriculum import Job
 from distill.records import Annotation
@@ -25,14 +25,14 @@ def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annota
     The row is kept below the root under the hash of all that decides it, so the arms and the seeds of a sweep, and a
     run that is resumed, evaluate the same student once.
     """
-    test, key = job.source.splits.test, _key(job, evaluation.model, teacher, weights)
+    test, key = job.annotation_job.splits.test, _key(job, evaluation.model, teacher, weights)
     path = configuration.local_root(job.config.root) / "untrained" / f"{key}.json"
     if path.is_file():
         say("the student before training was evaluated by an earlier run")
     else:
         say(f"evaluating the student before training on {len(test)} test examples ...")
-        row = row_of(evaluation.predict(test, teacher), job.source.task, evaluation.model)
-        with whole_file(path) as temporary:
+        row = row_of(evaluation.predict(test, teacher), job.annotation_job.task, evaluation.model)
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(row, indent=1))
     known: Json = json.loads(path.read_text())
     return known
@@ -48,11 +48,11 @@ def _key(job: Job, student: Any, teacher: Mapping[str, Annotation], weights: str
         "device": str(student.device),
         "prompts": job.prompts.fingerprint(),
         "task": config["task"],
-        "version": job.source.task.version,
+        "version": job.annotation_job.task.version,
         "max_new_tokens": config["max_new_tokens"],
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for example in job.source.splits.test:
+    for example in job.annotation_job.splits.test:
         digest.update(repr((example.id, example.question, example.answer)).encode())
         if example.id in teacher:
             _add(digest, teacher[example.id])

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from distill.annotation.rationales import Checks, filter_samples
+from distill.annotation.rationales import RationaleFilter, filter_samples
 from distill.app.config import CONF
-from distill.records import Annotation, CheckedRationale, Example
+from distill.records import Annotation, Example, FilteredRationale
 from tests.conftest import tiny_overrides
 
 SOUND = "First 40 and then 2 more make 42."
@@ -23,11 +23,11 @@ def conf_values(name: str) -> dict[str, Any]:
     return yaml.safe_load((CONF / "rationales" / f"{name}.yaml").read_text())
 
 
-def criteria(name: str = "all", **settings: Any) -> Checks:
+def criteria(name: str = "all", **settings: Any) -> RationaleFilter:
     """The filter of a file in conf/rationales/, with some settings changed."""
     values = conf_values(name) | settings
-    assert values.pop("_target_") == "distill.annotation.rationales.Checks"
-    return Checks(**values)
+    assert values.pop("_target_") == "distill.annotation.rationales.RationaleFilter"
+    return RationaleFilter(**values)
 
 
 def sample(answer: str | None, text: str = SOUND, *, is_truncated: bool = False, key: str = "") -> Annotation:
@@ -46,7 +46,7 @@ def filtered(
     direct: str | None = None,
     value: Callable[[str], str] = as_written,
     **settings: Any,
-) -> list[CheckedRationale]:
+) -> list[FilteredRationale]:
     """The filtered rationales of a single example."""
     example = Example("How many?", gold)
     answers = {} if direct is None else {example.id: direct}

@@ -16,8 +16,10 @@ import pytest
 from omegaconf import DictConfig
 
 from distill.annotate import main
-from distill.annotation.fill import Share, fill, open_source, plan
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import Part, fill
 from distill.annotation.inspection import estimate, rescore
+from distill.annotation.requests import group_requests
 from distill.errors import CacheError, ConfigError
 from tests.annotation.conftest import annotate_options
 from tests.conftest import CountingTeacher, compose, counted, grid, run, shards, start
@@ -80,27 +82,27 @@ def test_killed_at_random_times_annotation_ends_in_the_same_shards(
 
 
 def test_groups_depend_on_the_examples_alone(configured: Callable[..., DictConfig]) -> None:
-    job = open_source(configured())
+    job = open_annotation_job(configured())
     requests = [job.prompts.request(example, "answer") for example in job.splits.train]
-    groups = plan(requests, 4)
+    groups = group_requests(requests, 4)
     assert [len(group.requests) for group in groups] == [4, 4, 4]
-    assert plan([*requests[::-1], requests[0]], 4) == groups
+    assert group_requests([*requests[::-1], requests[0]], 4) == groups
     lengths = [len(r.question_ids) + len(r.given_ids) for group in groups for r in group.requests]
     assert lengths == sorted(lengths)
 
 
 def test_parts_are_disjoint_and_cover_all_examples(configured: Callable[..., DictConfig]) -> None:
-    examples, annotated = {"answer": open_source(configured()).splits.train}, []
+    examples, annotated = {"answer": open_annotation_job(configured()).splits.train}, []
     for part in (1, 2, 3):
         job, teacher = counted(configured("teacher.group_size=2", f"cache.dir={configured().root}/{part}"))
-        fill(job, examples, part=Share(part, 3))
+        fill(job, examples, part=Part(part, 3))
         annotated.append({request.key for request in teacher.asked})
     assert not any(left & right for left, right in itertools.combinations(annotated, 2))
     assert len(set().union(*annotated)) == len(examples["answer"])
 
 
 def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., DictConfig]) -> None:
-    job = open_source(configured("task.examples.num_unlabelled=60"))
+    job = open_annotation_job(configured("task.examples.num_unlabelled=60"))
     requests = [job.prompts.request(example, "answer") for example in job.splits.train]
     job.teacher.load()
     result = estimate(job.teacher, job.codec, requests, 8)
@@ -116,7 +118,7 @@ def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., Di
 def test_records_of_another_teacher_are_detected_despite_correct_checksums(
     configured: Callable[..., DictConfig],
 ) -> None:
-    job = open_source(configured())
+    job = open_annotation_job(configured())
     fill(job, {"answer": job.splits.train})
     requests = [job.prompts.request(example, "answer") for example in job.splits.train]
     job.teacher.load()
@@ -125,7 +127,7 @@ def test_records_of_another_teacher_are_detected_despite_correct_checksums(
     assert result.num_records == 8
     assert result.distance < 0.01
     assert result.noise_floor < 1e-4
-    other = open_source(configured(f"cache.dir={configured().root}/other"))
+    other = open_annotation_job(configured(f"cache.dir={configured().root}/other"))
     with other.store.writing() as writer:
         for request in requests:
             annotation = job.store.read(request.key)
@@ -191,7 +193,7 @@ def test_an_interrupted_annotation_records_its_cost(configured: Callable[..., Di
 
     with pytest.raises(KeyboardInterrupt):
         fill(replace(job, teacher=Interrupted(teacher)), {"answer": job.splits.train})
-    (cost,) = open_source(configured()).store.costs
+    (cost,) = open_annotation_job(configured()).store.costs
     assert cost["records"] == 4
     assert cost["seconds"] > 0
     assert cost["parameters"] > 0

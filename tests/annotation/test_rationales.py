@@ -13,14 +13,14 @@ from distill.annotation.rationales import count_by_reason, filter_samples
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.records import Example
-from distill.tasks.expressions import value_of
+from distill.tasks.expressions import evaluate_expression
 from tests.annotation.conftest import SOUND, as_written, conf_values, criteria, filtered, reason_for, reasons, sample
 from tests.conftest import conf_names
 
 
 def evaluated(answer: str) -> str:
     """The value of an answer where equal numbers agree."""
-    return str(value_of(answer))
+    return str(evaluate_expression(answer))
 
 
 @pytest.mark.parametrize("name", conf_names("rationales"))

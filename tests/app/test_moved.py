@@ -51,6 +51,6 @@ def test_a_saved_configuration_differs_by_no_name_that_has_moved(tmp_path: Path)
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(as_before(configuration.plain(config))))
     assert saved.read_text().count("distill.prompts.Layout") == 1
-    assert configuration.differences(config, saved, besides=()) == []
+    assert configuration.differences(config, saved, ignored_sections=()) == []
     config.batch_size += 1
-    assert len(configuration.differences(config, saved, besides=())) == 1
+    assert len(configuration.differences(config, saved, ignored_sections=())) == 1

@@ -283,8 +283,8 @@ def test_a_search_goes_by_what_the_saved_student_answers_on_validation(
     (folder,) = (path.parent for path in sweep.glob("*/run.json"))
     job = prepare(OmegaConf.load(folder / "config.yaml"), tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-    evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 2)
-    examples = job.source.splits.validation
+    evaluation = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 2)
+    examples = job.annotation_job.splits.validation
     told = evaluation.predict(examples, {})
     best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())["best_value"]
     assert best == pytest.approx(sum(prediction.is_correct for prediction in told) / len(examples))

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from distill.annotation.fill import open_source
-from distill.app.files import whole_file
+from distill.annotation.annotation_job import open_annotation_job
+from distill.app.files import atomic_write
 from distill.cache.store import Store
 from distill.errors import CacheError
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from tests.cache.conftest import Files, annotate_command, annotate_here, annotation, open_store, unsealed, write_files
 from tests.conftest import CountingTeacher, compose, run, shards
 
@@ -46,7 +46,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def cache_of(root: Path, cache: Path, teacher: Path) -> Store:
-    return open_source(compose(*annotate_command(root, cache, teacher), f"root={root}", name="annotate")).store
+    return open_annotation_job(compose(*annotate_command(root, cache, teacher), f"root={root}", name="annotate")).store
 
 
 @pytest.mark.slow
@@ -87,17 +87,17 @@ def test_a_complete_cache_can_be_read_on_a_read_only_disk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = configured(f"cache.dir={disk('size=8m')}/cache", "loss=[answer,kl,rationale]")
-    first = teach(prepare(config, tmp_path))
+    first = build_curriculum(prepare(config, tmp_path))
     with pytest.raises(OSError, match="Read-only file system"):
         (disk("ro") / "file").touch()
     job = prepare(config, tmp_path)
-    teacher = CountingTeacher(job.source.teacher)
-    again = teach(replace(job, source=replace(job.source, teacher=teacher)))
+    teacher = CountingTeacher(job.annotation_job.teacher)
+    again = build_curriculum(replace(job, annotation_job=replace(job.annotation_job, teacher=teacher)))
     assert teacher.num_loads == 0
     assert [lesson.example_id for lesson in again.train] == [lesson.example_id for lesson in first.train]
     assert [lesson.counts() for lesson in again.train] == [lesson.counts() for lesson in first.train]
     assert "records exist; the teacher is not loaded" in capsys.readouterr().err
-    assert job.source.store.check() == []
+    assert job.annotation_job.store.check() == []
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_a_folder_that_vanishes_gives_a_single_message_and_stays_intact(tmp_path
 
 
 def test_a_failed_write_names_its_file_and_leaves_none(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as raised, whole_file(tmp_path / "file"):
+    with pytest.raises(OSError, match="No space left") as raised, atomic_write(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert raised.value.filename == str(tmp_path / "file")
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from distill.annotation.fill import fill, open_source
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import fill
 from distill.errors import CacheError
 from tests.cache.conftest import train_and_validation
 from tests.conftest import compose, counted, grid, tiny_overrides
@@ -74,7 +75,7 @@ def test_settings_that_change_targets_change_the_fingerprint(
         )
     else:
         theirs = configured(change)
-    stores = [open_source(config).store for config in (ours, theirs)]
+    stores = [open_annotation_job(config).store for config in (ours, theirs)]
     assert stores[0].fingerprint != stores[1].fingerprint
     assert stores[0].folder != stores[1].folder
 
@@ -83,11 +84,13 @@ def test_settings_that_change_targets_change_the_fingerprint(
     "change", ["seed=1", "batch_size=4", "loss=[kl]", "teacher.batch_size=3", "optim.optimizer.lr=0.1"]
 )
 def test_other_settings_keep_the_fingerprint(change: str, configured: Callable[..., DictConfig]) -> None:
-    assert open_source(configured()).store.fingerprint == open_source(configured(change)).store.fingerprint
+    assert (
+        open_annotation_job(configured()).store.fingerprint == open_annotation_job(configured(change)).store.fingerprint
+    )
 
 
 def test_a_prompt_template_changes_every_key(configured: Callable[..., DictConfig]) -> None:
-    ours, theirs = (open_source(configured(*o)) for o in ((), ("task.layout.question_cue='?'",)))
+    ours, theirs = (open_annotation_job(configured(*o)) for o in ((), ("task.layout.question_cue='?'",)))
     keys = [{s.prompts.request(e, "answer").key for e in s.splits.train} for s in (ours, theirs)]
     assert len(keys[0]) == len(keys[1]) == len(ours.splits.train)
     assert not keys[0] & keys[1]
@@ -98,7 +101,7 @@ def test_a_cache_with_another_fingerprint_is_refused(configured: Callable[..., D
     job, _ = counted(configured(cache_dir))
     fill(job, {"answer": job.splits.validation})
     with pytest.raises(CacheError, match=r"codec\.k: cache has 8, this run has 7"):
-        open_source(configured(cache_dir, "cache.codec.k=7"))
+        open_annotation_job(configured(cache_dir, "cache.codec.k=7"))
 
 
 def test_stored_targets_equal_the_models_own(configured: Callable[..., DictConfig]) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from distill.annotation.fill import Share, fill, open_source, plan
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import Part, fill
+from distill.annotation.requests import group_requests
 from distill.cache.claims import Claims
 from distill.records import Annotation, Example, Request
 from tests.cache.conftest import unsealed
@@ -52,15 +54,15 @@ GROUPED = ("teacher.group_size=2", "teacher.batch_size=2")
 
 
 def test_groups_annotated_by_another_process_meanwhile_are_skipped(configured: Callable[..., DictConfig]) -> None:
-    job = open_source(configured(*GROUPED))
-    groups = plan([job.prompts.request(example, "answer") for example in job.splits.train], 2)
+    job = open_annotation_job(configured(*GROUPED))
+    groups = group_requests([job.prompts.request(example, "answer") for example in job.splits.train], 2)
     folder, annotated = job.store.folder, list[str]()
 
     def meanwhile(call: int) -> None:
         if call == 1:
             unclaimed = [group for group in groups if not (folder / "claims" / group.name).exists()]
             annotated.extend(group.name for group in unclaimed)
-            other = open_source(configured(*GROUPED))
+            other = open_annotation_job(configured(*GROUPED))
             fill(other, {"answer": [request.example for group in unclaimed for request in group.requests]})
 
     fill(replace(job, teacher=ObservedTeacher(job.teacher, meanwhile)), {"answer": job.splits.train})
@@ -73,14 +75,14 @@ def test_groups_annotated_by_another_process_meanwhile_are_skipped(configured: C
 def test_a_group_annotated_just_before_its_claim_is_skipped(
     configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = open_source(configured(*GROUPED))
-    last = plan([job.prompts.request(example, "answer") for example in job.splits.train], 2)[-1]
+    job = open_annotation_job(configured(*GROUPED))
+    last = group_requests([job.prompts.request(example, "answer") for example in job.splits.train], 2)[-1]
     take, annotated = Claims.take, list[str]()
 
     def annotate_then_take(self: Claims, name: str) -> bool:
         if name == last.name and not annotated:
             annotated.append(name)
-            fill(open_source(configured(*GROUPED)), {"answer": [request.example for request in last.requests]})
+            fill(open_annotation_job(configured(*GROUPED)), {"answer": [request.example for request in last.requests]})
         return take(self, name)
 
     monkeypatch.setattr(Claims, "take", annotate_then_take)
@@ -95,7 +97,7 @@ def test_a_group_annotated_just_before_its_claim_is_skipped(
 def test_claims_are_released_after_each_group_and_on_errors(
     configured: Callable[..., DictConfig],
 ) -> None:
-    job = open_source(configured(*GROUPED))
+    job = open_annotation_job(configured(*GROUPED))
     num_claims: list[int] = []
 
     def count_claims(call: int) -> None:
@@ -107,19 +109,19 @@ def test_claims_are_released_after_each_group_and_on_errors(
         fill(replace(job, teacher=ObservedTeacher(job.teacher, count_claims)), {"answer": job.splits.train})
     assert 1 <= min(num_claims) <= max(num_claims) <= 3  # of six groups, the current and prefetched ones
     assert not list(job.store.folder.glob("claims/[0-9a-f]*"))
-    assert len(open_source(configured(*GROUPED)).store) == 10
+    assert len(open_annotation_job(configured(*GROUPED)).store) == 10
 
 
 @pytest.mark.slow
 def test_a_part_does_not_depend_on_existing_records(configured: Callable[..., DictConfig]) -> None:
-    job = open_source(configured())
+    job = open_annotation_job(configured())
     train = job.splits.train
 
     def annotated_ids(cache: str, part: int, *existing: Example) -> set[str]:
-        job = open_source(configured(*GROUPED, f"cache.dir={configured().root}/{cache}{part}"))
+        job = open_annotation_job(configured(*GROUPED, f"cache.dir={configured().root}/{cache}{part}"))
         if existing:
             fill(job, {"answer": existing})
-        fill(job, {"answer": train}, part=Share(part, 2))
+        fill(job, {"answer": train}, part=Part(part, 2))
         return {e.id for e in train if job.prompts.request(e, "answer").key in job.store}
 
     fresh = [annotated_ids("fresh", part) for part in (1, 2)]

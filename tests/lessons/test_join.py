@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
-from distill.lessons.curriculum import prepare, teach
-from distill.lessons.join import Join, Records
+from distill.lessons.curriculum import build_curriculum, prepare
+from distill.lessons.join import AnnotationReader, Join
 from distill.prompts.cues import Prompts
-from distill.records import SPANS, Annotation, CheckedRationale, Example, Target
+from distill.records import SPANS, Annotation, Example, FilteredRationale, Target
 from tests.conftest import CountingTeacher, examples
 from tests.lessons.conftest import soft
 
@@ -32,7 +32,7 @@ def make_join(
     with store.writing() as writer:
         writer.add([replace(annotations[example_id], key=request.key) for (example_id, _), request in requests.items()])
     settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS} | overrides
-    return Join(prompts=prompts, teacher=Records(store, requests), **settings)
+    return Join(prompts=prompts, teacher=AnnotationReader(store, requests), **settings)
 
 
 def annotation(prompts: Prompts, answer: str) -> Annotation:
@@ -83,7 +83,7 @@ def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path
     annotations = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
     ids = prompts.rationale_ids("By the teacher.")
     reasoned = Annotation("", {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
-    filtered = {kept.id: [CheckedRationale(kept.id, reasoned, "gold", None)]}
+    filtered = {kept.id: [FilteredRationale(kept.id, reasoned, "gold", None)]}
     join = make_join(prompts, tmp_path, [kept, rejected, explained], annotations, rationales=filtered)
     sequences_by_example = {lesson.example_id: lesson.sequences for lesson in join.lessons([kept, rejected, explained])}
     spans = {name: [set(s.prompt.spans) for s in sequences] for name, sequences in sequences_by_example.items()}
@@ -98,7 +98,7 @@ def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_pat
     (example,) = (Example(e.question, e.answer) for e in examples(1))
     texts = ("By the teacher.", "In other words.", "Once more.")
     rationales = [Annotation("", {}, example.answer, text, is_sampled=bool(index)) for index, text in enumerate(texts)]
-    filtered = {example.id: [CheckedRationale(example.id, rationale, "gold", None, 0.75) for rationale in rationales]}
+    filtered = {example.id: [FilteredRationale(example.id, rationale, "gold", None, 0.75) for rationale in rationales]}
     join = make_join(
         prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, rationales=filtered
     )
@@ -135,7 +135,7 @@ def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts:
 
 def test_a_student_learns_from_train_and_is_validated_on_validation_only(configured: Callable[..., DictConfig]) -> None:
     job = prepare(configured("loss=[answer,kl,rationale]"), Path("unused"))
-    curriculum, splits = teach(job), job.source.splits
+    curriculum, splits = build_curriculum(job), job.annotation_job.splits
     train_ids, validation_ids = (
         {lesson.example_id for lesson in part} for part in (curriculum.train, curriculum.validation)
     )
@@ -146,9 +146,9 @@ def test_a_student_learns_from_train_and_is_validated_on_validation_only(configu
 
 def test_test_questions_reach_the_teacher_without_their_answers(configured: Callable[..., DictConfig]) -> None:
     job = prepare(configured("loss=[answer,kl,rationale,rationale_kl]"), Path("unused"))
-    teacher = CountingTeacher(job.source.teacher)
-    teach(replace(job, source=replace(job.source, teacher=teacher)))
-    splits = job.source.splits
+    teacher = CountingTeacher(job.annotation_job.teacher)
+    build_curriculum(replace(job, annotation_job=replace(job.annotation_job, teacher=teacher)))
+    splits = job.annotation_job.splits
     test_ids = {example.id for example in splits.test}
     test_requests = [request for request in teacher.asked if request.example.id in test_ids]
     assert {request.example.id for request in test_requests} == test_ids

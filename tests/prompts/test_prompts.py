@@ -140,9 +140,11 @@ def test_a_shot_without_the_required_rationale_is_refused(prompts: Prompts) -> N
 
 
 def test_a_reply_is_split_at_the_answer_cue(prompts: Prompts) -> None:
-    reply = prompts.take_apart((*prompts.rationale_ids("Since so."), *prompts.bridge(), *prompts.answer_ids("12")))
+    reply = prompts.split_reply(
+        (*prompts.rationale_ids("Since so."), *prompts.separator_ids(), *prompts.answer_ids("12"))
+    )
     assert (reply.rationale, reply.answer) == ("Since so.", "12")
-    without_answer = prompts.take_apart(prompts.rationale_ids("Since so."))
+    without_answer = prompts.split_reply(prompts.rationale_ids("Since so."))
     assert (without_answer.rationale, without_answer.answer) == ("Since so.", "")
 
 

@@ -59,7 +59,7 @@ def test_swept_settings_are_ranked_by_the_variance_that_they_explain(make_run: M
     assert drawn.count('<circle class="hollow"') == 12 + 3 * 13
     for chart in re.findall(r"<svg.*?</svg>", drawn, flags=re.DOTALL):
         ElementTree.fromstring(chart)
-    sentence = "Share of the variance of accuracy between runs that each setting explains: loss.kl.weight 99 %, "
+    sentence = "Part of the variance of accuracy between runs that each setting explains: loss.kl.weight 99 %, "
     assert sentence in " ".join(to_text(summary).split())
 
 

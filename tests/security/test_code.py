@@ -22,12 +22,12 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.shard import SUFFIXES
 from distill.cache.store import Store
 from distill.errors import CacheError, ConfigError
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.models import loading, naming
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Annotation
 from distill.students.causal_lm import open_student
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from tests.conftest import WHOLE_STUDENT, environment, make_model, tiny_overrides
 from tests.security.conftest import ROOT, MakesFolderWhenUnpickled
 
@@ -77,7 +77,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     checkpoint = tmp_path / "step-00000001.ckpt"
     torch.save({"state_dict": {}, "loops": MakesFolderWhenUnpickled(hostile_marker)}, checkpoint)
     job = prepare(configured("trainer.max_steps=2", "loss=[answer]", f"resume='{checkpoint}'"), tmp_path / "run")
-    training = arrange(job, teach(job), open_student(job.student_folder, **WHOLE_STUDENT), [])
+    training = build_training(job, build_curriculum(job), open_student(job.student_folder, **WHOLE_STUDENT), [])
     if has_seal:  # by an attacker who knows the format of this run's checkpoints
         seal = {"sha256": sha256(checkpoint), "identity": dict(training.identity)}
         checkpoint.with_suffix(".json").write_text(json.dumps(seal))

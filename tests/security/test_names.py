@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from distill.annotation import annotation_job
-from distill.annotation.fill import open_source
+from distill.annotation.annotation_job import open_annotation_job
 from distill.app import config as configuration
-from distill.app.files import whole_file
+from distill.app.files import atomic_write
 from distill.app.tracking import artifact_name
 from distill.cache.claims import Claims
 from distill.errors import ConfigError
@@ -91,10 +91,10 @@ def test_a_task_with_a_hostile_name_writes_below_the_root_only(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     before = set(tmp_path.parent.iterdir())
-    source = open_source(configured("task.name='../../../outside'", f"root={tmp_path / 'root'}"))
+    source = open_annotation_job(configured("task.name='../../../outside'", f"root={tmp_path / 'root'}"))
     with source.store.writing():
         pass
-    assert source.store.is_begun
+    assert source.store.has_header
     assert source.store.folder.is_relative_to(tmp_path / "root" / "cache")
     assert set(tmp_path.parent.iterdir()) == before
 
@@ -132,7 +132,7 @@ def test_writing_replaces_a_link_instead_of_following_it(tmp_path: Path) -> None
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "run" / name).symlink_to(outside)
     configuration.save(compose(), tmp_path / "run" / "config.yaml")
-    with whole_file(tmp_path / "run" / "plain") as temporary:
+    with atomic_write(tmp_path / "run" / "plain") as temporary:
         temporary.write_text("new")
     claims = Claims(tmp_path / "run", seconds=0.5)
     with claims.held():

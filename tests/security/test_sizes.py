@@ -18,8 +18,8 @@ from distill.annotation.rationales import has_wrong_arithmetic, leaks
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example
 from distill.tasks import tables
-from distill.tasks.expressions import value_of
-from distill.tasks.files import AnswerFormat, Columns, examples_of
+from distill.tasks.expressions import evaluate_expression
+from distill.tasks.files import AnswerFormat, Columns, read_examples
 from tests.security.conftest import ANY_TEXT
 
 
@@ -28,7 +28,7 @@ def columns() -> Columns:
 
 
 def read_rows(path: Path) -> list[Example]:
-    return examples_of(tables.read_file(path), columns(), AnswerFormat(kind="line", pattern=None, choices=[]))
+    return read_examples(tables.read_file(path), columns(), AnswerFormat(kind="line", pattern=None, choices=[]))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_deeply_nested_value_is_read_or_refused_with_its_file(depth: int, name
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MOST_UNPACKED_BYTES", 2**24)
+    monkeypatch.setattr(tables, "_MAX_UNPACKED_BYTES", 2**24)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
     pq.write_table(pa.table({"question": column.cast(pa.string()), "answer": ["4"] * 2000}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 120_000
@@ -66,7 +66,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_large_table_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MOST_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(tables, "_MAX_UNPACKED_BYTES", 0)
     rows = [{"question": f"{i} why?", "answer": str(i)} for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert list(tables.read_file(tmp_path / "a.parquet").rows.values()) == rows
@@ -76,7 +76,7 @@ def test_a_large_table_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @settings(max_examples=200, deadline=None)
 def test_an_expression_has_a_bounded_value_or_none(text: str) -> None:
     try:
-        value = value_of(text)
+        value = evaluate_expression(text)
     except ValueError:
         return
     assert isinstance(value, Fraction)
@@ -86,7 +86,7 @@ def test_an_expression_has_a_bounded_value_or_none(text: str) -> None:
 @pytest.mark.parametrize("text", ["9" * 201, "9*" * 5000 + "9", "1+" * 90_000 + "1", "(" * 90_000 + "1" + ")" * 90_000])
 def test_a_long_expression_is_not_evaluated(text: str) -> None:
     with pytest.raises(ValueError, match=r"an expression of \d+ characters; at most 200"):
-        value_of(text)
+        evaluate_expression(text)
 
 
 @pytest.mark.parametrize("part", ["(", "( ", "9", "9,999", "1+", "1=", "(1)", " ", "-", "1.", "a'", "1 equals ", "[("])

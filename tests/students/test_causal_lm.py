@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.lessons.collate import collate
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.losses.head import head_loss
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
 from distill.students.causal_lm import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from tests.conftest import WHOLE_STUDENT, compose, lessons, make_model, read, student_module
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 1]])
@@ -246,7 +246,7 @@ def test_a_run_that_broke_off_goes_on_with_its_adapters(configured: Callable[...
         student = open_student(
             job.student_folder, **WHOLE_STUDENT | {"lora": configuration.build(job.config.student.lora)}
         )
-        fit(job, arrange(job, teach(job), student, []))
+        fit(job, build_training(job, build_curriculum(job), student, []))
         return student.state_dict()
 
     whole = trained("whole", "trainer.max_steps=4")

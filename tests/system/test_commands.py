@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.prompts.tokenizers import load_tokenizer
 from distill.students.causal_lm import open_student, weights_hash
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from tests.conftest import WHOLE_STUDENT, compose, environment, reviews, run, tiny_overrides
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_run_saves_a_student_and_a_second_run_makes_no_teacher_call(
     job = prepare(config, tmp_path / "again")
     trained = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": [0, 2]})
     start_hash = weights_hash(trained)
-    fit(job, arrange(job, teach(job), trained, []))
+    fit(job, build_training(job, build_curriculum(job), trained, []))
     reopened = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     ids = tokenizer("Question: How many?", return_tensors="pt").input_ids
@@ -86,8 +86,8 @@ def test_a_lora_student_is_evaluated_as_saved(tmp_path: Path, teacher_folder: Pa
     job = prepare(OmegaConf.load(folder / "config.yaml"), tmp_path / "again")
     for model_folder, is_same in ((folder / "student", True), (student_folder, False)):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        evaluation = Evaluation(model, job.prompts, job.source.task, "direct", 6)
-        assert (evaluation.rationales(job.source.splits.test) == saved_texts) == is_same
+        evaluation = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 6)
+        assert (evaluation.rationales(job.annotation_job.splits.test) == saved_texts) == is_same
 
 
 def test_a_student_of_another_vocabulary_uses_no_soft_targets(

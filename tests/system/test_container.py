@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from distill.app.config import CONF
-from distill.app.files import sha256, whole_file
+from distill.app.files import atomic_write, sha256
 
 ROOT = CONF.parent
 CANARY = f"canary-{secrets.token_hex(16)}"
@@ -134,7 +134,7 @@ def base() -> Path:
     """An archive of a minimal Debian root file system with Python, kept between test runs."""
     archive = Path(tempfile.gettempdir()) / "distill-test-bookworm.tar"
     if not archive.is_file():
-        with tempfile.TemporaryDirectory() as folder, whole_file(archive) as temporary:
+        with tempfile.TemporaryDirectory() as folder, atomic_write(archive) as temporary:
             packages = "--include=python3,python3-venv,ca-certificates"
             process = subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", folder], check=False)
             if process.returncode:

@@ -15,7 +15,9 @@ import torch
 from omegaconf import DictConfig
 
 from distill.annotate import main
-from distill.annotation.fill import fill, open_source, without_answers
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import fill
+from distill.annotation.requests import without_labels
 from distill.cache.codecs.dense import Dense
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
@@ -131,14 +133,14 @@ def test_the_layout_decides_the_prompt_and_a_chat_template_does_not(
 
 
 def test_no_evaluation_question_is_in_train(configured: Callable[..., DictConfig]) -> None:
-    source = open_source(configured())
+    source = open_annotation_job(configured())
     splits = source.splits
 
     def keys(some_examples: Sequence[Example]) -> set[str]:
         return {source.prompts.request(e, span).key for e in some_examples for span in ("answer", "rationale")}
 
     held_out = [*splits.validation, *splits.test]
-    assert not keys([*splits.train, *without_answers(splits.train)]) & keys([*held_out, *without_answers(held_out)])
+    assert not keys([*splits.train, *without_labels(splits.train)]) & keys([*held_out, *without_labels(held_out)])
     planted = Example(f"  {splits.test[0].question.upper()} ", splits.test[0].answer)
     splits_again = Splits.disjoint([*splits.train, planted], [*splits.validation, splits.test[1]], splits.test)
     assert (splits_again.train, splits_again.validation) == (splits.train, splits.validation)
@@ -148,7 +150,7 @@ def test_no_evaluation_question_is_in_train(configured: Callable[..., DictConfig
 def test_annotate_never_uses_test_labels(tmp_path: Path, teacher_folder: Path) -> None:
     config = compose(*annotate_options(tmp_path, teacher_folder), f"root={tmp_path}", name="annotate")
     main(config)
-    source = open_source(config)
+    source = open_annotation_job(config)
     for example in source.splits.test:
         assert example.answer is not None
         without_label = source.prompts.request(Example(example.question), "answer")
@@ -201,7 +203,7 @@ def test_annotations_must_match_requests_one_to_one(kind: str, configured: Calla
     source = replace(source, teacher=MisbehavingTeacher(source.teacher, kind))
     with pytest.raises(CacheError, match="one for each"):
         fill(source, {"answer": source.splits.train})
-    assert len(open_source(configured()).store) == 0
+    assert len(open_annotation_job(configured()).store) == 0
 
 
 @pytest.mark.parametrize("span", ["answer", "rationale"])
@@ -227,7 +229,7 @@ def test_sequences_of_a_batch_do_not_attend_to_each_other(
 def test_a_too_long_test_question_counts_as_wrong(
     student_folder: Path, prompts: Prompts, configured: Callable[..., DictConfig]
 ) -> None:
-    source = open_source(configured())
+    source = open_annotation_job(configured())
     questions = [source.splits.test[0], Example("how " * 400 + "many?", "7"), *source.splits.test[1:]]
     model = loading.load(student_folder, torch.float32)
     evaluation = Evaluation(model, prompts, source.task, "direct", 6)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.annotation.fill import open_source
+from distill.annotation.annotation_job import open_annotation_job
 from tests.conftest import compose, environment, run, tiny_overrides
 
 pytestmark = [pytest.mark.slurm, pytest.mark.enable_socket, pytest.mark.timeout(600)]
@@ -284,7 +284,7 @@ def test_array_jobs_make_each_record_once_and_only_the_signalled_job_requeues(
     restarts = cluster.restarts(number)
     assert restarts["1"] == restarts["2"] == "0" < restarts["3"]
     assert "what was annotated is kept" in cluster.output(last)
-    source = open_source(compose(*tiny, name="annotate"))
+    source = open_annotation_job(compose(*tiny, name="annotate"))
     records_per_job = [cost["records"] for cost in source.store.costs]
     # 240 train examples with answer and rationale, 4 of validation and 4 of test with an answer
     assert sum(records_per_job) == len(source.store) == 2 * 240 + 4 + 4

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
-from distill.annotation.fill import open_source
+from distill.annotation.annotation_job import open_annotation_job
 from distill.app import config as configuration
 from distill.cache.codecs.dense import Dense
 from distill.errors import AnswerError
@@ -49,7 +49,7 @@ def without(overrides: list[str], *names: str) -> list[str]:
 def elsewhere(configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Configured:
     """Compose a run whose teacher is a file."""
     tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
-    known = recorded(tmp_path, open_source(configured()).splits)
+    known = recorded(tmp_path, open_annotation_job(configured()).splits)
     return lambda *overrides: compose(*tiny, *known, *overrides)
 
 

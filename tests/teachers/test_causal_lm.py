@@ -15,16 +15,17 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from distill.annotation.fill import fill, open_source
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import fill
 from distill.annotation.teacher_module import TeacherModule
 from distill.cache import uniforms
 from distill.errors import ConfigError
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from distill.training.job import distill
 from tests.conftest import (
     LAYOUT,
@@ -56,11 +57,11 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     job = prepare(configured("trainer.max_steps=2", "trainer.log_every_n_steps=1", "loss=[kl]"), tmp_path / "run")
-    teacher = CountingTeacher(job.source.teacher)
-    job = replace(job, source=replace(job.source, teacher=teacher))
-    curriculum = teach(job)
+    teacher = CountingTeacher(job.annotation_job.teacher)
+    job = replace(job, annotation_job=replace(job.annotation_job, teacher=teacher))
+    curriculum = build_curriculum(job)
     num_asked, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
-    fit(job, arrange(job, curriculum, student, []))
+    fit(job, build_training(job, curriculum, student, []))
     assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
     (file,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
     saved = torch.load(file, weights_only=True)
@@ -77,7 +78,7 @@ def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
     job = prepare(configured(*few, "loss=[answer]"), tmp_path / "run")
     student = open_student(job.student_folder, **WHOLE_STUDENT | {"freeze": ["embed_tokens"]})
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    fit(job, arrange(job, teach(job), student, []))
+    fit(job, build_training(job, build_curriculum(job), student, []))
     (state,) = torch.load(tmp_path / "run" / "checkpoints" / "step-00000001.ckpt", weights_only=True)[
         "optimizer_states"
     ]
@@ -87,7 +88,7 @@ def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
 
 
 def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Callable[..., DictConfig]) -> None:
-    source = open_source(configured())
+    source = open_annotation_job(configured())
     kept: list[weakref.ref[Any]] = []
 
     class Watched(CountingTeacher):
@@ -102,7 +103,7 @@ def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Ca
     gc.collect()
     assert len(kept) == watched.num_loads == 1
     assert kept[0]() is None
-    again = open_source(configured())
+    again = open_annotation_job(configured())
     unused = CountingTeacher(again.teacher)
     second = fill(replace(again, teacher=unused), wanted)
     assert (unused.num_loads, unused.asked) == (0, [])
@@ -121,9 +122,9 @@ def test_training_and_evaluation_ask_the_teacher_nothing(configured: Callable[..
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     job = prepare(configured(*short), run_dir)
-    teach(job)
-    unused = CountingTeacher(job.source.teacher)
-    distill(replace(job, source=replace(job.source, teacher=unused)), [], {})
+    build_curriculum(job)
+    unused = CountingTeacher(job.annotation_job.teacher)
+    distill(replace(job, annotation_job=replace(job.annotation_job, teacher=unused)), [], {})
     assert (unused.num_loads, unused.asked) == (0, [])
 
 
@@ -169,7 +170,7 @@ def test_every_position_of_a_record_has_a_number_of_its_own_in_any_batch(
             numbers = [number for span_numbers in found.values() for number in span_numbers]
             assert len(set(numbers)) == len(numbers)
             # A rationale's target goes on, over the words between, to the answer.
-            length = len(numbers) + len(prompts.bridge()) * (len(found) == 2)
+            length = len(numbers) + len(prompts.separator_ids()) * (len(found) == 2)
             every = uniforms(annotation.key, length, 11).tolist()
             assert found.get("rationale", []) == every[: len(found.get("rationale", []))]
             assert found.get("answer", []) == every[length - len(found.get("answer", [])) :]
@@ -247,7 +248,7 @@ def test_choices_are_calibrated_on_train_questions_alone(
     teacher, options = shutil.copytree(teacher_folder, tmp_path / "teacher"), reviews(tmp_path)
     make_tokenizer(teacher, texts=["Sentiment: negative", "Sentiment: positive"] * 500)  # two tokens to begin with
     tiny = tiny_overrides(tmp_path, teacher, student_folder)
-    source = open_source(compose(*tiny[1:], *options, "teacher.calibrate=5"))
+    source = open_annotation_job(compose(*tiny[1:], *options, "teacher.calibrate=5"))
     assert source.teacher.fingerprint()["calibration"] == [example.id for example in source.splits.train[:5]]
 
 
@@ -304,7 +305,7 @@ def test_sample_zero_is_greedy_whatever_stands_beside_it(prompts: Prompts, teach
     reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
     read = reader.read([request.question_ids for request in requests[::2]])
     written = read.greedy(max_new_tokens=6, stop=prompts.end)
-    assert [a.rationale for a in greedy] == [prompts.take_apart(ids).rationale for ids in written]
+    assert [a.rationale for a in greedy] == [prompts.split_reply(ids).rationale for ids in written]
 
 
 def test_samples_become_greedy_as_the_sampling_temperature_vanishes(prompts: Prompts, teacher_folder: Path) -> None:
@@ -325,7 +326,7 @@ def test_words_are_drawn_by_other_numbers_than_targets_are_cut_by(prompts: Promp
         numbers_BN = torch.from_numpy(np.stack([uniforms(request.key + ending, 6, 0) for request in requests]))
         reading = reader.read([request.question_ids for request in requests])
         written = reading.sampled(uniforms_BN=numbers_BN, stop=prompts.end, temperature=1.0, top_p=1.0)
-        same = [prompts.take_apart(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
+        same = [prompts.split_reply(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
         assert same == [is_theirs] * len(requests)
 
 
@@ -361,9 +362,9 @@ def test_only_rationales_without_a_reason_against_them_reach_the_student(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     job = prepare(configured("loss=[answer,kl,rationale]", "num_samples=0"), tmp_path)
-    unlabelled = [e for e in job.source.splits.train if e.answer is None]
-    prompts, cases = job.source.prompts, dict(zip((e.id for e in unlabelled), REASONED, strict=False))
-    with job.source.store.writing() as writer:
+    unlabelled = [e for e in job.annotation_job.splits.train if e.answer is None]
+    prompts, cases = job.annotation_job.prompts, dict(zip((e.id for e in unlabelled), REASONED, strict=False))
+    with job.annotation_job.store.writing() as writer:
         for example in unlabelled:
             rationale, answer, is_truncated = REASONED[cases.get(example.id, "empty")]
             ids = prompts.answer_ids("7")
@@ -371,11 +372,11 @@ def test_only_rationales_without_a_reason_against_them_reach_the_student(
             writer.add([Annotation(keys[0], {"answer": Target(ids, None)}, "7")])
             target = {"rationale": Target(prompts.rationale_ids(rationale), None)} if rationale else {}
             writer.add([Annotation(keys[1], target, answer, rationale, is_truncated=is_truncated)])
-    curriculum = teach(job)
+    curriculum = build_curriculum(job)
     assert {c.reason for c in curriculum.rationales} == {None, "disagrees", "unreadable", "truncated", "empty"}
     taught = {
         lesson.example_id for lesson in curriculum.train for s in lesson.sequences if "rationale" in s.prompt.spans
     }
     by_teacher = taught & {e.id for e in unlabelled}
     assert by_teacher == {i for i, case in cases.items() if case == "good"}
-    assert taught - by_teacher == {e.id for e in job.source.splits.train if e.rationale is not None}
+    assert taught - by_teacher == {e.id for e in job.annotation_job.splits.train if e.rationale is not None}

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.annotation.fill import fill, loaded, open_source
+from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import fill, loaded
 from distill.errors import ConfigError
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.training.job import distill
 from tests.conftest import CountingTeacher, compose
 from tests.teachers.conftest import Configured
 
 
 def test_what_stands_in_the_file_is_the_annotation(elsewhere: Configured) -> None:
-    source = open_source(elsewhere())
+    source = open_annotation_job(elsewhere())
     missing, *asked = source.splits.train
     filled = fill(source, {"answer": source.splits.train, "rationale": source.splits.train})
     for index, example in enumerate(asked):
@@ -33,10 +34,10 @@ def test_what_stands_in_the_file_is_the_annotation(elsewhere: Configured) -> Non
 
 
 def test_rows_of_one_question_are_its_samples(elsewhere: Configured, tmp_path: Path) -> None:
-    question = open_source(elsewhere()).splits.train[1].question
+    question = open_annotation_job(elsewhere()).splits.train[1].question
     with (tmp_path / "elsewhere.jsonl").open("a") as file:
         file.write(json.dumps({"question": question.upper(), "said": "99", "why": "Another reason."}) + "\n")
-    source = open_source(elsewhere("teacher.rationales_each=3"))
+    source = open_annotation_job(elsewhere("teacher.rationales_each=3"))
     filled = fill(source, {"rationale": source.splits.train[1:2]})
     (samples,) = filled.samples.values()
     said = [source.store.read(request.key) for request in samples]
@@ -45,10 +46,10 @@ def test_rows_of_one_question_are_its_samples(elsewhere: Configured, tmp_path: P
 
 
 def test_other_files_are_another_teacher(elsewhere: Configured, tmp_path: Path) -> None:
-    before = open_source(elsewhere()).store.digest
+    before = open_annotation_job(elsewhere()).store.digest
     with (tmp_path / "elsewhere.jsonl").open("a") as file:
         file.write(json.dumps({"question": "Once more?", "said": "1", "why": None}) + "\n")
-    assert open_source(elsewhere()).store.digest != before
+    assert open_annotation_job(elsewhere()).store.digest != before
 
 
 def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configured, tmp_path: Path) -> None:
@@ -60,12 +61,12 @@ def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configure
 def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(elsewhere: Configured, tmp_path: Path) -> None:
     nobody = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'elsewhere.jsonl'}]", name="annotate")
     with pytest.raises(ConfigError, match=r"teacher\.model is missing"):
-        open_source(nobody)
+        open_annotation_job(nobody)
 
 
 def test_a_file_that_is_not_there_is_named(elsewhere: Configured) -> None:
     with pytest.raises(ConfigError, match=r"there is no file /nowhere\.jsonl"):
-        open_source(elsewhere("teacher.kind.files=[/nowhere.jsonl]"))
+        open_annotation_job(elsewhere("teacher.kind.files=[/nowhere.jsonl]"))
 
 
 LOSSES = "loss=[answer,teacher_answer,kl,rationale,rationale_kl]"
@@ -80,16 +81,16 @@ def test_the_second_teacher_reads_the_words_of_the_first(
     elsewhere: Configured, tmp_path: Path, teacher_folder: Path
 ) -> None:
     job = prepare(elsewhere(LOSSES, *two_teachers(teacher_folder)), tmp_path)
-    assert job.soft_source
-    reader = CountingTeacher(job.soft_source.teacher)
-    curriculum = teach(replace(job, soft_source=replace(job.soft_source, teacher=reader)))
+    assert job.soft_annotation_job
+    reader = CountingTeacher(job.soft_annotation_job.teacher)
+    curriculum = build_curriculum(replace(job, soft_annotation_job=replace(job.soft_annotation_job, teacher=reader)))
     assert {request.span for request in reader.asked} == {"answer", "rationale"}
     assert all(request.given_ids for request in reader.asked)
     index = 7  # without a label
-    example = job.source.splits.train[index + 1]
+    example = job.annotation_job.splits.train[index + 1]
     assert example.answer is None
     (lesson,) = (lesson for lesson in curriculum.train if lesson.example_id == example.id)
-    prompts = job.soft_source.prompts
+    prompts = job.soft_annotation_job.prompts
     for sequence, text in zip(lesson.sequences, (str(index), f"Since it is {index}, it is so."), strict=True):
         (span,) = sequence.prompt.spans
         start, stop = sequence.prompt.spans[span]
@@ -98,7 +99,7 @@ def test_the_second_teacher_reads_the_words_of_the_first(
         found = curriculum.read([sequence.soft[span].place])
         # The same by one pass over the whole text, without a shared prefix or a cache.
         request = prompts.request(replace(example, answer=None), span, given=text)
-        with loaded(job.soft_source.teacher) as model, torch.no_grad():
+        with loaded(job.soft_annotation_job.teacher) as model, torch.no_grad():
             before = (*prompts.prefix(span), *request.question_ids)
             logits_TV = model(torch.tensor([(*before, *request.given_ids)])).logits[0].float()
         logprobs_NV = logits_TV[len(before) - 1 : -1, : prompts.vocabulary_size].log_softmax(-1)

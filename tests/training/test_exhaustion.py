@@ -74,12 +74,12 @@ class RecordResources(Callback):
             usage |= {"bytes": pages * os.sysconf("SC_PAGESIZE"), "checkpoints": self.max_checkpoints}
             print("USAGE", json.dumps(usage), flush=True)
 from distill.training import job
-arrange = job.arrange
+build_training = job.build_training
 def recording(*arguments):
-    training = arrange(*arguments)
+    training = build_training(*arguments)
     training.trainer.callbacks.append(RecordResources())
     return training
-job.arrange = recording
+job.build_training = recording
 command("train", train.main)
 """
 

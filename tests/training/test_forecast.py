@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
 from distill.errors import ConfigError
-from distill.lessons.curriculum import Job, prepare, teach
+from distill.lessons.curriculum import Job, build_curriculum, prepare
 from distill.models import loading
 from distill.records import Example
 from distill.training import forecast as forecasting
-from distill.training.forecast import foresee
+from distill.training.forecast import forecast_run
 from distill.training.job import plan
 from tests.conftest import CountingTeacher, compose, run, tiny_overrides
 from tests.teachers.conftest import recorded, without
@@ -29,12 +29,12 @@ LOSSES = "loss=[answer,kl,rationale,rationale_kl]"
 
 def with_counting_teachers(job: Job) -> tuple[Job, list[CountingTeacher]]:
     """Replace the teachers of a job by counting ones."""
-    first = CountingTeacher(job.source.teacher)
-    job = replace(job, source=replace(job.source, teacher=first))
-    if job.soft_source is None:
+    first = CountingTeacher(job.annotation_job.teacher)
+    job = replace(job, annotation_job=replace(job.annotation_job, teacher=first))
+    if job.soft_annotation_job is None:
         return job, [first]
-    second = CountingTeacher(job.soft_source.teacher)
-    return replace(job, soft_source=replace(job.soft_source, teacher=second)), [first, second]
+    second = CountingTeacher(job.soft_annotation_job.teacher)
+    return replace(job, soft_annotation_job=replace(job.soft_annotation_job, teacher=second)), [first, second]
 
 
 def forecast_by_check(text: str) -> dict[str, str]:
@@ -68,8 +68,8 @@ def test_token_counts_equal_a_count_by_hand(
     job = prepare(configured(LOSSES, *WITH_RATIONALES), tmp_path / "run")
     plan(job)
     printed = forecast_by_check(capsys.readouterr().out)
-    encode, layout, splits = encoder(teacher_folder), job.prompts.layout, job.source.splits
-    shots = list(job.source.task.shots())[:2]
+    encode, layout, splits = encoder(teacher_folder), job.prompts.layout, job.annotation_job.splits
+    shots = list(job.annotation_job.task.shots())[:2]
 
     def num_tokens(*texts: str) -> int:
         return sum(len(encode(text)) for text in texts)
@@ -112,14 +112,14 @@ def test_token_counts_equal_a_count_by_hand(
 
 
 def teacher_tokens(job: Job) -> tuple[int, int]:
-    text = next(finding.found for finding in foresee(job).findings if finding.check == "tokens")
+    text = next(finding.found for finding in forecast_run(job).findings if finding.check == "tokens")
     num_read, num_written = (int(figure.replace(",", "")) for figure in re.findall(r"([\d,]+) to", text))
     return num_read, num_written
 
 
 def test_example_counts_are_those_of_the_splits(configured: Configured, tmp_path: Path) -> None:
     job = prepare(configured("loss=[answer]"), tmp_path)
-    text = foresee(job).findings[0].found
+    text = forecast_run(job).findings[0].found
     assert text.startswith("12 train, 4 validation, 4 test; 6 of train are labelled; 0 exceed")
 
 
@@ -151,15 +151,15 @@ def test_bounds_are_not_below_the_actual_figures(
     config = compose(*tiny, *WITH_RATIONALES, *case_overrides, "rationales=all")
     job, teachers = with_counting_teachers(prepare(config, tmp_path))
     before = files(tmp_path)
-    forecast = foresee(job)
+    forecast = forecast_run(job)
     assert files(tmp_path) == before
     assert all(teacher.num_loads == 1 for teacher in teachers)
     max_missing = {f.check: int(f.found.split()[0]) for f in forecast.findings if f.check.endswith("records")}
     _, max_written = teacher_tokens(job)
-    curriculum = teach(prepare(config, tmp_path))
+    curriculum = build_curriculum(prepare(config, tmp_path))
     for name, source, filled in (
-        ("", job.source, curriculum.filled),
-        ("soft ", job.soft_source, curriculum.soft_filled),
+        ("", job.annotation_job, curriculum.filled),
+        ("soft ", job.soft_annotation_job, curriculum.soft_filled),
     ):
         if source is None or filled is None:
             continue
@@ -167,10 +167,10 @@ def test_bounds_are_not_below_the_actual_figures(
         assert filled.num_annotated <= max_missing[f"{name}records"]
         num_bytes = sum(path.stat().st_size for path in source.store.folder.rglob("*") if path.is_file())
         assert num_bytes <= forecast.cache_bytes[source.store.folder]
-        annotations = [source.store.read(request.key) for request in filled.every]
+        annotations = [source.store.read(request.key) for request in filled.all_requests]
         num_written = sum(
             len(target.token_ids)
-            for annotation, request in zip(annotations, filled.every, strict=True)
+            for annotation, request in zip(annotations, filled.all_requests, strict=True)
             for target in annotation.targets.values()
             if not request.given_ids
         )
@@ -190,7 +190,7 @@ def test_a_complete_cache_is_counted_without_loading_a_teacher(
     config = configured(
         LOSSES, *WITH_RATIONALES, *soft_teacher_overrides(teacher_folder), "trainer.max_steps=3", "batch_size=4"
     )
-    curriculum = teach(prepare(config, tmp_path))
+    curriculum = build_curriculum(prepare(config, tmp_path))
     cache = files(tmp_path / "cache")
     job, teachers = with_counting_teachers(prepare(config, tmp_path / "run"))
     plan(job)
@@ -219,15 +219,15 @@ def test_the_forecast_stores_nothing_and_releases_the_teacher(
 def test_a_recorded_teacher_is_not_loaded_and_its_texts_are_bounded(
     configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
-    splits = prepare(configured(), tmp_path).source.splits
+    splits = prepare(configured(), tmp_path).annotation_job.splits
     tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
     config = compose(*tiny, *recorded(tmp_path, splits), LOSSES, *soft_teacher_overrides(teacher_folder))
     job, teachers = with_counting_teachers(prepare(config, tmp_path))
-    forecast = foresee(job)
+    forecast = forecast_run(job)
     assert [teacher.num_loads for teacher in teachers] == [0, 1]
     assert {"soft tokens", "soft annotation", "soft weights", "cache"} <= {f.check for f in forecast.findings}
     assert not {"tokens", "annotation", "weights"} & {f.check for f in forecast.findings}
-    curriculum = teach(prepare(config, tmp_path))
+    curriculum = build_curriculum(prepare(config, tmp_path))
     for folder, max_bytes in forecast.cache_bytes.items():
         assert 0 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= max_bytes
     assert max(lesson.num_tokens for lesson in curriculum.train) <= max(x.num_tokens for x in forecast.curriculum.train)
@@ -239,7 +239,7 @@ def test_teacher_weights_are_counted_in_the_dtype_they_are_loaded_in(
     numel = sum(p.numel() for p in loading.load(teacher_folder, torch.float32).parameters())
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         job = prepare(configured("loss=[answer]", f"teacher.kind.dtype={dtype}"), tmp_path)
-        (weights,) = (f for f in foresee(job).findings if f.check == "weights")
+        (weights,) = (f for f in forecast_run(job).findings if f.check == "weights")
         assert weights.found.startswith(f"{numel * size / 2**20:.1f} MiB for the teacher in {dtype}")
 
 
@@ -274,7 +274,7 @@ def test_an_unknown_resource_is_not_a_failure(
 def test_a_cache_at_a_url_is_read_and_not_written(configured: Configured, tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     job = prepare(configured("loss=[answer]", f"cache.dir=file://{bucket}"), tmp_path / "run")
-    (cache,) = (f for f in foresee(job).findings if f.check == "cache")
+    (cache,) = (f for f in forecast_run(job).findings if f.check == "cache")
     assert cache.passed
     assert f"file://{bucket} (free space unknown)" in cache.found
     assert not bucket.exists()
@@ -299,7 +299,7 @@ def test_no_distribution_takes_more_bytes_than_the_largest_target(
         for override in tiny_overrides(tmp_path, teacher_folder, student_folder)
         if not override.startswith("cache")
     ]
-    source = prepare(compose(*tiny, f"cache={name}", "loss=[answer]"), tmp_path).source
+    source = prepare(compose(*tiny, f"cache={name}", "loss=[answer]"), tmp_path).annotation_job
     max_bytes = forecasting._packed_bytes(forecasting._largest_target(source), source)
     generator = torch.Generator().manual_seed(0)
     for sharpness in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):

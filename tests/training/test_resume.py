@@ -18,12 +18,12 @@ from torch import Tensor
 
 from distill.app import preemption
 from distill.errors import ConfigError, PreemptedError
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.records import Batch
 from distill.students.causal_lm import open_student
 from distill.training import checkpoints as checkpoints_module
 from distill.training.checkpoints import checked, newest
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from tests.conftest import WHOLE_STUDENT, compose, make_model, tiny_overrides
 
 # Lightning warns that the loader has no state; it needs none, as its order is a function of the step.
@@ -54,7 +54,7 @@ class Run:
         self.job = prepare(compose(*overrides), folder)
         torch.manual_seed(int(folder.stat().st_ino) if folder.exists() else 1)  # earlier random draws must not matter
         self.student = open_student(self.job.student_folder, **WHOLE_STUDENT)
-        self.training = arrange(self.job, teach(self.job), self.student, [])
+        self.training = build_training(self.job, build_curriculum(self.job), self.student, [])
         self.steps_seen: list[tuple[int, tuple[str, ...]]] = []
         module, training_step = self.training.module, self.training.module.training_step
 
@@ -157,7 +157,7 @@ def test_resuming_another_run_is_refused_with_the_differences(
     job = prepare(compose(*overrides, change), root / "run")
     keep_layers = [0] if "keep_layers" in change else None
     student = open_student(job.student_folder, **WHOLE_STUDENT | {"keep_layers": keep_layers})
-    training = arrange(job, teach(job), student, [])
+    training = build_training(job, build_curriculum(job), student, [])
     with pytest.raises(ConfigError, match=CHANGES[change]) as raised:
         fit(job, training)
     assert "resume=never" in str(raised.value)

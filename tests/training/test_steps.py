@@ -25,11 +25,11 @@ from torch.nn.functional import kl_div
 from distill.cache.codecs.dense import Dense
 from distill.lessons import loader as data
 from distill.lessons.collate import collate
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.prompts.cues import Prompts
 from distill.records import SPANS
 from distill.training import module as modules
-from distill.training.fit import arrange, fit
+from distill.training.fit import build_training, fit
 from distill.training.module import NonFiniteLossError, StudentModule
 from tests.conftest import compose, conf_names, environment, lessons, read, tiny_overrides
 from tests.training.conftest import BATCH, RATE, STEPS, Values, assert_same, open_whole_student, plain_loss
@@ -42,9 +42,9 @@ def trained(config: DictConfig, folder: Path, *, codec: Any = None) -> Values:
     )
     job = prepare(config, folder)
     train, validation = (lessons(job.prompts, number, codec=codec) for number in (11, 4))
-    curriculum = replace(teach(job), train=train, validation=validation, read=read)
+    curriculum = replace(build_curriculum(job), train=train, validation=validation, read=read)
     student = open_whole_student(job.student_folder)
-    fit(job, arrange(job, curriculum, student, []))
+    fit(job, build_training(job, curriculum, student, []))
     return {name: value.detach().clone() for name, value in student.state_dict().items()}
 
 
@@ -206,9 +206,9 @@ def test_a_nonfinite_loss_stops_before_the_optimizer_step(
     student = open_whole_student(student_folder)
     student.lm_head.weight.data[5, 0] = torch.nan
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    curriculum = replace(teach(job), train=lessons(job.prompts, BATCH), validation=[], read=read)
+    curriculum = replace(build_curriculum(job), train=lessons(job.prompts, BATCH), validation=[], read=read)
     with pytest.raises(NonFiniteLossError) as raised:
-        fit(job, arrange(job, curriculum, student, []))
+        fit(job, build_training(job, curriculum, student, []))
     assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
     assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
 

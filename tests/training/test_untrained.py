@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from distill.evaluation.answers import Evaluation, row_of
-from distill.lessons.curriculum import Job, prepare, teach
-from distill.lessons.join import Records
+from distill.lessons.curriculum import Job, build_curriculum, prepare
+from distill.lessons.join import AnnotationReader
 from distill.records import Annotation
 from distill.students.causal_lm import open_student, weights_hash
 from distill.training.untrained import untrained_row
@@ -23,15 +23,17 @@ EVALUATES, REUSES = "evaluating the student before training", "evaluated by an e
 def parts(root: Path, teacher: Path, student: Path, *overrides: str) -> tuple[Job, Any, dict[str, Annotation]]:
     """A run's job, its student before training, and the teacher's answers on test."""
     job = prepare(compose(*tiny_overrides(root, teacher, student), "loss=[answer]", *overrides), root / "run")
-    records = Records(job.source.store, teach(job).filled.requests)
-    answers = {example.id: records.find(example.id, "answer") for example in job.source.splits.test}
+    records = AnnotationReader(job.annotation_job.store, build_curriculum(job).filled.requests)
+    answers = {example.id: records.find(example.id, "answer") for example in job.annotation_job.splits.test}
     opened = open_student(job.student_folder, **WHOLE_STUDENT)
     return job, opened, {key: annotation for key, annotation in answers.items() if annotation}
 
 
 def row(job: Job, student: Any, teacher: dict[str, Annotation]) -> Any:
     config = job.config
-    evaluation = Evaluation(student, job.prompts, job.source.task, config.task.answer_mode, config.max_new_tokens)
+    evaluation = Evaluation(
+        student, job.prompts, job.annotation_job.task, config.task.answer_mode, config.max_new_tokens
+    )
     return untrained_row(job, evaluation, teacher, weights_hash(student))
 
 
@@ -42,8 +44,10 @@ def test_runs_that_begin_with_the_same_student_share_its_row(
     job, student, teacher = parts(tmp_path, teacher_folder, student_folder)
     first = row(job, student, teacher)
     assert EVALUATES in capsys.readouterr().err
-    evaluation = Evaluation(student, job.prompts, job.source.task, "direct", job.config.max_new_tokens)
-    assert first == row_of(evaluation.predict(job.source.splits.test, teacher), job.source.task, student)
+    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, "direct", job.config.max_new_tokens)
+    assert first == row_of(
+        evaluation.predict(job.annotation_job.splits.test, teacher), job.annotation_job.task, student
+    )
     assert row(*parts(tmp_path, teacher_folder, student_folder, override)) == first
     said = capsys.readouterr().err
     assert REUSES in said

@@ -16,7 +16,7 @@ from distill.app import config as configuration
 from distill.cache.codecs.dense import Dense
 from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson, TrainingSequence
 from distill.losses.head import head_loss, predicted_ids
 from distill.prompts.cues import Prompts
@@ -47,7 +47,7 @@ def test_a_student_equal_to_the_teacher_has_zero_kl_at_every_position(
     overrides = [o for o in overrides if "cache" not in o and "num_shots" not in o]
     config = compose(*overrides, f"cache={cache}", "prompt.num_shots=0", "teacher.calibrate=0", "loss=[kl,reverse_kl]")
     job = prepare(config, tmp_path / "run")
-    curriculum = teach(job)
+    curriculum = build_curriculum(job)
     all_lessons = [*curriculum.train, *curriculum.validation]
     batch = collate(all_lessons, {}, 0, curriculum.read)
     module = student_module(open_whole_student(teacher_folder, torch.float32).eval(), job.prompts, "kl", "reverse_kl")

@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.errors import CacheError, ConfigError
-from distill.records import SoftTargets, spread
+from distill.records import SoftTargets, ragged_indices
 
 LAYOUT = {"ids": "u16 + planes", "probabilities": "u8 fourth root", "tail": "u8 fourth root of odds"}
 _RATIO = (np.arange(256) / 255) ** 4
@@ -130,7 +130,7 @@ def pack_probabilities(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     """
     head = soft.buckets()
     log_p_E = head.logprobs_E.astype(np.float64)
-    row_E, offset_E = spread(head.num_exact_N)
+    row_E, offset_E = ragged_indices(head.num_exact_N)
     log_max_E = log_p_E[np.arange(len(log_p_E)) - offset_E]
     if (log_p_E > log_max_E + _ROUNDING).any():
         raise CacheError("soft targets cannot be packed: the first entry of a row is not the most probable one")

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.cache import Lengths
 from distill.cache.codecs import compact
 from distill.errors import CacheError, ConfigError
-from distill.records import Entries, SoftTargets, spread
+from distill.records import Entries, SoftTargets, ragged_indices
 
 
 @final
@@ -77,7 +77,7 @@ class RandomSampling:
         if not is_counted or not counts.all():
             raise compact.inconsistent(f"{len(low)} ids and {len(counts)} counts, expected {num_draws_N.sum()}")
         ids = compact.unpack_ids(low, planes, draw_R, plane_R)
-        row_E, _ = spread(num_draws_N)
+        row_E, _ = ragged_indices(num_draws_N)
         if (np.bincount(row_E, counts, len(num_draws_N)) != self._n).any():
             raise compact.inconsistent(f"the counts of a position do not sum to {self._n}")
         return self._targets(num_draws_N, ids, counts)

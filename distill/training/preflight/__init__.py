@@ -19,28 +19,28 @@ import torch
 from torch import nn
 
 from distill.training.preflight import data_checks, model_checks
-from distill.training.preflight.inputs import Finding, Plan, samples_of
+from distill.training.preflight.inputs import Finding, PreflightInput, samples_of
 from distill.training.preflight.resources import resources
 
-__all__ = ["Finding", "Plan", "preflight", "resource_findings", "table"]
+__all__ = ["Finding", "PreflightInput", "preflight", "resource_findings", "table"]
 
 
-def preflight(plan: Plan) -> list[Finding]:
+def preflight(inputs: PreflightInput) -> list[Finding]:
     """Run all checks, data checks first; after a failure that stops the run, skip the later stages."""
-    with _state_restored(plan.module, plan.device):
-        samples = samples_of(plan)
-        findings = [finding for check in data_checks.CHECKS for finding in check(plan, samples)]
-        sample = replace(samples[0], batch=samples[0].batch.to(plan.device))
+    with _state_restored(inputs.module, inputs.device):
+        samples = samples_of(inputs)
+        findings = [finding for check in data_checks.CHECKS for finding in check(inputs, samples)]
+        sample = replace(samples[0], batch=samples[0].batch.to(inputs.device))
         for checks in ((*model_checks.IDENTITIES, resources), (model_checks.gradients,)):
             if not any(finding.stops for finding in findings):
-                findings += [finding for check in checks for finding in check(plan, sample)]
+                findings += [finding for check in checks for finding in check(inputs, sample)]
     return findings
 
 
-def resource_findings(plan: Plan) -> list[Finding]:
+def resource_findings(inputs: PreflightInput) -> list[Finding]:
     """Return the resources that training needs and those available, without the other checks."""
-    with _state_restored(plan.module, plan.device):
-        return list(resources(plan))
+    with _state_restored(inputs.module, inputs.device):
+        return list(resources(inputs))
 
 
 def table(findings: Sequence[Finding]) -> str:

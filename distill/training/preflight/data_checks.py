@@ -10,25 +10,25 @@ import torch
 
 from distill.lessons.join import TrainingSequence
 from distill.records import SPANS, Batch, Prompt, Span
-from distill.training.preflight.inputs import Finding, Plan, Sample, spans_of
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, spans_of
 
 _ROUNDING = 1e-3  # tolerance of log-probabilities above 0
 _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
 _MIN_MASS = 0.5
 
 
-def _vocabulary(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
-    size = plan.prompts.vocabulary_size
+def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
+    size = inputs.prompts.vocabulary_size
     num_embedded, num_predicted = (
         len(layer.weight)
-        for layer in (plan.module.model.get_input_embeddings(), plan.module.model.get_output_embeddings())
+        for layer in (inputs.module.model.get_input_embeddings(), inputs.module.model.get_output_embeddings())
     )
     largest = max([-1, *(int(s.soft.ids_E.max(initial=-1)) for s in samples if s.soft is not None)])
-    has_soft = any(objective.source == "soft" for objective in plan.objectives.values())
-    shared = "shared" if plan.is_vocabulary_shared else "not shared"
+    has_soft = any(objective.source == "soft" for objective in inputs.objectives.values())
+    shared = "shared" if inputs.is_vocabulary_shared else "not shared"
     yield Finding(
         "vocabulary",
-        largest < size <= min(num_embedded, num_predicted) and (plan.is_vocabulary_shared or not has_soft),
+        largest < size <= min(num_embedded, num_predicted) and (inputs.is_vocabulary_shared or not has_soft),
         f"{size} tokens, {shared}; {min(num_embedded, num_predicted)} rows; "
         + (f"largest soft id {largest}" if largest >= 0 else "no soft targets"),
         "soft ids < tokens <= rows; shared",
@@ -38,8 +38,8 @@ def _vocabulary(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
     )
 
 
-def _finite(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
-    bad_weights = [name for name, weight in plan.module.model.named_parameters() if not weight.isfinite().all()]
+def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
+    bad_weights = [name for name, weight in inputs.module.model.named_parameters() if not weight.isfinite().all()]
     soft = [sample.soft for sample in samples if sample.soft is not None]
     num_bad = sum(int((np.isnan(s.logprobs_E) | (s.logprobs_E > _ROUNDING)).sum()) for s in soft)
     num_bad += sum(int((~np.isfinite(s.tail_N)).sum()) for s in soft)
@@ -53,7 +53,7 @@ def _finite(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
     )
 
 
-def _labels(_: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+def _labels(_: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     num_wrong, num_labels = 0, 0
     for batch, lessons in ((sample.batch, sample.lessons) for sample in samples):
         expected = [token for _, prompt, _, a, b in spans_of(lessons) for token in prompt.ids[a:b]]
@@ -72,7 +72,7 @@ def _labels(_: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
     )
 
 
-def _shift(_: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+def _shift(_: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     """A text is more likely at its own positions than shifted by one."""
     expected = "highest in place"
     parts = {by: [_likelihoods(s.batch, by) for s in samples if s.batch.soft is not None] for by in (-1, 1)}
@@ -108,9 +108,9 @@ def _likelihoods(batch: Batch, by: int) -> np.ndarray:
     return np.stack(sums)[:, is_used_N]
 
 
-def _template(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+def _template(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     spans = [span for sample in samples for span in spans_of(sample.lessons)]
-    differences = [reason for span in spans if (reason := _difference(plan, *span))]
+    differences = [reason for span in spans if (reason := _difference(inputs, *span))]
     yield Finding(
         "template",
         not differences,
@@ -123,17 +123,17 @@ def _template(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
 
 
 def _difference(
-    plan: Plan, sequence: TrainingSequence, prompt: Prompt, span: Span, start: int, stop: int
+    inputs: PreflightInput, sequence: TrainingSequence, prompt: Prompt, span: Span, start: int, stop: int
 ) -> str | None:
     """Return how a target differs from the student's rendering of the teacher's text, or None."""
-    prompts, ids = plan.prompts, prompt.ids[start:stop]
+    prompts, ids = inputs.prompts, prompt.ids[start:stop]
     cue = prompts.layout.answer_cue if span == "answer" else prompts.layout.rationale_cue
     if prompt.ids[:start][-len(prompts.encode(cue)) :] != prompts.encode(cue):
         return f"the {span} {prompts.text(ids)!r} does not follow {cue!r}"
     if span not in sequence.soft:
         return None
     key, _ = sequence.soft[span].place
-    annotation = plan.annotation(key)
+    annotation = inputs.annotation(key)
     target_ids = annotation.targets[span].token_ids
     if target_ids != ids[: len(target_ids)]:
         return f"the teacher read {prompts.text(target_ids)!r}, the student {prompts.text(ids)!r}"
@@ -146,15 +146,15 @@ def _difference(
     return None
 
 
-def _end(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+def _end(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     """Every learned answer includes its end token."""
     num_answers, num_endless = 0, 0
     for batch in (sample.batch for sample in samples):
-        used = [term.is_used_N for term in plan.module.terms(batch).values()]
+        used = [term.is_used_N for term in inputs.module.terms(batch).values()]
         is_used_N = torch.stack(used).any(0) if used else torch.zeros_like(batch.is_soft_N)
         is_answer_N = is_used_N & (batch.span_N == SPANS.index("answer"))
         answers = set(batch.sequence_N[is_answer_N].tolist())
-        ended = set(batch.sequence_N[is_answer_N & (batch.label_N == plan.prompts.end)].tolist())
+        ended = set(batch.sequence_N[is_answer_N & (batch.label_N == inputs.prompts.end)].tolist())
         num_answers, num_endless = num_answers + len(answers), num_endless + len(answers - ended)
     yield Finding(
         "end",
@@ -167,9 +167,9 @@ def _end(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
     )
 
 
-def _mass(plan: Plan, samples: Sequence[Sample]) -> Iterator[Finding]:
+def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     soft = [sample.soft for sample in samples if sample.soft is not None]
-    readers = [n for n, o in plan.objectives.items() if o.source == "soft" and o.divergence.needs_rest]
+    readers = [n for n, o in inputs.objectives.items() if o.source == "soft" and o.divergence.needs_rest]
     expected = f">= {_MIN_MASS} if a loss reads the rest"
     if not soft:
         yield Finding("captured mass", None, "no soft targets", expected, "", False)

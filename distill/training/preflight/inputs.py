@@ -46,7 +46,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreflightInput:
     """What a run trains, on which data, on which device.
 
     `annotation` reads a record of the cache by its key; `precision` is the context in which a step computes.
@@ -80,33 +80,35 @@ class Sample:
     soft: SoftTargets | None
 
 
-def samples_of(plan: Plan) -> list[Sample]:
+def samples_of(inputs: PreflightInput) -> list[Sample]:
     """Sample lessons: first one for each loss, then the first lessons."""
-    places = {(objective.span, objective.source) for objective in plan.objectives.values()}
-    per_loss = [next((i for i, lesson in enumerate(plan.lessons) if lesson.counts()[place]), 0) for place in places]
-    chosen = list(dict.fromkeys([*sorted(per_loss), *range(len(plan.lessons))]))[:_NUM_LESSONS]
+    places = {(objective.span, objective.source) for objective in inputs.objectives.values()}
+    per_loss = [next((i for i, lesson in enumerate(inputs.lessons) if lesson.counts()[place]), 0) for place in places]
+    chosen = list(dict.fromkeys([*sorted(per_loss), *range(len(inputs.lessons))]))[:_NUM_LESSONS]
     return [
-        _sample(plan, [plan.lessons[i] for i in chosen[at : at + SAMPLE_SIZE]])
+        _sample(inputs, [inputs.lessons[i] for i in chosen[at : at + SAMPLE_SIZE]])
         for at in range(0, len(chosen), SAMPLE_SIZE)
     ]
 
 
-def _sample(plan: Plan, lessons: Sequence[Lesson]) -> Sample:
+def _sample(inputs: PreflightInput, lessons: Sequence[Lesson]) -> Sample:
     places = [soft.place for lesson in lessons for s in lesson.sequences for soft in s.soft.values()]
-    return Sample(tuple(lessons), collated(plan, lessons, plan.prompts.end), plan.read(places) if places else None)
+    return Sample(
+        tuple(lessons), collated(inputs, lessons, inputs.prompts.end), inputs.read(places) if places else None
+    )
 
 
-def collated(plan: Plan, lessons: Sequence[Lesson], padding_id: int) -> Batch:
+def collated(inputs: PreflightInput, lessons: Sequence[Lesson], padding_id: int) -> Batch:
     """Collate the lessons as one whole step."""
     counts = sum((lesson.counts() for lesson in lessons), Counter[tuple[Span, str]]())
-    return collate(lessons, counts, padding_id, plan.read)
+    return collate(lessons, counts, padding_id, inputs.read)
 
 
-def longest(plan: Plan) -> list[Lesson]:
+def longest(inputs: PreflightInput) -> list[Lesson]:
     """Return as many of the longest lessons as one forward pass takes."""
-    ordered = sorted(plan.lessons, key=lambda lesson: -lesson.num_tokens)
-    size = min(plan.batch_size, plan.microbatch_size)
-    count = size if plan.batch_unit == "examples" else max(1, size // ordered[0].num_tokens)
+    ordered = sorted(inputs.lessons, key=lambda lesson: -lesson.num_tokens)
+    size = min(inputs.batch_size, inputs.microbatch_size)
+    count = size if inputs.batch_unit == "examples" else max(1, size // ordered[0].num_tokens)
     return ordered[:count]
 
 

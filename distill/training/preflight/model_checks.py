@@ -19,7 +19,7 @@ from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import Shape, Term, head_loss
 from distill.records import Batch, Entries, SoftTargets
-from distill.training.preflight.inputs import Finding, Plan, Sample, collated, spans_of
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, spans_of
 
 _KEPT = 64  # kept entries of the student's own distributions
 _KL_ROUNDING, _LOSS_ROUNDING = 1e-3, 1e-3
@@ -27,18 +27,18 @@ _MAX_RATIO = 100.0
 _NEAR_UNIFORM, _WORSE_THAN_UNIFORM = 0.3, 1.5
 
 
-def _self_kl(plan: Plan, sample: Sample) -> Iterator[Finding]:
+def _self_kl(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
     """The student's KL to itself is 0; bucket divergences are non-negative, so a zero sum is zero everywhere."""
-    temperatures = {o.temperature for o in plan.objectives.values() if o.source == "soft"} or {1.0}
+    temperatures = {o.temperature for o in inputs.objectives.values() if o.source == "soft"} or {1.0}
     num_positions, sums = len(sample.batch.label_N), {}
     all_N = torch.ones_like(sample.batch.is_soft_N)
-    plan.module.eval()
+    inputs.module.eval()
     with torch.no_grad():
-        hidden_NH = plan.module.hidden(sample.batch)
+        hidden_NH = inputs.module.hidden(sample.batch)
         for temperature in sorted(temperatures):
-            soft = entries(all_N.cpu().numpy(), _own_targets(plan, sample.lessons, temperature)).to(plan.device)
+            soft = entries(all_N.cpu().numpy(), _own_targets(inputs, sample.lessons, temperature)).to(inputs.device)
             term = Term(ForwardKL(), soft, all_N, temperature, 1.0)
-            sums[temperature] = float(head_loss(hidden_NH, plan.module.head(), [term])[1])
+            sums[temperature] = float(head_loss(hidden_NH, inputs.module.head(), [term])[1])
     worst = max(sums.values(), key=lambda value: math.inf if math.isnan(value) else value)
     yield Finding(
         "self-KL",
@@ -52,12 +52,12 @@ def _self_kl(plan: Plan, sample: Sample) -> Iterator[Finding]:
     )
 
 
-def _own_targets(plan: Plan, lessons: Sequence[Lesson], temperature: float) -> SoftTargets:
+def _own_targets(inputs: PreflightInput, lessons: Sequence[Lesson], temperature: float) -> SoftTargets:
     """Return the student's distribution at each position, one prompt at a time, without padding, branches or chunks."""
-    model, targets = plan.module.model, []
-    size, codec, shape = plan.prompts.vocabulary_size, TopK(k=_KEPT, temperature=temperature), Shape.of(model)
+    model, targets = inputs.module.model, []
+    size, codec, shape = inputs.prompts.vocabulary_size, TopK(k=_KEPT, temperature=temperature), Shape.of(model)
     for _, prompt, _, start, stop in spans_of(lessons):
-        ids_BT = torch.tensor([prompt.ids], device=plan.device)
+        ids_BT = torch.tensor([prompt.ids], device=inputs.device)
         hidden_NH = model.base_model(ids_BT, use_cache=False).last_hidden_state[0, start - 1 : stop - 1]
         for part_NH in hidden_NH.split(64):
             logits_NV = shape(model.get_output_embeddings()(part_NH).float())[:, :size]
@@ -65,14 +65,14 @@ def _own_targets(plan: Plan, lessons: Sequence[Lesson], temperature: float) -> S
     return SoftTargets.join(targets)
 
 
-def _mask(plan: Plan, sample: Sample) -> Iterator[Finding]:
-    other = (plan.prompts.end + 1) % plan.prompts.vocabulary_size
-    plan.module.eval()
+def _mask(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
+    other = (inputs.prompts.end + 1) % inputs.prompts.vocabulary_size
+    inputs.module.eval()
     with torch.no_grad():
-        sums_L = _sums(plan, sample.batch)
-        padded_L = _sums(plan, _padded(collated(plan, sample.lessons, other).to(plan.device), other))
-        single = [collated(plan, [lesson], plan.prompts.end).to(plan.device) for lesson in sample.lessons]
-        single_L = torch.stack([_sums(plan, batch) for batch in single]).sum(0)
+        sums_L = _sums(inputs, sample.batch)
+        padded_L = _sums(inputs, _padded(collated(inputs, sample.lessons, other).to(inputs.device), other))
+        single = [collated(inputs, [lesson], inputs.prompts.end).to(inputs.device) for lesson in sample.lessons]
+        single_L = torch.stack([_sums(inputs, batch) for batch in single]).sum(0)
     size_L = sums_L.abs().clamp(min=1)
     by_padding, by_neighbours = (float(((x_L - sums_L).abs() / size_L).max()) for x_L in (padded_L, single_L))
     yield Finding(
@@ -101,34 +101,38 @@ def _padded(batch: Batch, padding_id: int) -> Batch:
     )
 
 
-def _sums(plan: Plan, batch: Batch) -> Float[Tensor, "L"]:
+def _sums(inputs: PreflightInput, batch: Batch) -> Float[Tensor, "L"]:
     """Return the sum of each loss."""
-    terms = plan.module.terms(batch)
-    _, sums_L = head_loss(plan.module.hidden(batch), plan.module.head(), list(terms.values()))
+    terms = inputs.module.terms(batch)
+    _, sums_L = head_loss(inputs.module.hidden(batch), inputs.module.head(), list(terms.values()))
     sums = dict(zip(terms, sums_L, strict=True))
-    return torch.stack([sums.get(name, sums_L.new_zeros(())) for name in plan.objectives])
+    return torch.stack([sums.get(name, sums_L.new_zeros(())) for name in inputs.objectives])
 
 
-def _start(plan: Plan, sample: Sample) -> Iterator[Finding]:
+def _start(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
     """Compare the cross-entropy of the text with ln V, that of a uniform student."""
     batch, num_positions = sample.batch, len(sample.batch.label_N)
     all_N = torch.ones_like(batch.is_soft_N)
-    position_N = torch.arange(num_positions, device=plan.device)
+    position_N = torch.arange(num_positions, device=inputs.device)
     labels = Entries(
-        np.arange(1, num_positions + 1), position_N, batch.label_N, torch.zeros(num_positions, device=plan.device), None
+        np.arange(1, num_positions + 1),
+        position_N,
+        batch.label_N,
+        torch.zeros(num_positions, device=inputs.device),
+        None,
     )
-    plan.module.eval()
+    inputs.module.eval()
     with torch.no_grad():
         term = Term(CrossEntropy(), labels, all_N, 1.0, 1.0)
-        value = float(head_loss(plan.module.hidden(batch), plan.module.head(), [term])[1]) / num_positions
-    uniform = math.log(plan.prompts.vocabulary_size)
+        value = float(head_loss(inputs.module.hidden(batch), inputs.module.head(), [term])[1]) / num_positions
+    uniform = math.log(inputs.prompts.vocabulary_size)
     tolerance, maximum = _NEAR_UNIFORM * uniform, _WORSE_THAN_UNIFORM * uniform
     yield Finding(
         "loss at start",
-        abs(value - uniform) <= tolerance if plan.is_from_scratch else value <= maximum,
+        abs(value - uniform) <= tolerance if inputs.is_from_scratch else value <= maximum,
         f"{value:.2f} nats per token; ln V = {uniform:.2f}",
         f"{uniform - tolerance:.2f} to {uniform + tolerance:.2f}, untrained"
-        if plan.is_from_scratch
+        if inputs.is_from_scratch
         else f"<= {maximum:.2f}",
         "Worse than uniform guessing: expected for a student with many layers removed; else the tokenizer or head does "
         "not belong to these weights, or the initial weights are too large (initializer_range in the model's config)",
@@ -136,19 +140,21 @@ def _start(plan: Plan, sample: Sample) -> Iterator[Finding]:
     )
 
 
-def gradients(plan: Plan, sample: Sample) -> Iterator[Finding]:
+def gradients(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
     """Check that each loss has targets, is finite and has a gradient, computed as in training."""
     batch = sample.batch
-    plan.module.train()
-    with plan.precision():
-        hidden_NH, head = plan.module.hidden(batch), plan.module.head()
-        terms = {n: t for n, t in plan.module.terms(batch).items() if plan.objectives[n].weight and t.is_used_N.any()}
-        pairs = {name: _loss_and_norm(plan, head_loss(hidden_NH, head, [term])[0]) for name, term in terms.items()}
-    empty = [name for name, objective in plan.objectives.items() if objective.weight and name not in pairs]
+    inputs.module.train()
+    with inputs.precision():
+        hidden_NH, head = inputs.module.hidden(batch), inputs.module.head()
+        terms = {
+            n: t for n, t in inputs.module.terms(batch).items() if inputs.objectives[n].weight and t.is_used_N.any()
+        }
+        pairs = {name: _loss_and_norm(inputs, head_loss(hidden_NH, head, [term])[0]) for name, term in terms.items()}
+    empty = [name for name, objective in inputs.objectives.items() if objective.weight and name not in pairs]
     yield Finding(
         "losses",
         not empty,
-        f"without a target in {len(plan.lessons)} lessons: {', '.join(empty) or 'none'}",
+        f"without a target in {len(inputs.lessons)} lessons: {', '.join(empty) or 'none'}",
         "none",
         "These losses have no effect: remove them, or see rejected.jsonl for why they have no targets",
         False,
@@ -164,9 +170,9 @@ def gradients(plan: Plan, sample: Sample) -> Iterator[Finding]:
     yield from _norms({name: norm for name, (_, norm) in pairs.items()})
 
 
-def _loss_and_norm(plan: Plan, total: Float[Tensor, ""]) -> tuple[float, float]:
+def _loss_and_norm(inputs: PreflightInput, total: Float[Tensor, ""]) -> tuple[float, float]:
     """Return a loss and the norm of its gradient over all trained parameters, without touching their `grad`."""
-    trained = [weight for weight in plan.module.model.parameters() if weight.requires_grad]
+    trained = [weight for weight in inputs.module.model.parameters() if weight.requires_grad]
     if not (trained and total.requires_grad):
         return float(total.detach()), 0.0
     gradients = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)

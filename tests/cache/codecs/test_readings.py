@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.annotation.fill import open_source
+from distill.annotation.annotation_job import open_annotation_job
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
 from distill.evaluation.answers import _divergence
@@ -20,7 +20,7 @@ from distill.lessons.curriculum import check_parts
 from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import Head, Term, head_loss
 from distill.prompts.cues import Prompts
-from distill.records import SoftTargets, Target, spread
+from distill.records import SoftTargets, Target, ragged_indices
 from tests.cache.codecs.conftest import (
     ALL_CODECS,
     SAMPLING_CODECS,
@@ -126,7 +126,7 @@ def test_more_entries_than_the_rows_have_are_refused() -> None:
 @pytest.mark.parametrize("name", ["topk", "sampled"])
 def test_a_row_must_begin_with_its_most_probable_entry(name: str) -> None:
     soft = codec(name).cut(random_logprobs(4, 60), uniform_draws(4))
-    is_first_E = np.diff(spread(soft.num_N)[0], prepend=-1) > 0
+    is_first_E = np.diff(ragged_indices(soft.num_N)[0], prepend=-1) > 0
     with pytest.raises(CacheError, match="not the most probable"):
         codec(name).pack(replace(soft, logprobs_E=np.where(is_first_E, np.float32(-9), soft.logprobs_E)))
 
@@ -183,7 +183,7 @@ def test_agreement_is_measured_on_exact_entries_and_one_rest_bucket(name: str) -
 
 @ALL_CODECS
 def test_a_loss_that_needs_a_rest_bucket_refuses_sampled_tails(name: str, configured: Any) -> None:
-    job = replace(open_source(configured()), codec=codec(name))
+    job = replace(open_annotation_job(configured()), codec=codec(name))
     check_parts(objectives("answer", "kl", "rationale_kl"), job, "direct")
     if codec(name).seed is None:
         check_parts(objectives(), job, "direct")

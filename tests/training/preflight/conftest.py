@@ -9,28 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.lessons.curriculum import prepare, teach
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.losses import Objective
 from distill.students.causal_lm import open_student
 from distill.training.module import StudentModule
-from distill.training.preflight import Finding, Plan, preflight
+from distill.training.preflight import Finding, PreflightInput, preflight
 from tests.conftest import WHOLE_STUDENT, compose, objectives, student_module, tiny_overrides
 
 LOSSES = ("answer", "kl", "rationale")
 
 
 @pytest.fixture(scope="module")
-def shared_input(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Plan:
+def shared_input(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
+) -> PreflightInput:
     """The preflight input of a real run: the tiny student on a cache filled by the tiny teacher."""
     root = tmp_path_factory.mktemp("preflight")
     job = prepare(compose(*tiny_overrides(root, teacher_folder, student_folder)), root)
-    curriculum = teach(job)
-    return Plan(
+    curriculum = build_curriculum(job)
+    return PreflightInput(
         module=student_module(open_student(student_folder, **WHOLE_STUDENT), job.prompts, *LOSSES),
         objectives=objectives(*LOSSES),
         lessons=curriculum.train,
         read=curriculum.read,
-        annotation=job.source.store.read,
+        annotation=job.annotation_job.store.read,
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=False,
@@ -47,21 +49,21 @@ def shared_input(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path,
 
 
 @pytest.fixture
-def valid_input(shared_input: Plan, student_folder: Path) -> Plan:
+def valid_input(shared_input: PreflightInput, student_folder: Path) -> PreflightInput:
     """The preflight input with a new student, which a test may change."""
     model = open_student(student_folder, **WHOLE_STUDENT)
     return replace(shared_input, module=student_module(model, shared_input.prompts, *LOSSES))
 
 
-def findings_by_check(preflight_input: Plan) -> dict[str, Finding]:
+def findings_by_check(preflight_input: PreflightInput) -> dict[str, Finding]:
     return {finding.check: finding for finding in preflight(preflight_input)}
 
 
-def failed_checks(preflight_input: Plan) -> set[str]:
+def failed_checks(preflight_input: PreflightInput) -> set[str]:
     return {finding.check for finding in preflight(preflight_input) if finding.passed is False}
 
 
-def with_losses(preflight_input: Plan, losses: dict[str, Objective]) -> Plan:
+def with_losses(preflight_input: PreflightInput, losses: dict[str, Objective]) -> PreflightInput:
     """The preflight input with other losses."""
     module = StudentModule(
         preflight_input.module.model,

@@ -12,27 +12,29 @@ import torch
 
 from distill.lessons.collate import collate
 from distill.lessons.join import Lesson
-from distill.records import Annotation, Batch, Place, SoftTargets
+from distill.records import Annotation, Batch, SoftTargets, SoftTargetsKey
 from distill.training import module as modules
 from distill.training.module import StudentModule
-from distill.training.preflight import Plan, preflight
+from distill.training.preflight import PreflightInput, preflight
 from tests.conftest import objectives
 from tests.training.preflight.conftest import failed_checks, findings_by_check, with_losses
 
 
-def test_a_correct_run_passes_every_check(valid_input: Plan) -> None:
+def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
     findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
     assert len(findings) == 17
 
 
-def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: Plan) -> None:
+def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
     lessons = [lesson.branched() for lesson in valid_input.lessons]
     assert any(lesson.sequences[0].prompt.branches for lesson in lessons)
     assert failed_checks(replace(valid_input, lessons=lessons)) == set()
 
 
-def test_self_kl_detects_hidden_states_shifted_by_one(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_kl_detects_hidden_states_shifted_by_one(
+    valid_input: PreflightInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original_hidden = StudentModule.hidden
 
     def shifted_hidden(self: StudentModule, batch: Batch) -> Any:
@@ -44,7 +46,7 @@ def test_self_kl_detects_hidden_states_shifted_by_one(valid_input: Plan, monkeyp
     assert findings["labels"].passed
 
 
-def test_self_kl_detects_padding_rows_in_the_head(valid_input: Plan) -> None:
+def test_self_kl_detects_padding_rows_in_the_head(valid_input: PreflightInput) -> None:
     model = valid_input.module.model
     rows = len(model.get_output_embeddings().weight)
     assert rows > valid_input.prompts.vocabulary_size
@@ -60,7 +62,7 @@ def test_self_kl_detects_padding_rows_in_the_head(valid_input: Plan) -> None:
     assert findings_by_check(replace(valid_input, module=module))["self-KL"].stops
 
 
-def test_labels_shifted_by_one_are_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_shifted_by_one_are_detected(valid_input: PreflightInput, monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted_collate(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         return replace(batch, before_N=batch.before_N - 1)
@@ -71,10 +73,10 @@ def test_labels_shifted_by_one_are_detected(valid_input: Plan, monkeypatch: pyte
     assert "self-KL" not in findings  # the model does not run on invalid data
 
 
-def confident_targets(preflight_input: Plan, shift: int) -> Callable[[Sequence[Place]], SoftTargets]:
+def confident_targets(preflight_input: PreflightInput, shift: int) -> Callable[[Sequence[SoftTargetsKey]], SoftTargets]:
     """Soft targets that give probability 0.9 to the token of the text `shift` positions further on."""
 
-    def read(keys: Sequence[Place]) -> SoftTargets:
+    def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
         token_ids = [np.roll(preflight_input.annotation(key).targets[span].token_ids, -shift) for key, span in keys]
         ids_E = np.concatenate(token_ids).astype(np.int32)
         number = len(ids_E)
@@ -84,13 +86,13 @@ def confident_targets(preflight_input: Plan, shift: int) -> Callable[[Sequence[P
     return read
 
 
-def test_soft_targets_shifted_by_one_are_detected(valid_input: Plan) -> None:
+def test_soft_targets_shifted_by_one_are_detected(valid_input: PreflightInput) -> None:
     assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, 0)))["shift"].passed
     assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, 1)))["shift"].stops
     assert findings_by_check(replace(valid_input, read=confident_targets(valid_input, -1)))["shift"].stops
 
 
-def test_attention_to_padding_is_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_padding_is_detected(valid_input: PreflightInput, monkeypatch: pytest.MonkeyPatch) -> None:
     def left_padding_without_mask(lessons: Sequence[Lesson], *rest: Any) -> Batch:
         batch = collate(lessons, *rest)
         pad_B = (1 - batch.mask_BT).sum(1)
@@ -104,7 +106,7 @@ def test_attention_to_padding_is_detected(valid_input: Plan, monkeypatch: pytest
     assert findings["mask"].stops
 
 
-def test_attention_to_neighbours_is_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_neighbours_is_detected(valid_input: PreflightInput, monkeypatch: pytest.MonkeyPatch) -> None:
     original_hidden = StudentModule.hidden
 
     def mixed_hidden(self: StudentModule, batch: Batch) -> Any:
@@ -117,7 +119,9 @@ def test_attention_to_neighbours_is_detected(valid_input: Plan, monkeypatch: pyt
     assert "change by 0e+00 with padding" in finding.found
 
 
-def test_branches_that_attend_to_padding_are_detected(valid_input: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_attend_to_padding_are_detected(
+    valid_input: PreflightInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def open_mask(branch_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(branch_BT), 1, branch_BT.shape[1], branch_BT.shape[1], dtype=dtype)
 
@@ -127,8 +131,8 @@ def test_branches_that_attend_to_padding_are_detected(valid_input: Plan, monkeyp
     assert findings["self-KL"].stops
 
 
-def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_input: Plan) -> None:
-    def read_with_larger_ids(keys: Sequence[Place]) -> SoftTargets:
+def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_input: PreflightInput) -> None:
+    def read_with_larger_ids(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
         soft = valid_input.read(keys)
         return replace(soft, ids_E=soft.ids_E + valid_input.prompts.vocabulary_size)
 
@@ -137,13 +141,13 @@ def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_inpu
     assert "self-KL" not in findings
 
 
-def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(valid_input: Plan) -> None:
+def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(valid_input: PreflightInput) -> None:
     unshared = replace(valid_input, is_vocabulary_shared=False)
     assert findings_by_check(unshared)["vocabulary"].stops
     assert findings_by_check(with_losses(unshared, objectives("answer", "rationale")))["vocabulary"].passed
 
 
-def test_a_target_that_the_teacher_did_not_read_is_detected(valid_input: Plan) -> None:
+def test_a_target_that_the_teacher_did_not_read_is_detected(valid_input: PreflightInput) -> None:
     def reversed_annotation(key: str) -> Annotation:
         annotation = valid_input.annotation(key)
         reversed_targets = {
@@ -155,7 +159,7 @@ def test_a_target_that_the_teacher_did_not_read_is_detected(valid_input: Plan) -
     assert findings_by_check(replace(valid_input, annotation=reversed_annotation))["template"].stops
 
 
-def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input: Plan) -> None:
+def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input: PreflightInput) -> None:
     unlabelled = [
         Lesson(lesson.example_id, tuple(replace(s, labelled=frozenset[Any]()) for s in lesson.sequences))
         for lesson in valid_input.lessons
@@ -171,7 +175,7 @@ def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input
     assert findings_by_check(mismatched)["template"].stops
 
 
-def test_a_target_after_another_cue_is_detected(valid_input: Plan) -> None:
+def test_a_target_after_another_cue_is_detected(valid_input: PreflightInput) -> None:
     layout = replace(valid_input.prompts.layout, answer_cue="Result:")
     other_prompts = type(valid_input.prompts)(
         valid_input.prompts.tokenizer, layout, (), max_length=256, too_long="drop"
@@ -179,7 +183,7 @@ def test_a_target_after_another_cue_is_detected(valid_input: Plan) -> None:
     assert findings_by_check(replace(valid_input, prompts=other_prompts))["template"].stops
 
 
-def test_an_answer_without_its_end_token_is_detected(valid_input: Plan) -> None:
+def test_an_answer_without_its_end_token_is_detected(valid_input: PreflightInput) -> None:
     def without_end(lesson: Lesson) -> Lesson:
         sequences = []
         for sequence in lesson.sequences:
@@ -194,7 +198,7 @@ def test_an_answer_without_its_end_token_is_detected(valid_input: Plan) -> None:
     ].stops
 
 
-def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_input: Plan) -> None:
+def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_input: PreflightInput) -> None:
     captured = float(
         np.mean(
             [1 - valid_input.read([p.place]).tail_N.mean() for s in _sequences(valid_input) for p in s.soft.values()]
@@ -209,5 +213,5 @@ def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_i
     assert findings_by_check(confident)["captured mass"].found.startswith("0.900")
 
 
-def _sequences(preflight_input: Plan) -> list[Any]:
+def _sequences(preflight_input: PreflightInput) -> list[Any]:
     return [sequence for lesson in preflight_input.lessons for sequence in lesson.sequences]

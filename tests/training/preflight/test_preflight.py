@@ -15,12 +15,12 @@ import torch
 
 from distill.lessons.loader import Arrangement, DistillData
 from distill.students.causal_lm import open_student
-from distill.training.preflight import Finding, Plan, _state_restored, preflight, table
+from distill.training.preflight import Finding, PreflightInput, _state_restored, preflight, table
 from tests.conftest import WHOLE_STUDENT, make_model, student_module
 from tests.training.preflight.conftest import LOSSES, failed_checks, findings_by_check
 
 
-def train_two_steps(valid_input: Plan, folder: Path, *, with_preflight: bool) -> dict[str, torch.Tensor]:
+def train_two_steps(valid_input: PreflightInput, folder: Path, *, with_preflight: bool) -> dict[str, torch.Tensor]:
     """Train a student with dropout for two steps; return its weights."""
     lightning.seed_everything(0, verbose=False)
     module = student_module(open_student(folder, **WHOLE_STUDENT), valid_input.prompts, *LOSSES)
@@ -63,7 +63,7 @@ def train_two_steps(valid_input: Plan, folder: Path, *, with_preflight: bool) ->
     return module.model.state_dict()
 
 
-def test_random_states_modes_and_buffers_are_restored(valid_input: Plan) -> None:
+def test_random_states_modes_and_buffers_are_restored(valid_input: PreflightInput) -> None:
     def draw() -> list[Any]:
         return [random.random(), np.random.rand(), torch.rand(()).item()]
 
@@ -88,7 +88,7 @@ def test_random_states_modes_and_buffers_are_restored(valid_input: Plan) -> None
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:Trainer was configured with")
-def test_preflight_does_not_change_training(valid_input: Plan, tmp_path: Path) -> None:
+def test_preflight_does_not_change_training(valid_input: PreflightInput, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "dropout", seed=3, attention_dropout=0.5)
     plain, checked_first = (
         train_two_steps(valid_input, folder, with_preflight=with_preflight) for with_preflight in (False, True)
@@ -96,14 +96,14 @@ def test_preflight_does_not_change_training(valid_input: Plan, tmp_path: Path) -
     assert all(torch.equal(value, checked_first[name]) for name, value in plain.items())
 
 
-def test_gradient_checkpointing_is_checked_too(valid_input: Plan, student_folder: Path) -> None:
+def test_gradient_checkpointing_is_checked_too(valid_input: PreflightInput, student_folder: Path) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
     with_checkpointing = replace(valid_input, module=student_module(model, valid_input.prompts, *LOSSES))
     assert failed_checks(with_checkpointing) == set()
     assert findings_by_check(with_checkpointing)["gradients"].found == findings_by_check(valid_input)["gradients"].found
 
 
-def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(valid_input: Plan) -> None:
+def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(valid_input: PreflightInput) -> None:
     findings = [*preflight(valid_input), Finding("mask", False, "a " * 60, "b " * 40, "do this " * 20, False)]
     lines = table(findings).splitlines()
     assert max(map(len, lines)) <= 110
