@@ -63,9 +63,9 @@ def cost_cells(summary: Summary) -> list[str]:
 def test_yield_contamination_and_preflight_checks_are_shown(make_run: Make) -> None:
     overlaps = [{"train_id": "a1", "other_id": "b2", "split": "test", "ngram": f"shared words {HOSTILE}"}]
     checks = [
-        {"check": "free disk", "passed": True, "found": "9 GB", "wanted": "1 GB", "remedy": ""},
-        {"check": HOSTILE, "passed": False, "found": 1, "wanted": 2, "remedy": "Take another."},
-        {"check": "peak", "passed": None, "found": None, "wanted": None, "remedy": None},
+        {"check": "free disk", "passed": True, "found": "9 GB", "expected": "1 GB", "remedy": ""},
+        {"check": HOSTILE, "passed": False, "found": 1, "expected": 2, "remedy": "Take another."},
+        {"check": "peak", "passed": None, "found": None, "expected": None, "remedy": None},
     ]
     summary = summary_of(make_run(contamination={"n": 8, "found": overlaps, "num_dropped": 5}, preflight=checks))
     text, page = " ".join(to_text(summary).split()), " ".join(Page(to_html(summary)).text.split())
