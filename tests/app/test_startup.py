@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.app.config import CONF
+from distill.app.help import help_text
 from tests.conftest import environment
 
 HEAVY = {"torch", "lightning", "wandb", "transformers", "pydantic", "datasets", "pyarrow", "numpy", "scipy", "jinja2"}
@@ -82,6 +84,12 @@ def test_the_first_line_of_a_run_comes_before_heavy_imports(command: str, tmp_pa
     assert "loading libraries" in text
     assert before
     assert not imported(before)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_text_read_from_the_comments_of_the_configuration(flag: str, tmp_path: Path) -> None:
+    done = timed(tmp_path, "-m", "distill.report", "runs=x", flag)
+    assert done.stdout == help_text(CONF, "report") + "\n"
 
 
 def test_completion_lists_the_options_of_a_group(tmp_path: Path) -> None:
