@@ -1,6 +1,6 @@
 """The forecast of a run: the examples, tokens, bytes, hours and memory that it needs, and the resources available.
 
-Records in the cache are counted. Missing records are bounded: each answer and rationale is assumed to have its maximum
+AnnotationReader in the cache are counted. Missing records are bounded: each answer and rationale is assumed to have its maximum
 length, each soft target the maximum size that its codec produces. A few requests are annotated to measure the speed;
 nothing is stored.
 """

@@ -67,11 +67,8 @@ def plain(loaded: PreTrainedModel, *pieces: list[int]) -> Tensor:
 @pytest.mark.parametrize("length", [0, 1, 11])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_batching_and_padding_change_no_probability(name: str, length: int) -> None:
-    loaded, prefix, questions = (
-        make_model(name),
-        random_ids(length, 1),
-        [random_ids(2 + 3 * row, 10 + row) for row in range(5)],
-    )
+    loaded, prefix = make_model(name), random_ids(length, 1)
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(5)]
     reader = PrefixedReader(loaded, prefix, VOCABULARY)
     assert bool(reader._blocks) == (length > 0)
     reading = reader.read(questions)
@@ -88,11 +85,8 @@ def test_batching_and_padding_change_no_probability(name: str, length: int) -> N
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_text_equals_that_of_transformers(name: str) -> None:
-    loaded, prefix, questions = (
-        make_model(name),
-        random_ids(9, 1),
-        [random_ids(2 + 3 * row, 10 + row) for row in range(5)],
-    )
+    loaded, prefix = make_model(name), random_ids(9, 1)
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(5)]
     generated = PrefixedReader(loaded, prefix, VOCABULARY + 32).read(questions).greedy(max_new_tokens=8, stop=1)
     for question, row in zip(questions, generated, strict=True):
         whole = torch.tensor([prefix + question])
@@ -148,11 +142,8 @@ def test_a_uniform_of_zero_breaks_ties_as_greedy_does() -> None:
 
 
 def test_sampled_text_equals_naive_sampling_of_single_rows() -> None:
-    loaded, prefix, questions = (
-        make_model("grouped"),
-        random_ids(9, 1),
-        [random_ids(2 + 3 * row, 10 + row) for row in range(4)],
-    )
+    loaded, prefix = make_model("grouped"), random_ids(9, 1)
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(4)]
     uniforms_BN = torch.from_numpy(np.stack([uniforms(str(row), 7, 0) for row in range(4)]))
     reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
     before_BV = reading.first_BV
@@ -176,10 +167,8 @@ def test_sampling_approaches_greedy_as_uniform_temperature_or_top_p_vanish(
     settings: tuple[float, float, float],
 ) -> None:
     number, temperature, top_p = settings
-    reader, questions = (
-        PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY),
-        [random_ids(4, row) for row in range(5)],
-    )
+    reader = PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY)
+    questions = [random_ids(4, row) for row in range(5)]
     greedy = reader.read(questions).greedy(max_new_tokens=8, stop=7)
     limits = {"stop": 7, "temperature": temperature, "top_p": top_p}
     numbers_BN = torch.full((5, 8), number, dtype=torch.float64)
@@ -189,10 +178,8 @@ def test_sampling_approaches_greedy_as_uniform_temperature_or_top_p_vanish(
 
 
 def test_sampling_stops_at_the_stop_token_and_more_tokens_can_be_fed() -> None:
-    reader, questions = (
-        PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY),
-        [random_ids(4, row) for row in range(5)],
-    )
+    reader = PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY)
+    questions = [random_ids(4, row) for row in range(5)]
     settings = {"uniforms_BN": torch.from_numpy(uniforms("k", 40, 0)).view(5, 8), "temperature": 1.0, "top_p": 1.0}
     whole = reader.read(questions).sampled(stop=-1, **settings)
     end = whole[0][3]

@@ -1,4 +1,4 @@
-"""The student: cut, frozen, drawn anew, saved as a folder that everyone can open."""
+"""Causal language model students: cut, frozen, initialized from scratch, adapted, saved."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def lora_settings(**changes: Any) -> dict[str, Any]:
-    """A student of which low-rank adapters train, as conf/student/smollm2_lora.yaml sets them up."""
+    """Settings of a student with the adapters of conf/student/smollm2_lora.yaml."""
     node = compose("student=smollm2_lora").student.lora
     return WHOLE_STUDENT | {"lora": configuration.build(node, **changes)}
 
 
 def adapted(folder: Path, **changes: Any) -> Any:
-    """A student whose adapters have learned something."""
+    """A student with adapters whose weights are not their initial ones."""
     model = open_student(folder, **lora_settings(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,23 +49,23 @@ def adapted(folder: Path, **changes: Any) -> Any:
 
 
 def gradients(model: torch.nn.Module, prompts: Prompts) -> dict[str, Tensor]:
-    """What one step's loss asks of each weight, with the loss itself."""
+    """Loss and gradients of a training step, by parameter name."""
     module, batch = student_module(model.train(), prompts), collate(lessons(prompts, 6), {}, 0, read)
     module.zero_grad()
     loss, _ = head_loss(module.hidden(batch), module.head(), list(module.terms(batch).values()))
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {"loss": loss.detach()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {"loss": loss.detach()}
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert (actual[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
 
 
 @pytest.mark.parametrize("keep", [[0], [0, 2], [2, 0], [0, 1, 2]])
-def test_kept_layers_are_those_of_the_model_in_the_order_given(keep: list[int], teacher_folder: Path) -> None:
+def test_kept_layers_are_those_of_the_model_in_the_configured_order(keep: list[int], teacher_folder: Path) -> None:
     whole, cut = (open_student(teacher_folder, **WHOLE_STUDENT | {"keep_layers": k}) for k in (None, keep))
     assert cut.config.num_hidden_layers == len(cut.model.layers) == len(keep)
     for layer, index in zip(cut.model.layers, keep, strict=True):
@@ -84,41 +84,41 @@ def test_kept_layers_are_those_of_the_model_in_the_order_given(keep: list[int], 
 
 
 @pytest.mark.parametrize("keep", [[0, 2], [1]])
-def test_a_cut_student_generates_with_its_cache_as_without(keep: list[int], teacher_folder: Path) -> None:
+def test_a_cut_student_generates_equally_with_and_without_a_cache(keep: list[int], teacher_folder: Path) -> None:
     cut = open_student(teacher_folder, **WHOLE_STUDENT | {"keep_layers": keep}).eval()
     written = [cut.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=c, pad_token_id=1) for c in (True, False)]
     assert torch.equal(*written)
 
 
 @pytest.mark.parametrize("keep", [[], [3], [-1], [0, 7]])
-def test_layers_that_are_not_there_are_refused(keep: list[int], teacher_folder: Path) -> None:
+def test_missing_layers_are_refused(keep: list[int], teacher_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"the model has layers 0 to 2"):
         open_student(teacher_folder, **WHOLE_STUDENT | {"keep_layers": keep})
 
 
-def test_frozen_parts_are_those_named_and_a_wrong_name_is_refused(student_folder: Path) -> None:
+def test_only_named_parameters_are_frozen_and_unknown_names_are_refused(student_folder: Path) -> None:
     student = open_student(student_folder, **WHOLE_STUDENT | {"freeze": ["embed_tokens", "layers.0."]})
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad == ("embed_tokens" not in name and "layers.0." not in name)
-    with pytest.raises(ConfigError, match="no parameter's name holds"):
+    with pytest.raises(ConfigError, match="no parameter's name contains"):
         open_student(student_folder, **WHOLE_STUDENT | {"freeze": ["embedings"]})
 
 
-def test_a_student_from_scratch_has_the_shape_and_other_weights(student_folder: Path) -> None:
+def test_a_student_from_scratch_has_equal_shapes_and_different_weights(student_folder: Path) -> None:
     old, new = (open_student(student_folder, **WHOLE_STUDENT | {"from_scratch": s}) for s in (False, True))
     assert {n: p.shape for n, p in old.named_parameters()} == {n: p.shape for n, p in new.named_parameters()}
     assert weights_hash(old) == weights_hash(open_student(student_folder, **WHOLE_STUDENT)) != weights_hash(new)
 
 
 @pytest.mark.parametrize("keep", [None, [1]])
-def test_a_saved_student_opens_anywhere_with_the_same_logits(
+def test_a_saved_student_loads_in_transformers_with_the_same_logits(
     keep: list[int] | None, student_folder: Path, prompts: Prompts, tmp_path: Path
 ) -> None:
     student = open_student(student_folder, **WHOLE_STUDENT | {"keep_layers": keep})
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01)
-    for _ in range(2):  # the second time over the first
+    for _ in range(2):  # the second time replaces the first
         save_student(student, prompts.tokenizer, tmp_path / "student")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
@@ -132,19 +132,19 @@ def test_a_saved_student_opens_anywhere_with_the_same_logits(
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_adapters_alone_train_and_begin_as_nothing(is_tied: bool, prompts: Prompts, tmp_path: Path) -> None:
+def test_only_adapters_train_and_they_start_as_zero(is_tied: bool, prompts: Prompts, tmp_path: Path) -> None:
     folder = make_model(tmp_path, seed=3, tie_word_embeddings=is_tied)
     plain, model = open_student(folder, **WHOLE_STUDENT), open_student(folder, **lora_settings())
     assert torch.equal(logits(model), logits(plain))
     assert model.base_model is model.model
     body = {n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    wanted = {f"{name}.lora_{part}.default.weight" for name in body for part in "AB"}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
-    assert set(gradients(model, prompts)) == wanted | {"loss"}
+    expected = {f"{name}.lora_{part}.default.weight" for name in body for part in "AB"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert set(gradients(model, prompts)) == expected | {"loss"}
     assert model.get_output_embeddings().weight.grad is None
 
 
-def test_adapters_are_drawn_by_the_seed(student_folder: Path) -> None:
+def test_adapters_are_initialized_by_the_seed(student_folder: Path) -> None:
     hashes = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -153,7 +153,7 @@ def test_adapters_are_drawn_by_the_seed(student_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_merged_student_is_an_ordinary_model_that_computes_the_same(
+def test_a_merged_student_is_a_standard_model_with_the_same_logits(
     is_tied: bool, prompts: Prompts, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / "start", seed=3, tie_word_embeddings=is_tied)
@@ -180,12 +180,12 @@ def test_a_merged_student_is_an_ordinary_model_that_computes_the_same(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_modules": ["embed_tokens", "q_proj"]},  # a head with a weight of its own does not see it
+        {"target_modules": ["embed_tokens", "q_proj"]},  # the untied head does not use it
         {"target_modules": ["v_proj"], "use_dora": True},
         {"target_modules": ["v_proj"], "use_rslora": True},
     ],
 )
-def test_other_adapters_are_merged_too(changes: dict[str, Any], student_folder: Path) -> None:
+def test_other_kinds_of_adapters_are_merged(changes: dict[str, Any], student_folder: Path) -> None:
     model = adapted(student_folder, **changes)
     before = logits(model)
     assert (before - logits(open_student(student_folder, **WHOLE_STUDENT))).abs().max() > 0.1
@@ -194,7 +194,7 @@ def test_other_adapters_are_merged_too(changes: dict[str, Any], student_folder: 
     assert torch.allclose(logits(model), before, atol=1e-5)
 
 
-def test_adapters_of_experts_one_around_the_other_are_merged(tmp_path: Path) -> None:
+def test_nested_adapters_of_experts_are_merged(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=100,
         hidden_size=32,
@@ -225,7 +225,7 @@ def test_adapters_of_experts_one_around_the_other_are_merged(tmp_path: Path) -> 
         (False, {"layer_replication": [(0, 2), (1, 2)]}, "cannot be merged"),
     ],
 )
-def test_adapters_that_the_loss_or_the_saved_folder_would_miss_are_refused(
+def test_adapters_that_the_loss_or_the_saved_folder_would_ignore_are_refused(
     is_tied: bool, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path, seed=3, tie_word_embeddings=is_tied)
@@ -239,7 +239,7 @@ BRIEF_LORA += ("trainer.log_every_n_steps=1", "validate_every=2", "batch_size=4"
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint")
-def test_a_run_that_broke_off_goes_on_with_its_adapters(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_its_adapters(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
     def trained(folder: str, *overrides: str) -> dict[str, Tensor]:
         job = prepare(configured(*BRIEF_LORA, *overrides), tmp_path / folder)
         torch.manual_seed(0)
@@ -260,7 +260,7 @@ def test_a_run_that_broke_off_goes_on_with_its_adapters(configured: Callable[...
 
 
 def num_saved_bytes(model: torch.nn.Module, prompts: Prompts) -> int:
-    """Bytes that one forward pass keeps for the backward pass, each storage once."""
+    """Bytes that a forward pass saves for the backward pass, counting every storage once."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -274,33 +274,33 @@ def num_saved_bytes(model: torch.nn.Module, prompts: Prompts) -> int:
 
 
 @pytest.mark.parametrize("freeze", [[], ["embed_tokens"]])
-def test_checkpointed_activations_are_fewer_and_change_nothing(
+def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(
     freeze: list[str], student_folder: Path, prompts: Prompts
 ) -> None:
-    plain, light = (
-        open_student(student_folder, **WHOLE_STUDENT | {"freeze": freeze, "gradient_checkpointing": is_light})
-        for is_light in (False, True)
+    plain, checkpointed = (
+        open_student(student_folder, **WHOLE_STUDENT | {"freeze": freeze, "gradient_checkpointing": is_checkpointed})
+        for is_checkpointed in (False, True)
     )
-    assert_close(gradients(light, prompts), gradients(plain, prompts), 1e-6)
-    assert 0 < num_saved_bytes(light, prompts) < 0.5 * num_saved_bytes(plain, prompts)
+    assert_close(gradients(checkpointed, prompts), gradients(plain, prompts), 1e-6)
+    assert 0 < num_saved_bytes(checkpointed, prompts) < 0.5 * num_saved_bytes(plain, prompts)
 
 
-def test_adapters_train_with_checkpointed_activations(student_folder: Path, prompts: Prompts) -> None:
-    found = []
-    for is_light in (False, True):
+def test_adapters_train_with_gradient_checkpointing(student_folder: Path, prompts: Prompts) -> None:
+    results = []
+    for is_checkpointed in (False, True):
         torch.manual_seed(0)
-        model = open_student(student_folder, **lora_settings() | {"gradient_checkpointing": is_light})
-        found.append(gradients(model, prompts))
-    assert_close(*found, 1e-6)
+        model = open_student(student_folder, **lora_settings() | {"gradient_checkpointing": is_checkpointed})
+        results.append(gradients(model, prompts))
+    assert_close(*results, 1e-6)
 
 
-def test_a_checkpointed_student_generates_as_before(student_folder: Path) -> None:
-    plain, light = (
-        open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": is_light}).eval()
-        for is_light in (False, True)
+def test_gradient_checkpointing_does_not_change_generation(student_folder: Path) -> None:
+    plain, checkpointed = (
+        open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": is_checkpointed}).eval()
+        for is_checkpointed in (False, True)
     )
     written = [
-        PrefixedReader(m, (5, 60), 320).read([(70, 80)]).greedy(max_new_tokens=5, stop=1) for m in (plain, light)
+        PrefixedReader(m, (5, 60), 320).read([(70, 80)]).greedy(max_new_tokens=5, stop=1) for m in (plain, checkpointed)
     ]
     assert written[0] == written[1]
 
@@ -312,18 +312,16 @@ def test_a_model_that_cannot_checkpoint_is_refused(student_folder: Path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_a_compiled_body_computes_the_same_and_is_itself_again_afterwards(
-    student_folder: Path, prompts: Prompts
-) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch while compiling
+def test_a_compiled_body_has_the_same_gradients_and_is_restored(student_folder: Path, prompts: Prompts) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"keep_layers": [0]})
-    names, wanted = list(model.state_dict()), gradients(model, prompts)
+    names, expected = list(model.state_dict()), gradients(model, prompts)
     (graphs := torch._dynamo.utils.counters).clear()
     with compiled(model):
         assert list(model.state_dict()) == names
-        found = gradients(model, prompts)
+        actual = gradients(model, prompts)
         assert graphs.pop("stats")["unique_graphs"] == 1
-    assert_close(found, wanted, 1e-5)
-    torch._dynamo.reset()  # so that whatever still is compiled would be compiled anew
+    assert_close(actual, expected, 1e-5)
+    torch._dynamo.reset()  # so that code that is still compiled would be recompiled
     gradients(model, prompts)
     assert "stats" not in graphs

@@ -1,4 +1,4 @@
-"""Makers that the tests of this folder share."""
+"""Helpers shared by the tests of teachers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.conftest import compose, tiny_overrides
 Configured = Callable[..., DictConfig]
 
 
-def recorded(root: Path, splits: Splits) -> list[str]:
-    """A file with the teacher's word on every question but one of train, and what makes it the teacher."""
+def record_answers(root: Path, splits: Splits) -> list[str]:
+    """Write answers to every question except the first of train; return the overrides for a teacher that reads them."""
     rows = [_row(e, i) for i, e in enumerate([*splits.train[1:], *splits.validation, *splits.test])]
-    (root / "elsewhere.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
         "teacher=recorded",
-        f"teacher.kind.files=[{root / 'elsewhere.jsonl'}]",
-        "teacher.kind.answer=said",
+        f"teacher.kind.files=[{root / 'recorded.jsonl'}]",
+        "teacher.kind.answer=reply",
         "teacher.kind.rationale=why",
         "rationales=all",
     ]
@@ -38,7 +38,7 @@ def recorded(root: Path, splits: Splits) -> list[str]:
 
 def _row(example: Example, index: int) -> dict[str, str | None]:
     answer = example.answer or str(index)
-    return {"question": example.question, "said": f" {answer}.", "why": f"Since it is {answer}, it is so."}
+    return {"question": example.question, "reply": f" {answer}.", "why": f"Since it is {answer}, it is so."}
 
 
 def without(overrides: list[str], *names: str) -> list[str]:
@@ -46,15 +46,15 @@ def without(overrides: list[str], *names: str) -> list[str]:
 
 
 @pytest.fixture
-def elsewhere(configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Configured:
-    """Compose a run whose teacher is a file."""
+def recorded(configured: Configured, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Configured:
+    """Compose a run with a recorded teacher."""
     tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
-    known = recorded(tmp_path, open_annotation_job(configured()).splits)
-    return lambda *overrides: compose(*tiny, *known, *overrides)
+    teacher = record_answers(tmp_path, open_annotation_job(configured()).splits)
+    return lambda *overrides: compose(*tiny, *teacher, *overrides)
 
 
 class Verbs:
-    """A task of fixed choices, the second of them of two or more tokens."""
+    """A task of fixed choices, the second of which has several tokens."""
 
     version = "1"
     choices = ("has", "gets back")
@@ -66,28 +66,28 @@ class Verbs:
         return ()
 
     def read_answer(self, text: str) -> str:
-        found = [choice for choice in self.choices if text.strip().startswith(choice)]
-        if not found:
+        matches = [choice for choice in self.choices if text.strip().startswith(choice)]
+        if not matches:
             raise AnswerError(text)
-        return found[0]
+        return matches[0]
 
     def value(self, answer: str) -> str:
         return answer
 
 
-def opened(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
-    """A teacher of verbs with whole distributions."""
+def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
+    """A teacher for `Verbs` with dense soft targets, not loaded."""
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     settings = {"task": Verbs(), "codec": Dense(), "calibration": calibration, "max_new_tokens": 6} | settings
     return kind(folder=folder, prompts=prompts, **settings)
 
 
-def asked(prompts: Prompts, given: Sequence[Example]) -> list[Request]:
-    return [prompts.request(Example(example.question), "answer") for example in given]
+def answer_requests(prompts: Prompts, questions: Sequence[Example]) -> list[Request]:
+    return [prompts.request(Example(example.question), "answer") for example in questions]
 
 
-def same(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
-    """Whether two annotations are equal up to rounding."""
+def is_close(left: Annotation, right: Annotation, tolerance: float = 1e-5) -> bool:
+    """Whether two annotations are equal up to `tolerance`."""
     if replace(left, targets={}, choice_logprobs=()) != replace(right, targets={}, choice_logprobs=()):
         return False
     pairs = [(left.targets[span], right.targets[span]) for span in left.targets]

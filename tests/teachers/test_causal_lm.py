@@ -1,4 +1,4 @@
-"""Laws 6, 7, 9: a frozen teacher that leaves memory, its calibration, and what becomes of its reasoning."""
+"""Laws 6, 7, 9: teachers are frozen and released, calibrated, and sampled; which rationales reach the student."""
 
 from __future__ import annotations
 
@@ -38,31 +38,29 @@ from tests.conftest import (
     reviews,
     tiny_overrides,
 )
-from tests.teachers.conftest import Verbs, asked, opened, same
+from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teacher
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts)
+    teacher = make_teacher(teacher_folder, prompts)
     module = TeacherModule(teacher, batch_size=2)
-    requests = asked(prompts, examples(5))
+    requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     module.train()
     assert not module.model.training
-    assert all(same(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
+    assert all(is_close(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
-    configured: Callable[..., DictConfig], tmp_path: Path
-) -> None:
+def test_a_checkpoint_contains_only_the_student(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
     job = prepare(configured("trainer.max_steps=2", "trainer.log_every_n_steps=1", "loss=[kl]"), tmp_path / "run")
     teacher = CountingTeacher(job.annotation_job.teacher)
     job = replace(job, annotation_job=replace(job.annotation_job, teacher=teacher))
     curriculum = build_curriculum(job)
-    num_asked, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
+    num_requests, student = len(teacher.asked), open_student(job.student_folder, **WHOLE_STUDENT)
     fit(job, build_training(job, curriculum, student, []))
-    assert (teacher.num_loads, len(teacher.asked)) == (1, num_asked)
+    assert (teacher.num_loads, len(teacher.asked)) == (1, num_requests)
     (file,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
     saved = torch.load(file, weights_only=True)
     assert set(saved["state_dict"]) == {f"model.{name}" for name in student.state_dict()}
@@ -71,7 +69,7 @@ def test_a_fitted_checkpoint_holds_the_student_and_nothing_of_the_teacher(
     assert file.stat().st_size < 3.3 * bytes_of_student  # weights and AdamW's two moments
 
 
-def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
+def test_the_optimizer_has_only_the_trained_parameters_of_the_student(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     few = ["trainer.max_steps=1", "trainer.log_every_n_steps=1", "optim.schedule.num_warmup_steps=0"]
@@ -87,31 +85,31 @@ def test_the_optimizer_holds_the_students_trained_parameters_and_no_others(
     assert {n for n, value in student.state_dict().items() if not torch.equal(value, before[n])} == trained
 
 
-def test_a_filled_cache_makes_no_call_and_a_teacher_leaves_memory(configured: Callable[..., DictConfig]) -> None:
+def test_a_filled_cache_needs_no_teacher_and_a_used_teacher_is_released(configured: Callable[..., DictConfig]) -> None:
     source = open_annotation_job(configured())
-    kept: list[weakref.ref[Any]] = []
+    models: list[weakref.ref[Any]] = []
 
     class Watched(CountingTeacher):
         def load(self) -> Any:
             model = super().load()
-            kept.append(weakref.ref(model))
+            models.append(weakref.ref(model))
             return model
 
     watched = Watched(source.teacher)
-    wanted: Any = {"answer": source.splits.train, "rationale": source.splits.train[:3]}
-    first = fill(replace(source, teacher=watched), wanted)
+    to_annotate: Any = {"answer": source.splits.train, "rationale": source.splits.train[:3]}
+    first = fill(replace(source, teacher=watched), to_annotate)
     gc.collect()
-    assert len(kept) == watched.num_loads == 1
-    assert kept[0]() is None
+    assert len(models) == watched.num_loads == 1
+    assert models[0]() is None
     again = open_annotation_job(configured())
     unused = CountingTeacher(again.teacher)
-    second = fill(replace(again, teacher=unused), wanted)
+    second = fill(replace(again, teacher=unused), to_annotate)
     assert (unused.num_loads, unused.asked) == (0, [])
     assert (second.num_reused, second.num_annotated) == (first.num_annotated, 0)
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the command has written there before
-def test_training_and_evaluation_ask_the_teacher_nothing(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the folder exists already
+def test_training_and_evaluation_never_call_the_teacher(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
     short = [
         "trainer.max_steps=1",
         "trainer.log_every_n_steps=1",
@@ -129,19 +127,19 @@ def test_training_and_evaluation_ask_the_teacher_nothing(configured: Callable[..
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_answers_do_not_depend_on_company(shots: int, prompts: Prompts, teacher_folder: Path) -> None:
-    shown = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
-    teacher = opened(teacher_folder, shown)
+def test_annotations_do_not_depend_on_the_batch(shots: int, prompts: Prompts, teacher_folder: Path) -> None:
+    shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
+    teacher = make_teacher(teacher_folder, shot_prompts)
     teacher.load()
     for span in ("answer", "rationale"):
-        requests = [shown.request(example, span) for example in examples(7)]
-        together = teacher.annotate(requests)
+        requests = [shot_prompts.request(example, span) for example in examples(7)]
+        batched = teacher.annotate(requests)
         alone = [teacher.annotate([request])[0] for request in requests]
-        assert all(same(a, b, 1e-4) for a, b in zip(together, alone, strict=True))
+        assert all(is_close(a, b, 1e-4) for a, b in zip(batched, alone, strict=True))
 
 
 class Echo:
-    """A codec that keeps nothing but the number it was given for each position."""
+    """A codec that keeps only the random number of every position."""
 
     seed = 11
 
@@ -156,33 +154,33 @@ class Echo:
     pack = unpack = check_temperature = at_temperature = fingerprint = unused
 
 
-@pytest.mark.parametrize("together", [1, 7])
-def test_every_position_of_a_record_has_a_number_of_its_own_in_any_batch(
-    together: int, prompts: Prompts, teacher_folder: Path
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_random_numbers_are_distinct_by_position_and_independent_of_the_batch(
+    batch_size: int, prompts: Prompts, teacher_folder: Path
 ) -> None:
-    teacher = opened(teacher_folder, prompts, codec=Echo())
+    teacher = make_teacher(teacher_folder, prompts, codec=Echo())
     teacher.load()
     for span in ("answer", "rationale"):
         requests = [prompts.request(example, span) for example in examples(7)]
-        parts = [requests[start : start + together] for start in range(0, 7, together)]
+        parts = [requests[start : start + batch_size] for start in range(0, 7, batch_size)]
         for annotation in (annotation for part in parts for annotation in teacher.annotate(part)):
-            found = {name: target.soft.tail_N.tolist() for name, target in annotation.targets.items()}
-            numbers = [number for span_numbers in found.values() for number in span_numbers]
+            by_span = {name: target.soft.tail_N.tolist() for name, target in annotation.targets.items()}
+            numbers = [number for span_numbers in by_span.values() for number in span_numbers]
             assert len(set(numbers)) == len(numbers)
-            # A rationale's target goes on, over the words between, to the answer.
-            length = len(numbers) + len(prompts.separator_ids()) * (len(found) == 2)
-            every = uniforms(annotation.key, length, 11).tolist()
-            assert found.get("rationale", []) == every[: len(found.get("rationale", []))]
-            assert found.get("answer", []) == every[length - len(found.get("answer", [])) :]
+            # The sequence of a rationale continues, after the separator, with the answer.
+            length = len(numbers) + len(prompts.separator_ids()) * (len(by_span) == 2)
+            expected = uniforms(annotation.key, length, 11).tolist()
+            assert by_span.get("rationale", []) == expected[: len(by_span.get("rationale", []))]
+            assert by_span.get("answer", []) == expected[length - len(by_span.get("answer", [])) :]
 
 
-def test_padded_rows_of_the_teachers_head_do_not_matter(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts)
+def test_padding_rows_of_the_teachers_head_have_no_effect(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    requests = asked(prompts, examples(5))
+    requests = answer_requests(prompts, examples(5))
     before = teacher.annotate(requests)
     model.lm_head.weight.data[prompts.vocabulary_size :] += 50
-    assert all(same(a, b, 0) for a, b in zip(before, teacher.annotate(requests), strict=True))
+    assert all(is_close(a, b, 0) for a, b in zip(before, teacher.annotate(requests), strict=True))
     for annotation in before:
         soft = annotation.targets["answer"].soft
         assert soft is not None
@@ -190,28 +188,26 @@ def test_padded_rows_of_the_teachers_head_do_not_matter(prompts: Prompts, teache
         assert np.allclose(np.exp(grid(soft)[1]).sum(-1), 1, atol=1e-5)
 
 
-def test_another_token_in_a_target_moves_only_the_distributions_after_it(
-    prompts: Prompts, teacher_folder: Path
-) -> None:
-    teacher = opened(teacher_folder, prompts)
+def test_a_changed_target_token_changes_only_later_distributions(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts)
     teacher.load()
     question = examples(1)[0]
     pair = [prompts.request(replace(question, answer=answer), "answer") for answer in ("x y z", "x q z")]
-    one, other = (annotation.targets["answer"] for annotation in teacher.annotate(pair))
-    (place,) = np.flatnonzero(np.array(one.token_ids) != np.array(other.token_ids))
-    assert one.soft is not None
-    assert other.soft is not None
-    gaps = np.abs(np.exp(grid(one.soft)[1]) - np.exp(grid(other.soft)[1])).max(-1)
-    assert (gaps[: place + 1] < 1e-5).all()
-    assert (gaps[place + 1 :] > 1e-3).all()
-    assert 0 < place < len(gaps) - 1
+    first, second = (annotation.targets["answer"] for annotation in teacher.annotate(pair))
+    (position,) = np.flatnonzero(np.array(first.token_ids) != np.array(second.token_ids))
+    assert first.soft is not None
+    assert second.soft is not None
+    gaps = np.abs(np.exp(grid(first.soft)[1]) - np.exp(grid(second.soft)[1])).max(-1)
+    assert (gaps[: position + 1] < 1e-5).all()
+    assert (gaps[position + 1 :] > 1e-3).all()
+    assert 0 < position < len(gaps) - 1
 
 
 def test_choices_are_scored_by_all_their_tokens(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, constrain=False)
+    teacher = make_teacher(teacher_folder, prompts, constrain=False)
     model = teacher.load()
     for request, annotation in zip(
-        asked(prompts, examples(4)), teacher.annotate(asked(prompts, examples(4))), strict=True
+        answer_requests(prompts, examples(4)), teacher.annotate(answer_requests(prompts, examples(4))), strict=True
     ):
         scores = []
         for choice in Verbs.choices:
@@ -225,55 +221,59 @@ def test_choices_are_scored_by_all_their_tokens(prompts: Prompts, teacher_folder
 
 
 def test_calibration_leaves_the_median_question_undecided(prompts: Prompts, teacher_folder: Path) -> None:
-    given = [Example(example.question) for example in examples(9)]
+    questions = [Example(example.question) for example in examples(9)]
     firsts = [prompts.encode(f" {choice}")[0] for choice in Verbs.choices]
     assert len(set(firsts)) == 2
-    teacher = opened(teacher_folder, prompts, *given)
+    teacher = make_teacher(teacher_folder, prompts, *questions)
     teacher.load()
-    softs = [a.targets["answer"].soft for a in teacher.annotate(asked(prompts, given))]
-    gold_NC = np.array([grid(soft)[1][0, firsts] for soft in softs])
-    plain = opened(teacher_folder, prompts)
+    softs = [a.targets["answer"].soft for a in teacher.annotate(answer_requests(prompts, questions))]
+    calibrated_NC = np.array([grid(soft)[1][0, firsts] for soft in softs])
+    plain = make_teacher(teacher_folder, prompts)
     plain.load()
-    raw_NC = np.array([grid(a.targets["answer"].soft)[1][0, firsts] for a in plain.annotate(asked(prompts, given))])
-    moved = (gold_NC - raw_NC) @ [1, -1]
-    assert np.allclose(moved, moved[0], atol=1e-4)
-    assert abs(moved[0]) > 1e-3
-    with pytest.raises(ConfigError, match="begin with the same token"):
-        opened(teacher_folder, prompts, *given, task=type("Alike", (Verbs,), {"choices": ("gets", "gets back")})())
+    raw_NC = np.array(
+        [grid(a.targets["answer"].soft)[1][0, firsts] for a in plain.annotate(answer_requests(prompts, questions))]
+    )
+    shift = (calibrated_NC - raw_NC) @ [1, -1]
+    assert np.allclose(shift, shift[0], atol=1e-4)
+    assert abs(shift[0]) > 1e-3
+    with pytest.raises(ConfigError, match="start with the same token"):
+        make_teacher(
+            teacher_folder, prompts, *questions, task=type("Alike", (Verbs,), {"choices": ("gets", "gets back")})()
+        )
 
 
-def test_choices_are_calibrated_on_train_questions_alone(
+def test_choices_are_calibrated_only_on_train_questions(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     teacher, options = shutil.copytree(teacher_folder, tmp_path / "teacher"), reviews(tmp_path)
-    make_tokenizer(teacher, texts=["Sentiment: negative", "Sentiment: positive"] * 500)  # two tokens to begin with
+    make_tokenizer(
+        teacher, texts=["Sentiment: negative", "Sentiment: positive"] * 500
+    )  # so that the choices differ in their first tokens
     tiny = tiny_overrides(tmp_path, teacher, student_folder)
     source = open_annotation_job(compose(*tiny[1:], *options, "teacher.calibrate=5"))
     assert source.teacher.fingerprint()["calibration"] == [example.id for example in source.splits.train[:5]]
 
 
-def test_a_teacher_that_loads_nothing_has_a_fingerprint(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, examples(1)[0])
-    assert teacher.fingerprint() == opened(teacher_folder, prompts, examples(1)[0]).fingerprint()
-    assert teacher.fingerprint() != opened(teacher_folder, prompts).fingerprint()
+def test_a_fingerprint_needs_no_loaded_weights(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts, examples(1)[0])
+    assert teacher.fingerprint() == make_teacher(teacher_folder, prompts, examples(1)[0]).fingerprint()
+    assert teacher.fingerprint() != make_teacher(teacher_folder, prompts).fingerprint()
     assert not hasattr(teacher, "_model")
 
 
-def test_reasoning_counts_as_cut_off_only_where_it_did_not_come_to_its_end(
-    prompts: Prompts, teacher_folder: Path
-) -> None:
+def test_a_rationale_is_truncated_only_without_an_end_token(prompts: Prompts, teacher_folder: Path) -> None:
     requests = [prompts.request(example, "rationale") for example in examples(5)]
-    model = opened(teacher_folder, prompts).load()
+    model = make_teacher(teacher_folder, prompts).load()
     reader = PrefixedReader(model, prompts.prefix("rationale"), prompts.vocabulary_size)
     written = reader.read([request.question_ids for request in requests]).greedy(max_new_tokens=6, stop=-1)
     for end in (written[0][-1], written[1][2]):
         ending = Prompts(prompts.tokenizer, LAYOUT, (), max_length=256, too_long="drop")
         ending.end = end
-        teacher = opened(teacher_folder, ending, max_new_tokens=6)
+        teacher = make_teacher(teacher_folder, ending, max_new_tokens=6)
         teacher.load()
-        found = [annotation.is_truncated for annotation in teacher.annotate(requests)]
-        assert found == [end not in ids for ids in written]
-        assert set(found) == {True, False}
+        are_truncated = [annotation.is_truncated for annotation in teacher.annotate(requests)]
+        assert are_truncated == [end not in ids for ids in written]
+        assert set(are_truncated) == {True, False}
 
 
 def samples(prompts: Prompts, number: int) -> list[Request]:
@@ -281,60 +281,60 @@ def samples(prompts: Prompts, number: int) -> list[Request]:
     return [prompts.request(example, "rationale", sample=k) for example in examples(5) for k in range(number)]
 
 
-def test_a_sample_depends_on_its_key_and_not_on_its_company(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0)
+def test_a_sample_depends_on_its_key_and_not_on_the_batch(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts, sampling_temperature=1.0)
     teacher.load()
     requests = samples(prompts, 4)
-    together = teacher.annotate(requests)
+    batched = teacher.annotate(requests)
     backwards = teacher.annotate(requests[::-1])[::-1]
     alone = [teacher.annotate([request])[0] for request in requests]
     for others in (backwards, alone):
-        assert all(same(a, b, 1e-4) for a, b in zip(together, others, strict=True))
-    assert [a.is_sampled for a in together] == [request.sample > 0 for request in requests]
-    texts = [[a.rationale for a in together[start : start + 4]] for start in range(0, len(together), 4)]
+        assert all(is_close(a, b, 1e-4) for a, b in zip(batched, others, strict=True))
+    assert [a.is_sampled for a in batched] == [request.sample > 0 for request in requests]
+    texts = [[a.rationale for a in batched[start : start + 4]] for start in range(0, len(batched), 4)]
     assert all(len(set(few)) > 1 for few in texts)
     assert max(len(set(few)) for few in texts) == 4
 
 
-def test_sample_zero_is_greedy_whatever_stands_beside_it(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0)
+def test_sample_zero_is_greedy_in_any_batch(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts, sampling_temperature=1.0)
     teacher.load()
     requests = samples(prompts, 2)
     greedy = teacher.annotate(requests[::2])
-    assert all(same(a, b, 1e-4) for a, b in zip(greedy, teacher.annotate(requests)[::2], strict=True))
+    assert all(is_close(a, b, 1e-4) for a, b in zip(greedy, teacher.annotate(requests)[::2], strict=True))
     reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
-    read = reader.read([request.question_ids for request in requests[::2]])
-    written = read.greedy(max_new_tokens=6, stop=prompts.end)
+    reading = reader.read([request.question_ids for request in requests[::2]])
+    written = reading.greedy(max_new_tokens=6, stop=prompts.end)
     assert [a.rationale for a in greedy] == [prompts.split_reply(ids).rationale for ids in written]
 
 
-def test_samples_become_greedy_as_the_sampling_temperature_vanishes(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, sampling_temperature=1e-5)
+def test_samples_approach_greedy_as_the_temperature_vanishes(prompts: Prompts, teacher_folder: Path) -> None:
+    teacher = make_teacher(teacher_folder, prompts, sampling_temperature=1e-5)
     teacher.load()
     greedy, drawn = (teacher.annotate(samples(prompts, 2)[start::2]) for start in (0, 1))
-    assert all(same(a, replace(b, key=a.key, is_sampled=False), 1e-4) for a, b in zip(greedy, drawn, strict=True))
+    assert all(is_close(a, replace(b, key=a.key, is_sampled=False), 1e-4) for a, b in zip(greedy, drawn, strict=True))
 
 
-def test_words_are_drawn_by_other_numbers_than_targets_are_cut_by(prompts: Prompts, teacher_folder: Path) -> None:
-    """Else, given the words, what the codec draws in their places would not be fair."""
-    teacher = opened(teacher_folder, prompts, sampling_temperature=1.0, top_p=1.0)
+def test_sampling_and_codec_use_different_random_numbers(prompts: Prompts, teacher_folder: Path) -> None:
+    """Otherwise the draws of the codec would depend on the sampled tokens."""
+    teacher = make_teacher(teacher_folder, prompts, sampling_temperature=1.0, top_p=1.0)
     teacher.load()
     requests = [request for request in samples(prompts, 2) if request.sample]
     reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
     texts = [annotation.rationale for annotation in teacher.annotate(requests)]
-    for ending, is_theirs in (("/words", True), ("", False)):
-        numbers_BN = torch.from_numpy(np.stack([uniforms(request.key + ending, 6, 0) for request in requests]))
+    for suffix, is_equal in (("/words", True), ("", False)):
+        numbers_BN = torch.from_numpy(np.stack([uniforms(request.key + suffix, 6, 0) for request in requests]))
         reading = reader.read([request.question_ids for request in requests])
         written = reading.sampled(uniforms_BN=numbers_BN, stop=prompts.end, temperature=1.0, top_p=1.0)
-        same = [prompts.split_reply(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
-        assert same == [is_theirs] * len(requests)
+        matches = [prompts.split_reply(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
+        assert matches == [is_equal] * len(requests)
 
 
 @pytest.mark.parametrize("setting", [{"sampling_temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 5}])
-def test_how_samples_are_drawn_is_in_the_fingerprint(
+def test_sampling_settings_are_in_the_fingerprint(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
-    plain, other = (opened(teacher_folder, prompts, **given).fingerprint() for given in ({}, setting))
+    plain, other = (make_teacher(teacher_folder, prompts, **settings).fingerprint() for settings in ({}, setting))
     assert other == plain | {"generation": plain["generation"] | setting}
     assert other != plain
 
@@ -342,14 +342,14 @@ def test_how_samples_are_drawn_is_in_the_fingerprint(
 @pytest.mark.parametrize(
     "setting", [{"sampling_temperature": 0.0}, {"sampling_temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
 )
-def test_a_teacher_that_could_not_draw_is_refused(
+def test_impossible_sampling_settings_are_refused(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
     with pytest.raises(ConfigError, match="sampling_temperature"):
-        opened(teacher_folder, prompts, **setting)
+        make_teacher(teacher_folder, prompts, **setting)
 
 
-REASONED = {  # what the teacher left: rationale, answer after it, cut off at the limit
+CASES = {  # rationale, answer after it, is truncated
     "good": ("Since it is so.", "7", False),
     "disagrees": ("Since it is so.", "8", False),
     "unreadable": ("Since it is so.", None, False),
@@ -358,15 +358,13 @@ REASONED = {  # what the teacher left: rationale, answer after it, cut off at th
 }
 
 
-def test_only_rationales_without_a_reason_against_them_reach_the_student(
-    configured: Callable[..., DictConfig], tmp_path: Path
-) -> None:
+def test_only_kept_rationales_reach_the_student(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
     job = prepare(configured("loss=[answer,kl,rationale]", "num_samples=0"), tmp_path)
     unlabelled = [e for e in job.annotation_job.splits.train if e.answer is None]
-    prompts, cases = job.annotation_job.prompts, dict(zip((e.id for e in unlabelled), REASONED, strict=False))
+    prompts, cases = job.annotation_job.prompts, dict(zip((e.id for e in unlabelled), CASES, strict=False))
     with job.annotation_job.store.writing() as writer:
         for example in unlabelled:
-            rationale, answer, is_truncated = REASONED[cases.get(example.id, "empty")]
+            rationale, answer, is_truncated = CASES[cases.get(example.id, "empty")]
             ids = prompts.answer_ids("7")
             keys = [prompts.request(example, span).key for span in ("answer", "rationale")]
             writer.add([Annotation(keys[0], {"answer": Target(ids, None)}, "7")])
@@ -377,6 +375,6 @@ def test_only_rationales_without_a_reason_against_them_reach_the_student(
     taught = {
         lesson.example_id for lesson in curriculum.train for s in lesson.sequences if "rationale" in s.prompt.spans
     }
-    by_teacher = taught & {e.id for e in unlabelled}
-    assert by_teacher == {i for i, case in cases.items() if case == "good"}
-    assert taught - by_teacher == {e.id for e in job.annotation_job.splits.train if e.rationale is not None}
+    taught_by_teacher = taught & {e.id for e in unlabelled}
+    assert taught_by_teacher == {i for i, case in cases.items() if case == "good"}
+    assert taught - taught_by_teacher == {e.id for e in job.annotation_job.splits.train if e.rationale is not None}

@@ -1,4 +1,4 @@
-"""Answers and rationales that were given elsewhere, and a second teacher that reads them."""
+"""Recorded teachers, and a second teacher that scores their texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.conftest import CountingTeacher, compose
 from tests.teachers.conftest import Configured
 
 
-def test_what_stands_in_the_file_is_the_annotation(elsewhere: Configured) -> None:
-    source = open_annotation_job(elsewhere())
-    missing, *asked = source.splits.train
+def test_annotations_are_read_from_the_file(recorded: Configured) -> None:
+    source = open_annotation_job(recorded())
+    missing, *answered = source.splits.train
     filled = fill(source, {"answer": source.splits.train, "rationale": source.splits.train})
-    for index, example in enumerate(asked):
+    for index, example in enumerate(answered):
         annotation = source.store.read(filled.requests[example.id, "rationale"].key)
         answer = example.answer or str(index)
         assert (annotation.answer, annotation.rationale) == (answer, f"Since it is {answer}, it is so.")
@@ -33,40 +33,40 @@ def test_what_stands_in_the_file_is_the_annotation(elsewhere: Configured) -> Non
         assert (annotation.answer, annotation.rationale) == (None, None)
 
 
-def test_rows_of_one_question_are_its_samples(elsewhere: Configured, tmp_path: Path) -> None:
-    question = open_annotation_job(elsewhere()).splits.train[1].question
-    with (tmp_path / "elsewhere.jsonl").open("a") as file:
-        file.write(json.dumps({"question": question.upper(), "said": "99", "why": "Another reason."}) + "\n")
-    source = open_annotation_job(elsewhere("teacher.rationales_each=3"))
+def test_several_rows_of_a_question_are_its_samples(recorded: Configured, tmp_path: Path) -> None:
+    question = open_annotation_job(recorded()).splits.train[1].question
+    with (tmp_path / "recorded.jsonl").open("a") as file:
+        file.write(json.dumps({"question": question.upper(), "reply": "99", "why": "Another reason."}) + "\n")
+    source = open_annotation_job(recorded("teacher.rationales_each=3"))
     filled = fill(source, {"rationale": source.splits.train[1:2]})
     (samples,) = filled.samples.values()
-    said = [source.store.read(request.key) for request in samples]
-    assert [annotation.answer for annotation in said[1:]] == ["99", None]
-    assert said[1].rationale == "Another reason."
+    annotations = [source.store.read(request.key) for request in samples]
+    assert [annotation.answer for annotation in annotations[1:]] == ["99", None]
+    assert annotations[1].rationale == "Another reason."
 
 
-def test_other_files_are_another_teacher(elsewhere: Configured, tmp_path: Path) -> None:
-    before = open_annotation_job(elsewhere()).store.digest
-    with (tmp_path / "elsewhere.jsonl").open("a") as file:
-        file.write(json.dumps({"question": "Once more?", "said": "1", "why": None}) + "\n")
-    assert open_annotation_job(elsewhere()).store.digest != before
+def test_changed_files_change_the_cache_digest(recorded: Configured, tmp_path: Path) -> None:
+    before = open_annotation_job(recorded()).store.digest
+    with (tmp_path / "recorded.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "Once more?", "reply": "1", "why": None}) + "\n")
+    assert open_annotation_job(recorded()).store.digest != before
 
 
-def test_losses_on_soft_targets_are_refused_with_the_reason(elsewhere: Configured, tmp_path: Path) -> None:
+def test_losses_on_soft_targets_are_refused_with_a_reason(recorded: Configured, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"loss\.kl needs soft targets, and this teacher gives none.*soft_teacher"):
-        prepare(elsewhere("loss=[answer,kl]"), tmp_path)
-    prepare(elsewhere("loss=[answer,teacher_answer,rationale]"), tmp_path)
+        prepare(recorded("loss=[answer,kl]"), tmp_path)
+    prepare(recorded("loss=[answer,teacher_answer,rationale]"), tmp_path)
 
 
-def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(elsewhere: Configured, tmp_path: Path) -> None:
-    nobody = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'elsewhere.jsonl'}]", name="annotate")
+def test_a_recorded_teacher_without_a_student_needs_a_tokenizer(recorded: Configured, tmp_path: Path) -> None:
+    config = compose("teacher=recorded", f"teacher.kind.files=[{tmp_path / 'recorded.jsonl'}]", name="annotate")
     with pytest.raises(ConfigError, match=r"teacher\.model is missing"):
-        open_annotation_job(nobody)
+        open_annotation_job(config)
 
 
-def test_a_file_that_is_not_there_is_named(elsewhere: Configured) -> None:
-    with pytest.raises(ConfigError, match=r"there is no file /nowhere\.jsonl"):
-        open_annotation_job(elsewhere("teacher.kind.files=[/nowhere.jsonl]"))
+def test_a_missing_file_is_named(recorded: Configured) -> None:
+    with pytest.raises(ConfigError, match=r"/nowhere\.jsonl does not exist"):
+        open_annotation_job(recorded("teacher.kind.files=[/nowhere.jsonl]"))
 
 
 LOSSES = "loss=[answer,teacher_answer,kl,rationale,rationale_kl]"
@@ -77,15 +77,15 @@ def two_teachers(teacher_folder: Path) -> list[str]:
     return ["teacher@soft_teacher=causal_lm", *(f"soft_teacher.{name}={value}" for name, value in names.items())]
 
 
-def test_the_second_teacher_reads_the_words_of_the_first(
-    elsewhere: Configured, tmp_path: Path, teacher_folder: Path
+def test_a_second_teacher_scores_the_texts_of_the_first(
+    recorded: Configured, tmp_path: Path, teacher_folder: Path
 ) -> None:
-    job = prepare(elsewhere(LOSSES, *two_teachers(teacher_folder)), tmp_path)
+    job = prepare(recorded(LOSSES, *two_teachers(teacher_folder)), tmp_path)
     assert job.soft_annotation_job
-    reader = CountingTeacher(job.soft_annotation_job.teacher)
-    curriculum = build_curriculum(replace(job, soft_annotation_job=replace(job.soft_annotation_job, teacher=reader)))
-    assert {request.span for request in reader.asked} == {"answer", "rationale"}
-    assert all(request.given_ids for request in reader.asked)
+    scorer = CountingTeacher(job.soft_annotation_job.teacher)
+    curriculum = build_curriculum(replace(job, soft_annotation_job=replace(job.soft_annotation_job, teacher=scorer)))
+    assert {request.span for request in scorer.asked} == {"answer", "rationale"}
+    assert all(request.given_ids for request in scorer.asked)
     index = 7  # without a label
     example = job.annotation_job.splits.train[index + 1]
     assert example.answer is None
@@ -94,24 +94,24 @@ def test_the_second_teacher_reads_the_words_of_the_first(
     for sequence, text in zip(lesson.sequences, (str(index), f"Since it is {index}, it is so."), strict=True):
         (span,) = sequence.prompt.spans
         start, stop = sequence.prompt.spans[span]
-        words = prompts.answer_ids(text) if span == "answer" else (*prompts.rationale_ids(text), prompts.end)
-        assert sequence.prompt.ids[start:stop] == words
-        found = curriculum.read([sequence.soft[span].place])
-        # The same by one pass over the whole text, without a shared prefix or a cache.
+        target_ids = prompts.answer_ids(text) if span == "answer" else (*prompts.rationale_ids(text), prompts.end)
+        assert sequence.prompt.ids[start:stop] == target_ids
+        soft = curriculum.read([sequence.soft[span].place])
+        # Reference: a single pass over the whole text, without a shared prefix or a cache.
         request = prompts.request(replace(example, answer=None), span, given=text)
         with loaded(job.soft_annotation_job.teacher) as model, torch.no_grad():
             before = (*prompts.prefix(span), *request.question_ids)
             logits_TV = model(torch.tensor([(*before, *request.given_ids)])).logits[0].float()
         logprobs_NV = logits_TV[len(before) - 1 : -1, : prompts.vocabulary_size].log_softmax(-1)
-        for row, (ids, logprobs) in enumerate(found.rows()):
+        for row, (ids, logprobs) in enumerate(soft.rows()):
             gap_N = (logprobs_NV[:, ids.tolist()] - torch.from_numpy(logprobs)).abs().amax(1)
-            assert gap_N[row] < 1 / 16  # kept in steps of that size
+            assert gap_N[row] < 1 / 16  # the resolution of the codec
             assert int(gap_N.argmin()) == row
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # as in the command
-def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_folder: Path) -> None:
-    config = elsewhere(
+def test_two_teachers_in_one_run(recorded: Configured, tmp_path: Path, teacher_folder: Path) -> None:
+    config = recorded(
         LOSSES,
         *two_teachers(teacher_folder),
         "trainer.max_steps=2",
@@ -122,9 +122,9 @@ def test_two_teachers_in_one_run(elsewhere: Configured, tmp_path: Path, teacher_
     run: dict[str, object] = {}
     (tmp_path / "run").mkdir()
     rows = distill(prepare(config, tmp_path / "run"), [], run)["rows"]
-    assert rows["teacher"]["accuracy"] > 0  # the file knows some of the test answers
+    assert rows["teacher"]["accuracy"] > 0  # the file has some of the test answers
     assert rows["teacher"]["size_bytes"] is rows["teacher"]["ms_per_example"] is None
     assert math.isfinite(rows["student"]["kl"])
     assert rows["student"]["peak_bytes"] > rows["student"]["parameters"]
-    told = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text().splitlines()]
-    assert {row["reason"] for row in told} == {None}
+    rationales = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in rationales} == {None}
