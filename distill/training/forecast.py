@@ -1,8 +1,8 @@
 """The forecast of a run: the examples, tokens, bytes, hours and memory that it needs, and the resources available.
 
-AnnotationReader in the cache are counted. Missing records are bounded: each answer and rationale is assumed to have its maximum
-length, each soft target the maximum size that its codec produces. A few requests are annotated to measure the speed;
-nothing is stored.
+Records in the cache are counted. Missing records are bounded: each answer and rationale is assumed to have its
+maximum length, each soft target the maximum size that its codec produces. A few requests are annotated to measure
+the speed; nothing is stored.
 """
 
 from __future__ import annotations
