@@ -29,7 +29,7 @@ from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Annotation, Example, Request, Splits
 from tests.annotation.conftest import annotate_options
 from tests.conftest import LAYOUT, CountingTeacher, compose, counted, examples, grid, make_tokenizer
-from tests.teachers.conftest import asked, opened, same
+from tests.teachers.conftest import answer_requests, is_close, make_teacher
 
 SHOTS = examples(2)
 
@@ -44,7 +44,7 @@ def requests_by_kind(prompts: Prompts, number: int = 5) -> list[list[Request]]:
     """Requests for answers with and without gold answers, and for rationales."""
     questions = examples(number)
     return [
-        asked(prompts, questions),
+        answer_requests(prompts, questions),
         *([prompts.request(e, span) for e in questions] for span in ("answer", "rationale")),
     ]
 
@@ -59,12 +59,12 @@ def test_sampling_settings_of_a_model_folder_reach_neither_text_nor_distribution
     sampling = {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "top_k": 3, "repetition_penalty": 2.0}
     with_sampling = shutil.copytree(teacher_folder, tmp_path / "tempted")
     (with_sampling / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | sampling))
-    teachers = [opened(folder, prompts, max_new_tokens=24) for folder in (teacher_folder, with_sampling)]
+    teachers = [make_teacher(folder, prompts, max_new_tokens=24) for folder in (teacher_folder, with_sampling)]
     models = [teacher.load() for teacher in teachers]
     assert models[1].generation_config.temperature == 0.3
     for requests in requests_by_kind(prompts):
         left, right = (teacher.annotate(requests) for teacher in teachers)
-        assert all(same(a, b, 0) for a, b in zip(left, right, strict=True))
+        assert all(is_close(a, b, 0) for a, b in zip(left, right, strict=True))
         token_ids = [target.token_ids for annotation in left for target in annotation.targets.values()]
         assert any(len(set(ids)) < len(ids) - 2 for ids in token_ids) or requests[0].span == "answer"
         for soft in soft_targets_of(right):
@@ -74,7 +74,7 @@ def test_sampling_settings_of_a_model_folder_reach_neither_text_nor_distribution
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_teacher_computes_in_the_dtype_of_its_fingerprint(dtype: str, prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, dtype=dtype)
+    teacher = make_teacher(teacher_folder, prompts, dtype=dtype)
     assert teacher.fingerprint()["dtype"] == dtype
     assert {parameter.dtype for parameter in teacher.load().parameters()} == {getattr(torch, dtype)}
 
@@ -83,7 +83,7 @@ def test_a_teacher_in_bfloat16_has_its_softmax_in_float32(
     prompts: Prompts, teacher_folder: Path, tmp_path: Path
 ) -> None:
     for codec, atol in ((Dense(), 0), (TopK(k=320, temperature=1.0), 0.01)):
-        teacher = opened(teacher_folder, prompts, codec=codec, dtype="bfloat16", constrain=False)
+        teacher = make_teacher(teacher_folder, prompts, codec=codec, dtype="bfloat16", constrain=False)
         model = teacher.load()
         requests = requests_by_kind(prompts)[1]
         annotations = teacher.annotate(requests)
@@ -161,7 +161,7 @@ def test_annotate_never_uses_test_labels(tmp_path: Path, teacher_folder: Path) -
 
 
 def test_the_head_is_applied_to_a_bounded_number_of_positions(prompts: Prompts, teacher_folder: Path) -> None:
-    teacher = opened(teacher_folder, prompts, codec=TopK(k=4, temperature=1.0))
+    teacher = make_teacher(teacher_folder, prompts, codec=TopK(k=4, temperature=1.0))
     positions_per_call: list[int] = []
     head = teacher.load().get_output_embeddings()
     head.register_forward_hook(
@@ -212,7 +212,7 @@ def test_sequences_of_a_batch_do_not_attend_to_each_other(
     shots: int, span: str, prompts: Prompts, teacher_folder: Path
 ) -> None:
     prompts_with_shots = Prompts(prompts.tokenizer, LAYOUT, SHOTS[:shots], max_length=256, too_long="drop")
-    teacher = opened(teacher_folder, prompts_with_shots, calibration=())
+    teacher = make_teacher(teacher_folder, prompts_with_shots, calibration=())
     teacher.load()
     first, short, long = (
         prompts_with_shots.request(Example(q), span) for q in ("Why is it so?", "Who?", "And who knows? " * 9)
@@ -223,7 +223,7 @@ def test_sequences_of_a_batch_do_not_attend_to_each_other(
             batch = [*others[:position], first, *others[position:]]
             annotation = teacher.annotate(batch)[position]
             assert annotation.key == first.key
-            assert same(annotation, alone, 1e-4)
+            assert is_close(annotation, alone, 1e-4)
 
 
 def test_a_too_long_test_question_counts_as_wrong(
