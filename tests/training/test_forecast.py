@@ -20,7 +20,7 @@ from distill.training import forecast as forecasting
 from distill.training.forecast import forecast_run
 from distill.training.job import plan
 from tests.conftest import CountingTeacher, compose, run, tiny_overrides
-from tests.teachers.conftest import recorded, without
+from tests.teachers.conftest import record_answers, without
 
 Configured = Callable[..., DictConfig]
 WITH_RATIONALES = ["teacher.num_rationales=9", "num_samples=2"]
@@ -221,7 +221,7 @@ def test_a_recorded_teacher_is_not_loaded_and_its_texts_are_bounded(
 ) -> None:
     splits = prepare(configured(), tmp_path).annotation_job.splits
     tiny = without(tiny_overrides(tmp_path, teacher_folder, student_folder), "teacher")
-    config = compose(*tiny, *recorded(tmp_path, splits), LOSSES, *soft_teacher_overrides(teacher_folder))
+    config = compose(*tiny, *record_answers(tmp_path, splits), LOSSES, *soft_teacher_overrides(teacher_folder))
     job, teachers = with_counting_teachers(prepare(config, tmp_path))
     forecast = forecast_run(job)
     assert [teacher.num_loads for teacher in teachers] == [0, 1]
