@@ -85,7 +85,7 @@ class Evaluation:
         """Whether the question is not too long."""
         return bool(self._questions([example], self._span))
 
-    def of(self, model: Any) -> Evaluation:
+    def with_model(self, model: Any) -> Evaluation:
         """Return the same evaluation with another model."""
         return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens)
 
@@ -233,7 +233,7 @@ def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -
     return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
 
 
-def row_of(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
+def model_row(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
     """Return a model's row of results, from its predictions and parameters."""
     row = score(predictions, task.choices)
     return row | {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": None}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
 from distill.app import config as configuration
 from distill.app.config import Config
-from distill.app.files import atomic_write
-from distill.evaluation.answers import Evaluation, row_of, speeds
+from distill.app.files import write_json
+from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.models import loading, naming
 from distill.prompts.cues import build_prompts
 from distill.students.causal_lm import size_bytes
@@ -26,11 +25,10 @@ def evaluate(config: Config) -> float:
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
     examples = getattr(task.splits(), config.split)
-    row: dict[str, Any] = row_of(evaluation.predict(examples, {}), task, model)
+    row: dict[str, Any] = model_row(evaluation.predict(examples, {}), task, model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
-    with atomic_write(out) as temporary:
-        temporary.write_text(json.dumps(row, indent=1))
+    write_json(out, row)
     low, high = row["interval"]
     print(
         f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"

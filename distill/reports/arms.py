@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from distill.app.console import visible
-from distill.reports.runs import NULL, SEED_KEYS, Json, Run, number
+from distill.app.files import Json
+from distill.reports.runs import NULL, SEED_KEYS, Run, number
 from distill.reports.statistics import student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")

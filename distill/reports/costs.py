@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distill.app.files import Json
 from distill.reports.arms import Arm
-from distill.reports.runs import Json, Run, mapping, number
+from distill.reports.runs import Run, mapping, number
 from distill.reports.statistics import break_even
 
 SECONDS_PER_HOUR = 3600

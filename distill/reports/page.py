@@ -10,11 +10,11 @@ from typing import Any
 import jinja2
 
 from distill.app.console import visible
-from distill.app.files import atomic_write
+from distill.app.files import Json, atomic_write
 from distill.reports.arms import SEED_COLUMNS, cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.costs import cost, yields
-from distill.reports.runs import Json, flatten, mapping, mappings, number, read_runs
+from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
 from distill.reports.sentences import NOTHING, contamination_lines, cost_note, yield_lines
 from distill.reports.tables import (

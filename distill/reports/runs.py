@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from distill.app.console import visible
+from distill.app.files import Json
 from distill.app.moved import current
 from distill.errors import ConfigError
 
@@ -37,7 +37,6 @@ IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.nu
 NULL = str(None)  # a flat setting that is null
 SEED_KEYS = re.compile(r"(?<!split_)seed$")
 
-Json = dict[str, Any]
 PARSERS: Mapping[str, Callable[[str], Iterable[object]]] = {
     ".yaml": lambda text: [current(yaml.safe_load(text))],
     ".json": lambda text: [json.loads(text)],

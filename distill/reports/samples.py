@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distill.reports.runs import Json, Run
+from distill.app.files import Json
+from distill.reports.runs import Run
 from distill.reports.verdicts import Summary
 
 NUM_SAMPLES, NUM_RATIONALES = 8, 12

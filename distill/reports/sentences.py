@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distill.app.files import Json
 from distill.reports.charts import Effect, effects
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
-from distill.reports.runs import Json, Run, mappings
+from distill.reports.runs import Run, mappings
 from distill.reports.verdicts import Summary
 
 NOTHING = "No distilled student was evaluated, so there is nothing to judge."

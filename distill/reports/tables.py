@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from distill.app.files import Json
 from distill.reports.arms import COLUMNS, PEAK, Column
 from distill.reports.charts import confidence
 from distill.reports.costs import Cost, break_even_text, cost, yields
-from distill.reports.runs import Json
 from distill.reports.verdicts import Contrast, Difference, Summary, Verdict, share_text
 
 NO_PRICES: Json = {}

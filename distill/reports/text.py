@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from distill.app.console import visible
+from distill.app.files import Json
 from distill.reports.arms import COLUMNS, SEED_COLUMNS, cell
 from distill.reports.costs import cost
-from distill.reports.runs import Json
 from distill.reports.sentences import facts, remarks
 from distill.reports.tables import (
     COST_TITLES,

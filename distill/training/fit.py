@@ -19,6 +19,7 @@ from distill.app import config as configuration
 from distill.app import preemption
 from distill.app.config import Config
 from distill.app.console import say
+from distill.app.files import Json
 from distill.app.progress import progress
 from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
@@ -30,8 +31,6 @@ from distill.training.checkpoints import Checkpoints, Identity, WholeFiles, chec
 from distill.training.curves import Curves
 from distill.training.module import StudentModule
 from distill.training.preflight import Finding, PreflightInput, preflight, table
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

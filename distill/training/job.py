@@ -20,11 +20,11 @@ from distill.annotation.fill import loaded
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
-from distill.app.files import atomic_write
+from distill.app.files import Json, write_json, write_json_lines
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
-from distill.evaluation.answers import Evaluation, row_of, speeds, teacher_row
+from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.join import AnnotationReader
 from distill.records import Annotation, Example, Span
@@ -48,7 +48,6 @@ from distill.training.run_facts import cache_card, contamination, counts, ration
 from distill.training.sharding import gather_model
 from distill.training.untrained import untrained_row
 
-Json = dict[str, Any]
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
 # Settings that may differ between a complete run and its repetition.
 _MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
@@ -76,7 +75,7 @@ def train(config: Config) -> float:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
         results = distill(job, tracking.loggers(), run)
         if results:
-            _write(run_dir / "run.json", run)
+            write_json(run_dir / "run.json", run)
             summary = write_report([run_dir], run_dir)
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # not needed once the run is complete
             _track(tracking, results, run, job, summary)
@@ -84,7 +83,7 @@ def train(config: Config) -> float:
     finally:
         gc.collect()  # break Lightning's reference cycles, or a sweep would keep this student in memory
         run["tracking"] = tracking.finish(exit_code)
-        _write(run_dir / "run.json", run)
+        write_json(run_dir / "run.json", run)
     if not results:
         print("preflight passed; remove preflight=true to start the run")
         return 0.0
@@ -144,8 +143,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
-        _write_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
-        _write_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
+        write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
+        write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
     run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
@@ -158,7 +157,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         seconds = fit(job, training)
     student = gather_model(training.module, lambda: open_job_student(job))
     merge_adapters(student)
-    evaluation = evaluation.of(student)
+    evaluation = evaluation.with_model(student)
     results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
@@ -201,10 +200,10 @@ def _results(
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
-    rows["student"] = row_of(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
+    rows["student"] = model_row(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation":
-        on_validation = row_of(
+        on_validation = model_row(
             evaluation.predict(job.annotation_job.splits.validation, {}), job.annotation_job.task, student
         )
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
@@ -219,8 +218,8 @@ def _results(
         "train": seconds,
         "evaluate": time.monotonic() - start,
     }
-    _write_lines(job.run_dir / "predictions.jsonl", predicted_rows)
-    _write(job.run_dir / "results.json", {"rows": rows})
+    write_json_lines(job.run_dir / "predictions.jsonl", predicted_rows)
+    write_json(job.run_dir / "results.json", {"rows": rows})
     return {"rows": rows, "predictions": predicted_rows}
 
 
@@ -273,13 +272,3 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
 def _plain(value: Any) -> Any:
     """Return the value, or None if it is NaN or infinite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: Json) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

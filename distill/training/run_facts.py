@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 from distill.app.config import Config
+from distill.app.files import Json
 from distill.lessons.curriculum import Curriculum, Job
 
-Json = dict[str, Any]
 _MAX_LISTED = 200
 
 

@@ -11,12 +11,10 @@ import torch
 
 from distill.app import config as configuration
 from distill.app.console import say
-from distill.app.files import atomic_write
-from distill.evaluation.answers import Evaluation, row_of
+from distill.app.files import Json, write_json
+from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job
 from distill.records import Annotation
-
-Json = dict[str, Any]
 
 
 def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annotation], weights: str) -> Json:
@@ -31,9 +29,8 @@ def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annota
         say("the student before training was evaluated by an earlier run")
     else:
         say(f"evaluating the student before training on {len(test)} test examples ...")
-        row = row_of(evaluation.predict(test, teacher), job.annotation_job.task, evaluation.model)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(row, indent=1))
+        row = model_row(evaluation.predict(test, teacher), job.annotation_job.task, evaluation.model)
+        write_json(path, row)
     known: Json = json.loads(path.read_text())
     return known
 

@@ -53,7 +53,9 @@ def test_changed_files_change_the_cache_digest(recorded: Configured, tmp_path: P
 
 
 def test_losses_on_soft_targets_are_refused_with_a_reason(recorded: Configured, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loss\.kl needs soft targets, which this teacher does not provide.*soft_teacher"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.kl needs soft targets, which this teacher does not provide.*soft_teacher"
+    ):
         prepare(recorded("loss=[answer,kl]"), tmp_path)
     prepare(recorded("loss=[answer,teacher_answer,rationale]"), tmp_path)
 

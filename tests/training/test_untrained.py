@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.evaluation.answers import Evaluation, row_of
+from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job, build_curriculum, prepare
 from distill.lessons.join import AnnotationReader
 from distill.records import Annotation
@@ -45,7 +45,7 @@ def test_runs_that_begin_with_the_same_student_share_its_row(
     first = row(job, student, teacher)
     assert EVALUATES in capsys.readouterr().err
     evaluation = Evaluation(student, job.prompts, job.annotation_job.task, "direct", job.config.max_new_tokens)
-    assert first == row_of(
+    assert first == model_row(
         evaluation.predict(job.annotation_job.splits.test, teacher), job.annotation_job.task, student
     )
     assert row(*parts(tmp_path, teacher_folder, student_folder, override)) == first
