@@ -140,8 +140,8 @@ def _new_runs(arm_seeds: Sequence[tuple[str, int]], data: Path, root: Path, sett
     """Train and measure a student for each arm and seed."""
     loading.flush_denormals()
     student = _conf("student/smollm2_6_layers.yaml")
-    folder = naming.resolve(student["model"], root)
-    teacher = _read_teacher(naming.resolve(_conf("teacher/smollm2_135m.yaml")["model"], root), data, settings)
+    folder = naming.resolve(_conf("weights/smollm2_135m_instruct.yaml")["model"], root)
+    teacher = _read_teacher(folder, data, settings)
     num_train = settings.num_steps * settings.batch_size
     train, held_out = teacher.texts[:num_train], teacher.texts[num_train:]
     arms = _arms(teacher, train)

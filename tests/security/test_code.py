@@ -60,7 +60,8 @@ def test_no_source_file_unpickles_evaluates_text_or_uses_http(path: Path) -> Non
         function_name = name.rpartition(".")[2]
         assert name not in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load"}, name
         assert not name.startswith("yaml.") or name.startswith("yaml.safe_"), name
-        assert keywords.get("weights_only", True) is True, name
+        if function_name != "save_checkpoint":  # there it decides what is saved, not what may be unpickled
+            assert keywords.get("weights_only", True) is True, name
         assert not keywords.get("allow_pickle"), name
         assert not keywords.get("shell"), name
         assert not keywords.get("trust_remote_code"), name
