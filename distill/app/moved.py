@@ -11,7 +11,7 @@ MOVED: Mapping[str, str] = {
     "distill.cache.sampled.Sampled": "distill.cache.codecs.sampled.Sampled",
     "distill.cache.topk.TopK": "distill.cache.codecs.topk.TopK",
     "distill.prompts.Layout": "distill.prompts.cues.Layout",
-    "distill.rationales.RationaleFilter": "distill.annotation.rationales.RationaleFilter",
+    "distill.rationales.Checks": "distill.annotation.rationales.RationaleFilter",
     "distill.report.AfterSweep": "distill.reports.after_sweep.AfterSweep",
     "distill.sweeps.FailedJobs": "distill.app.sweeps.FailedJobs",
     "distill.tracking.NoTracking": "distill.app.tracking.NoTracking",

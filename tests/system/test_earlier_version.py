@@ -51,7 +51,7 @@ def test_whatever_the_earlier_configurations_name_is_found() -> None:
     assert len(named) > 20
     for name in sorted(named):
         part = locate(MOVED.get(name, name))
-        assert part.__name__ == name.rpartition(".")[2]
+        assert part.__name__ == MOVED.get(name, name).rpartition(".")[2]
 
 
 @pytest.fixture(scope="module")

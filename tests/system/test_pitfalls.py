@@ -201,7 +201,7 @@ class MisbehavingTeacher(CountingTeacher):
 def test_annotations_must_match_requests_one_to_one(kind: str, configured: Callable[..., DictConfig]) -> None:
     source, _ = counted(configured())
     source = replace(source, teacher=MisbehavingTeacher(source.teacher, kind))
-    with pytest.raises(CacheError, match="one for each"):
+    with pytest.raises(CacheError, match="one per request in order"):
         fill(source, {"answer": source.splits.train})
     assert len(open_annotation_job(configured()).store) == 0
 
