@@ -40,7 +40,7 @@ Work = Callable[[DictConfig], float | None]
 def command(name: str, work: Work) -> None:
     """Run `work` on the configuration `name`, composed from the command line; exit with the code of an error."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(CONF, name))
+        _print_help(name)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -57,6 +57,13 @@ def command(name: str, work: Work) -> None:
         sys.exit(report_error(error))
     finally:
         preemption.ignore()
+
+
+def _print_help(name: str) -> None:
+    try:
+        print(help_text(CONF, name), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has what it needs: what Python still flushes goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _job(name: str, work: Work) -> Work:

@@ -92,6 +92,17 @@ def test_help_is_the_text_read_from_the_comments_of_the_configuration(flag: str,
     assert done.stdout == help_text(CONF, "report") + "\n"
 
 
+def test_help_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "distill.report", "--help"]
+    done = subprocess.run(
+        line, env=environment(), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_completion_lists_the_options_of_a_group(tmp_path: Path) -> None:
     done = timed(tmp_path, "-m", "distill.train", "-sc", "query=bash", **completing("train teacher="))
     assert {"teacher=recorded", "teacher=causal_lm"} <= set(done.stdout.split())
