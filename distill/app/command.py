@@ -102,6 +102,8 @@ def _remove_if_unused(folder: Path) -> None:
     """Remove the folder of a run whose configuration was refused, unless an earlier run left files in it."""
     is_single_run = HydraConfig.get().mode == RunMode.RUN and is_first_process()
     if is_single_run and {path.name for path in folder.iterdir()} <= {".hydra"}:
+        for handler in [h for h in logging.root.handlers if isinstance(h, logging.FileHandler)]:
+            logging.root.removeHandler(handler)  # a later warning would be written into this folder
         shutil.rmtree(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def test_every_option_of_every_group_composes_and_passes_the_check(group: str, n
 
 
 @pytest.mark.parametrize("name", ["annotate", "evaluate", "export", "report", "train"])
-def test_every_command_composes_and_names_what_must_be_given(name: str) -> None:
+def test_every_command_composes_and_names_required_values(name: str) -> None:
     config = compose(name=name)
     missing = OmegaConf.missing_keys(config)
     if missing:
@@ -55,7 +56,7 @@ def test_missing_values_are_named() -> None:
     )
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     found = problems(
         *WHOLE,
         "+loss.kl.temperatur=2",
@@ -83,12 +84,12 @@ def test_all_problems_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     "target", ["os.system", "subprocess.run", "builtins.eval", "distillery.x", "torchvision.x", "torch"]
 )
-def test_code_from_elsewhere_is_never_named(target: str) -> None:
+def test_targets_outside_the_allowed_packages_are_refused(target: str) -> None:
     (problem,) = problems(*WHOLE, f"loss.kl.divergence._target_={target}")
     assert target in problem
 
 
-def test_a_needed_value_that_is_left_out_is_named() -> None:
+def test_a_missing_required_argument_is_named() -> None:
     config = compose(*WHOLE)
     OmegaConf.set_struct(config, False)
     del config.loss.kl.weight
@@ -96,14 +97,16 @@ def test_a_needed_value_that_is_left_out_is_named() -> None:
         configuration.check(config)
 
 
-def test_a_package_of_an_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     (problem,) = problems("student=smollm2_lora")
     assert problem.startswith("student.lora: ")
     assert problem.endswith("pip install 'distill[lora]'")
 
 
-def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+def train_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[Any, str]:
     """Exit code and message of the train command, stopped before its work."""
 
     def work(config: DictConfig) -> None:
@@ -135,10 +138,10 @@ def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("tracking.project=[a", "Write overrides as group=option or key=value"),
     ],
 )
-def test_a_wrong_word_on_the_command_line_is_told_without_a_traceback(
+def test_a_misspelt_override_is_one_message_without_a_traceback(
     argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, err = told([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
+    code, err = train_command([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
@@ -148,26 +151,26 @@ def test_a_wrong_word_on_the_command_line_is_told_without_a_traceback(
 @pytest.mark.parametrize(
     "argument", ["teacher.kind.max_new_tokens=8", "max_new_tokens=8", "+optim.optimizer.eps=1e-6", "seed=3"]
 )
-def test_right_words_on_the_command_line_are_taken(
+def test_valid_overrides_are_accepted(
     argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, err = told([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
+    code, err = train_command([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
     assert code == 0, err
 
 
 @pytest.mark.parametrize("words", [[], ["-m", "seed=0,1"]])
-def test_a_folder_that_cannot_be_made_is_told_without_a_traceback(
+def test_a_run_folder_that_cannot_be_created_is_one_message(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    code, err = told([*words, f"root={tmp_path / 'file'}"], monkeypatch, capsys)
+    code, err = train_command([*words, f"root={tmp_path / 'file'}"], monkeypatch, capsys)
     assert code == 2
     assert "a file is in its place" in err
     assert "Traceback" not in err
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_parts_that_do_not_work_together_are_refused_before_anything_loads(configured: Any, tmp_path: Path) -> None:
+def test_incompatible_parts_are_refused_before_any_model_loads(configured: Any, tmp_path: Path) -> None:
     assert prepare(configured("cache.codec.temperature=2.0", "loss.kl.temperature=2.0"), tmp_path)
     with pytest.raises(ConfigError) as raised:
         prepare(
@@ -211,7 +214,7 @@ def test_a_saved_configuration_is_resolved_and_holds_no_secret(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", conf_names("experiment"))
-def test_an_experiment_has_the_last_word(name: str) -> None:
+def test_an_experiment_overrides_the_root_configuration(name: str) -> None:
     config = compose(f"experiment={name}")
     node = OmegaConf.to_container(OmegaConf.load(configuration.CONF / "experiment" / f"{name}.yaml"))
     plain = OmegaConf.to_container(config, resolve=False)
@@ -232,16 +235,19 @@ def _holds(found: Any, wanted: Any) -> bool:
 def test_a_refused_configuration_leaves_no_run_folder(
     argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, err = told([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
+    code, err = train_command([*WHOLE, f"root={tmp_path}", argument], monkeypatch, capsys)
     assert code == 2, err
+    logging.getLogger("library").warning("after the refusal")
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_refused_configuration_keeps_what_a_run_folder_holds(
+def test_a_refused_configuration_keeps_the_files_of_a_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("kept")
-    code, err = told([*WHOLE, f"hydra.run.dir={tmp_path / 'run'}", "+loss.kl.temperatur=2"], monkeypatch, capsys)
+    code, err = train_command(
+        [*WHOLE, f"hydra.run.dir={tmp_path / 'run'}", "+loss.kl.temperatur=2"], monkeypatch, capsys
+    )
     assert code == 2, err
     assert (tmp_path / "run" / "results.json").read_text() == "kept"

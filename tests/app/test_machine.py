@@ -20,7 +20,7 @@ def many_small_blocks() -> None:
     del kept
 
 
-def test_memory_that_was_freed_before_counts_when_it_is_taken_again() -> None:
+def test_memory_freed_earlier_counts_when_allocated_again() -> None:
     many_small_blocks()
     found = extra_bytes(many_small_blocks)
     assert found is not None
@@ -30,7 +30,7 @@ def test_memory_that_was_freed_before_counts_when_it_is_taken_again() -> None:
     assert nothing < 20e6
 
 
-def test_memory_that_is_freed_before_the_end_counts() -> None:
+def test_memory_freed_before_the_end_counts() -> None:
     def one_mapping() -> None:
         with mmap.mmap(-1, 80_000_000) as block:
             block[::4096] = bytes(len(range(0, 80_000_000, 4096)))
@@ -40,7 +40,7 @@ def test_memory_that_is_freed_before_the_end_counts() -> None:
     assert 75e6 < peak < 120e6
 
 
-def test_times_are_taken_in_turn_and_the_first_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_interleaved_and_the_first_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
     clock = [0.0]
     seconds = {("a", 0): 9.0, ("a", 1): 1.0, ("a", 2): 3.0, ("b", 0): 0.0, ("b", 1): 5.0, ("b", 2): 5.0}

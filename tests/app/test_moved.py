@@ -17,7 +17,7 @@ from distill.errors import ConfigError
 from tests.conftest import as_before, compose
 
 
-def test_configurations_name_parts_where_they_are_defined() -> None:
+def test_configurations_use_present_class_names() -> None:
     files = [yaml.safe_load(path.read_text()) or {} for path in CONF.rglob("*.yaml")]
     named = {str(node["_target_"]) for file in files for _, node in nodes(file)}
     assert not named & set(MOVED)
@@ -30,7 +30,7 @@ def test_only_targets_are_renamed_at_any_depth() -> None:
     assert current({"a": [{"_target_": old, "b": kept}]}) == {"a": [{"_target_": new, "b": kept}]}
 
 
-def test_an_earlier_name_in_a_configuration_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_class_name_is_accepted_with_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     config = compose("task=arithmetic", "task.layout._target_=distill.prompts.Layout", "tracking=off")
     now = configuration.renamed(config)
     assert now == compose("task=arithmetic", "tracking=off")
@@ -41,12 +41,12 @@ def test_an_earlier_name_in_a_configuration_is_taken_and_said(capsys: pytest.Cap
     assert not capsys.readouterr().err
 
 
-def test_an_earlier_name_of_what_hydra_builds_is_refused_with_the_present_one() -> None:
+def test_an_old_name_of_a_hydra_callback_is_refused_with_the_new_name() -> None:
     with pytest.raises(ConfigError, match=r"distill\.report\.AfterSweep: .*distill\.reports\.after_sweep\.AfterSweep"):
         check_command_line("train", ["hydra.callbacks.report._target_=distill.report.AfterSweep"])
 
 
-def test_a_saved_configuration_differs_by_no_name_that_has_moved(tmp_path: Path) -> None:
+def test_a_moved_class_name_is_no_difference_to_a_saved_configuration(tmp_path: Path) -> None:
     config = compose("task=arithmetic", "teacher.model=none")
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(as_before(configuration.plain(config))))

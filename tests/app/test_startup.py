@@ -51,7 +51,7 @@ def timed(root: Path, *arguments: str, **variables: str) -> subprocess.Completed
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_composes_no_more_than_a_configuration_imports_nothing_heavy(
+def test_composing_a_configuration_imports_nothing_heavy(
     command: str, arguments: list[str], code: int, tmp_path: Path
 ) -> None:
     done = timed(tmp_path, "-m", f"distill.{command}", *arguments, **completing("train see"))
@@ -61,7 +61,7 @@ def test_what_composes_no_more_than_a_configuration_imports_nothing_heavy(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_option_of_a_group_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_a_misspelt_option_imports_nothing_heavy(tmp_path: Path) -> None:
     done = timed(tmp_path, "-m", "distill.train", "teacher=nothing")
     assert done.returncode == 2
     assert "teacher=nothing" in done.stderr
@@ -87,7 +87,7 @@ def test_the_first_line_of_a_run_comes_before_heavy_imports(command: str, tmp_pa
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_is_the_text_read_from_the_comments_of_the_configuration(flag: str, tmp_path: Path) -> None:
+def test_help_is_read_from_the_comments_of_the_configuration(flag: str, tmp_path: Path) -> None:
     done = timed(tmp_path, "-m", "distill.report", "runs=x", flag)
     assert done.stdout == help_text(CONF, "report") + "\n"
 
@@ -123,7 +123,7 @@ def test_importing_the_package_imports_only_the_standard_library(tmp_path: Path)
         "import distill.app.tracking, distill.app.sweeps, distill.reports.after_sweep",
     ],
 )
-def test_lines_callbacks_and_no_tracking_import_neither_wandb_nor_lightning(code: str, tmp_path: Path) -> None:
+def test_say_callbacks_and_no_tracking_import_neither_wandb_nor_lightning(code: str, tmp_path: Path) -> None:
     done = timed(tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     assert not imported(done.stderr.splitlines())

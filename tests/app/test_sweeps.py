@@ -57,7 +57,7 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return swept
 
 
-def test_a_job_that_fails_stops_no_other_and_is_listed_at_the_end(swept: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_failed_job_stops_no_other_and_is_listed_at_the_end(swept: Callable[..., Any], tmp_path: Path) -> None:
     wrong = {1: ConfigError("wrong"), 2: OSError(28, "No space left", "shard"), 3: ZeroDivisionError("a bug")}
     ran = []
 
@@ -84,7 +84,7 @@ def test_a_job_that_fails_stops_no_other_and_is_listed_at_the_end(swept: Callabl
     assert sorted(path.parent.name for path in sweep.glob("*/failed.json")) == ["1", "2", "3"]
 
 
-def test_what_failed_the_last_time_is_listed_no_more(swept: Callable[..., Any], tmp_path: Path) -> None:
+def test_failures_of_an_earlier_attempt_are_not_listed(swept: Callable[..., Any], tmp_path: Path) -> None:
     def fails(config: DictConfig) -> float:
         raise ConfigError("wrong")
 
@@ -133,7 +133,7 @@ def short(root: Path, teacher_folder: Path, student_folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_jobs_at_the_same_time_make_each_record_once(
+def test_concurrent_jobs_make_each_record_once(
     side_by_side: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     root, done = side_by_side
@@ -146,7 +146,7 @@ def test_jobs_at_the_same_time_make_each_record_once(
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_in_a_process_of_its_own_is_listed_and_the_rest_reported(
+def test_a_job_that_fails_in_another_process_is_listed_and_the_rest_reported(
     side_by_side: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     root, done = side_by_side
@@ -172,7 +172,7 @@ def test_the_jobs_of_a_sweep_share_a_group_and_each_run_ends_as_its_job_did(
 
 
 @pytest.mark.slow
-def test_a_sweep_in_a_folder_of_another_runs_no_job_twice_and_overwrites_none(
+def test_a_sweep_in_an_existing_folder_repeats_and_overwrites_no_job(
     side_by_side: tuple[Path, subprocess.CompletedProcess[str]], teacher_folder: Path, student_folder: Path
 ) -> None:
     root, _ = side_by_side
@@ -189,9 +189,7 @@ def test_a_sweep_in_a_folder_of_another_runs_no_job_twice_and_overwrites_none(
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_asked_to_stop_saves_every_job_that_runs(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
-) -> None:
+def test_a_stopped_sweep_saves_every_running_job(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder), "batch_size=4", "evaluate_before=false"]
     tiny += [
@@ -229,7 +227,7 @@ def study() -> Callable[[Path], Any]:
     return lambda folder: optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
 
 
-def test_a_search_counts_a_job_that_fails_as_a_failed_trial_and_keeps_the_best_of_the_rest(
+def test_a_search_counts_a_failed_job_as_a_failed_trial(
     swept: Callable[..., Any], study: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     rates = []
@@ -250,7 +248,7 @@ def test_a_search_counts_a_job_that_fails_as_a_failed_trial_and_keeps_the_best_o
     assert "1 job failed" in err
 
 
-def test_a_study_that_goes_on_overwrites_no_job_and_names_all_by_its_start(
+def test_a_resumed_study_overwrites_no_job(
     swept: Callable[..., Any], study: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     def work(config: DictConfig) -> float:
@@ -269,7 +267,7 @@ def test_a_study_that_goes_on_overwrites_no_job_and_names_all_by_its_start(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("study")
-def test_a_search_goes_by_what_the_saved_student_answers_on_validation(
+def test_a_search_optimizes_the_saved_students_validation_accuracy(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
     tiny = [*tiny_overrides(tmp_path, teacher_folder, student_folder)[1:], *reviews(tmp_path), "teacher.calibrate=0"]
@@ -304,7 +302,7 @@ def test_a_search_goes_by_what_the_saved_student_answers_on_validation(
         (["trainer.devices=2", "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"], "DDPStrategy"),
     ],
 )
-def test_a_job_of_a_sweep_that_would_start_its_own_ranks_is_refused(
+def test_a_sweep_job_that_would_start_its_own_ranks_is_refused(
     settings: list[str], told: str, swept: Callable[..., Any]
 ) -> None:
     ran = []
@@ -328,12 +326,12 @@ def test_a_job_of_a_sweep_that_would_start_its_own_ranks_is_refused(
         ],
     ],
 )
-def test_a_job_of_a_sweep_with_one_rank_or_spawned_ones_runs(settings: list[str], swept: Callable[..., Any]) -> None:
+def test_a_sweep_job_with_one_rank_or_spawned_ranks_runs(settings: list[str], swept: Callable[..., Any]) -> None:
     assert swept(lambda config: 0.5, *settings)[0] == 0
 
 
 @pytest.mark.parametrize("name", MADE_RANKS)
-def test_ranks_that_a_scheduler_or_torchrun_made_run_a_sweep(
+def test_ranks_started_by_a_scheduler_or_torchrun_run_a_sweep(
     name: str, swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "0")
@@ -350,7 +348,7 @@ def test_a_single_run_may_start_its_own_ranks(
     assert ran == [2]
 
 
-def test_a_plugin_that_is_missing_is_told_with_its_extra(swept: Callable[..., Any]) -> None:
+def test_a_missing_plugin_is_named_with_its_extra(swept: Callable[..., Any]) -> None:
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("the extra ray is installed")
     code, err = swept(lambda config: 0.5, "hydra/launcher=ray")
@@ -364,7 +362,7 @@ def drawn(parameter: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", conf_names("sweep"))
-def test_what_a_wandb_agent_runs_is_a_configuration_of_the_train_command(name: str) -> None:
+def test_the_command_of_a_wandb_agent_composes(name: str) -> None:
     sweep = yaml.safe_load((configuration.CONF / "sweep" / f"{name}.yaml").read_text())
     for values in itertools.product(*map(drawn, sweep["parameters"].values())):
         given = {key: {"value": value} for key, value in zip(sweep["parameters"], values, strict=True)}
@@ -383,7 +381,7 @@ def test_what_a_wandb_agent_runs_is_a_configuration_of_the_train_command(name: s
     assert sweep["method"] == "grid" or not sweep["metric"]["name"].startswith("test")  # a choice never sees test
 
 
-def test_each_run_of_a_wandb_agent_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_of_a_wandb_agent_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "agent", "WANDB_RUN_ID": "a1b2"}.items():
         monkeypatch.setenv(name, value)
     for name in ("DISTILL_RUN", "WANDB_SWEEP_ID"):

@@ -142,7 +142,7 @@ print(json.dumps(folders))
 """
 
 
-def test_a_run_that_goes_on_is_the_same_run_on_the_same_axis(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_same_run_and_axis(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     told = {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "PYTHONPATH": path}
     command = [sys.executable, "-c", GOES_ON, str(tmp_path / "run")]
@@ -186,7 +186,7 @@ def test_the_mode_is_offline_unless_a_key_is_set_or_the_environment_says_otherwi
     assert tracking._chosen_mode() == expected
 
 
-def test_a_start_that_fails_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracking = configuration.build(compose("tracking.project='a/b'").tracking)
     with pytest.raises(ConfigError, match="tracking=off"):
