@@ -61,7 +61,7 @@ def train(config: Config) -> float:
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
     if (accuracy := _finished(config, run_dir)) is not None:
-        say(f"{run_dir} already holds this run, complete; resume=never runs it again")
+        say(f"{run_dir} holds this run and is complete; resume=never runs it again")
         return accuracy
     if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))

@@ -307,7 +307,7 @@ def test_a_stopped_container_exits_with_85_and_the_next_resumes(image: Images, p
         resumed_from = [int(text.split("step-")[1][:8]) for text in lines if text.startswith("resuming from")]
         assert resumed_from == last_steps[-1:], lines
         (stop_line,) = (text for text in lines if "stopped on request after step" in text)
-        last_steps.append(int(stop_line.split("after step ")[1].split(":")[0]))
+        last_steps.append(int(stop_line.split("after step ")[1].split(";")[0]))
     assert last_steps[0] < last_steps[1]
     end = [f"trainer.max_steps={last_steps[1] + 2}", "optim.schedule.num_training_steps=100000"]
     resumed = image.run("distill.train", *FEW_EXAMPLES, *end, options=options)

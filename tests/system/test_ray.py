@@ -43,7 +43,7 @@ def test_a_ray_sweep_lists_failures_and_repeats_nothing(
     assert (sweep / "report.html").is_file()
     modified_ns = (sweep / "0" / "results.json").stat().st_mtime_ns
     code, output = run_ray_sweep(tmp_path, *tiny, f"hydra.sweep.dir={sweep}", "student.freeze=[],[lm_head]")
-    assert "holds this run already" in output
+    assert "holds this run and is complete" in output
     assert (sweep / "0" / "results.json").stat().st_mtime_ns == modified_ns
     assert code == 0, output
     assert (sweep / "1" / "results.json").is_file()

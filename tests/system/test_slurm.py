@@ -266,7 +266,7 @@ def has_pending_signal(pid: int) -> bool:
 def assert_resumed(cluster: Cluster, number: str) -> None:
     """Assert that the job was stopped midway, resumed, and completed."""
     assert cluster.ended(number) == {"COMPLETED"}, cluster.output(number)
-    assert "its state is saved" in cluster.output(number)
+    assert "the state is saved" in cluster.output(number)
     assert "resuming from" in cluster.output(number)
 
 
@@ -283,7 +283,7 @@ def test_array_jobs_make_each_record_once_and_only_the_signalled_job_requeues(
     assert cluster.ended(number) == {"COMPLETED"}, cluster.output(number)
     restarts = cluster.restarts(number)
     assert restarts["1"] == restarts["2"] == "0" < restarts["3"]
-    assert "what was annotated is kept" in cluster.output(last)
+    assert "annotated records are kept" in cluster.output(last)
     source = open_annotation_job(compose(*tiny, name="annotate"))
     records_per_job = [cost["records"] for cost in source.store.costs]
     # 240 train examples with answer and rationale, 4 of validation and 4 of test with an answer
@@ -388,7 +388,7 @@ def test_sweep_jobs_are_slurm_jobs_and_a_signalled_one_resumes(cluster: Cluster,
     assert process.returncode == 0, (training_setup.root / "sweep.log").read_text()
     assert cluster.restarts(name.partition("_")[0]) == {"0": "0", "1": "1"}
     output = "".join(path.read_text() for path in sweep.glob(".submitit/*_1/*.out"))
-    assert "its state is saved" in output
+    assert "the state is saved" in output
     assert "resuming from" in output
     assert weights(sweep / "0").read_bytes() != training_setup.weights
     assert weights(sweep / "1").read_bytes() == training_setup.weights
