@@ -72,7 +72,7 @@ def test_killed_at_random_times_annotation_ends_in_the_same_shards(
         time.sleep(float(rng.random()) * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        num_annotated.append(len(shards(cache)) // 2)
+        num_seen.append(len(shards(cache)) // 2)
     assert num_seen == sorted(num_seen)
     assert 0 < num_seen[-1] < len(undisturbed) // 2
     done = run(tmp_path, *annotate_options(tmp_path, teacher_folder), command="annotate")

@@ -184,7 +184,7 @@ def test_a_sweep_in_an_existing_folder_repeats_and_overwrites_no_job(
     told = done.stderr[done.stderr.index("1 job failed") :]
     assert "job 1, exit code 2: student.freeze=[lm_head]\n    ConfigError: " in told
     assert "holds another run: student.freeze" in told
-    assert done.stderr.count("holds this run already") == 1
+    assert done.stderr.count("holds this run and is complete") == 1
     assert {path: path.read_bytes() for path in sweep.glob("[01]/results.json")} == before
 
 

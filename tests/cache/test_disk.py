@@ -59,7 +59,7 @@ def test_a_full_disk_gives_a_single_message_and_the_next_run_resumes(
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     (message,) = (text for text in done.stderr.splitlines() if "No space left on device" in text)
-    assert re.search(rf"{cache}\S*\. .*free space.* then run the same command again", message)
+    assert re.search(rf"{cache}\S*\. .*free disk space.* then run the same command again", message)
     written = shards(cache)
     store = cache_of(tmp_path, cache, teacher_folder)
     assert len(store) > 0

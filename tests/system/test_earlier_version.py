@@ -106,8 +106,9 @@ def test_an_earlier_student_is_evaluated_as_it_was(material: Material, tmp_path:
     assert "distill.prompts.Layout has moved to distill.prompts.cues.Layout" in done.stderr
     row = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     before = results(material.finished)["student"]
-    for key in ("accuracy", "generated_accuracy", "num_examples", "parameters", "ece"):
+    for key in ("accuracy", "generated_accuracy", "num_examples", "parameters"):
         assert row[key] == before[key], key
+    assert row["ece"] == pytest.approx(before["ece"], abs=1e-6)  # was computed in float32, is in float64
 
 
 @pytest.mark.slow
