@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import environment
 
 WITH_BARS = """
@@ -23,6 +25,7 @@ command("train", work)
 """
 
 
+@pytest.mark.slow
 def test_a_log_has_no_progress_bars_of_libraries(tmp_path: Path) -> None:
     line = [sys.executable, "-c", WITH_BARS, f"root={tmp_path}"]
     done = subprocess.run(

@@ -248,6 +248,7 @@ def test_a_search_counts_a_failed_job_as_a_failed_trial(
     assert "1 job failed" in err
 
 
+@pytest.mark.slow
 def test_a_resumed_study_overwrites_no_job(
     swept: Callable[..., Any], study: Callable[[Path], Any], tmp_path: Path
 ) -> None:

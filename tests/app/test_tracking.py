@@ -142,6 +142,7 @@ print(json.dumps(folders))
 """
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_same_run_and_axis(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     told = {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "PYTHONPATH": path}

@@ -144,6 +144,7 @@ def many_writers(folder: Path, num_writers: int, num_groups: int) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * num_writers
 
 
+@pytest.mark.slow
 def test_concurrent_writers_write_each_group_once_despite_a_stale_claim(tmp_path: Path) -> None:
     run_this_file("writers", str(tmp_path / "cache"), "4", "40")
     fill_with_claims(tmp_path / "single", 40)

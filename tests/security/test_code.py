@@ -163,6 +163,7 @@ def test_a_model_that_needs_remote_code_is_refused_for_any_reply(
     assert "trust_remote_code" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_command_never_asks_to_run_remote_code(
     tmp_path: Path, hostile_marker: Path, teacher_folder: Path, student_folder: Path
 ) -> None:

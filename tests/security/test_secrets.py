@@ -106,6 +106,7 @@ def searchable_bytes(path: Path) -> bytes:
     return path.read_bytes() + rows.encode()
 
 
+@pytest.mark.slow
 def test_no_command_writes_or_prints_a_key_of_the_environment(after_all_commands: tuple[Path, str]) -> None:
     root, output = after_all_commands
     git_paths = (root / ".git", root / "notes.txt")
@@ -136,6 +137,7 @@ def test_no_command_writes_or_prints_a_key_of_the_environment(after_all_commands
     assert not [name for name, key in canaries.items() if key in output]
 
 
+@pytest.mark.slow
 def test_no_wandb_record_holds_a_key_of_the_environment(after_all_commands: tuple[Path, str]) -> None:
     root, _ = after_all_commands
     folders = sorted((root / "one").rglob("*.wandb"))

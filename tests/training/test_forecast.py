@@ -280,6 +280,7 @@ def test_a_cache_at_a_url_is_read_and_not_written(configured: Configured, tmp_pa
     assert not bucket.exists()
 
 
+@pytest.mark.slow
 def test_plan_prints_the_forecast_and_leaves_no_run(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
     process = run(tmp_path, *tiny_overrides(tmp_path, teacher_folder, student_folder), "plan=true")
     assert process.returncode == 0, process.stderr
