@@ -64,6 +64,27 @@ class Example:
 
 
 @dataclass(frozen=True)
+class RowCounts:
+    """What became of `read` rows: `lost` counts those left out by reason, `kept` the others."""
+
+    read: int
+    lost: Mapping[str, int] = field(default_factory=dict)
+    kept: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that no row vanished: read = lost + kept."""
+        if self.read != sum(self.lost.values()) + self.kept:
+            raise ValueError(f"{self.read} rows were read, but {self.kept} kept and {dict(self.lost)} left out")
+
+    def then(self, later: RowCounts) -> RowCounts:
+        """Join with the counts of a later stage, which read the rows that this one kept."""
+        if later.read != self.kept:
+            raise ValueError(f"a stage kept {self.kept} rows, but the next one read {later.read}")
+        lost = {reason: self.lost.get(reason, 0) + later.lost.get(reason, 0) for reason in {**self.lost, **later.lost}}
+        return RowCounts(self.read, lost, later.kept)
+
+
+@dataclass(frozen=True)
 class Splits:
     """A task's examples, disjoint by content; labelled train examples come first."""
 
