@@ -94,7 +94,9 @@ def train(config: Config) -> float:
 def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
     row = results["rows"]["student"]
     if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
-        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples")
+        validated = row.get("validation_accuracy")
+        beside = "" if validated is None else f", {100 * validated:.1f} % on validation"
+        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples{beside}")
     else:
         print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
@@ -114,7 +116,9 @@ def plan(job: Job) -> float:
 
 
 def _accuracy(config: Config, results: Json) -> float:
-    return float(results["rows"]["student"][_OBJECTIVES[config.objective]]) if results else 0.0
+    """The value that a sweeper optimizes; NaN, a failed trial to a search, where there is no validation example."""
+    accuracy = results["rows"]["student"].get(_OBJECTIVES[config.objective]) if results else 0.0
+    return math.nan if accuracy is None else float(accuracy)
 
 
 def _finished(config: Config, run_dir: Path) -> float | None:
@@ -202,10 +206,8 @@ def _results(
     predictions = evaluation.predict(test, teacher)
     rows["student"] = model_row(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
-    if job.config.objective == "validation":
-        on_validation = model_row(
-            evaluation.predict(job.annotation_job.splits.validation, {}), job.annotation_job.task, student
-        )
+    if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
+        on_validation = model_row(evaluation.predict(validation, {}), job.annotation_job.task, student)
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
@@ -257,7 +259,10 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
         name: {key: value for key, value in row.items() if not isinstance(value, list)}
         for name, row in results["rows"].items()
     }
-    tracking.summary({f"test/{key}": value for key, value in rows["student"].items() if value is not None})
+    measured = {key: value for key, value in rows["student"].items() if value is not None}
+    if (validated := measured.pop("validation_accuracy", None)) is not None:
+        tracking.summary({"val/accuracy": validated})  # of the student that was saved, for a sweep of W&B
+    tracking.summary({f"test/{key}": value for key, value in measured.items()})
     tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in rows.items() if name != "student"})
     for name, lines in tables(summary).items():
         tracking.table(name, [{key: _plain(value) for key, value in line.items()} for line in lines])
