@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
-from distill.lessons.join import AnnotationReader
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -146,6 +145,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     is_first = is_first_process()
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
+        run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
@@ -171,7 +171,7 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
     teacher = _annotations(job, curriculum, job.annotation_job.splits.test, "answer")
     if job.soft_annotation_job and curriculum.soft_filled:
-        soft = AnnotationReader(job.soft_annotation_job.store, curriculum.soft_filled.requests)
+        soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
@@ -239,7 +239,7 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    reader = AnnotationReader(job.annotation_job.store, curriculum.filled.requests)
+    reader = job.annotation_job.reader(curriculum.filled.requests)
     return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 
