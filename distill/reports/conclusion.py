@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from distill.reports.arms import COLUMNS, Arm, cell
+from distill.reports.arms import Arm
 from distill.reports.classes import confusion
 from distill.reports.differences import percent
 from distill.reports.verdicts import Status, Summary, Verdict
@@ -71,13 +71,13 @@ def _has_learned(verdict: Verdict) -> bool:
 
 def _accuracy(verdict: Verdict) -> str:
     arm, deciding = verdict.arm, verdict.deciding
-    answers = f"The best student (learned from: {arm.name}) answers {cell(arm, COLUMNS[0])} of the test right"
+    answers = f"The best student (learned from: {arm.name}) answers {100 * arm.accuracy:.1f} % of the test right"
     if deciding is None:
         reason = "no student was trained on labels alone" if verdict.status == "no baseline" else "the budgets differ"
         return f"{answers}; {reason}, so there is nothing to compare it with."
     rival = "the teacher's answers alone" if verdict.is_worse_than_hard_labels else "labels alone"
     if verdict.status in ("not learned", "all right"):
-        return f"{answers}, the same student trained on {rival} {cell(deciding.rival, COLUMNS[0])}."
+        return f"{answers}, the same student trained on {rival} {100 * deciding.rival.accuracy:.1f} %."
     side = "more" if deciding.points > 0 else "less"
     ends = ""
     if deciding.ends:
@@ -111,6 +111,7 @@ def _weak_class(arm: Arm) -> str:
 
 
 def _others(best: Verdict, verdicts: Sequence[Verdict]) -> str:
-    counts = Counter(verdict.wording for verdict in verdicts if verdict is not best)
+    ranked = sorted(verdicts, key=lambda verdict: RANKS.index(verdict.status))
+    counts = Counter(verdict.wording for verdict in ranked if verdict is not best)
     parts = ", ".join(f"{count} {wording}" for wording, count in counts.items())
     return f"The other distilled arms: {parts}." if parts else ""
