@@ -22,7 +22,7 @@ from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
-from distill.students.causal_lm import size_bytes
+from distill.students.saving import size_bytes
 from distill.tasks import Task, readable_answer
 
 _BATCH_SIZE = 32

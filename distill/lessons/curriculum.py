@@ -225,7 +225,7 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
 
     `student` is the hash of the initial weights.
     """
-    config = configuration.plain(job.config)
+    config = configuration.without_labels(configuration.plain(job.config))
     return {
         "cache": job.annotation_job.store.digest,
         "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,

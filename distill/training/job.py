@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -31,7 +32,8 @@ from distill.reports.page import write_report
 from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
-from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
+from distill.students.causal_lm import compiled, merge_adapters
+from distill.students.saving import SavedStudent, SavedStudentError, save_student, saved_dtype, size_bytes
 from distill.training.fit import (
     Training,
     build_training,
@@ -138,6 +140,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
+    if is_first_process():
+        _check_student(job)
     curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_job_student(job)
@@ -160,11 +164,32 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
     student = gather_model(training.module, lambda: open_job_student(job))
-    merge_adapters(student)
-    evaluation = evaluation.with_model(student)
-    results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
+    results = {}
+    if is_first:
+        saved = _save(job, student, job.run_dir / "student")
+        run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
+        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, seconds)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
+
+
+def _check_student(job: Job) -> None:
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
+        try:
+            _save(job, open_job_student(job), Path(folder) / "student")
+        except SavedStudentError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
+    """Save the student as it is shipped, its adapters merged."""
+    dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
+    merge_adapters(student)
+    return save_student(
+        student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens
+    )
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
@@ -198,9 +223,8 @@ def _results(
     run: Json,
     seconds: float,
 ) -> Json:
-    """Save the student, evaluate it on test, save its predictions; return all figures."""
+    """Evaluate the saved student on test, save its predictions; return all figures."""
     test, student = job.annotation_job.splits.test, evaluation.model
-    save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
