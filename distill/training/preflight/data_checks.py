@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from distill.lessons.join import TrainingSequence
+from distill.models.body import max_positions
 from distill.records import SPANS, Batch, Prompt, Span
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, spans_of
 
@@ -36,6 +37,27 @@ def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[F
         "losses that need soft targets: loss=[answer,rationale]",
         True,
     )
+
+
+def _positions(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+    limit = max_positions(inputs.module.model.config)
+    longest = max(_num_positions(sequence.prompt) for lesson in inputs.lessons for sequence in lesson.sequences)
+    yield Finding(
+        "positions",
+        limit is None or longest <= limit,
+        f"lessons of at most {longest} tokens",
+        "no limit" if limit is None else f"<= {limit} positions of the student",
+        "Reduce prompt.max_length, or use a student with more positions",
+        True,
+    )
+
+
+def _num_positions(prompt: Prompt) -> int:
+    """Number of positions that a prompt takes; those of its branches begin at the same one."""
+    starts, ends = prompt.branches, (*prompt.branches[1:], len(prompt.ids))
+    if not starts:
+        return len(prompt.ids)
+    return starts[0] + max(end - start for start, end in zip(starts, ends, strict=True))
 
 
 def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -186,4 +208,4 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_vocabulary, _finite, _labels, _shift, _template, _end, _mass)
+CHECKS = (_vocabulary, _positions, _finite, _labels, _shift, _template, _end, _mass)

@@ -23,7 +23,7 @@ from tests.training.preflight.conftest import failed_checks, findings_by_check, 
 def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
     findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
-    assert len(findings) == 17
+    assert len(findings) == 18
 
 
 def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
@@ -215,3 +215,13 @@ def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_i
 
 def _sequences(preflight_input: PreflightInput) -> list[Any]:
     return [sequence for lesson in preflight_input.lessons for sequence in lesson.sequences]
+
+
+def test_a_student_with_fewer_positions_than_its_lessons_have_tokens_is_refused(valid_input: PreflightInput) -> None:
+    config = valid_input.module.model.config
+    longest = max(len(sequence.prompt.ids) for lesson in valid_input.lessons for sequence in lesson.sequences)
+    for positions, passes in ((longest, True), (longest - 1, False)):
+        config.max_position_embeddings = positions
+        finding = findings_by_check(valid_input)["positions"]
+        assert (finding.passed, finding.stops) == (passes, not passes)
+    assert finding.problem.startswith(f"positions: lessons of at most {longest} tokens; expected: <= {longest - 1}")
