@@ -24,7 +24,7 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, Example, FilteredRationale, RejectionReason, content_id
+from distill.records import Annotation, Example, FilteredRationale, RejectionReason, folded_id
 from distill.tasks.expressions import NUMBER, evaluate_expression
 
 Reference = Literal["gold", "votes", "teacher"]
@@ -165,21 +165,21 @@ def _compare(
     """Compare the samples' answers with the reference. A truncated sample has no vote: its answer may be cut off."""
     votes = Counter(value(s.answer) for s in samples if s.answer is not None and not s.is_truncated)
 
-    def compare(sample: Annotation, reference: Reference, right: str | None) -> FilteredRationale:
+    def compare(sample: Annotation, reference: Reference, right: Sequence[str]) -> FilteredRationale:
         answer = None if sample.answer is None else value(sample.answer)
         wrong: RejectionReason = "outvoted" if reference == "votes" else "disagrees"
-        reason = _unusable(sample) or (None if answer == right else wrong)
+        reason = _unusable(sample) or (None if answer in right else wrong)
         has_confidence = len(samples) > 1 and answer is not None
         confidence = votes[answer or ""] / len(samples) if has_confidence else None
         return FilteredRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
-        gold = value(example.answer)
+        gold = [value(answer) for answer in example.right_answers]
         return [compare(sample, "gold", gold) for sample in samples]
     if len(samples) > 1:
         winner = _winner(votes, len(samples), criteria.min_confidence)
-        return [compare(sample, "votes", winner) for sample in samples]
-    return [] if direct is None else [compare(sample, "teacher", value(direct)) for sample in samples]
+        return [compare(sample, "votes", [] if winner is None else [winner]) for sample in samples]
+    return [] if direct is None else [compare(sample, "teacher", [value(direct)]) for sample in samples]
 
 
 def _winner(votes: Counter[str], num_samples: int, min_share: float) -> str | None:
@@ -204,7 +204,7 @@ def _reject_repeats(rationales: Sequence[FilteredRationale], criteria: Rationale
     for rationale in rationales:
         text, example_id, reason = rationale.annotation.rationale or "", rationale.example_id, rationale.reason
         if reason is None:
-            identity = (example_id, content_id(text))
+            identity = (example_id, folded_id(text))
             if identity in seen or (near is not None and near.has_similar(text, example_id)):
                 reason = "near duplicate"
             elif criteria.per_example is not None and num_kept[example_id] >= criteria.per_example:
