@@ -21,7 +21,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
-from distill.students.causal_lm import size_bytes
+from distill.students.saving import size_bytes
 from distill.tasks import Task, is_right, readable_answer
 
 _BATCH_SIZE = 32
