@@ -9,7 +9,7 @@ from typing import Literal
 from distill.errors import ConfigError
 from distill.records import Example, RowCounts, Splits
 
-Conflicts = Literal["refuse", "drop", "majority"]
+Conflicts = Literal["refuse", "drop", "majority"] | None  # None is "refuse"
 Value = Callable[[str], str]
 
 _MAX_SHOWN = 3  # questions, in a message
@@ -27,7 +27,7 @@ def distinct_questions(
     for place, example in rows.items():
         by_question[example.id][place] = example
     contradicting = {id_: group for id_, group in by_question.items() if not _agree(group.values(), value)}
-    if contradicting and conflicts == "refuse":
+    if contradicting and conflicts in (None, "refuse"):
         raise ConfigError(_refusal(name, list(contradicting.values()), value))
     kept: list[Example] = []
     lost: Counter[str] = Counter()

@@ -39,7 +39,7 @@ def task(path: Path | str, **settings: Any) -> FileTask:
         "path": str(path),
         "read": answer_format(choices=["yes", "no"]),
         "shots": [],
-        "conflicts": "refuse",
+        "conflicts": None,
     } | settings
     return FileTask(**{**defaults, **sizes, **arguments})
 
