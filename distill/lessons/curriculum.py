@@ -25,6 +25,7 @@ from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
 from distill.records import SPLITS, Example, FilteredRationale, RowCounts, Span, folded_id
+from distill.tasks.splitting import require_examples
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def prepare(config: Config, run_dir: Path) -> Job:
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
     annotation_job = open_annotation_job(config)
+    require_examples(annotation_job.splits, ("validation", "test"))
     soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
     check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
@@ -136,8 +138,8 @@ def build_curriculum(job: Job) -> Curriculum:
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     rows = row_counts(job, filled, rationales, join)
     say(table(rows))
-    if not train:
-        raise ConfigError(no_lessons(job, rows))
+    if problems := [no_lessons(job, name, rows[name]) for name in ("train", "validation") if not rows[name].kept]:
+        raise ConfigError(*problems)
     read = (job.soft_annotation_job or annotation_job).store.soft_targets
     too_long = {**filled.too_long, **join.skipped}
     return Curriculum(filled, soft_filled, train, validation, read, rationales, too_long, rows)
@@ -154,10 +156,10 @@ def row_counts(
     return rows | {"rationales": rationale_counts(filled, rationales)}
 
 
-def no_lessons(job: Job, rows: Mapping[str, RowCounts]) -> str:
-    """Say that there is nothing to train on, and why."""
-    lost = ", ".join(f"{number} {reason}" for reason, number in rows["train"].lost.items())
-    return f"no training example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
+def no_lessons(job: Job, split: str, counts: RowCounts) -> str:
+    """Say that there is nothing to learn or to measure in this split, and why."""
+    lost = ", ".join(f"{number} {reason}" for reason, number in counts.lost.items())
+    return f"no {split} example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
 
 
 def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[FilteredRationale]]:
