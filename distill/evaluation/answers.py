@@ -255,5 +255,5 @@ def teacher_row(
     costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
     cost: dict[str, Any] = costs[-1] if costs and folder else {}
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
-    measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
+    measured |= {"size_bytes": (size_bytes(folder) or None) if folder else None, "training_seconds": None}
     return score(predictions, task.choices) | measured

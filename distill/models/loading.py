@@ -1,9 +1,7 @@
-"""Loading and fingerprinting causal language models, whose body and head are called separately."""
+"""Loading causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from distill.app.files import sha256
 from distill.errors import ConfigError
 from distill.losses.head import Shape
 
 disable_progress_bar()
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
-    weights = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
-    settings = json.loads((folder / "config.json").read_text())
-    for irrelevant_key in ("transformers_version", "_name_or_path"):
-        settings.pop(irrelevant_key, None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
 
 
 def flush_denormals() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,10 +26,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the whole tokenizer if it can be serialized, else of its vocabulary."""
+    """Hash of everything that turns a text into ids, or of the vocabulary if the tokenizer cannot be serialized.
+
+    Truncation and padding are not part of it: they are the state of the last call, and no prompt uses them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(state.encode()).hexdigest()
+    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    relevant = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The vocabulary, and the ids of the tokens that begin, end and pad a sequence."""
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocabulary": vocabulary_fingerprint(tokenizer), **special}
 
 
 def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

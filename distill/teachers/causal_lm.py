@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
-from distill.models import loading
+from distill.models import identity, loading
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
@@ -34,11 +35,14 @@ class CausalLMTeacher:
     """Soft targets and rationales from a model of the transformers library."""
 
     gives_soft_targets = True
+    # The codec is in the cache's fingerprint beside the teacher. `hashes` is only a place.
+    not_in_key = ("codec", "hashes")
 
     def __init__(
         self,
         *,
         folder: Path,
+        hashes: Path,
         prompts: Prompts,
         task: Task,
         calibration: Sequence[Example],
@@ -51,14 +55,16 @@ class CausalLMTeacher:
     ) -> None:
         """`calibration` has the examples to calibrate choices on (empty: no calibration); `codec` truncates targets.
 
-        The first rationale of an example is greedy, further ones are sampled with `sampling_temperature` and `top_p`.
+        `hashes` is the folder that keeps the hashes of weights. The first rationale of an example is greedy, further
+        ones are sampled with `sampling_temperature` and `top_p`.
         """
+        self._arguments = arguments_of(locals())
         if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
             raise ConfigError(
                 f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: expected a positive "
                 "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
             )
-        self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
+        self._folder, self._hashes, self._prompts, self._task, self._codec = folder, hashes, prompts, task, codec
         self._dtype = loading.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
@@ -73,21 +79,18 @@ class CausalLMTeacher:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Weights, dtype, software versions, prompts, choices, calibration and generation settings."""
-        return {
-            "model": loading.fingerprint(self._folder),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "backend": {name: version(name) for name in ("torch", "transformers")},
-            "prompts": self._prompts.fingerprint(),
-            "choices": list(self._task.choices),
-            "calibration": [example.id for example in self._calibration],
-            "is_constrained": self._constrain,
-            "generation": {
-                "max_new_tokens": self._max_new_tokens,
-                "sampling_temperature": self._sampling_temperature,
-                "top_p": self._top_p,
-            },
-        }
+        """All settings, with the content of the model's folder, and the task's choices.
+
+        How the task reads an answer is not part of it: texts are stored, and read when they are used.
+        """
+        contents = {"folder": identity.fingerprint(self._folder, self._hashes), "task": list(self._task.choices)}
+        calibration = [example.id for example in self._calibration]
+        return fingerprint_of(self, self._arguments, **contents, calibration=calibration)
+
+    def backend(self) -> dict[str, str]:
+        """Versions of the libraries and the dtype in use: with others, targets differ by rounding."""
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        return versions | {"dtype": str(self._dtype).removeprefix("torch.")}
 
     def load(self) -> nn.Module:
         """Load the weights, frozen and in eval mode."""

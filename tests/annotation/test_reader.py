@@ -36,6 +36,9 @@ class Writer:
     def fingerprint(self) -> dict[str, Any]:
         return self._teacher.fingerprint()
 
+    def backend(self) -> dict[str, str]:
+        return self._teacher.backend()
+
     def load(self) -> Any:
         return self._teacher.load()
 

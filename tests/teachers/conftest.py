@@ -78,7 +78,13 @@ class Verbs:
 def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
     """A teacher for `Verbs` with dense soft targets, not loaded."""
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
-    settings = {"task": Verbs(), "codec": Dense(), "calibration": calibration, "max_new_tokens": 6} | settings
+    settings = {
+        "hashes": folder.parent / "hashes",
+        "task": Verbs(),
+        "codec": Dense(),
+        "calibration": calibration,
+        "max_new_tokens": 6,
+    } | settings
     return kind(folder=folder, prompts=prompts, **settings)
 
 
