@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.annotation.rationales import RationaleFilter
+from distill.annotation.reader import AnnotationReader
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import is_url
@@ -19,7 +20,7 @@ from distill.cache.store import Store, drop_shard, fingerprint_digest
 from distill.errors import ConfigError
 from distill.models import loading, naming
 from distill.prompts.cues import Prompts, build_prompts
-from distill.records import Example, Splits
+from distill.records import Example, Request, Span, Splits
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screen_splits
 from distill.teachers import Calibration, Teacher
@@ -46,6 +47,10 @@ class AnnotationJob:
     group_size: int
     num_rationales: int
     rationales_each: int
+
+    def reader(self, requests: Mapping[tuple[str, Span], Request]) -> AnnotationReader:
+        """Return a reader of these requests' records."""
+        return AnnotationReader(self.store, requests, self.task, self.prompts)
 
 
 def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> AnnotationJob:

@@ -70,21 +70,17 @@ def fill(
 
 
 def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[FilteredRationale]:
-    """Filter the teacher's rationales of train examples; a rejected rationale has the reason."""
-    store = job.store
+    """Filter the teacher's rationales of train examples; a rejected rationale has the reason.
+
+    The annotations of the result have no targets: soft targets stay in the cache.
+    """
+    store, reader = job.store, job.reader(filled.requests)
     examples = [example for example in job.splits.train if example.id in filled.samples]
-    samples = {e.id: [store.read(r.key) for r in filled.samples[e.id] if r.key in store] for e in examples}
+    samples = {e.id: [reader.words(r.key) for r in filled.samples[e.id] if r.key in store] for e in examples}
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
-    direct = {id_: store.read(r.key).answer for id_, r in answer_requests.items() if r and r.key in store}
+    direct = {id_: reader.words(r.key).whole_answer for id_, r in answer_requests.items() if r and r.key in store}
     direct_answers = {id_: answer for id_, answer in direct.items() if answer is not None}
-    rationales = filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
-    # No rationale agrees with a direct answer that cannot be read.
-    compared = {rationale.example_id for rationale in rationales}
-    unreadable = [id_ for id_ in samples if id_ not in compared and id_ in direct]
-    return [
-        *rationales,
-        *(FilteredRationale(id_, a, "teacher", "disagrees") for id_ in unreadable for a in samples[id_]),
-    ]
+    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
 
 
 @contextmanager

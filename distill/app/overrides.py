@@ -32,6 +32,7 @@ from distill.errors import ConfigError
 _ALLOWED_IN_HYDRA = {"_target_": ("hydra.", "hydra_plugins.", "distill."), "class": ("logging.", "colorlog.")}
 _RUN_NAME = re.compile(r"(?!\.)[^/\x00-\x1f]{1,60}")
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
+_ENUMERATES = "hydra._internal."  # Hydra's own sweeper
 _NOTHING_COMPOSED = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc", "--version"}
 _ONLY_SHOWN = {"--cfg", "-c", "--info", "-i"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp"}
@@ -104,6 +105,23 @@ def check_processes(config: DictConfig) -> None:
             f"node{'s' * (num_nodes > 1)} with trainer.strategy={strategy} would run the whole sweep in every rank. "
             "Let a scheduler start them (hydra/launcher=slurm), run each job separately under torchrun, set "
             "trainer.strategy=ddp_spawn on one node, or use one device per job (trainer.devices=1)"
+        )
+
+
+def check_objective(config: DictConfig, hydra: Any) -> None:
+    """Refuse a search by the accuracy on test: what is chosen by it could not be measured on it any more.
+
+    Hydra's own sweeper runs every combination and compares nothing; an agent of W&B may run a search.
+    """
+    sweeper, searches = str(hydra.sweeper._target_), ""
+    if hydra.mode == RunMode.MULTIRUN and not sweeper.startswith(_ENUMERATES):
+        searches = f"the sweeper {sweeper.rpartition('.')[2]}"
+    if "WANDB_SWEEP_ID" in os.environ:
+        searches = "an agent of a W&B sweep"
+    if searches and config.get("objective") == "test":
+        raise ConfigError(
+            f"objective=test under {searches}: a choice by the accuracy on test leaves no test set to measure the "
+            "choice on. Use objective=validation; test is evaluated and reported all the same"
         )
 
 

@@ -2,7 +2,7 @@
 
 A cache is a folder:
 
-    manifest.jsonl              one line: {"format": 2, "fingerprint": {...}}
+    manifest.jsonl              one line: {"format": 3, "fingerprint": {...}}
     manifest.<name>.json        what all records share and was made once, such as a teacher's calibration
     manifest-<writer>.jsonl     of one writer: a line per shard (see `shard`); {"cost": {...}};
                                 {"struck": <manifest>, "shard": <shard>}: ignore that line of that manifest
@@ -11,8 +11,8 @@ A cache is a folder:
 
 Each line carries the CRC-32 of its content. A shard is written under temporary names, synced and renamed, and only
 then added to its writer's manifest: files that no manifest lists are ignored, and so is an incomplete last line. No
-file is written by two processes. Processes that annotate the same records write the same shard. Format 1 cannot be
-read.
+file is written by two processes. Processes that annotate the same records write the same shard. Formats 1 and 2 cannot
+be read: format 2 kept how an answer was read, not the text that it was read from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
 from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, unique_requests
 
-FORMAT = 2
+FORMAT = 3
 _DAY_SECONDS = 86_400
 _MAX_OPEN_SHARDS = 4096
 _MAX_MANIFEST_LINES = 256
@@ -110,6 +110,11 @@ class Store:
         """Return a record; raises CacheError if it is missing or its shard is damaged."""
         shard, row = self._locate(key, self._number(key))
         return shard.read(row)
+
+    def words(self, key: str) -> Annotation:
+        """Return a record without its targets; raises CacheError like `read`."""
+        shard, row = self._locate(key, self._number(key))
+        return shard.words(row)
 
     def soft_targets(self, places: Sequence[SoftTargetsKey]) -> SoftTargets:
         """Return the concatenated soft targets of many (key, span), decoded together.

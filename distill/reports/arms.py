@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from distill.app.console import visible
 from distill.app.files import Json
+from distill.reports.proportions import wilson_interval
 from distill.reports.runs import NULL, SEED_KEYS, Run, number
 from distill.reports.statistics import student_t
 
@@ -68,18 +69,27 @@ class Arm:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy: of one seed as evaluated; of several, over test sampling and seeds.
+        """95 % interval of the accuracy."""
+        return self.interval_at(0.95)
 
-        Half-width² = h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
+    def interval_at(self, level: float) -> tuple[float, float]:
+        """Interval of the accuracy: of one seed Wilson's, of several also over the spread between seeds.
+
+        Each end is sqrt(h_test² + h_seed²) from the mean; h_test reaches to Wilson's end, which has a width at 0 %
+        and at 100 % too, and h_seed = t(s - 1) sd/sqrt(s).
         """
-        mean, deviation = self.stat("accuracy")
-        if deviation is None:
-            ends = [row.get("interval") for row in self.rows]
-            low, high = ends[0] if ends and ends[0] else (math.nan, math.nan)
-            return float(low), float(high)
-        seeds = (student_t(0.95, len(self.rows) - 1) * deviation) ** 2 / len(self.rows)
-        half = math.sqrt(1.96**2 * mean * (1 - mean) / self.stat("num_examples").mean + seeds)
-        return max(0.0, mean - half), min(1.0, mean + half)
+        (mean, deviation), num_examples = self.stat("accuracy"), self.stat("num_examples").mean
+        recorded = self.rows[0].get("interval") if len(self.rows) == 1 else None
+        if recorded and (level == 0.95 or math.isnan(num_examples)):
+            return float(recorded[0]), float(recorded[1])
+        if math.isnan(mean + num_examples):
+            return math.nan, math.nan
+        low, high = wilson_interval(mean * num_examples, num_examples, level)
+        seeds = 0.0
+        if deviation is not None:
+            num_seeds = len(self.rows)
+            seeds = student_t(level, num_seeds - 1) * deviation / math.sqrt(num_seeds)
+        return max(0.0, mean - math.hypot(mean - low, seeds)), min(1.0, mean + math.hypot(high - mean, seeds))
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Json]]:

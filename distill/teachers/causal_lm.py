@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from distill.models import loading
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
-from distill.tasks import Task, readable_answer
+from distill.tasks import Task, readable_answer, with_reading
 from distill.teachers import Calibration
 from distill.teachers.choices import Adjustment, Place, calibrated_offsets
 
@@ -131,18 +132,35 @@ class CausalLMTeacher:
         reading, adjustment = self._read(requests), None
         if self._choices:
             adjustment = self._adjustment(reading)
-            answers: list[str | None] = [self._task.choices[k] for k in adjustment.score_BC.argmax(-1).tolist()]
-            scores = [tuple(row) for row in adjustment.score_BC.tolist()]
+            score_BC = adjustment.score_BC
+            chosen = [
+                Annotation(request.key, {}, self._task.choices[k], choice_logprobs=tuple(row))
+                for request, k, row in zip(requests, score_BC.argmax(-1).tolist(), score_BC.tolist(), strict=True)
+            ]
         else:
-            generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-            answers = [readable_answer(self._task, self._prompts.text(ids)) for ids in generated]
-            scores = [()] * len(requests)
-        answer_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
-        ids = [request.given_ids or own_ids for request, own_ids in zip(requests, answer_ids, strict=True)]
+            chosen = self._write(requests, reading)
+        answers = [with_reading(annotation, self._task).whole_answer for annotation in chosen]
+        own_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
+        ids = [request.given_ids or own for request, own in zip(requests, own_ids, strict=True)]
         softs = self._soft_targets(requests, reading, ids, adjustment)
         return [
-            Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)
-            for r, i, s, answer, logprobs in zip(requests, ids, softs, answers, scores, strict=True)
+            replace(annotation, targets={"answer": Target(i, soft)} if i else {})
+            for annotation, i, soft in zip(chosen, ids, softs, strict=True)
+        ]
+
+    def _write(self, requests: Sequence[Request], reading: Reading) -> list[Annotation]:
+        """Direct answers as generated texts, without targets."""
+        generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        texts = [self._prompts.text(ids) for ids in generated]
+        return [
+            Annotation(
+                request.key,
+                {},
+                readable_answer(self._task, texts[k]),
+                is_truncated=generated[k][-1] != self._prompts.end,
+                text=texts[k],
+            )
+            for k, request in enumerate(requests)
         ]
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
@@ -164,6 +182,7 @@ class CausalLMTeacher:
                 replies[k].rationale,
                 is_sampled=request.sample > 0,
                 is_truncated=generated[k][-1] != self._prompts.end,
+                text=replies[k].answer,
             )
             for k, request in enumerate(requests)
         ]

@@ -86,4 +86,4 @@ class RecordedTeacher:
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale)
+        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale, text=row["answer"])

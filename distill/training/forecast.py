@@ -20,6 +20,7 @@ from safetensors import safe_open
 from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.fill import filter_rationales, loaded
 from distill.annotation.inspection import Estimate, estimate
+from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
 from distill.cache.shard import pack_annotation
@@ -31,9 +32,10 @@ from distill.lessons.curriculum import (
     examples_to_annotate,
     join_for,
     kept_rationales,
+    row_counts,
     texts_to_score,
 )
-from distill.lessons.join import AnnotationReader, Lesson, Read
+from distill.lessons.join import Lesson, Read
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import vocabulary_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
@@ -126,12 +128,12 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     max_tokens = _max_tokens(job)
     texts = sum(Path(file).stat().st_size for file in job.config.teacher.kind.get("files", ()))
     work = [TeacherWork("", job.annotation_job, first, missing, max_tokens, texts, False)]
-    annotations, kept = AnnotationReader(job.annotation_job.store, first.requests), {}
+    annotations, kept = job.annotation_job.reader(first.requests), {}
     largest = _largest_target(job.soft_annotation_job or job.annotation_job)
     rows = functools.cache(functools.partial(_copies, largest))
     if missing:
         texts_by_key = _longest_texts(job, first, max_tokens)
-        annotations = LongestAnnotations(annotations.store, first.requests, job.prompts, texts_by_key, rows)
+        annotations = _longest(job.annotation_job, job.prompts, first, texts_by_key, rows)
         kept = _longest_rationales(job, first, annotations)
     else:
         kept = kept_rationales(filter_rationales(job.annotation_job, first))
@@ -141,9 +143,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         second = collect_requests(job.soft_annotation_job, scored_texts, use_given_rationales=True)
         unscored = job.soft_annotation_job.store.missing(second.all_requests)
         work.append(TeacherWork("soft ", job.soft_annotation_job, second, unscored, max_tokens, 0, bool(missing)))
-        soft_annotations = LongestAnnotations(
-            job.soft_annotation_job.store, second.requests, job.prompts, _texts_by_key(scored_texts), rows
-        )
+        soft_annotations = _longest(job.soft_annotation_job, job.prompts, second, _texts_by_key(scored_texts), rows)
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     join = join_for(job, annotations, soft_annotations, kept)
@@ -156,14 +156,14 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
     too_long = {**first.too_long, **join.skipped}
     read = _reader([*train, *validation], largest)
-    return work, Curriculum(first, None, train, validation, read, rationales, too_long)
+    counts = row_counts(job, first, rationales, join)
+    return work, Curriculum(first, None, train, validation, read, rationales, too_long, counts)
 
 
 @dataclass(frozen=True)
 class LongestAnnotations(AnnotationReader):
     """The annotations that a teacher would leave for `texts`, each token with the largest soft target."""
 
-    prompts: Prompts
     texts: Texts
     rows: Rows
 
@@ -176,6 +176,14 @@ class LongestAnnotations(AnnotationReader):
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
         return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+
+    find_words = find
+
+
+def _longest(
+    annotation_job: AnnotationJob, prompts: Prompts, requests: AnnotationRequests, texts: Texts, rows: Rows
+) -> LongestAnnotations:
+    return LongestAnnotations(annotation_job.store, requests.requests, annotation_job.task, prompts, texts, rows)
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
-from distill.lessons.join import AnnotationReader
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -94,7 +93,9 @@ def train(config: Config) -> float:
 def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
     row = results["rows"]["student"]
     if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
-        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples")
+        validated = row.get("validation_accuracy")
+        beside = "" if validated is None else f", {100 * validated:.1f} % on validation"
+        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples{beside}")
     else:
         print(f"\n{to_text(summary)}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
@@ -114,7 +115,9 @@ def plan(job: Job) -> float:
 
 
 def _accuracy(config: Config, results: Json) -> float:
-    return float(results["rows"]["student"][_OBJECTIVES[config.objective]]) if results else 0.0
+    """The value that a sweeper optimizes; NaN, a failed trial to a search, where there is no validation example."""
+    accuracy = results["rows"]["student"].get(_OBJECTIVES[config.objective]) if results else 0.0
+    return math.nan if accuracy is None else float(accuracy)
 
 
 def _finished(config: Config, run_dir: Path) -> float | None:
@@ -142,6 +145,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     is_first = is_first_process()
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
+        run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
@@ -167,7 +171,7 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
     teacher = _annotations(job, curriculum, job.annotation_job.splits.test, "answer")
     if job.soft_annotation_job and curriculum.soft_filled:
-        soft = AnnotationReader(job.soft_annotation_job.store, curriculum.soft_filled.requests)
+        soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
@@ -202,10 +206,8 @@ def _results(
     predictions = evaluation.predict(test, teacher)
     rows["student"] = model_row(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
-    if job.config.objective == "validation":
-        on_validation = model_row(
-            evaluation.predict(job.annotation_job.splits.validation, {}), job.annotation_job.task, student
-        )
+    if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
+        on_validation = model_row(evaluation.predict(validation, {}), job.annotation_job.task, student)
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
@@ -237,7 +239,7 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    reader = AnnotationReader(job.annotation_job.store, curriculum.filled.requests)
+    reader = job.annotation_job.reader(curriculum.filled.requests)
     return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 
@@ -257,7 +259,10 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
         name: {key: value for key, value in row.items() if not isinstance(value, list)}
         for name, row in results["rows"].items()
     }
-    tracking.summary({f"test/{key}": value for key, value in rows["student"].items() if value is not None})
+    measured = {key: value for key, value in rows["student"].items() if value is not None}
+    if (validated := measured.pop("validation_accuracy", None)) is not None:
+        tracking.summary({"val/accuracy": validated})  # of the student that was saved, for a sweep of W&B
+    tracking.summary({f"test/{key}": value for key, value in measured.items()})
     tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in rows.items() if name != "student"})
     for name, lines in tables(summary).items():
         tracking.table(name, [{key: _plain(value) for key, value in line.items()} for line in lines])

@@ -189,7 +189,9 @@ def test_a_loss_without_validation_positions_is_not_logged(
     with torch.no_grad():
         module.validation_step(collate(plain_answers, {}, 0, read))
     module.on_validation_epoch_end()
-    assert set(logged_values) == {"val/answer", "val/kl", "val/accuracy", "step"}
+    assert set(logged_values) == {"val/answer", "val/kl", "val/loss", "val/accuracy", "step"}
+    weighted = {name: objectives()[name].weight * float(logged_values[f"val/{name}"]) for name in ("answer", "kl")}
+    assert float(logged_values["val/loss"]) == pytest.approx(sum(weighted.values()))
     assert all(math.isfinite(value) for value in logged_values.values())
 
 
