@@ -38,11 +38,11 @@ class Evaluation:
         """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span: Span = "answer" if mode == "direct" else "rationale"
-        self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
+        self._choices = prompts.choice_ids(task.choices)
         self._max_new_tokens = self._max_answer_tokens = max_new_tokens
         if self._choices and mode == "direct":
             # A model that has not learned to stop would generate up to the limit, and stay unreadable.
-            self._max_answer_tokens = 1 + max(map(len, self._choices))
+            self._max_answer_tokens = max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
