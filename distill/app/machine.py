@@ -67,10 +67,9 @@ def _milliseconds(answer: Callable[[T], object], question: T) -> float:
 def extra_bytes(work: Callable[[], object]) -> int | None:
     """How far `work` raises memory, the GPU's or else this process's; None where the system keeps no peak."""
     if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        rise = gpu_memory_rise(torch.device("cuda"))
         work()
-        return torch.cuda.max_memory_allocated() - before
+        return rise()
     # Freed memory is returned to the system first, or it would be used again without a rise.
     with suppress(AttributeError):  # psutil has it for some allocators only
         psutil.heap_trim()
@@ -83,6 +82,33 @@ def extra_bytes(work: Callable[[], object]) -> int | None:
         return None
 
 
+def gpu_memory_rise(device: torch.device) -> Callable[[], int]:
+    """Return a function that waits for the GPU and returns by how many bytes its memory has risen meanwhile."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+
+    def rise() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    return rise
+
+
+def gpu_name() -> str | None:
+    """Name of the GPU, None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def num_gpus() -> int:
+    """Number of GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU whose memory can be measured."""
+    return device.type == "cuda"
+
+
 def _peak_resident_bytes() -> int:
     lines = _STATUS.read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -90,7 +116,7 @@ def _peak_resident_bytes() -> int:
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes available on a GPU, or on the host within the limits of its cgroups; None for other devices."""
-    if device.type == "cuda":
+    if is_gpu(device):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":

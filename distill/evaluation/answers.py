@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from distill.evaluation.architecture import architecture
 from distill.evaluation.metrics import Prediction, score
 from distill.lessons.join import AnswerMode
 from distill.losses.forward_kl import ForwardKL
+from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
@@ -50,6 +51,10 @@ class Evaluation:
 
         A question that is too long and dropped has no answer, which counts as wrong.
         """
+        with on_device(self._model):
+            return self._predict_all(examples, teacher)
+
+    def _predict_all(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         dropped = [index for index in range(len(examples)) if index not in questions]
@@ -70,8 +75,9 @@ class Evaluation:
         questions = self._questions(examples, "rationale")
         if not questions:
             return [""] * len(examples)
-        reading = self._reader("rationale").read(list(questions.values()))
-        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        with on_device(self._model):
+            reading = self._reader("rationale").read(list(questions.values()))
+            written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
         texts = dict(zip(questions, (self._prompts.split_reply(ids).rationale for ids in written), strict=True))
         return [texts.get(index, "") for index in range(len(examples))]
 
@@ -102,7 +108,10 @@ class Evaluation:
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     def answering(self) -> Callable[[Example], int]:
-        """Read the prefix, and return a function that answers one question and counts the tokens that it writes."""
+        """Read the prefix, and return a function that answers one question and counts the tokens that it writes.
+
+        It is valid while the model stays on its device.
+        """
         reader = self._reader(self._span)
 
         @torch.inference_mode()
@@ -235,6 +244,13 @@ def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -
 
     `architecture` is a key of the model's architecture and of its work; models that share it are equally fast.
     """
+    with ExitStack() as stack:
+        for evaluation in evaluations.values():
+            stack.enter_context(on_device(evaluation.model))
+        return _speeds(evaluations, examples)
+
+
+def _speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
     examples = [example for example in examples if all(evaluation.fits(example) for evaluation in evaluations.values())]
     if not examples:
         return {name: {"ms_per_example": None, "peak_bytes": None} for name in evaluations}
