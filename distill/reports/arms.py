@@ -52,6 +52,11 @@ class Arm:
         return self.runs[0].losses if self.runs else ()
 
     @property
+    def name(self) -> str:
+        """What the student learned from, in words."""
+        return "labels alone" if self.kind == "baseline" else " + ".join(self.runs[0].loss_labels)
+
+    @property
     def choices(self) -> Mapping[str, str]:
         """The configuration's choices except seeds; empty for a model that was not trained."""
         chosen = self.runs[0].choices if self.runs else {}
@@ -174,7 +179,7 @@ def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
         members = tuple(run for _, run in sorted(seeds.items()))
         kind: Kind = "baseline" if key[0] == ("answer",) else "distilled"
-        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].losses)
+        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].loss_labels)
         rows = tuple(run.rows["student"] for run in members)
         arms.append(Arm(kind, label, members[0].settings, members, rows))
     return _with_distinct_labels(arms, BUDGET)

@@ -106,9 +106,8 @@ def _curves(
 
 def _curve(points: Sequence[Point]) -> Curve:
     first = points[0].arm
-    label = "labels alone" if first.kind == "baseline" else " + ".join(first.losses)
     law = fit_power_law([point.x for point in points], [1 - point.arm.accuracy for point in points])
-    return Curve(label, tuple(points), law)
+    return Curve(first.name, tuple(points), law)
 
 
 def fronts(arms: Sequence[Arm], totals: Sequence[float | None], unit: str) -> list[Front]:
@@ -159,7 +158,7 @@ def effects(trained: Sequence[Arm]) -> list[Effect]:
 
 def _swept(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """Return the settings that differ between runs; of settings that split the runs alike, the shortest name."""
-    flats = [{**run.choices, "loss": " + ".join(run.losses)} for run in runs]
+    flats = [{**run.choices, "loss": " + ".join(run.loss_labels)} for run in runs]
     keys = sorted({key for flat in flats for key in flat}, key=lambda key: (len(key), key))
     columns = {key: [flat.get(key) for flat in flats] for key in keys}
     by_split: dict[tuple[int, ...], str] = {}

@@ -27,7 +27,7 @@ class Prices:
 
     @property
     def unit(self) -> str:
-        """The currency, or machine seconds if an hour has no price."""
+        """The currency, empty if unnamed, or machine seconds if an hour has no price."""
         return TIME if self.per_hour is None else self.currency
 
     def of(self, seconds: float | None) -> float | None:
@@ -79,7 +79,7 @@ def read_prices(config: Json, overrides: Json) -> Prices:
     return Prices(
         per_hour=sum(parts) if parts else None,
         teacher_per_request=None if bought is None else bought / 1000,
-        currency=str(values.get("currency") or "an unnamed currency"),
+        currency=str(values.get("currency") or ""),
         requests_per_day=number(values.get("requests_per_day")),
     )
 
