@@ -29,7 +29,7 @@ class SavedStudentError(DistillError):
 
 @dataclass(frozen=True)
 class SavedStudent:
-    """A student as reopened from disk; `rounding` is how much its type changed the logits, as a part of their spread."""
+    """A student as reopened from disk; `rounding` is the change of its logits by its type, relative to their spread."""
 
     model: PreTrainedModel
     dtype: str
@@ -135,6 +135,8 @@ def _write(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
 
 def _rounding(before: Tensor, rounded: Tensor, dtype: torch.dtype) -> float:
     """Return how much rounding changed the logits, as a part of their spread; ValueError if it is too much."""
+    if torch.equal(before, rounded):
+        return 0.0
     spread = (before - before.mean(-1, keepdim=True)).square().mean().sqrt()
     rounding = float((rounded - before).square().mean().sqrt() / spread)
     if not rounding <= _MAX_ROUNDING:

@@ -189,9 +189,7 @@ def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
     """Save the student as it is shipped, its adapters merged."""
     dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
     merge_adapters(student)
-    return save_student(
-        student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens
-    )
+    return save_student(student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
