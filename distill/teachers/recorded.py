@@ -13,9 +13,10 @@ from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, Request, content_id
+from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
 from distill.tasks.tables import check_columns, fill_template, parse_template, raise_problems, read_file, text_of
+from distill.teachers import Calibration
 
 
 @final
@@ -37,7 +38,7 @@ class RecordedTeacher:
         hashes: Path,
         prompts: Prompts,
         task: Task,
-        calibration: Sequence[Example],
+        calibration: Calibration,
         codec: Codec,
         files: list[str],
         question: str,

@@ -18,6 +18,7 @@ from distill.cache.codecs.dense import Dense
 from distill.errors import AnswerError
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, Splits
+from distill.teachers import Calibration
 from tests.conftest import compose, tiny_overrides
 
 Configured = Callable[..., DictConfig]
@@ -82,7 +83,7 @@ def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settin
         "hashes": folder.parent / "hashes",
         "task": Verbs(),
         "codec": Dense(),
-        "calibration": calibration,
+        "calibration": Calibration(len(calibration), calibration),
         "max_new_tokens": 6,
     } | settings
     return kind(folder=folder, prompts=prompts, **settings)
