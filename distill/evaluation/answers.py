@@ -25,7 +25,7 @@ from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.saving import size_bytes
-from distill.tasks import Task, readable_answer
+from distill.tasks import Task, is_right, readable_answer
 
 _BATCH_SIZE = 32
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
@@ -206,8 +206,8 @@ def _prediction(
         gold=example.answer or "",
         answer=answer,
         written_answer=written,
-        is_correct=_is_same(task, answer, example.answer),
-        is_written_correct=_is_same(task, written, example.answer),
+        is_correct=is_right(task, answer, example),
+        is_written_correct=is_right(task, written, example),
         choice_probabilities=(),
         kl=None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),
@@ -219,7 +219,7 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     return {
         "teacher_answer": annotation.answer,
         "teacher_confidence": max(annotation.choice_probabilities, default=None),
-        "is_teacher_correct": _is_same(task, annotation.answer, example.answer),
+        "is_teacher_correct": is_right(task, annotation.answer, example),
         "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
     }
 
