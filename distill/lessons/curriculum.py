@@ -21,7 +21,7 @@ from distill.app.console import say
 from distill.errors import ConfigError
 from distill.lessons.join import Join, Lesson, Read
 from distill.losses import Objective
-from distill.models import naming
+from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
 from distill.records import Example, FilteredRationale, RowCounts, Span
@@ -67,6 +67,7 @@ def prepare(config: Config, run_dir: Path) -> Job:
     soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
     check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
+    _check_models(config, folder, soft_annotation_job)
     tokenizer = load_tokenizer(folder)
     is_shared = True
     try:
@@ -77,6 +78,19 @@ def prepare(config: Config, run_dir: Path) -> Job:
             raise
     prompts = annotation_job.prompts.zero_shot(tokenizer)
     return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, is_shared)
+
+
+def _check_models(config: Config, student_folder: Path, soft_annotation_job: AnnotationJob | None) -> None:
+    """Raise ConfigError if a model that is opened only after the first teacher has annotated cannot be opened."""
+    if method := loading.quantization(student_folder):
+        raise ConfigError(
+            f"student.model={config.student.model} is quantized ({method}), and quantized weights cannot be trained; "
+            "use the model that is not quantized"
+        )
+    if not config.student.from_scratch:
+        loading.check_weights(student_folder)
+    if soft_annotation_job and soft_annotation_job.teacher.gives_soft_targets:
+        loading.check_weights(soft_annotation_job.folder)
 
 
 def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str) -> None:
@@ -211,7 +225,7 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
 
     `student` is the hash of the initial weights.
     """
-    config = configuration.plain(job.config)
+    config = configuration.without_labels(configuration.plain(job.config))
     return {
         "cache": job.annotation_job.store.digest,
         "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,

@@ -45,6 +45,7 @@ class PrefixedReader:
         """
         self.vocabulary_size = vocabulary_size
         self.device: torch.device = model.device
+        self._dtype: torch.dtype = model.dtype
         self._model, self._shape = model, Shape.of(model)
         self._prefix_ids = tuple(prefix_ids)
         layers = DynamicCache(config=model.config).layers
@@ -54,6 +55,11 @@ class PrefixedReader:
         self._blocks: Blocks = []  # the prefix's keys and values [G, P, D] by layer, if all rows share them
         if self._prefix is not None and type(model)._supports_attention_backend:
             self._share_prefix(self._prefix.layers)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the model is where it was, and of the type that it had, when it read the prefix."""
+        return (self._model.device, self._model.dtype) == (self.device, self._dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
@@ -90,7 +96,7 @@ class PrefixedReader:
 
     def logprobs_in_chunks(self, hidden_NH: Float[Tensor, "N H"]) -> Iterator[Float[Tensor, "M V"]]:
         """Log-probabilities of hidden states, in chunks of a few rows that fit into a CPU's cache."""
-        num_rows = _HEAD_ROWS if self.device.type == "cuda" else _CPU_ROWS
+        num_rows = _CPU_ROWS if self.device.type == "cpu" else _HEAD_ROWS
         for chunk_NH in hidden_NH.split(_HEAD_ROWS):
             for logits_MV in self._head(chunk_NH).split(num_rows):
                 yield logits_MV.float().log_softmax(-1)

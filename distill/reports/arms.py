@@ -52,6 +52,11 @@ class Arm:
         return self.runs[0].losses if self.runs else ()
 
     @property
+    def name(self) -> str:
+        """What the student learned from, in words."""
+        return "labels alone" if self.kind == "baseline" else " + ".join(self.runs[0].loss_labels)
+
+    @property
     def choices(self) -> Mapping[str, str]:
         """The configuration's choices except seeds; empty for a model that was not trained."""
         chosen = self.runs[0].choices if self.runs else {}
@@ -143,7 +148,18 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
     if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
-    return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]" if is_accuracy else text
+    if is_accuracy:
+        return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]"
+    return text if is_narrow else text + _beside(arm, column)
+
+
+def _beside(arm: Arm, column: Column) -> str:
+    """What is shown under a number: the spread of a time, the type behind a size."""
+    types = sorted({str(row["dtype"]) for row in arm.rows if row.get("dtype")})
+    if column.key == "size_bytes" and types:
+        return f" [{', '.join(types)}]"
+    low, high = arm.stat("ms_fastest").mean, arm.stat("ms_slowest").mean
+    return f" [{low:.1f}, {high:.1f}]" if column.key == "ms_per_example" and low < high else ""
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
@@ -174,7 +190,7 @@ def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
         members = tuple(run for _, run in sorted(seeds.items()))
         kind: Kind = "baseline" if key[0] == ("answer",) else "distilled"
-        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].losses)
+        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].loss_labels)
         rows = tuple(run.rows["student"] for run in members)
         arms.append(Arm(kind, label, members[0].settings, members, rows))
     return _with_distinct_labels(arms, BUDGET)

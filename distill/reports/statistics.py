@@ -89,8 +89,8 @@ def few_differences(values_SE: Matrix, level: float) -> tuple[float, float] | No
         return None
     size = float(np.abs(mean_E).sum()) / num_examples
     exact = [(2 * end - 1) * size for end in exact_interval(gains, number, level)]
-    counts = (float((sign * values_SE > 0).sum(1).mean()) for sign in (1, -1))
-    score = paired_score_interval(*counts, num_examples, level)
+    left, right = (float((sign * values_SE > 0).sum(1).mean()) for sign in (1, -1))
+    score = paired_score_interval(left, right, num_examples, level)
     return min(exact[0], score[0]), max(exact[1], score[1])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distill.app.files import Json
 from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
-from distill.models import loading
+from distill.models import loading, placement
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
@@ -65,7 +65,7 @@ class CausalLMTeacher:
                 "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
             )
         self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
-        self._dtype = loading.native_dtype() if dtype == "auto" else getattr(torch, dtype)
+        self._dtype = placement.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
         self._calibration, self._choices = calibration, prompts.choice_ids(task.choices)
@@ -199,6 +199,8 @@ class CausalLMTeacher:
         return reading.sampled(uniforms_BN=uniforms_BN, stop=self._prompts.end, temperature=temperature, top_p=top_p)
 
     def _reader(self, span: Span) -> PrefixedReader:
+        if any(not reader.is_valid for reader in self._readers.values()):
+            self._readers, self._offset_V = {}, None
         if span not in self._readers:
             prefix = self._prompts.prefix(span)
             self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -31,7 +32,8 @@ from distill.reports.page import write_report
 from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
-from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
+from distill.students.causal_lm import compiled, merge_adapters
+from distill.students.saving import SavedStudent, SavedStudentError, save_student, saved_dtype, size_bytes
 from distill.training.fit import (
     Training,
     build_training,
@@ -48,6 +50,8 @@ from distill.training.sharding import gather_model
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
+# What the student before training shares with the trained one.
+_OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
 _MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
 
@@ -138,6 +142,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
+    if is_first_process():
+        _check_student(job)
     curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_job_student(job)
@@ -160,11 +166,30 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     with compiled(student) if job.config.student.compile else nullcontext():
         seconds = fit(job, training)
     student = gather_model(training.module, lambda: open_job_student(job))
-    merge_adapters(student)
-    evaluation = evaluation.with_model(student)
-    results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
+    results = {}
+    if is_first:
+        saved = _save(job, student, job.run_dir / "student")
+        run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
+        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, seconds)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
+
+
+def _check_student(job: Job) -> None:
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
+        try:
+            _save(job, open_job_student(job), Path(folder) / "student")
+        except SavedStudentError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
+    """Save the student as it is shipped, its adapters merged."""
+    dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
+    merge_adapters(student)
+    return save_student(student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
@@ -198,9 +223,8 @@ def _results(
     run: Json,
     seconds: float,
 ) -> Json:
-    """Save the student, evaluate it on test, save its predictions; return all figures."""
+    """Evaluate the saved student on test, save its predictions; return all figures."""
     test, student = job.annotation_job.splits.test, evaluation.model
-    save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
@@ -211,7 +235,7 @@ def _results(
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
-    shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
+    shape = {key: rows["student"].get(key) for key in _OF_ARCHITECTURE}
     rows |= {"before": rows["before"] | shape} if "before" in rows else {}
     predicted_rows = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
     scoring_seconds = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
@@ -225,7 +249,7 @@ def _results(
     return {"rows": rows, "predictions": predicted_rows}
 
 
-def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
+def _speeds(job: Job, student: Evaluation) -> dict[str, Json]:
     """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
     test, annotation_job = job.annotation_job.splits.test, job.annotation_job
     if not job.config.time_teacher or not annotation_job.teacher.gives_soft_targets:

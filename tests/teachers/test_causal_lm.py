@@ -38,14 +38,15 @@ from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teach
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
+    model = teacher.load()
     module = TeacherModule(teacher, batch_size=2)
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     module.train()
-    assert not module.model.training
+    assert not model.training
     assert all(is_close(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
-    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_checkpoint_contains_only_the_student(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
