@@ -142,6 +142,12 @@ class Prompts:
             body = body[: len(body) - surplus]
         return head + body + tail
 
+    def around_question(self, span: Span) -> tuple[str, str]:
+        """The texts before and after the question in a prompt without shots, up to the target."""
+        instruction = f"{self.layout.instruction}\n\n" if self.layout.instruction else ""
+        cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
+        return f"{instruction}{self.layout.question_cue} ", f"\n{cue}"
+
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Token ids of an answer as a target, with the end token."""
         return (*self.encode(f" {answer}"), self.end)

@@ -32,11 +32,11 @@ class Pieces:
         self._before: tuple[tuple[str, Ids], ...] = ()  # none: pieces are encoded as texts
         self.first = self._as_text  # encodes the text with which a prompt begins
         text, decoded = "".join(samples), self._joined(samples)
-        if _normal(decoded) != _normal(text):
+        if not same_text(decoded, text):
             self._before = tuple((before, self._as_text(before)) for before in _BEFORE)
             if self._joined(samples) == f" {text}":  # decoding keeps the space that encoding added
                 self.first = self
-            if _normal(self._joined(samples)) != _normal(text):
+            if not same_text(self._joined(samples), text):
                 raise self._lossy(text, decoded)
         self.start = self._start(text)
 
@@ -79,7 +79,7 @@ class Pieces:
         normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
         if normalizer is not None:
             changed = str(normalizer.normalize_str(_NORMAL)).replace("▁", " ").removeprefix(" ")
-            if _normal(changed) != _normal(_NORMAL):
+            if not same_text(changed, _NORMAL):
                 raise self._lossy(_NORMAL, changed)
 
     def _lossy(self, text: str, decoded: str) -> ConfigError:
@@ -89,5 +89,6 @@ class Pieces:
         )
 
 
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def same_text(left: str, right: str) -> bool:
+    """Whether two texts are equal, composed and decomposed letters being the same."""
+    return unicodedata.normalize("NFC", left) == unicodedata.normalize("NFC", right)
