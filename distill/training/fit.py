@@ -155,6 +155,8 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         lessons=training.curriculum.train,
         read=training.curriculum.read,
         annotation=(job.soft_annotation_job or job.annotation_job).store.read,
+        has_second_teacher=job.soft_annotation_job is not None,
+        question=lambda id_: next(e.question for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,

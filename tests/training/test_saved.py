@@ -23,7 +23,13 @@ from tests.students.families import make_family
 
 Configured = Callable[..., DictConfig]
 SHORT = ("loss=[answer]", "trainer.max_steps=2", "batch_size=4", "validate_every=2", "max_new_tokens=4")
-SHORT += ("trainer.log_every_n_steps=1", "num_samples=0", "evaluate_before=false", "optim.optimizer.lr=0.01", "optim.schedule.num_warmup_steps=0")
+SHORT += (
+    "trainer.log_every_n_steps=1",
+    "num_samples=0",
+    "evaluate_before=false",
+    "optim.optimizer.lr=0.01",
+    "optim.schedule.num_warmup_steps=0",
+)
 
 
 def distilled(job: Job) -> tuple[Any, Any]:
