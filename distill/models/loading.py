@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_logger
 
 from distill.app.files import sha256
 from distill.errors import ConfigError
@@ -59,12 +61,6 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def native_dtype() -> torch.dtype:
-    """bfloat16 if the machine computes in it at full speed, else float32."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
     """Load a model folder; with `from_scratch`, initialize new weights from its configuration.
 
@@ -100,14 +96,15 @@ def check_weights(folder: Path) -> None:
 
 def from_files(folder: Path, **options: Any) -> Any:
     """Open a model with `from_pretrained`; raise ConfigError if a weight is missing, unused or of another shape."""
-    opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-        folder,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with _without_report():
+        opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     model, info = opened
     problems = {
         "weights of the model are missing in its files": info["missing_keys"],
@@ -121,6 +118,18 @@ def from_files(folder: Path, **options: Any) -> Any:
             "would be random; save the model again, whole and under its own names"
         )
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
+    logger = get_logger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _listed(names: Iterable[str]) -> str:

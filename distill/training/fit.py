@@ -25,7 +25,7 @@ from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
 from distill.lessons.loader import Arrangement, DistillData
-from distill.models import loading
+from distill.models import placement
 from distill.students.causal_lm import open_student, weights_hash
 from distill.training.checkpoints import Checkpoints, Identity, WholeFiles, checked, newest, step_of
 from distill.training.curves import Curves
@@ -238,4 +238,4 @@ def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_
 def _precision(setting: str) -> Any:
     if setting != "auto":
         return setting
-    return "bf16-mixed" if loading.native_dtype() == torch.bfloat16 else "32-true"
+    return "bf16-mixed" if placement.native_dtype() == torch.bfloat16 else "32-true"

@@ -36,6 +36,7 @@ from distill.lessons.curriculum import (
     texts_to_score,
 )
 from distill.lessons.join import Lesson, Read
+from distill.models import placement
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import vocabulary_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
@@ -320,10 +321,10 @@ def _annotation_findings(work: TeacherWork, max_bytes: int) -> list[Finding]:
     if not work.missing:
         return findings
     if work.needs_model:
-        weights, device = _weights(work), _device()
+        weights = _weights(work)
         findings += [_tokens(work), weights]
         if not weights.stops:
-            findings.append(_hours(work, _measured(work, device)))
+            findings.append(_hours(work, _measured(work)))
     folder, store = work.annotation_job.store.folder, work.annotation_job.store
     where = f"for records at {store.location} (free space unknown)" if store.location != str(folder) else "for records"
     return [*findings, _disk(f"{work.name}cache", max_bytes, folder, where, False)]
@@ -344,23 +345,22 @@ def _weights(work: TeacherWork) -> Finding:
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
-    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(_device())
+    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(placement.device())
     return Finding(
         f"{work.name}weights",
         None if free_bytes is None else num_bytes <= free_bytes,
-        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {_device()}",
+        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {placement.device()}",
         f"<= {'unknown' if free_bytes is None else format_bytes(free_bytes)}",
         "Use a smaller teacher or a machine with more memory; this teacher was not measured",
         True,
     )
 
 
-def _measured(work: TeacherWork, device: torch.device) -> Estimate | None:
+def _measured(work: TeacherWork) -> Estimate | None:
     """Measure a few requests; return None if they do not fit into memory."""
     annotation_job = work.annotation_job
     try:
-        with loaded(annotation_job.teacher) as model:
-            model.to(device)
+        with loaded(annotation_job.teacher):
             return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
     except torch.OutOfMemoryError:
         return None
@@ -421,8 +421,3 @@ def _known(check: str, found: str, available: str = "") -> Finding:
 def _existing(folder: Path) -> Path:
     """Return the folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _device() -> torch.device:
-    """Return the device on which teachers run."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

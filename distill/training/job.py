@@ -59,6 +59,8 @@ from distill.training.sharding import gather_model
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
+# What the student before training shares with the trained one.
+_OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
 _MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
 
@@ -243,7 +245,7 @@ def _results(
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
-    shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
+    shape = {key: rows["student"].get(key) for key in _OF_ARCHITECTURE}
     rows |= {"before": rows["before"] | shape} if "before" in rows else {}
     predicted_rows = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
     scoring_seconds = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
@@ -257,7 +259,7 @@ def _results(
     return {"rows": rows, "predictions": predicted_rows}
 
 
-def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
+def _speeds(job: Job, student: Evaluation) -> dict[str, Json]:
     """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
     test, annotation_job = job.annotation_job.splits.test, job.annotation_job
     if not job.config.time_teacher or not annotation_job.teacher.gives_soft_targets:
