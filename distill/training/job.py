@@ -45,7 +45,16 @@ from distill.training.fit import (
 )
 from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
-from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
+from distill.training.run_facts import (
+    cache_card,
+    contamination,
+    counts,
+    label_counts,
+    licenses,
+    rationales,
+    rejected,
+    settings,
+)
 from distill.training.sharding import gather_model
 from distill.training.untrained import untrained_row
 
@@ -53,7 +62,7 @@ _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
 # What the student before training shares with the trained one.
 _OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
-_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
+_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
 
 
 def train(config: Config) -> float:
@@ -129,7 +138,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differences := configuration.differences(config, run_dir / "config.yaml", ignored_sections=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", ignored=_MAY_DIFFER):
         raise ConfigError(
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
@@ -152,6 +161,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
+        run |= {"labels": label_counts(job), "licenses": licenses(job)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
