@@ -45,7 +45,7 @@ from distill.training.fit import (
 from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
 from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
-from distill.training.sharding import gather_model
+from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
@@ -57,6 +57,7 @@ def train(config: Config) -> float:
     """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
+    check_settings(config)
     run_dir = configuration.run_dir()
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
@@ -154,11 +155,11 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
-        seconds = fit(job, training)
-    student = gather_model(training.module, lambda: open_job_student(job))
+        trained = fit(job, training)
+    student, run["training"] = trained.student, trained.facts
     merge_adapters(student)
     evaluation = evaluation.with_model(student)
-    results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
+    results = _results(job, curriculum, evaluation, teacher, rows, run, trained.seconds) if is_first else {}
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
 
