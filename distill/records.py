@@ -25,9 +25,12 @@ from distill.errors import CacheError
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
 SoftTargetsKey = tuple[str, Span]  # identifies stored soft targets: the key of their request, and the span
+AnswerDefect = Literal["unmatched", "empty", "truncated", "unreadable"]
 RejectionReason = Literal[
     "disagrees",
     "outvoted",
+    "no reference",
+    "unmatched",
     "unreadable",
     "truncated",
     "empty",
@@ -292,7 +295,9 @@ class Annotation:
     """The teacher's output for one request, unfiltered.
 
     `answer` is in canonical form, or None if the text contains no answer; after a rationale it is the answer that
-    the reasoning led to. `choice_logprobs` are those of a task's fixed choices, in their order.
+    the reasoning led to. `text` is what the teacher wrote as its answer, unread; None where it wrote none: it chose one
+    of a task's choices, or only scored a given text. `choice_logprobs` are those of a task's fixed choices, in their
+    order. `is_truncated`: the token limit ended the text, so its answer may be cut off.
     """
 
     key: str
@@ -302,6 +307,24 @@ class Annotation:
     is_sampled: bool = False
     is_truncated: bool = False
     choice_logprobs: tuple[float, ...] = ()
+    text: str | None = None
+
+    @property
+    def defect(self) -> AnswerDefect | None:
+        """Why the answer, or the rationale with its answer, cannot be learned; None if it can."""
+        if self.text is None and self.rationale is None:
+            return "unmatched" if self.answer is None else None
+        words = self.text if self.rationale is None else self.rationale
+        if not (words or "").strip():
+            return "empty"
+        if self.is_truncated:
+            return "truncated"
+        return "unreadable" if self.answer is None else None
+
+    @property
+    def whole_answer(self) -> str | None:
+        """The answer, None if the text that it was read from was cut off."""
+        return None if self.is_truncated else self.answer
 
     @property
     def choice_probabilities(self) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from distill.app import preemption
 from distill.app.config import CONF, check, register, renamed, run_dir
 from distill.app.console import is_first_process, say, visible
 from distill.app.help import help_text
-from distill.app.overrides import check_command_line, check_processes
+from distill.app.overrides import check_command_line, check_objective, check_processes
 from distill.errors import ConfigError, DistillError, OutOfMemoryError, PreemptedError
 
 _MAX_MESSAGE_CHARACTERS = 10_000
@@ -88,6 +88,7 @@ def _job(name: str, work: Work) -> Work:
 
 def _run(name: str, work: Work, config: DictConfig) -> float | None:
     check_processes(config)
+    check_objective(config, HydraConfig.get())
     say(f"{name}: run folder {run_dir()}; loading libraries takes a few seconds ...")
     config = renamed(config)
     try:

@@ -103,10 +103,17 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return resolved
 
 
+def without_labels(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain configuration without the labels of its losses, which only reports show."""
+    losses = config.get("loss") or {}
+    unlabelled = {name: {key: value for key, value in losses[name].items() if key != "label"} for name in losses}
+    return {**config, "loss": unlabelled} if losses else config
+
+
 def differences(config: DictConfig, path: Path, *, ignored_sections: tuple[str, ...]) -> list[str]:
     """Keys whose values differ from a saved configuration; keys in the sections `ignored_sections` are ignored."""
     values = current(yaml.safe_load(path.read_text()))
-    saved, present = dict(_leaves(values)), dict(_leaves(plain(config)))
+    saved, present = (dict(_leaves(without_labels(tree))) for tree in (values, plain(config)))
     return [
         f"{key} was {saved.get(key)!r} and is now {present.get(key)!r}"
         for key in sorted({*saved, *present})

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -26,12 +25,14 @@ from distill.app.credentials import (
     strings,
 )
 from distill.app.moved import MOVED
+from distill.app.quoting import problems_of_grammar, several_values
 from distill.app.targets import suggest
 from distill.errors import ConfigError
 
 _ALLOWED_IN_HYDRA = {"_target_": ("hydra.", "hydra_plugins.", "distill."), "class": ("logging.", "colorlog.")}
 _RUN_NAME = re.compile(r"(?!\.)[^/\x00-\x1f]{1,60}")
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
+_ENUMERATES = "hydra._internal."  # Hydra's own sweeper
 _NOTHING_COMPOSED = {"--help", "-h", "--hydra-help", "--shell-completion", "-sc", "--version"}
 _ONLY_SHOWN = {"--cfg", "-c", "--info", "-i"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp"}
@@ -55,10 +56,11 @@ def check_command_line(name: str, arguments: Sequence[str]) -> None:
     flags, words = _split(arguments)
     if not words and _ONLY_SHOWN & {flag.partition("=")[0] for flag in flags}:
         return  # there is no override to check, and nothing is written
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}. Write overrides as group=option or key=value") from None
+    if problems := problems_of_grammar(words):
+        raise ConfigError(*problems)
+    overrides = OverridesParser.create().parse_overrides(words)
+    if not _is_sweep(flags, overrides) and (sweeps := [str(o.input_line) for o in overrides if o.is_sweep_override()]):
+        raise ConfigError(*map(several_values, sweeps))
     choices = [_Choice(_key(o), o.key_or_group, v) for o in overrides for v in _values(o) if _is_group(o.key_or_group)]
     problems = [problem for choice in choices for problem in _check_option(choice.group, choice.option)]
     if problems := problems or _check_keys(name, overrides, choices):
@@ -107,14 +109,31 @@ def check_processes(config: DictConfig) -> None:
         )
 
 
+def check_objective(config: DictConfig, hydra: Any) -> None:
+    """Refuse a search by the accuracy on test: what is chosen by it could not be measured on it any more.
+
+    Hydra's own sweeper runs every combination and compares nothing; an agent of W&B may run a search.
+    """
+    sweeper, searches = str(hydra.sweeper._target_), ""
+    if hydra.mode == RunMode.MULTIRUN and not sweeper.startswith(_ENUMERATES):
+        searches = f"the sweeper {sweeper.rpartition('.')[2]}"
+    if "WANDB_SWEEP_ID" in os.environ:
+        searches = "an agent of a W&B sweep"
+    if searches and config.get("objective") == "test":
+        raise ConfigError(
+            f"objective=test under {searches}: a choice by the accuracy on test leaves no test set to measure the "
+            "choice on. Use objective=validation; test is evaluated and reported all the same"
+        )
+
+
 def _num_devices(devices: Any, accelerator: Any) -> int:
     """How many devices a Trainer uses: a number, a list, either as a string, or all devices (auto, -1)."""
     if isinstance(devices, ListConfig):
         return len(devices)
     if str(devices) in ("auto", "-1", "None"):
-        import torch  # here, because the report command does not import it
+        from distill.app.machine import num_gpus  # here, because the report command does not import torch
 
-        return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+        return 1 if accelerator == "cpu" else max(1, num_gpus())
     return len(devices.split(",")) if "," in str(devices) else int(devices)
 
 
@@ -134,6 +153,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     values = {index + 1 for index in flags if arguments[index] in _WITH_VALUE}
     words = [word for index, word in enumerate(arguments) if index not in flags | values]
     return [arguments[index] for index in sorted(flags)], words
+
+
+def _is_sweep(flags: Sequence[str], overrides: Sequence[Override]) -> bool:
+    """Whether the command runs several jobs: Hydra also takes the beginning of --multirun, and hydra.mode."""
+    has_flag = any(flag == "-m" or (len(flag) > 2 and "--multirun".startswith(flag)) for flag in flags)
+    return has_flag or any(o.key_or_group == "hydra.mode" and str(o.value()) == "MULTIRUN" for o in overrides)
 
 
 def _key(override: Override) -> str:

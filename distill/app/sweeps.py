@@ -18,6 +18,7 @@ from distill.app import preemption
 from distill.app.command import report_error
 from distill.app.console import visible
 from distill.app.files import write_json
+from distill.app.overrides import check_objective
 from distill.errors import ConfigError
 
 FAILED = "failed.json"  # in the folder of a failed job
@@ -43,7 +44,11 @@ class FailedJobs(Callback):
         _create(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Create the sweep folder, in which a search may store its study."""
+        """Check what a search goes by, and create the sweep folder, in which it may store its study."""
+        try:
+            check_objective(config, config.hydra)
+        except ConfigError as error:
+            sys.exit(report_error(error))
         _create(config.hydra.sweep.dir)
         self._earlier = _failures(config)
 

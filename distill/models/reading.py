@@ -13,6 +13,7 @@ prefix's keys and values for every row. A whole text must fit into an attention 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -44,6 +45,7 @@ class PrefixedReader:
         """
         self.vocabulary_size = vocabulary_size
         self.device: torch.device = model.device
+        self._dtype: torch.dtype = model.dtype
         self._model, self._shape = model, Shape.of(model)
         self._prefix_ids = tuple(prefix_ids)
         layers = DynamicCache(config=model.config).layers
@@ -53,6 +55,11 @@ class PrefixedReader:
         self._blocks: Blocks = []  # the prefix's keys and values [G, P, D] by layer, if all rows share them
         if self._prefix is not None and type(model)._supports_attention_backend:
             self._share_prefix(self._prefix.layers)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the model is where it was, and of the type that it had, when it read the prefix."""
+        return (self._model.device, self._model.dtype) == (self.device, self._dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
@@ -89,7 +96,7 @@ class PrefixedReader:
 
     def logprobs_in_chunks(self, hidden_NH: Float[Tensor, "N H"]) -> Iterator[Float[Tensor, "M V"]]:
         """Log-probabilities of hidden states, in chunks of a few rows that fit into a CPU's cache."""
-        num_rows = _HEAD_ROWS if self.device.type == "cuda" else _CPU_ROWS
+        num_rows = _CPU_ROWS if self.device.type == "cpu" else _HEAD_ROWS
         for chunk_NH in hidden_NH.split(_HEAD_ROWS):
             for logits_MV in self._head(chunk_NH).split(num_rows):
                 yield logits_MV.float().log_softmax(-1)
@@ -180,17 +187,25 @@ class Reading:
 
     def choice_logprobs(self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]) -> Float[Tensor, "B C"]:
         """Log-probability of each choice as the continuation; `first_BV` holds those of its first token."""
-        scores = []
-        for ids in choices:
-            score_B = first_BV[:, ids[0]]
-            if len(ids) > 1:
-                rest_BT = torch.tensor([ids[1:]] * len(first_BV), device=first_BV.device)
-                fed_BT = torch.tensor([ids[:-1]] * len(first_BV), device=first_BV.device)
-                logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
-                score_B = score_B + logprobs_BTV.gather(-1, rest_BT.unsqueeze(-1)).sum((1, 2))
-                self.rewind(len(ids) - 1)
-            scores.append(score_B)
-        return torch.stack(scores, -1)
+        return torch.stack([logprobs_BT.sum(-1) for logprobs_BT in self.token_logprobs(first_BV, choices)], -1)
+
+    def token_logprobs(
+        self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "B _"]]:
+        """Log-probabilities of the tokens of each choice; a beginning that choices share is read once."""
+        tokens = [[first_BV[:, ids[0]]] for ids in choices]
+        read: tuple[int, ...] = ()
+        for ids in sorted({tuple(ids[:-1]) for ids in choices if len(ids) > 1}):  # depth-first over shared beginnings
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(read, ids, strict=False)))
+            self.rewind(len(read) - shared)
+            fed_BT = torch.tensor([ids[shared:]] * len(first_BV), device=first_BV.device)
+            logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
+            for depth, (column, choice) in itertools.product(range(shared, len(ids)), enumerate(choices)):
+                if len(choice) > depth + 1 and tuple(choice[: depth + 1]) == ids[: depth + 1]:
+                    tokens[column].append(logprobs_BTV[:, depth - shared, choice[depth + 1]])
+            read = ids
+        self.rewind(len(read))
+        return [torch.stack(columns, -1) for columns in tokens]
 
     def greedy(self, *, max_new_tokens: int, stop: int) -> list[list[int]]:
         """Continue all prompts with the most likely tokens, up to and including `stop` or the limit."""

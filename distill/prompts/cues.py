@@ -138,6 +138,22 @@ class Prompts:
         """Token ids of an answer as a target, with the end token."""
         return (*self.encode(f" {answer}"), self.end)
 
+    def choice_ids(self, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of choices as targets: whole answers, which exclude each other.
+
+        Raises ConfigError if two of them have the same tokens.
+        """
+        by_ids: dict[tuple[int, ...], str] = {}
+        for choice in choices:
+            ids = self.answer_ids(choice)
+            if ids in by_ids:
+                raise ConfigError(
+                    f"the choices {by_ids[ids]!r} and {choice!r} have the same tokens in the tokenizer of "
+                    f"{self.tokenizer.name_or_path}, which cannot tell them apart; rename one of them"
+                )
+            by_ids[ids] = choice
+        return tuple(by_ids)
+
     def rationale_ids(self, rationale: str) -> tuple[int, ...]:
         """Token ids of a rationale as a target, without the end token."""
         return self.encode(f" {rationale}")

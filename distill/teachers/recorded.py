@@ -12,9 +12,10 @@ from torch import nn
 from distill.cache import Codec
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, Request, content_id
+from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
 from distill.tasks.tables import check_columns, fill_template, parse_template, raise_problems, read_file, text_of
+from distill.teachers import Calibration
 
 
 @final
@@ -33,7 +34,7 @@ class RecordedTeacher:
         folder: Path,
         prompts: Prompts,
         task: Task,
-        calibration: Sequence[Example],
+        calibration: Calibration,
         codec: Codec,
         files: list[str],
         question: str,
@@ -85,4 +86,4 @@ class RecordedTeacher:
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale)
+        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale, text=row["answer"])

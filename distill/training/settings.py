@@ -21,7 +21,7 @@ from distill.app import config as configuration
 from distill.app.config import Config
 from distill.errors import ConfigError
 from distill.lessons.loader import Balance, BatchUnit, Order, check_batch_size, microbatches_per_step
-from distill.models import loading
+from distill.models import placement
 from distill.training.best import measure_of
 
 # Lightning's names of the precisions that are supported. A GradScaler (16-mixed) would have to be undone before the
@@ -134,7 +134,7 @@ def precision(config: Config) -> str:
     setting = config.trainer.get("precision")
     if setting != "auto":
         return PRECISIONS[setting]
-    return "bf16-mixed" if loading.native_dtype() == torch.bfloat16 else "32-true"
+    return "bf16-mixed" if placement.native_dtype() == torch.bfloat16 else "32-true"
 
 
 def _out_of_range(config: Config) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from distill.students.causal_lm import layers_attribute
+from distill.students.layers import layers_of
 
 
 def shard(module: Any) -> None:
@@ -21,7 +21,7 @@ def shard(module: Any) -> None:
 
     During the module's forward pass, and its backward pass, the weights are whole.
     """
-    for layer in getattr(module.model.base_model, layers_attribute(module.model) or "", ()):
+    for layer in layers_of(module.model) or ():
         fully_shard(layer)
     fully_shard(module)
 

@@ -135,7 +135,9 @@ def train_command(
         ("batch_size=many", "batch_size"),
         ("trainer.max_steps=soon", "max_steps"),
         ("tracking.api_key=abc", "must not contain secrets"),
-        ("tracking.project=[a", "Write overrides as group=option or key=value"),
+        ("tracking.project=[a", "close its brackets, or quote it"),
+        ("tracking.project=é", "quote it: 'tracking.project=\"é\"'"),
+        ("tracking.project=a,b", "several values, but this command is no sweep"),
     ],
 )
 def test_a_misspelt_override_is_one_message_without_a_traceback(

@@ -105,7 +105,7 @@ def test_the_harness_reads_the_tokens_of_training(
             prompt = prompts.answer_prompt(example, choice)
             start, _ = prompt.spans["answer"]
             assert tuple(tokenizer.encode(row["prompt"])) == prompt.ids[:start]
-            assert (*tokenizer.encode(row["prompt"] + written), prompts.end) == prompt.ids
+            assert tuple(tokenizer.encode(row["prompt"] + written)) == prompt.ids
         assert CHOICES[row["gold"]] == example.answer
     assert task.num_differing == 0
     assert task.caution == ""
@@ -145,7 +145,7 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     out, name = tmp_path / "out", "distill_movie_reviews"
     task = yaml.safe_load((out / "lm_eval" / f"{name}.yaml").read_text())
     assert task["task"] == name
-    assert task["doc_to_choice"] == [" negative", " positive"]
+    assert task["doc_to_choice"] == [" negative</s>", " positive</s>"]
     rows = lines(out / task["dataset_kwargs"]["data_files"]["test"])
     config = OmegaConf.load(finished / "config.yaml")
     test = configuration.build(config.task.examples).splits().test
@@ -157,7 +157,7 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     for example, row in zip(test, rows, strict=True):
         assert row["prompt"] == f"Review: {example.question}\nSentiment:"
         whole = tokenizer.encode(row["prompt"] + task["doc_to_choice"][row["gold"]])
-        assert (*whole, prompts.end) == prompts.answer_prompt(example, example.answer).ids
+        assert tuple(whole) == prompts.answer_prompt(example, example.answer).ids
     line = f"lm_eval run --model hf --model_args pretrained=. --tasks {name} --include_path lm_eval"
     assert line in (out / "README.md").read_text()
     assert f"cd {out} && " in done.stdout

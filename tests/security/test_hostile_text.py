@@ -26,6 +26,7 @@ from distill.models import loading
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
+from distill.teachers import Calibration
 from distill.teachers.causal_lm import CausalLMTeacher
 from tests.conftest import LAYOUT, arithmetic, make_model, make_tokenizer
 from tests.security.conftest import ANY_TEXT, QUICK, run_in_process
@@ -128,7 +129,7 @@ def test_an_answer_in_the_question_is_not_read_as_the_models(tmp_path: Path) -> 
         folder=folder,
         prompts=prompts,
         task=task,
-        calibration=(),
+        calibration=Calibration(0, ()),
         codec=TopK(k=4, temperature=1.0),
         constrain=False,
         dtype="float32",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from distill.app.machine import free_memory
+from distill.app.machine import free_memory, gpu_memory_rise, is_gpu
 from distill.losses.head import head_loss
 from distill.records import Batch
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, longest
@@ -71,10 +71,8 @@ def _memory(free_bytes: int | None, needed_bytes: float, num_lessons: int, lengt
 def _measured_step(inputs: PreflightInput, batch: Batch) -> tuple[float, float]:
     """Return the bytes and seconds of one forward and backward pass."""
     trained = [weight for weight in inputs.module.model.parameters() if weight.requires_grad]
-    is_cuda, saved = inputs.device.type == "cuda", dict[int, int]()
-    before = torch.cuda.memory_allocated(inputs.device) if is_cuda else 0
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(inputs.device)
+    rise = gpu_memory_rise(inputs.device) if is_gpu(inputs.device) else None
+    saved = dict[int, int]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -87,9 +85,8 @@ def _measured_step(inputs: PreflightInput, batch: Batch) -> tuple[float, float]:
         total, _ = head_loss(inputs.module.hidden(batch), inputs.module.head(), terms)
     if trained and total.requires_grad:
         torch.autograd.grad(total, trained, allow_unused=True)
-    if is_cuda:
-        torch.cuda.synchronize(inputs.device)
-        return float(torch.cuda.max_memory_allocated(inputs.device) - before), time.perf_counter() - start
+    if rise is not None:
+        return float(rise()), time.perf_counter() - start
     for weight in inputs.module.model.parameters():  # already in memory
         saved.pop(weight.untyped_storage().data_ptr(), None)
     return float(sum(saved.values()) + sum(map(_size, trained))), time.perf_counter() - start
