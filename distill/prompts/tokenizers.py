@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,24 +21,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # as saved, it may cut and pad until its first use
+        backend.no_truncation()
+        backend.no_padding()
     return tokenizer
 
 
-def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that turns a text into ids, or of the vocabulary if the tokenizer cannot be serialized.
-
-    Truncation and padding are not part of it: they are the state of the last call, and no prompt uses them.
-    """
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides token ids: the tokenizer, or its vocabulary, and the ids of its special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    relevant = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The vocabulary, and the ids of the tokens that begin, end and pad a sequence."""
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return {"vocabulary": vocabulary_fingerprint(tokenizer), **special}
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    ignored = {"truncation": None, "padding": None}  # set for a batch, and by its use
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([state | ignored, ends], sort_keys=True).encode()).hexdigest()
 
 
 def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

@@ -36,8 +36,8 @@ RUN_ONLY = (
         "cache.accept",
     ),
 )
-# Places of files, and plain names of losses.
-NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$")
+# Places of files, plain names of losses, and what only a model card tells.
+NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$|\.(license|language)$")
 TEACHER_SECTIONS = ("teacher", "soft_teacher", "rationales", "cache")  # irrelevant to labels alone
 IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # also in run.json
 NULL = str(None)  # a flat setting that is null
