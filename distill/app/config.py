@@ -87,6 +87,15 @@ def build(node: DictConfig | None, **arguments: Any) -> Any:
         raise
 
 
+def build_or_refuse(node: DictConfig, name: str, **arguments: Any) -> Any:
+    """Like `build`; raise ConfigError with the first line of any other error that the target raises."""
+    try:
+        return build(node, **arguments)
+    except InstantiationException as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"{name}: {reason}") from None
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain values, without secrets."""
     resolved = redacted(OmegaConf.to_container(config, resolve=True))

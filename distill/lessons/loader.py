@@ -23,6 +23,8 @@ from distill.lessons.join import Lesson, Read
 from distill.records import Batch, Span
 
 BatchUnit = Literal["examples", "tokens"]
+Order = Literal["shuffled", "short_first", "confident_first"]
+Balance = Literal["none", "answer", "confidence"]
 _WINDOW_STEPS = 20
 
 
@@ -35,8 +37,8 @@ class Arrangement:
     of rarer fifths of the teacher's confidence, until all are equally frequent.
     """
 
-    order: Literal["shuffled", "short_first", "confident_first"] = "shuffled"
-    balance: Literal["none", "answer", "confidence"] = "none"
+    order: Order = "shuffled"
+    balance: Balance = "none"
 
     def check(self, lessons: Sequence[Lesson]) -> None:
         """Raise ConfigError if lessons lack the confidence that they are to be arranged by."""
@@ -67,6 +69,20 @@ class Arrangement:
         if self.balance == "none":
             return None
         return lesson.answer if self.balance == "answer" else min(4, int(5 * (lesson.confidence or 0.0)))
+
+
+def microbatches_per_step(batch_size: int, microbatch_size: int, world_size: int) -> int:
+    """Return the number of microbatches per process and optimizer step."""
+    return max(1, -(-batch_size // (microbatch_size * world_size)))
+
+
+def check_batch_size(batch_size: int, num_microbatches: int, world_size: int) -> None:
+    """Raise ConfigError if a step is too small to give every process all its microbatches."""
+    if batch_size < world_size * num_microbatches:
+        raise ConfigError(
+            f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
+            f"set it to at least {world_size * num_microbatches}, or increase microbatch_size"
+        )
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,8 @@ class StepSampler(Sampler[Microbatch]):
         It counts examples, or tokens including padding. With tokens, a step holds as many lessons of similar length
         as fit, and at least one for each microbatch.
         """
+        check_batch_size(batch_size, num_microbatches, world_size)
         self._num_chunks = world_size * num_microbatches
-        if batch_size < self._num_chunks:
-            raise ConfigError(
-                f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
-                f"set it to at least {self._num_chunks}, or increase microbatch_size"
-            )
         self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
         self._num_tokens = [lesson.num_tokens for lesson in lessons]
         self._sizes = self._num_tokens if batch_unit == "tokens" else [1] * len(lessons)
@@ -216,7 +228,7 @@ class DistillData(lightning.LightningDataModule):
 
     def num_microbatches(self, world_size: int) -> int:
         """Return the number of microbatches per process and optimizer step."""
-        return max(1, -(-self._batch_size // (self._microbatch_size * world_size)))
+        return microbatches_per_step(self._batch_size, self._microbatch_size, world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer

@@ -74,6 +74,7 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
         else:
             model = from_files(folder, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
+        _name_body(model)
         _check_seam(model)
     except MODEL_ERRORS as error:
         raise ConfigError(f"{folder} does not open as a causal language model: {_reason(folder, error)}") from None
@@ -118,6 +119,12 @@ def from_files(folder: Path, **options: Any) -> Any:
             "would be random; save the model again, whole and under its own names"
         )
     return model
+
+
+def _name_body(model: Any) -> None:
+    """Let `base_model` be the body in families whose class names none, such as Llama 4."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 @contextmanager

@@ -203,7 +203,8 @@ class CausalLMTeacher:
             self._readers, self._offset_V = {}, None
         if span not in self._readers:
             prefix = self._prompts.prefix(span)
-            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
+            way = next((reader.way for reader in self._readers.values()), None)  # the architecture decides it
+            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size, way)
         return self._readers[span]
 
     def _read(self, requests: Sequence[Request]) -> Reading:

@@ -14,7 +14,8 @@ from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
-from distill.tasks.tables import check_columns, fill_template, parse_template, raise_problems, read_file, text_of
+from distill.tasks.tables import check_columns, raise_problems, read_file
+from distill.tasks.texts import joined_text, question_layout, text_of
 from distill.teachers import Calibration
 
 
@@ -58,15 +59,18 @@ class RecordedTeacher:
 
     def load(self) -> nn.Module:
         """Read the files; there is no model."""
-        question, *others = self._columns.values()
+        question, answer, rationale = self._columns.values()
         for table in map(read_file, self._files):
-            check_columns(table, [name for name in others if name])
-            template = parse_template(table, str(question))
+            check_columns(table, [name for name in (answer, rationale) if name])
+            lay_out = question_layout(table, str(question))
             problems = []
             for place, row in table.rows.items():
                 try:
-                    texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
-                    self._rows.setdefault(content_id(fill_template(row, template)), []).append(texts)
+                    texts = {
+                        "answer": text_of(row.get(str(answer))),
+                        "rationale": joined_text(row.get(rationale)) if rationale else "",
+                    }
+                    self._rows.setdefault(content_id(lay_out(row)), []).append(texts)
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{place}: {error}")
             raise_problems(table.name, problems, "a question and texts in every row")

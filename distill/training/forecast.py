@@ -38,7 +38,7 @@ from distill.lessons.curriculum import (
 from distill.lessons.join import Lesson, Read
 from distill.models import placement
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import vocabulary_fingerprint
+from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
@@ -235,7 +235,7 @@ def _max_tokens(job: Job) -> int:
     """
     annotation_job, prompts = job.annotation_job, job.prompts
     generation = annotation_job.store.fingerprint["teacher"].get("generation")
-    if not generation or vocabulary_fingerprint(annotation_job.prompts.tokenizer) != vocabulary_fingerprint(
+    if not generation or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
         prompts.tokenizer
     ):
         return prompts.max_length

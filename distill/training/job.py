@@ -55,7 +55,7 @@ from distill.training.run_facts import (
     rejected,
     settings,
 )
-from distill.training.sharding import gather_model
+from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
@@ -69,6 +69,7 @@ def train(config: Config) -> float:
     """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
+    check_settings(config)
     run_dir = configuration.run_dir()
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
@@ -174,13 +175,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
-        seconds = fit(job, training)
-    student = gather_model(training.module, lambda: open_job_student(job))
-    results = {}
+        trained = fit(job, training)
+    run["training"], results = trained.facts, Json()
     if is_first:
-        saved = _save(job, student, job.run_dir / "student")
+        saved = _save(job, trained.student, job.run_dir / "student")
         run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
-        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, seconds)
+        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, trained.seconds)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
 

@@ -47,7 +47,7 @@ def counts(job: Job, curriculum: Curriculum) -> Json:
         "lessons": len(curriculum.train),
         "validation": len(splits.validation),
         "test": len(splits.test),
-        "dropped": dict(splits.dropped),
+        "dropped": {name: lost for name, counts in splits.counts.items() if (lost := sum(counts.lost.values()))},
         "too_long": len(curriculum.too_long),
         "rationales_kept": sum(c.reason is None for c in curriculum.rationales),
         "rationales_rejected": dict(Counter(c.reason for c in curriculum.rationales if c.reason)),

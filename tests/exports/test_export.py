@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.app import config as configuration
@@ -26,6 +26,7 @@ from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
+from tests.prompts.kinds import with_byte_tokens
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [
@@ -73,13 +74,9 @@ def with_start(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def with_a_leading_space(folder: Path) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    texts = [f"Q: {e.question}\nAnswer: {e.answer}" for e in QUESTIONS]
-    special = {"special_tokens": ["<s>", "</s>"], "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, **special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer = with_byte_tokens(prepends=True)
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def joining_full_stop_and_newline() -> PreTrainedTokenizerFast:
