@@ -22,7 +22,7 @@ MakeRun = Callable[..., Path]
 
 
 def taught(model: Any, job: Job) -> None:
-    """Teach the model its own texts by heart, so that it writes and chooses different things for different questions."""
+    """Teach the model its test examples by heart, so that its answers differ."""
     examples = [example for example in job.annotation_job.splits.test if example.answer]
     if job.config.task.answer_mode == "reasoned":
         learned = [job.prompts.rationale_prompt(e, f"so {e.answer}", e.answer) for e in examples]
