@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -179,6 +180,9 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         microbatch_size=config.microbatch_size,
         batch_unit=config.batch_unit,
         num_steps=config.trainer.max_steps,
+        checkpoint_every=config.checkpoint_every,
+        is_averaged=any(isinstance(part, WeightAveraging) for part in trainer.callbacks),  # type: ignore[attr-defined]
+        keeps_best=training.best.keeps_weights,
         num_devices=trainer.world_size,
         run_dir=job.run_dir,
         device=trainer.strategy.root_device,

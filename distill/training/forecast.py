@@ -107,7 +107,7 @@ def training_findings(forecast: Forecast, inputs: PreflightInput) -> list[Findin
         disk[mount] = disk.get(mount, 0) + num_bytes
     mount = inputs.run_dir.stat().st_dev
     if any(forecast.cache_bytes.values()) and disk[mount] > kept_bytes(inputs):
-        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, student and a checkpoint", True))
+        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, checkpoints and student", True))
     return findings
 
 

@@ -27,6 +27,7 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
+from distill.lessons.loader import BatchLimit
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -169,9 +170,9 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
-    evaluation = Evaluation(
-        student, job.prompts, job.annotation_job.task, job.config.task.answer_mode, job.config.max_new_tokens
-    )
+    limit = BatchLimit(job.config.microbatch_size, job.config.batch_unit)
+    mode = job.config.task.answer_mode, job.config.max_new_tokens
+    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
