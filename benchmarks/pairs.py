@@ -31,7 +31,7 @@ from distill.lessons.collate import collate
 from distill.lessons.join import Join, Lesson, TrainingSequence
 from distill.lessons.loader import StepSampler
 from distill.losses.head import head_loss
-from distill.models.loading import native_dtype
+from distill.models.placement import native_dtype
 from distill.prompts.cues import Layout, Prompts
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.training.module import StudentModule

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from distill.app.console import say
 from distill.records import Group
 
-
 _NOT_SHOWN = ("train/grad_norm", "train/learning_rate")
 
 

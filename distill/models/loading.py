@@ -1,10 +1,11 @@
-"""Loading and fingerprinting causal language models, whose body and head are called separately."""
+"""Loading causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_logger
 
-from distill.app.files import sha256
 from distill.errors import ConfigError
 from distill.losses.head import Shape
 
@@ -39,30 +39,12 @@ _MAX_REASON = 300  # characters
 _MAX_GAP = 1e-2  # relative
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
-    weights = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
-    settings = json.loads((folder / "config.json").read_text())
-    for irrelevant_key in ("transformers_version", "_name_or_path"):
-        settings.pop(irrelevant_key, None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
-
-
 def flush_denormals() -> None:
     """Flush numbers below 1e-38 to zero: nothing needs them, and a CPU is up to a hundred times slower with them.
 
     Call it before the first computation, since threads inherit the setting when they are created.
     """
     torch.set_flush_denormal(True)
-
-
-def native_dtype() -> torch.dtype:
-    """bfloat16 if the machine computes in it at full speed, else float32."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
@@ -78,6 +60,7 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
         else:
             model = from_files(folder, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
+        _name_body(model)
         _check_seam(model)
     except MODEL_ERRORS as error:
         raise ConfigError(f"{folder} does not open as a causal language model: {_reason(folder, error)}") from None
@@ -100,14 +83,15 @@ def check_weights(folder: Path) -> None:
 
 def from_files(folder: Path, **options: Any) -> Any:
     """Open a model with `from_pretrained`; raise ConfigError if a weight is missing, unused or of another shape."""
-    opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-        folder,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with _without_report():
+        opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     model, info = opened
     problems = {
         "weights of the model are missing in its files": info["missing_keys"],
@@ -121,6 +105,24 @@ def from_files(folder: Path, **options: Any) -> Any:
             "would be random; save the model again, whole and under its own names"
         )
     return model
+
+
+def _name_body(model: Any) -> None:
+    """Let `base_model` be the body in families whose class names none, such as Llama 4."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
+    logger = get_logger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _listed(names: Iterable[str]) -> str:

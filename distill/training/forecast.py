@@ -36,8 +36,9 @@ from distill.lessons.curriculum import (
     texts_to_score,
 )
 from distill.lessons.join import Lesson, Read
+from distill.models import placement
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import vocabulary_fingerprint
+from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
@@ -106,7 +107,7 @@ def training_findings(forecast: Forecast, inputs: PreflightInput) -> list[Findin
         disk[mount] = disk.get(mount, 0) + num_bytes
     mount = inputs.run_dir.stat().st_dev
     if any(forecast.cache_bytes.values()) and disk[mount] > kept_bytes(inputs):
-        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, student and a checkpoint", True))
+        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, checkpoints and student", True))
     return findings
 
 
@@ -233,12 +234,12 @@ def _max_tokens(job: Job) -> int:
     back as the replacement character.
     """
     annotation_job, prompts = job.annotation_job, job.prompts
-    generation = annotation_job.store.fingerprint["teacher"].get("generation")
-    if not generation or vocabulary_fingerprint(annotation_job.prompts.tokenizer) != vocabulary_fingerprint(
+    max_new_tokens = annotation_job.store.fingerprint["teacher"].get("max_new_tokens")
+    if max_new_tokens is None or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
         prompts.tokenizer
     ):
         return prompts.max_length
-    return 1 + int(generation["max_new_tokens"]) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
+    return 1 + int(max_new_tokens) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
 
 def _room(prompts: Prompts, example: Example, span: Span) -> int:
@@ -320,10 +321,10 @@ def _annotation_findings(work: TeacherWork, max_bytes: int) -> list[Finding]:
     if not work.missing:
         return findings
     if work.needs_model:
-        weights, device = _weights(work), _device()
+        weights = _weights(work)
         findings += [_tokens(work), weights]
         if not weights.stops:
-            findings.append(_hours(work, _measured(work, device)))
+            findings.append(_hours(work, _measured(work)))
     folder, store = work.annotation_job.store.folder, work.annotation_job.store
     where = f"for records at {store.location} (free space unknown)" if store.location != str(folder) else "for records"
     return [*findings, _disk(f"{work.name}cache", max_bytes, folder, where, False)]
@@ -340,27 +341,26 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
-    size, dtype = 0, str(work.annotation_job.store.fingerprint["teacher"].get("dtype", "float32"))
+    size, dtype = 0, work.annotation_job.store.backend.get("dtype", "float32")
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
-    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(_device())
+    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(placement.device())
     return Finding(
         f"{work.name}weights",
         None if free_bytes is None else num_bytes <= free_bytes,
-        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {_device()}",
+        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {placement.device()}",
         f"<= {'unknown' if free_bytes is None else format_bytes(free_bytes)}",
         "Use a smaller teacher or a machine with more memory; this teacher was not measured",
         True,
     )
 
 
-def _measured(work: TeacherWork, device: torch.device) -> Estimate | None:
+def _measured(work: TeacherWork) -> Estimate | None:
     """Measure a few requests; return None if they do not fit into memory."""
     annotation_job = work.annotation_job
     try:
-        with loaded(annotation_job.teacher) as model:
-            model.to(device)
+        with loaded(annotation_job.teacher):
             return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
     except torch.OutOfMemoryError:
         return None
@@ -421,8 +421,3 @@ def _known(check: str, found: str, available: str = "") -> Finding:
 def _existing(folder: Path) -> Path:
     """Return the folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _device() -> torch.device:
-    """Return the device on which teachers run."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -212,7 +212,7 @@ def test_sequences_of_a_batch_do_not_attend_to_each_other(
     shots: int, span: str, prompts: Prompts, teacher_folder: Path
 ) -> None:
     prompts_with_shots = Prompts(prompts.tokenizer, LAYOUT, SHOTS[:shots], max_length=256, too_long="drop")
-    teacher = make_teacher(teacher_folder, prompts_with_shots, calibration=())
+    teacher = make_teacher(teacher_folder, prompts_with_shots)
     teacher.load()
     first, short, long = (
         prompts_with_shots.request(Example(q), span) for q in ("Why is it so?", "Who?", "And who knows? " * 9)
