@@ -2,7 +2,7 @@
 
 A cache is a folder:
 
-    manifest.jsonl              one line: {"format": 3, "fingerprint": {...}}
+    manifest.jsonl              one line: {"format": 3, "fingerprint": {...}, "backend": {...}}
     manifest.<name>.json        what all records share and was made once, such as a teacher's calibration
     manifest-<writer>.jsonl     of one writer: a line per shard (see `shard`); {"cost": {...}};
                                 {"struck": <manifest>, "shard": <shard>}: ignore that line of that manifest
@@ -32,6 +32,7 @@ from typing import Any, final
 
 import numpy as np
 
+from distill.app.console import say
 from distill.app.files import Json, atomic_write, sync_folder
 from distill.cache import Codec
 from distill.cache.claims import Claims
@@ -57,10 +58,15 @@ class Store:
         fingerprint: Mapping[str, Any],
         codec: Codec,
         *,
+        backend: Mapping[str, str] | None = None,
+        accepts_backend: bool = False,
         url: str | None = None,
         claim_seconds: float = 600.0,
     ) -> None:
-        """Open or create a cache; raises CacheError if it has another fingerprint or is damaged.
+        """Open or create a cache; raises CacheError if it has another fingerprint or backend, or is damaged.
+
+        The `backend` has the versions and the dtype that change targets by rounding alone. With `accepts_backend` a
+        cache of another one is read, and records of both are written to it.
 
         Opening reads the manifests and checks file sizes; a shard's checksums are verified when it is read. With an
         fsspec `url` the cache is at that URL, and the folder holds copies of the files that were read or written.
@@ -68,6 +74,7 @@ class Store:
         self.folder, self.location = folder, url or str(folder)
         self._remote = Remote(url, folder) if url else None
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.backend, self._accepts_backend = dict(backend or {}), accepts_backend
         self.claims = Claims(folder / "claims", seconds=claim_seconds)
         self._codec = codec
         self._index = Index()
@@ -86,6 +93,10 @@ class Store:
     def digest(self) -> str:
         """Hash of the fingerprint, twelve hexadecimal digits."""
         return fingerprint_digest(self.fingerprint)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "backend": self.backend}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -213,7 +224,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.has_header:
             with atomic_write(self.folder / "manifest.jsonl") as temporary:
-                temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
+                temporary.write_bytes(_sealed({"format": FORMAT, **self._identity}))
         self.refresh()
         if self._remote:
             self._remote.put_missing()
@@ -277,6 +288,18 @@ class Store:
                 + "\n".join(differences)
                 + "\nSet another folder (cache.dir=…), leave cache.dir out, or restore the old settings."
             )
+        self._check_backend(lines[0].get("backend"))
+
+    def _check_backend(self, theirs: Any) -> None:
+        differences = "\n".join(difference(theirs, self.backend))
+        if differences and not self._accepts_backend:
+            raise CacheError(
+                f"{self.folder} was annotated with the same settings, but another backend:\n{differences}\n"
+                "Targets may differ by rounding. To use this cache all the same, and to add records to it, set "
+                "cache.accept=backend; to keep both apart, set another folder (cache.dir=…)"
+            )
+        if differences:
+            say(f"cache {self.location}: another backend is accepted (cache.accept=backend):\n{differences}")
 
     def _unknown_format(self, version: object) -> str:
         return (
@@ -317,8 +340,8 @@ class Writer:
         self._store.claims.release(group.name)
 
     def record_cost(self, **cost: Any) -> None:
-        """Record the cost of this annotation run in the manifest."""
-        self._append({"cost": cost})
+        """Record the cost of this annotation run, and the backend that it ran on, in the manifest."""
+        self._append({"cost": cost | {"backend": self._store.backend}})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if not self._store.has_header or (self._num_lines and not self._manifest.exists()):
@@ -444,5 +467,7 @@ def nearest_difference(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Pa
                 lines, _ = _lines(path, path.read_bytes())
             except CacheError:  # another format, or damaged: an error only for runs that open it
                 continue
-            candidates += [(path.parent, difference(line.get("fingerprint"), dict(fingerprint))) for line in lines[:1]]
+            for line in lines[:1]:
+                formats = difference(line.get("format"), FORMAT, "format of the cache")
+                candidates.append((path.parent, [*formats, *difference(line.get("fingerprint"), dict(fingerprint))]))
     return min(candidates, key=lambda candidate: len(candidate[1]), default=None)

@@ -15,7 +15,7 @@ from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.fill import fill, filter_rationales
 from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, without_labels
-from distill.annotation.row_counts import rationale_counts, say_answers, split_counts, table
+from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import say
@@ -27,7 +27,7 @@ from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
-from distill.records import Example, FilteredRationale, RowCounts, Span
+from distill.records import SPLITS, Example, FilteredRationale, RowCounts, Span, folded_id
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def row_counts(
     """Count what became of the rows of each split, and of the rationales; `join` has made the lessons."""
     splits = job.annotation_job.splits
     join.lost |= dict.fromkeys(filled.too_long.keys() & join.lost.keys(), "too long")  # for the teacher
-    rows = split_counts(splits)
+    rows = dict(splits.counts)
     rows |= {name: rows[name].then(join.row_counts(getattr(splits, name))) for name in ("train", "validation")}
     return rows | {"rationales": rationale_counts(filled, rationales)}
 
@@ -252,26 +252,27 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
     `student` is the hash of the initial weights.
     """
     config = configuration.without_labels(configuration.plain(job.config))
+    splits = job.annotation_job.splits
+    # The hashes that ids once were, so that a run of an earlier version can be resumed.
+    ids = {example.id: folded_id(example.question) for part in SPLITS for example in getattr(splits, part)}
     return {
         "cache": job.annotation_job.store.digest,
         "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,
-        "train": _hash_of(curriculum.train),
-        "validation": _hash_of(curriculum.validation),
-        "test": hashlib.sha256("".join(example.id for example in job.annotation_job.splits.test).encode()).hexdigest()[
-            :16
-        ],
+        "train": _hash_of(curriculum.train, ids),
+        "validation": _hash_of(curriculum.validation, ids),
+        "test": hashlib.sha256("".join(ids[example.id] for example in splits.test).encode()).hexdigest()[:16],
         "student": student,
         **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
         "optimizer": config["optim"]["optimizer"],
     }
 
 
-def _hash_of(lessons: Sequence[Lesson]) -> str:
+def _hash_of(lessons: Sequence[Lesson], ids: Mapping[str, str]) -> str:
     """Hash everything that is learned except the soft targets, which the cache's fingerprint identifies."""
     content = hashlib.sha256()
     for lesson in lessons:
         for sequence in lesson.sequences:
             spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((lesson.example_id, *spans)).encode())
+            content.update(repr((ids[lesson.example_id], *spans)).encode())
             content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
     return content.hexdigest()[:16]

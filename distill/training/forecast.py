@@ -107,7 +107,7 @@ def training_findings(forecast: Forecast, inputs: PreflightInput) -> list[Findin
         disk[mount] = disk.get(mount, 0) + num_bytes
     mount = inputs.run_dir.stat().st_dev
     if any(forecast.cache_bytes.values()) and disk[mount] > kept_bytes(inputs):
-        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, student and a checkpoint", True))
+        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, checkpoints and student", True))
     return findings
 
 
@@ -236,12 +236,12 @@ def _max_tokens(job: Job) -> int:
     back as the replacement character.
     """
     annotation_job, prompts = job.annotation_job, job.prompts
-    generation = annotation_job.store.fingerprint["teacher"].get("generation")
-    if not generation or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
+    max_new_tokens = annotation_job.store.fingerprint["teacher"].get("max_new_tokens")
+    if max_new_tokens is None or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
         prompts.tokenizer
     ):
         return prompts.max_length
-    return 1 + int(generation["max_new_tokens"]) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
+    return 1 + int(max_new_tokens) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
 
 def _room(prompts: Prompts, example: Example, span: Span) -> int:
@@ -343,7 +343,7 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
-    size, dtype = 0, str(work.annotation_job.store.fingerprint["teacher"].get("dtype", "float32"))
+    size, dtype = 0, work.annotation_job.store.backend.get("dtype", "float32")
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118

@@ -27,6 +27,7 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
+from distill.lessons.loader import BatchLimit
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -45,21 +46,31 @@ from distill.training.fit import (
 )
 from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
-from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
-from distill.training.sharding import gather_model
+from distill.training.run_facts import (
+    cache_card,
+    contamination,
+    counts,
+    label_counts,
+    licenses,
+    rationales,
+    rejected,
+    settings,
+)
+from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
 # What the student before training shares with the trained one.
 _OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
-_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
+_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
 
 
 def train(config: Config) -> float:
     """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
+    check_settings(config)
     run_dir = configuration.run_dir()
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
@@ -129,7 +140,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differences := configuration.differences(config, run_dir / "config.yaml", ignored_sections=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", ignored=_MAY_DIFFER):
         raise ConfigError(
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
@@ -152,25 +163,25 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
+        run |= {"labels": label_counts(job), "licenses": licenses(job)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
     run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
-    evaluation = Evaluation(
-        student, job.prompts, job.annotation_job.task, job.config.task.answer_mode, job.config.max_new_tokens
-    )
+    limit = BatchLimit(job.config.microbatch_size, job.config.batch_unit)
+    mode = job.config.task.answer_mode, job.config.max_new_tokens
+    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
-        seconds = fit(job, training)
-    student = gather_model(training.module, lambda: open_job_student(job))
-    results = {}
+        trained = fit(job, training)
+    run["training"], results = trained.facts, Json()
     if is_first:
-        saved = _save(job, student, job.run_dir / "student")
+        saved = _save(job, trained.student, job.run_dir / "student")
         run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
-        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, seconds)
+        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, trained.seconds)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
 

@@ -69,6 +69,9 @@ class PreflightInput:
     microbatch_size: int
     batch_unit: BatchUnit
     num_steps: int
+    checkpoint_every: int
+    is_averaged: bool
+    keeps_best: bool
     num_devices: int
     run_dir: Path
     device: torch.device
