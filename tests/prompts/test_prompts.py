@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,18 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ConfigError, match="no tokenizer that loads"):
         load_tokenizer(folder)
+
+
+def test_choices_and_the_texts_of_an_example_are_tokenized_once(prompts: Prompts) -> None:
+    counting = few_shot(prompts)
+    pieces: list[str] = []
+    encode = counting._pieces.__class__.__call__
+    counting._encode = functools.lru_cache(counting._encode.cache_parameters()["maxsize"])(
+        lambda text: pieces.append(text) or encode(counting._pieces, text)
+    )
+    for example in (QUESTION, *examples(20)):
+        counting.choice_ids(("yes", "no"))
+        counting.request(example, "answer")
+        counting.request(example, "rationale")
+        counting.rationale_prompt(example, str(example.rationale), "yes")
+    assert sorted(pieces) == sorted(set(pieces))
