@@ -116,13 +116,16 @@ def _name_body(model: Any) -> None:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     logger = get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(is_error)  # a raised level would make transformers check its plans for tensor parallelism
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def _listed(names: Iterable[str]) -> str:
