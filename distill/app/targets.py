@@ -60,7 +60,7 @@ def _check_types(target: Any, name: str, values: Mapping[str, Any]) -> list[str]
         return []
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here, so that a misspelt key is reported sooner
 
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     problems = []
     for key, value in values.items():
         is_unresolved = isinstance(value, str) and "${" in value  # refers to a missing value

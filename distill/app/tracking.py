@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, final, runtime_checkable
+
+from annotated_types import MaxLen, MinLen, Predicate
 
 from distill.app.console import say
 from distill.app.provenance import commit
@@ -18,7 +21,20 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 _INIT_TIMEOUT_SECONDS = 30  # after which a run is tracked offline
-_MAX_NAME_CHARACTERS = 128  # W&B's limit
+_MAX_NAME_CHARACTERS, _MAX_TAG_CHARACTERS = 128, 64  # W&B's limits
+_NOT_IN_PROJECT = "/\\#?%:"
+
+
+def _is_project(name: str) -> bool:
+    if found := sorted(set(name) & set(_NOT_IN_PROJECT)):
+        raise ValueError(f"W&B takes no {' '.join(_NOT_IN_PROJECT)} in a project, found {' '.join(found)}")
+    return True
+
+
+# Checked with the rest of the configuration, before anything loads.
+Name = Annotated[str, MinLen(1), MaxLen(_MAX_NAME_CHARACTERS)]
+Project = Annotated[Name, Predicate(_is_project)]
+Tag = Annotated[str, MinLen(1), MaxLen(_MAX_TAG_CHARACTERS)]
 
 
 @runtime_checkable
@@ -46,7 +62,7 @@ class Tracking(Protocol):
         ...
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Record a folder that the run wrote or read, by reference: nothing is copied."""
+        """Record a folder that the run wrote or read; nothing of it is copied."""
         ...
 
     def finish(self, exit_code: int) -> dict[str, str]:
@@ -89,11 +105,11 @@ class WandbTracking:
     def __init__(
         self,
         *,
-        project: str,
+        project: Project,
         mode: Literal["auto", "online", "offline"],
-        entity: str | None,
-        group: str | None,
-        tags: list[str],
+        entity: Name | None,
+        group: Name | None,
+        tags: list[Tag],
     ) -> None:
         """Keep the settings; `group` overrides the name of the sweep."""
         self._project, self._entity, self._group, self._tags = project, entity, group, tags
@@ -103,6 +119,7 @@ class WandbTracking:
     def start(self, folder: Path, *, name: str, group: str | None, job_type: str, config: Mapping[str, Any]) -> None:
         """Start a W&B run that writes only below `folder`."""
         import wandb  # slow to import, and needed only by tracked runs
+        from pydantic import ValidationError
 
         home = folder / "wandb"
         home.mkdir(parents=True, exist_ok=True)
@@ -116,29 +133,23 @@ class WandbTracking:
             dir=folder,
             id=_run_id(home),
             resume="allow",
-            name=name,
-            group=self._group or group,
+            name=name[:_MAX_NAME_CHARACTERS],
+            group=self._group or (group or "")[:_MAX_NAME_CHARACTERS] or None,
             job_type=job_type,
             tags=self._tags,
             config=dict(config),
             reinit="finish_previous",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                x_disable_stats=True,
-                init_timeout=_INIT_TIMEOUT_SECONDS,
-                disable_git=True,  # W&B would upload the URL of the remote, which may contain a token
-                git_commit=commit(),
-            ),
         )
         try:
+            init = partial(init, settings=_settings())
             self._run = init(mode=self._chosen_mode())
         except wandb.errors.CommError as error:
             say(f"cannot reach W&B ({error}); this run is tracked offline and can be uploaded later")
             wandb.teardown()  # its service still holds the run that failed to start
             self._run = init(mode="offline")
-        except wandb.Error as error:
-            raise ConfigError(f"W&B failed to start: {error}. Set tracking.mode=offline or tracking=off") from None
+        except (wandb.Error, ValidationError) as error:  # the latter of WANDB_… variables, too
+            message = " ".join(str(error).split())
+            raise ConfigError(f"W&B failed to start: {message}. Set tracking.mode=offline or tracking=off") from None
         # The parts of a resumed run share this axis; W&B's own step starts again in each part.
         self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
@@ -168,11 +179,21 @@ class WandbTracking:
         self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
     def artifact(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Record a reference to the files of a folder: a cache as an input of the run, a model as an output."""
+        """Record a cache as an input of the run, a model as an output.
+
+        A model's files are referenced with their checksums. Of a cache, which may be large and was verified when it
+        was read, only `metadata` is recorded: its fingerprint and its number of records.
+        """
         import wandb
 
         artifact = wandb.Artifact(artifact_name(name), kind, metadata=dict(metadata))
-        artifact.add_reference(f"file://{folder.resolve()}", checksum=True)
+        if kind == "cache":
+            with artifact.new_file("cache.json") as file:
+                json.dump({"folder": str(folder), **metadata}, file, indent=1, default=str)
+        else:
+            for path in sorted(path for path in folder.resolve().rglob("*") if path.is_file()):
+                # One reference per file: W&B prints its progress over a folder into the output of the run.
+                artifact.add_reference(f"file://{path}", name=str(path.relative_to(folder.resolve())), checksum=True)
         if kind == "cache" and not self._run.offline:
             # An offline W&B run cannot have inputs; there the cache is logged as an output.
             self._run.use_artifact(artifact)
@@ -197,6 +218,19 @@ class WandbTracking:
         if self._mode == "auto":
             return "online" if os.environ.get("WANDB_API_KEY") else "offline"
         return self._mode
+
+
+def _settings() -> Any:
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_stats=True,
+        init_timeout=_INIT_TIMEOUT_SECONDS,
+        disable_git=True,  # W&B would upload the URL of the remote, which may contain a token
+        git_commit=commit(),
+    )
 
 
 def _run_id(home: Path) -> str:

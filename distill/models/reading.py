@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, final
@@ -125,17 +126,25 @@ class Reading:
 
     def choice_logprobs(self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]) -> Float[Tensor, "B C"]:
         """Log-probability of each choice as the continuation; `first_BV` holds those of its first token."""
-        scores = []
-        for ids in choices:
-            score_B = first_BV[:, ids[0]]
-            if len(ids) > 1:
-                rest_BT = torch.tensor([ids[1:]] * len(first_BV), device=first_BV.device)
-                fed_BT = torch.tensor([ids[:-1]] * len(first_BV), device=first_BV.device)
-                logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
-                score_B = score_B + logprobs_BTV.gather(-1, rest_BT.unsqueeze(-1)).sum((1, 2))
-                self.rewind(len(ids) - 1)
-            scores.append(score_B)
-        return torch.stack(scores, -1)
+        return torch.stack([logprobs_BT.sum(-1) for logprobs_BT in self.token_logprobs(first_BV, choices)], -1)
+
+    def token_logprobs(
+        self, first_BV: Float[Tensor, "B V"], choices: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "B _"]]:
+        """Log-probabilities of the tokens of each choice; a beginning that choices share is read once."""
+        tokens = [[first_BV[:, ids[0]]] for ids in choices]
+        read: tuple[int, ...] = ()
+        for ids in sorted({tuple(ids[:-1]) for ids in choices if len(ids) > 1}):  # depth-first over shared beginnings
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(read, ids, strict=False)))
+            self.rewind(len(read) - shared)
+            fed_BT = torch.tensor([ids[shared:]] * len(first_BV), device=first_BV.device)
+            logprobs_BTV = self.reader.logprobs(self.feed(fed_BT))
+            for depth, (column, choice) in itertools.product(range(shared, len(ids)), enumerate(choices)):
+                if len(choice) > depth + 1 and tuple(choice[: depth + 1]) == ids[: depth + 1]:
+                    tokens[column].append(logprobs_BTV[:, depth - shared, choice[depth + 1]])
+            read = ids
+        self.rewind(len(read))
+        return [torch.stack(columns, -1) for columns in tokens]
 
     def greedy(self, *, max_new_tokens: int, stop: int) -> list[list[int]]:
         """Continue all prompts with the most likely tokens, up to and including `stop` or the limit."""

@@ -148,7 +148,18 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
     if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
-    return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]" if is_accuracy else text
+    if is_accuracy:
+        return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]"
+    return text if is_narrow else text + _beside(arm, column)
+
+
+def _beside(arm: Arm, column: Column) -> str:
+    """What is shown under a number: the spread of a time, the type behind a size."""
+    types = sorted({str(row["dtype"]) for row in arm.rows if row.get("dtype")})
+    if column.key == "size_bytes" and types:
+        return f" [{', '.join(types)}]"
+    low, high = arm.stat("ms_fastest").mean, arm.stat("ms_slowest").mean
+    return f" [{low:.1f}, {high:.1f}]" if column.key == "ms_per_example" and low < high else ""
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:

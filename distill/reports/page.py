@@ -15,7 +15,7 @@ from distill.app.files import Json, atomic_write
 from distill.reports.arms import SEED_COLUMNS, cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.conclusion import conclude, tone
-from distill.reports.costs import cost, yields
+from distill.reports.costs import cost, total_spread, yields
 from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
@@ -92,7 +92,7 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
 
 def _charts(summary: Summary, prices: Json) -> dict[str, Any]:
     units = dict.fromkeys(cost(arm, prices).unit for arm in summary.trained)
-    totals = [cost(arm, prices).total if arm.runs else None for arm in summary.arms]
+    totals = [total_spread(arm, prices) if arm.runs else None for arm in summary.arms]
     return {
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),

@@ -44,7 +44,7 @@ def cost_note(costs: Sequence[Cost]) -> str:
     return (
         f"Costs in {units}{why}. Total: annotation, training and evaluation. Breaks even after: the number of requests "
         "that save the total by going to the student instead of the teacher; never if a request to the student is not "
-        "cheaper. Labels alone need no annotation."
+        "cheaper, not shown if the measured times overlap. Labels alone need no annotation."
     )
 
 

@@ -17,6 +17,7 @@ from distill.reports.baseline import baseline_command
 from distill.reports.classes import Guess, best_guess, guesses
 from distill.reports.contrasts import Contrast, contrasts
 from distill.reports.differences import Difference, compare, percent
+from distill.reports.latency import share_latencies
 from distill.reports.runs import Run
 
 NOT_SHOWN = " This does not show that the student is better."
@@ -116,6 +117,7 @@ class Summary:
 
 def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     """Group finished runs into arms and judge each distilled arm; `level` applies to all verdicts together."""
+    runs = share_latencies(runs)
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.name} is incomplete: it has no results" for run in runs if not run.is_complete]
     arms = group([run for run in runs if run.is_complete], notes)
@@ -254,7 +256,11 @@ def _pairing(difference: Difference) -> str:
 def _power(difference: Difference) -> str:
     if difference.status != "not shown" or not difference.detectable:
         return ""
-    return f" This data would show a true difference of {difference.detectable:.1f} points four times out of five."
+    size = f"a true difference of {difference.detectable:.1f} points"
+    if difference.has_one_seed:
+        return f" This data would show {size} four times out of five."
+    # The spread of a few seeds is itself uncertain, and with it the power.
+    return f" With so few seeds, even {size} would often be missed."
 
 
 def _share(difference: Difference) -> str:

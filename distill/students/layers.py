@@ -24,7 +24,9 @@ from distill.errors import ConfigError
 
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")  # or the names that attribute_map has for them
 _INDICES = re.compile(r"(layers|idxs?|indices|indexes|layer_ids)$")  # mlp_only_layers, attn_layer_indices
-_BY_POSITION = re.compile(r"layer(?!_?norm)|block_type|_types$|step$|interval|freq|period|pattern|first_k")  # of a count or period
+_BY_POSITION = re.compile(
+    r"layer(?!_?norm)|block_type|_types$|step$|interval|freq|period|pattern|first_k"
+)  # of a count or period
 _POSITIONS = ("layer_idx", "layer_id")  # of a module, which finds its layer's part of a cache by it
 _NO_COMPUTATION = re.compile(r"^_|idx|index|layer_(id|number)|name|^training$")  # attributes, such as a module's place
 _NUM_PROBED = 24  # tokens of the text on which two models are compared
@@ -69,8 +71,9 @@ def cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> PreTrained
 
 def probe(model: PreTrainedModel) -> Tensor:
     """Logits of a short text, the same for all models of one vocabulary, in float32."""
-    size = model.get_input_embeddings().num_embeddings
-    ids_BT = torch.randint(size, (2, _NUM_PROBED), generator=torch.Generator().manual_seed(0)).to(model.device)
+    embedding: Any = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(embedding.num_embeddings, (2, _NUM_PROBED), generator=generator).to(model.device)
     was_training = model.training
     try:
         with torch.inference_mode():
@@ -163,9 +166,12 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
     rebuilt.tie_weights()
     missing, unused = rebuilt.load_state_dict(model.state_dict(), strict=False)
     if missing or unused:
-        raise ValueError(f"{len(missing)} weights are missing and {len(unused)} unused, such as {[*missing, *unused][0]}")
+        raise ValueError(
+            f"{len(missing)} weights are missing and {len(unused)} unused, such as {[*missing, *unused][0]}"
+        )
     rebuilt.generation_config = model.generation_config
-    return rebuilt.train(model.training)
+    rebuilt.train(model.training)
+    return rebuilt
 
 
 def _difference(cut: PreTrainedModel, rebuilt: PreTrainedModel) -> str:

@@ -29,7 +29,7 @@ class SavedStudentError(DistillError):
 
 @dataclass(frozen=True)
 class SavedStudent:
-    """A student as reopened from disk; `rounding` is how much its type changed the logits, as a part of their spread."""
+    """A student as reopened from disk; `rounding` is the change of its logits by its type, relative to their spread."""
 
     model: PreTrainedModel
     dtype: str
@@ -81,7 +81,7 @@ def save_student(
     return SavedStudent(reopened, str(dtype).removeprefix("torch."), rounding)
 
 
-def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> None:
     """Write a tokenizer without chat template, and settings to generate as the student is evaluated.
 
     The student has learned a prompt of its own: a template of the model that it is made from would only mislead it.
@@ -99,7 +99,7 @@ def size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _greedy(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _greedy(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> GenerationConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
     padding_rows = list(range(max(tokenizer.get_vocab().values()) + 1, config.vocab_size))
     return GenerationConfig(
@@ -135,6 +135,8 @@ def _write(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
 
 def _rounding(before: Tensor, rounded: Tensor, dtype: torch.dtype) -> float:
     """Return how much rounding changed the logits, as a part of their spread; ValueError if it is too much."""
+    if torch.equal(before, rounded):
+        return 0.0
     spread = (before - before.mean(-1, keepdim=True)).square().mean().sqrt()
     rounding = float((rounded - before).square().mean().sqrt() / spread)
     if not rounding <= _MAX_ROUNDING:

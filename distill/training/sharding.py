@@ -32,11 +32,19 @@ def gather_model(module: Any, fresh: Callable[[], nn.Module]) -> Any:
     All processes must call this, since each contributes its shard. On the other processes the fresh model does not
     have these weights.
     """
-    model, is_sharded = module.model, isinstance(module, FSDPModule)
+    is_sharded = isinstance(module, FSDPModule)
     if not is_sharded:
-        return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return module.model
+    weights = whole_weights(module)
     whole = fresh()
     if weights:
         whole.load_state_dict(weights)
     return whole
+
+
+def whole_weights(module: Any) -> dict[str, Any]:
+    """Return the weights of a module's model by name; if it is sharded, on the first process only."""
+    model, is_sharded = module.model, isinstance(module, FSDPModule)
+    if not is_sharded:
+        return dict(model.named_parameters())
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -41,6 +43,7 @@ for seed in (0, 1):
     tracking.artifact("student", "model", folder / "student", {"start": "abc"})
     tracking.artifact("cache", "cache", folder / "student", {"num_records": 3})
     ended.append(tracking.finish(0))
+print("no more", file=sys.stderr)
 print(json.dumps(ended))
 """
 
@@ -63,6 +66,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     command = [sys.executable, "-c", RUN, str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "no more\n"  # W&B printed nothing
+    assert len(done.stdout.splitlines()) == 1
     return root, json.loads(done.stdout.splitlines()[-1])
 
 
@@ -156,6 +161,44 @@ def test_a_resumed_run_continues_the_same_run_and_axis(tmp_path: Path) -> None:
     assert steps == [[0, 1, 2], [3, 4]]
 
 
+class OfflineRun:
+    """Keeps the artifacts that a run of W&B would send."""
+
+    offline = True
+
+    def __init__(self) -> None:
+        self.artifacts: list[Any] = []
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact)
+
+
+def test_a_model_is_recorded_with_checksums_and_a_cache_without_reading_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    folder = tmp_path / "student"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("weights", "deeper/tokens"):
+        (folder / name).write_text(name)
+    tracking = configuration.build(compose().tracking)
+    tracking._run = OfflineRun()
+    tracking.artifact("student", "model", folder, {"start": "abc"})
+    tracking.artifact("cache", "cache", tmp_path / "many shards", {"fingerprint": "f00", "num_records": 3})
+    model, cache = tracking._run.artifacts
+    digests = {name: entry.digest for name, entry in model.manifest.entries.items()}
+    assert digests == {
+        name: base64.b64encode(hashlib.md5(name.encode()).digest()).decode() for name in ("weights", "deeper/tokens")
+    }
+    (entry,) = cache.manifest.entries.values()
+    assert json.loads(Path(entry.local_path).read_text()) == {
+        "folder": str(tmp_path / "many shards"),
+        "fingerprint": "f00",
+        "num_records": 3,
+    }
+    assert capsys.readouterr() == ("", "")
+
+
 def test_no_tracking_does_nothing(tmp_path: Path) -> None:
     tracking = NoTracking()
     tracking.start(tmp_path, name="x", group=None, job_type="train", config={})
@@ -187,9 +230,42 @@ def test_the_mode_is_offline_unless_a_key_is_set_or_the_environment_says_otherwi
     assert tracking._chosen_mode() == expected
 
 
-def test_a_failed_start_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (f"tracking.tags=[tiny,{'t' * 65}]", "at most 64 characters"),
+        ("tracking.tags=['']", "at least 1 character"),
+        (f"tracking.project={'p' * 129}", "at most 128 characters"),
+        ("tracking.project=''", "at least 1 character"),
+        ("tracking.project='a/b'", "W&B takes no / \\ # ? % : in a project, found /"),
+        ("tracking.project='50%'", "found %"),
+        (f"tracking.group={'g' * 129}", "at most 128 characters"),
+        (f"tracking.entity={'e' * 129}", "at most 128 characters"),
+    ],
+)
+def test_what_wandb_does_not_take_is_refused_with_the_configuration(override: str, told: str) -> None:
+    key = override.partition("=")[0].partition(".")[2]
+    with pytest.raises(ConfigError) as raised:
+        configuration.check(compose(override))
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"tracking: {key}=")
+    assert told in problem
+
+
+@pytest.mark.slow
+def test_names_of_any_sweep_and_of_many_losses_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracking = configuration.build(compose("tracking.project='a/b'").tracking)
+    tracking = configuration.build(compose(f"tracking.tags=[{'t' * 64}]").tracking)
+    tracking.start(tmp_path, name="n" * 200, group="g" * 200, job_type="train", config={})
+    run = tracking._run
+    assert (run.name, run.group, run.tags) == ("n" * 128, "g" * 128, ("t" * 64,))
+    assert tracking.finish(0)["mode"] == "offline"
+
+
+@pytest.mark.parametrize("override", ["tracking.project='a/b'", f"tracking.tags=[{'t' * 65}]"])
+def test_a_failed_start_says_how_to_continue(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracking = configuration.build(compose(override).tracking)
     with pytest.raises(ConfigError, match="tracking=off"):
         tracking.start(tmp_path, name="x", group=None, job_type="train", config={})
     assert tracking.finish(1)["mode"] == "off"

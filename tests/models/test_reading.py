@@ -260,3 +260,20 @@ def test_a_shared_prefix_does_not_change_the_model() -> None:
     reader.read([random_ids(4, 2)])
     assert loaded.config.to_dict() == before
     assert loaded.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["grouped", "windowed", "absolute"])
+def test_choices_are_scored_as_in_a_plain_reading_and_exclude_each_other(name: str) -> None:
+    """Choices with shared beginnings, one of them the beginning of others up to its end token, 1."""
+    choices = [(5, 1), (5, 7, 1), (5, 7, 9, 1), (6, 1), (5, 8, 9, 1), (7, 5, 1)]
+    loaded, prefix = make_model(name), random_ids(3, 1)
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(3)]
+    reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
+    score_BC = reading.choice_logprobs(reading.first_BV, choices)
+    for row, question in enumerate(questions):
+        for column, choice in enumerate(choices):
+            logprobs_TV = plain(loaded, prefix, question, list(choice))[-len(choice) - 1 : -1]
+            expected = logprobs_TV[range(len(choice)), list(choice)].sum()
+            assert score_BC[row, column] == pytest.approx(float(expected), abs=1e-4)
+    assert (score_BC.exp().sum(-1) <= 1).all()
+    assert torch.allclose(score_BC, reading.choice_logprobs(reading.first_BV, choices), atol=1e-5)

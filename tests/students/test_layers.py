@@ -82,9 +82,7 @@ def test_a_cut_student_is_the_one_that_is_saved(family: str, keep: tuple[int, ..
     whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, value in student.state_dict().items():
         assert torch.equal(value, whole[LAYER.sub(lambda match: f"{match[1]}{keep[int(match[2])]}", name)]), name
-    saved = save_student(
-        student, load_tokenizer(folder), tmp_path / "student", dtype=torch.float32, max_new_tokens=9
-    )
+    saved = save_student(student, load_tokenizer(folder), tmp_path / "student", dtype=torch.float32, max_new_tokens=9)
     expected = logits(student)
     for opened in (saved.model, AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)):
         assert torch.allclose(logits(opened), expected, atol=1e-5)

@@ -62,9 +62,7 @@ def test_the_type_can_be_set_and_unknown_types_are_refused(student_folder: Path)
         saved_dtype("int8", student_folder)
 
 
-def test_weights_that_the_type_cannot_hold_stop_the_run(
-    student_folder: Path, prompts: Prompts, tmp_path: Path
-) -> None:
+def test_weights_that_the_type_cannot_hold_stop_the_run(student_folder: Path, prompts: Prompts, tmp_path: Path) -> None:
     student = open_student(student_folder, **WHOLE_STUDENT)
     with torch.no_grad():
         student.model.embed_tokens.weight.mul_(1e6)
@@ -88,7 +86,7 @@ def test_a_student_that_is_another_one_on_disk_is_not_saved(
 ) -> None:
     student = open_student(student_folder, **WHOLE_STUDENT)
     change(student)
-    with pytest.raises(SavedStudentError, match=r"cannot be saved and reopened: .*(differ by up to \d|not used|logits)"):
+    with pytest.raises(SavedStudentError, match=r"cannot be saved and reopened: .*differ by up to \d"):
         save(student, prompts, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from distill.lessons.join import TrainingSequence
+from distill.lessons.join import Lesson, TrainingSequence
 from distill.models.body import max_positions
+from distill.prompts.pieces import same_text
 from distill.records import SPANS, Batch, Prompt, Span
-from distill.training.preflight.inputs import Finding, PreflightInput, Sample, spans_of
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain_prompts, spans_of
 
 _ROUNDING = 1e-3  # tolerance of log-probabilities above 0
 _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
@@ -39,25 +40,23 @@ def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[F
     )
 
 
-def _positions(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+    """A model has no positions behind its last one."""
     limit = max_positions(inputs.module.model.config)
-    longest = max(_num_positions(sequence.prompt) for lesson in inputs.lessons for sequence in lesson.sequences)
+    longest = max(
+        len(prompt.ids)
+        for lesson in inputs.lessons
+        for sequence in lesson.sequences
+        for prompt in plain_prompts(sequence)
+    )
     yield Finding(
-        "positions",
+        "length",
         limit is None or longest <= limit,
-        f"lessons of at most {longest} tokens",
-        "no limit" if limit is None else f"<= {limit} positions of the student",
-        "Reduce prompt.max_length, or use a student with more positions",
+        f"the longest text has {longest} tokens",
+        "no limit" if limit is None else f"at most {limit} positions",
+        "The student cannot read its longest texts: lower prompt.max_length, or choose a student for longer texts",
         True,
     )
-
-
-def _num_positions(prompt: Prompt) -> int:
-    """Number of positions that a prompt takes; those of its branches begin at the same one."""
-    starts, ends = prompt.branches, (*prompt.branches[1:], len(prompt.ids))
-    if not starts:
-        return len(prompt.ids)
-    return starts[0] + max(end - start for start, end in zip(starts, ends, strict=True))
 
 
 def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -160,11 +159,41 @@ def _difference(
     if target_ids != ids[: len(target_ids)]:
         return f"the teacher read {prompts.text(target_ids)!r}, the student {prompts.text(ids)!r}"
     text = annotation.answer if span == "answer" else annotation.rationale
-    if text is None or (span == "answer" and span in sequence.labelled):
-        return None  # the teacher scored the gold answer, which need not be its own
+    if text is None or (span == "answer" and (span in sequence.labelled or inputs.has_second_teacher)):
+        return None  # the teacher scored the gold answer or another teacher's, which need not be its own
     rendered = prompts.answer_ids(text) if span == "answer" else prompts.rationale_ids(text)
     if rendered != target_ids or "".join(prompts.text(target_ids).split()) != "".join(text.split()):
         return f"the teacher wrote {text!r}, its tokens decode to {prompts.text(target_ids)!r}"
+    return None
+
+
+def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """The tokens before a target decode to the text that the layout and the question give."""
+    lessons = [lesson for sample in samples for lesson in sample.lessons]
+    differences = [reason for lesson in lessons if (reason := _lost_text(inputs, lesson))]
+    yield Finding(
+        "text",
+        not differences,
+        f"{len(differences)} of {len(lessons)} prompts are not their text"
+        + (f", for example: {differences[0]}" if differences else ""),
+        "0",
+        "The student's tokenizer has no tokens for parts of these texts: replace them in the data, or choose a model "
+        "whose tokenizer has them",
+        False,
+    )
+
+
+def _lost_text(inputs: PreflightInput, lesson: Lesson) -> str | None:
+    """Return the prompt of a lesson as it is decoded if that differs from its text; it may be cut at its end."""
+    prompts, question = inputs.prompts, inputs.question(lesson.example_id)
+    for _, prompt, span, start, _ in spans_of([lesson]):
+        before, after = prompts.around_question(span)
+        decoded = prompts.decode(prompt.ids[:start])
+        middle = decoded.removeprefix(before).removesuffix(after)
+        is_whole = decoded == f"{before}{middle}{after}" and same_text(middle, question)
+        is_cut = prompts.too_long == "cut" and question.startswith(middle.rstrip("\ufffd"))
+        if start == min(begin for begin, _ in prompt.spans.values()) and not (is_whole or is_cut):
+            return f"{question[:40]!r} is read back as {middle[:40]!r}"
     return None
 
 
@@ -208,4 +237,4 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_vocabulary, _positions, _finite, _labels, _shift, _template, _end, _mass)
+CHECKS = (_vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)

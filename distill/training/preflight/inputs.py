@@ -49,7 +49,9 @@ class Finding:
 class PreflightInput:
     """What a run trains, on which data, on which device.
 
-    `annotation` reads a record of the cache by its key; `precision` is the context in which a step computes.
+    `annotation` reads a record of the cache by its key; `has_second_teacher`: the records are of a teacher that scored
+    the texts of another one. `question` returns the question of an example by its id; `precision` is the context in
+    which a step computes.
     """
 
     module: StudentModule
@@ -57,14 +59,20 @@ class PreflightInput:
     lessons: Sequence[Lesson]
     read: Read
     annotation: Callable[[str], Annotation]
+    has_second_teacher: bool
+    question: Callable[[str], str]
     prompts: Prompts
     is_vocabulary_shared: bool
     is_from_scratch: bool
+    open_uncut: Callable[[], Any] | None  # the model with all its layers, if the student lacks some
     make_optimizer: MakeOptimizer
     batch_size: int
     microbatch_size: int
     batch_unit: BatchUnit
     num_steps: int
+    checkpoint_every: int
+    is_averaged: bool
+    keeps_best: bool
     num_devices: int
     run_dir: Path
     device: torch.device
@@ -112,7 +120,7 @@ def longest(inputs: PreflightInput) -> list[Lesson]:
     return ordered[:count]
 
 
-def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
+def plain_prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
     """Yield a plain prompt for each branch of a sequence."""
     prompt = sequence.prompt
     shared = prompt.ids[: prompt.branches[0]] if prompt.branches else ()
@@ -125,6 +133,6 @@ def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
 def spans_of(lessons: Sequence[Lesson]) -> Iterator[tuple[TrainingSequence, Prompt, Span, int, int]]:
     """Yield every span of the lessons, in batch order."""
     for sequence in (sequence for lesson in lessons for sequence in lesson.sequences):
-        for prompt in _prompts(sequence):
+        for prompt in plain_prompts(sequence):
             for span, (start, stop) in sorted(prompt.spans.items(), key=lambda item: item[1]):
                 yield sequence, prompt, span, start, stop

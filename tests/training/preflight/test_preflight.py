@@ -98,6 +98,7 @@ def test_preflight_does_not_change_training(valid_input: PreflightInput, tmp_pat
 
 def test_gradient_checkpointing_is_checked_too(valid_input: PreflightInput, student_folder: Path) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
+    model.load_state_dict(valid_input.module.model.state_dict())
     with_checkpointing = replace(valid_input, module=student_module(model, valid_input.prompts, *LOSSES))
     assert failed_checks(with_checkpointing) == set()
     assert findings_by_check(with_checkpointing)["gradients"].found == findings_by_check(valid_input)["gradients"].found
