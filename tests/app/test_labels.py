@@ -24,6 +24,6 @@ def test_a_run_without_labels_is_the_same_run(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(without_labels(plain(config))))
     assert "label:" not in path.read_text()
-    assert differences(config, path, ignored_sections=()) == []
+    assert differences(config, path, ignored=()) == []
     path.write_text(yaml.safe_dump(plain(compose("task=arithmetic", "teacher.model=none", "loss.answer.weight=7"))))
-    assert [line.partition(" ")[0] for line in differences(config, path, ignored_sections=())] == ["loss.answer.weight"]
+    assert [line.partition(" ")[0] for line in differences(config, path, ignored=())] == ["loss.answer.weight"]
