@@ -1,8 +1,7 @@
-"""Loading and fingerprinting causal language models, whose body and head are called separately."""
+"""Loading causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_logger
 
-from distill.app.files import sha256
 from distill.errors import ConfigError
 from distill.losses.head import Shape
 
@@ -39,18 +37,6 @@ MODEL_ERRORS = (
 _NAMES_SHOWN = 3
 _MAX_REASON = 300  # characters
 _MAX_GAP = 1e-2  # relative
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
-    weights = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
-    settings = json.loads((folder / "config.json").read_text())
-    for irrelevant_key in ("transformers_version", "_name_or_path"):
-        settings.pop(irrelevant_key, None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
 
 
 def flush_denormals() -> None:
@@ -130,13 +116,17 @@ def _name_body(model: Any) -> None:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
-    logger = get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger, errors_only = get_logger("transformers.modeling_utils"), _ErrorsOnly()
+    logger.addFilter(errors_only)  # a raised level would make transformers check its plans for tensor parallelism
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(errors_only)
+
+
+class _ErrorsOnly(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
 
 
 def _listed(names: Iterable[str]) -> str:

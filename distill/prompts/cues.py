@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -23,13 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.app import config as configuration
 from distill.app.config import Config
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.errors import ConfigError
 from distill.prompts.pieces import Pieces
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
-_NUM_CACHED_TEXTS = 4096
+_NUM_CACHED_TEXTS = 512
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Prompts:
         too_long: TooLong,
     ) -> None:
         """`max_length` limits the tokens of prompt and targets together, not counting the shots."""
+        self._arguments = arguments_of(locals())
         self.tokenizer = tokenizer
         self.layout = layout
         self.shots = tuple(shots)
@@ -87,13 +89,7 @@ class Prompts:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything in the prompts that affects a teacher's targets."""
-        return {
-            "layout": asdict(self.layout),
-            "shots": [asdict(shot) for shot in self.shots],
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "max_length": self.max_length,
-            "too_long": self.too_long,
-        }
+        return fingerprint_of(self, self._arguments, tokenizer=tokenizer_fingerprint(self.tokenizer))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text inside a prompt; a text from data never produces a special token."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
 from torch import nn
 
+from distill.app.files import sha256
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
@@ -28,11 +29,14 @@ class RecordedTeacher:
     """
 
     gives_soft_targets = False
+    # The recording holds the answers: no weights are read, no choices scored, no distributions stored.
+    not_in_key = ("folder", "hashes", "calibration", "codec")
 
     def __init__(
         self,
         *,
         folder: Path,
+        hashes: Path,
         prompts: Prompts,
         task: Task,
         calibration: Calibration,
@@ -43,6 +47,7 @@ class RecordedTeacher:
         rationale: str | None,
     ) -> None:
         """`question`, `answer` and `rationale` are columns of `files`; all teachers have the other arguments."""
+        self._arguments = arguments_of(locals())
         self._prompts, self._task = prompts, task
         self._files = [Path(file) for file in files]
         self._columns = {"question": question, "answer": answer, "rationale": rationale}
@@ -53,9 +58,13 @@ class RecordedTeacher:
             raise ConfigError(f"teacher.kind.files: {problem}; expected files with the teacher's answers")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Hashes of the files, their columns, and the prompts that requests are made with."""
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files]
-        return {"recorded": hashes, "columns": self._columns, "prompts": self._prompts.fingerprint()}
+        """All settings, with the hashes of the files, and the task's choices."""
+        contents = {"files": [sha256(file) for file in self._files], "task": list(self._task.choices)}
+        return fingerprint_of(self, self._arguments, **contents)
+
+    def backend(self) -> dict[str, str]:
+        """Empty: nothing is computed."""
+        return {}
 
     def load(self) -> nn.Module:
         """Read the files; there is no model."""

@@ -18,7 +18,9 @@ from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson, TrainingSequence
+from distill.lessons.loader import BatchLimit
 from distill.losses.head import head_loss, predicted_ids
+from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.teachers import Calibration
@@ -86,12 +88,13 @@ class SevensTask:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_rationale_and_following_answer_have_targets_at_their_positions(
-    shots: int, prompts: Prompts, teacher_folder: Path
+    shots: int, prompts: Prompts, teacher_folder: Path, tmp_path: Path
 ) -> None:
     few_shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     teacher = kind(
         folder=teacher_folder,
+        hashes=tmp_path,
         prompts=few_shot_prompts,
         codec=Dense(),
         task=SevensTask(),
@@ -116,10 +119,12 @@ def test_rationale_and_following_answer_have_targets_at_their_positions(
     assert max(map(abs, losses["kl"] + losses["rationale_kl"])) < 1e-5
 
 
-def test_evaluation_measures_zero_kl_for_the_teacher_itself(prompts: Prompts, teacher_folder: Path) -> None:
+def test_evaluation_measures_zero_kl_for_the_teacher_itself(
+    prompts: Prompts, teacher_folder: Path, tmp_path: Path
+) -> None:
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     settings = {"codec": Dense(), "task": SevensTask(), "calibration": Calibration(0, ()), "max_new_tokens": 6}
-    teacher, questions = kind(folder=teacher_folder, prompts=prompts, **settings), examples(18)
+    teacher, questions = kind(folder=teacher_folder, hashes=tmp_path, prompts=prompts, **settings), examples(18)
     teacher.load()
     annotations = teacher.annotate([prompts.request(example, "answer") for example in questions])
     annotation_by_id = {example.id: annotation for example, annotation in zip(questions, annotations, strict=True)}
@@ -193,6 +198,27 @@ def test_a_loss_without_validation_positions_is_not_logged(
     weighted = {name: objectives()[name].weight * float(logged_values[f"val/{name}"]) for name in ("answer", "kl")}
     assert float(logged_values["val/loss"]) == pytest.approx(sum(weighted.values()))
     assert all(math.isfinite(value) for value in logged_values.values())
+
+
+@pytest.mark.parametrize("limit", [BatchLimit(1), BatchLimit(3), BatchLimit(60, "tokens")])
+def test_evaluation_reads_no_more_at_once_than_allowed(
+    limit: BatchLimit, prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, questions = open_whole_student(student_folder, torch.float32).eval(), examples(11)
+    expected = Evaluation(model, prompts, SevensTask(), "direct", 6)
+    limited = Evaluation(model, prompts, SevensTask(), "direct", 6, limit)
+    sizes: list[int] = []
+    original_read = PrefixedReader.read
+
+    def recording_read(reader: PrefixedReader, texts: Sequence[Sequence[int]]) -> Any:
+        longest = max(map(len, texts)) + 6
+        sizes.append(len(texts) if limit.unit == "examples" or len(texts) == 1 else len(texts) * longest)
+        return original_read(reader, texts)
+
+    before = [p.written_answer for p in expected.predict(questions, {})], expected.rationales(questions)
+    monkeypatch.setattr(PrefixedReader, "read", recording_read)
+    assert ([p.written_answer for p in limited.predict(questions, {})], limited.rationales(questions)) == before
+    assert max(sizes) <= limit.size
 
 
 def test_evaluation_uses_the_current_weights(prompts: Prompts, student_folder: Path) -> None:
