@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +91,19 @@ def test_padding_rows_of_the_students_head_do_not_change_the_loss(prompts: Promp
     after = loss_and_gradients(module, batch)
     assert_same(after, before, 0.0)
     assert (after["model.lm_head.weight"][prompts.vocabulary_size :] == 0).all()
+
+
+@pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (3, 1), (1, 2), (4, 3)])
+def test_the_averages_of_lightning_over_microbatches_and_processes_are_undone(
+    num_microbatches: int, world_size: int, prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_lessons = lessons(prompts, BATCH)
+    batch = collate(all_lessons, total_counts(all_lessons), 0, read)
+    module = student_module(open_whole_student(student_folder), prompts)
+    expected = loss_and_gradients(module, batch)["loss"]
+    settings = {"accumulate_grad_batches": num_microbatches, "world_size": world_size}
+    trainer = SimpleNamespace(global_step=0, global_rank=0, training=True, **settings)
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    # Lightning divides by the number of microbatches, and DDP by the number of processes.
+    averaged = module.training_step(batch).item() / (num_microbatches * world_size)
+    assert averaged == pytest.approx(expected.item(), rel=1e-12)
