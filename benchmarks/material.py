@@ -164,6 +164,7 @@ def _workload(
     cache_codec = codec(cache)
     teacher = CausalLMTeacher(
         folder=source.folder,
+        hashes=source.store.folder,
         prompts=prompts,
         task=Solutions(),
         calibration=Calibration(0, ()),

@@ -252,6 +252,9 @@ class CountingTeacher:
     def fingerprint(self) -> dict[str, Any]:
         return self._teacher.fingerprint()
 
+    def backend(self) -> dict[str, str]:
+        return self._teacher.backend()
+
     def load(self) -> nn.Module:
         self.num_loads += 1
         return self._teacher.load()

@@ -70,6 +70,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     build_teacher = partial(
         configuration.build(settings.kind),
         folder=folder,
+        hashes=root / "hashes",
         prompts=prompts,
         task=task,
     )
@@ -78,20 +79,27 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     )
     teacher: Teacher = build_teacher(codec=codec, calibration=calibration)
     fingerprint = {
-        "task": {"name": config.task.name, "version": task.version},
+        "task": config.task.name,
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
     }
     cache_dir, url = cache_location(config, root, fingerprint, name)
     if config.get("rebuild"):
         drop_shard(cache_dir, str(config.rebuild), url=url)
-    store = Store(cache_dir, fingerprint, codec, url=url)
+    accepted = _accepted(config.cache.accept)
+    store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
     build_teacher = partial(build_teacher, calibration=replace(calibration, recall=store.recall))
     teacher = build_teacher(codec=codec)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
     parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
     return AnnotationJob(*parts, *sizes)
+
+
+def _accepted(setting: str | None) -> bool:
+    if setting not in (None, "backend"):
+        raise ConfigError(f"cache.accept={setting}: expected null or backend")
+    return setting == "backend"
 
 
 def cache_location(config: Config, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:

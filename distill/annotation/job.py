@@ -10,7 +10,7 @@ from distill.annotation.codec_probe import candidate_codecs, compare_codecs, for
 from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
 from distill.annotation.requests import collect_requests, without_labels
-from distill.annotation.row_counts import rationale_counts, say_answers, split_counts, table
+from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
@@ -67,7 +67,7 @@ def _fill(job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], part: 
         print(
             f"{job.store.location}\n{len(job.store)} records, {filled.num_annotated} of them new in "
             f"{filled.seconds:.0f} s; kept {rationales.kept} of {rationales.read} rationales; "
-            f"{len(filled.too_long)} examples too long\n{table(split_counts(job.splits) | {'rationales': rationales})}"
+            f"{len(filled.too_long)} examples too long\n{table({**job.splits.counts, 'rationales': rationales})}"
         )
     return float(filled.num_annotated)
 

@@ -26,7 +26,7 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, Example, FilteredRationale, RejectionReason, content_id
+from distill.records import Annotation, Example, FilteredRationale, RejectionReason, folded_id
 from distill.tasks.expressions import NUMBER, evaluate_expression
 
 Reference = Literal["gold", "votes", "teacher"]
@@ -168,23 +168,23 @@ def _compare(
     votes = Counter(value(s.answer) for s in samples if s.answer is not None and not s.is_truncated)
 
     def compare(
-        sample: Annotation, reference: Reference, right: str | None, wrong: RejectionReason
+        sample: Annotation, reference: Reference, right: Sequence[str], wrong: RejectionReason
     ) -> FilteredRationale:
         answer = None if sample.answer is None else value(sample.answer)
-        reason = sample.defect or (None if answer == right else wrong)
+        reason = sample.defect or (None if answer in right else wrong)
         has_confidence = len(samples) > 1 and answer is not None
         confidence = votes[answer or ""] / len(samples) if has_confidence else None
         return FilteredRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
-        gold = value(example.answer)
+        gold = [value(answer) for answer in example.right_answers]
         return [compare(sample, "gold", gold, "disagrees") for sample in samples]
     if len(samples) > 1:
         winner = _winner(votes, len(samples), criteria.min_confidence)
-        return [compare(sample, "votes", winner, "outvoted") for sample in samples]
+        return [compare(sample, "votes", [] if winner is None else [winner], "outvoted") for sample in samples]
     if direct is None:
-        return [compare(sample, "teacher", None, "no reference") for sample in samples]
-    return [compare(sample, "teacher", value(direct), "disagrees") for sample in samples]
+        return [compare(sample, "teacher", [], "no reference") for sample in samples]
+    return [compare(sample, "teacher", [value(direct)], "disagrees") for sample in samples]
 
 
 def _winner(votes: Counter[str], num_samples: int, min_share: float) -> str | None:
@@ -201,7 +201,7 @@ def _reject_repeats(rationales: Sequence[FilteredRationale], criteria: Rationale
     for rationale in rationales:
         text, example_id, reason = rationale.annotation.rationale or "", rationale.example_id, rationale.reason
         if reason is None:
-            identity = (example_id, content_id(text))
+            identity = (example_id, folded_id(text))
             if identity in seen or (near is not None and near.has_similar(text, example_id)):
                 reason = "near duplicate"
             elif criteria.per_example is not None and num_kept[example_id] >= criteria.per_example:

@@ -10,17 +10,7 @@ from distill.annotation.reader import count_answers
 from distill.annotation.requests import AnnotationRequests
 from distill.app.console import say
 from distill.errors import ConfigError
-from distill.records import FilteredRationale, RowCounts, Splits
-
-
-def split_counts(splits: Splits) -> dict[str, RowCounts]:
-    """Return what became of the rows of each split before they were annotated."""
-    counts = {}
-    for name, examples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        num_repeated = splits.dropped.get(name, 0)
-        lost = {"repeated": num_repeated} if num_repeated else {}
-        counts[name] = RowCounts(len(examples) + num_repeated, lost, len(examples))
-    return counts
+from distill.records import FilteredRationale, RowCounts
 
 
 def rationale_counts(filled: AnnotationRequests, rationales: Sequence[FilteredRationale]) -> RowCounts:

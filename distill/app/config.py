@@ -110,14 +110,14 @@ def without_labels(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "loss": unlabelled} if losses else config
 
 
-def differences(config: DictConfig, path: Path, *, ignored_sections: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ from a saved configuration; keys in the sections `ignored_sections` are ignored."""
+def differences(config: DictConfig, path: Path, *, ignored: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ from a saved configuration; sections and last parts of keys in `ignored` are ignored."""
     values = current(yaml.safe_load(path.read_text()))
     saved, present = (dict(_leaves(without_labels(tree))) for tree in (values, plain(config)))
     return [
         f"{key} was {saved.get(key)!r} and is now {present.get(key)!r}"
         for key in sorted({*saved, *present})
-        if saved.get(key) != present.get(key) and key.partition(".")[0] not in ignored_sections
+        if saved.get(key) != present.get(key) and not {key.partition(".")[0], key.rpartition(".")[2]} & {*ignored}
     ]
 
 

@@ -21,12 +21,13 @@ from distill.evaluation.metrics import Prediction, score
 from distill.lessons.join import AnswerMode
 from distill.lessons.loader import BatchLimit
 from distill.losses.forward_kl import ForwardKL
+from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.saving import size_bytes
-from distill.tasks import Task, readable_answer
+from distill.tasks import Task, is_right, readable_answer
 
 _DEFAULT_LIMIT = BatchLimit(32)
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
@@ -51,6 +52,7 @@ class Evaluation:
         self._span: Span = "answer" if mode == "direct" else "rationale"
         self._choices = prompts.choice_ids(task.choices)
         self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        self._way: Way | None = None
         if self._choices and mode == "direct":
             # A model that has not learned to stop would generate up to the limit, and stay unreadable.
             self._max_answer_tokens = max(map(len, self._choices))
@@ -144,8 +146,11 @@ class Evaluation:
         return [len(self._prompts.prefix(self._span)), *map(len, questions)]
 
     def _reader(self, span: Span) -> PrefixedReader:
-        # New each time: the model may have been trained since.
-        return PrefixedReader(self._model.eval(), self._prompts.prefix(span), self._prompts.vocabulary_size)
+        # New each time: the model may have been trained since. How it is read is a matter of its architecture.
+        prefix = self._prompts.prefix(span)
+        reader = PrefixedReader(self._model.eval(), prefix, self._prompts.vocabulary_size, self._way)
+        self._way = reader.way
+        return reader
 
     def _predict(
         self,
@@ -220,8 +225,8 @@ def _prediction(
         gold=example.answer or "",
         answer=answer,
         written_answer=written,
-        is_correct=_is_same(task, answer, example.answer),
-        is_written_correct=_is_same(task, written, example.answer),
+        is_correct=is_right(task, answer, example),
+        is_written_correct=is_right(task, written, example),
         choice_probabilities=(),
         kl=None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),
@@ -233,7 +238,7 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     return {
         "teacher_answer": annotation.answer,
         "teacher_confidence": max(annotation.choice_probabilities, default=None),
-        "is_teacher_correct": _is_same(task, annotation.answer, example.answer),
+        "is_teacher_correct": is_right(task, annotation.answer, example),
         "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
     }
 
@@ -321,6 +326,6 @@ def teacher_row(
     costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
     cost: dict[str, Any] = costs[-1] if costs and folder else {}
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
-    measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
+    measured |= {"size_bytes": (size_bytes(folder) or None) if folder else None, "training_seconds": None}
     measured |= {"dtype": saved_type(folder) if folder else None}
     return score(predictions, task.choices) | measured

@@ -86,7 +86,7 @@ def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: 
     rows, num_differing = [], 0
     for example in examples:
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
-        text = _text(prompts, ids)
+        text = prompts.decode(ids)
         rows.append({"id": example.id, "prompt": text, "gold": choices.index(str(example.answer))})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
@@ -94,14 +94,10 @@ def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: 
     return HarnessTask(f"distill_{safe_name}", tuple(answers), tuple(rows), num_differing)
 
 
-def _text(prompts: Prompts, ids: Sequence[int]) -> str:
-    return str(prompts.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def _continuation(prompts: Prompts, choice: str) -> str:
     """Text of a whole answer after a prompt, with its end token; alone, some tokenizers drop its leading space."""
     cue = prompts.encode(prompts.layout.answer_cue)
-    text = _text(prompts, cue + prompts.answer_ids(choice)).removeprefix(_text(prompts, cue))
+    text = prompts.decode(cue + prompts.answer_ids(choice)).removeprefix(prompts.decode(cue))
     return f"{text}{prompts.token_text(prompts.end)}"
 
 

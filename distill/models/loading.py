@@ -1,8 +1,7 @@
-"""Loading and fingerprinting causal language models, whose body and head are called separately."""
+"""Loading causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_logger
 
-from distill.app.files import sha256
 from distill.errors import ConfigError
 from distill.losses.head import Shape
 
@@ -41,18 +39,6 @@ _MAX_REASON = 300  # characters
 _MAX_GAP = 1e-2  # relative
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
-    weights = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
-    settings = json.loads((folder / "config.json").read_text())
-    for irrelevant_key in ("transformers_version", "_name_or_path"):
-        settings.pop(irrelevant_key, None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
-
-
 def flush_denormals() -> None:
     """Flush numbers below 1e-38 to zero: nothing needs them, and a CPU is up to a hundred times slower with them.
 
@@ -74,6 +60,7 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
         else:
             model = from_files(folder, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
+        _name_body(model)
         _check_seam(model)
     except MODEL_ERRORS as error:
         raise ConfigError(f"{folder} does not open as a causal language model: {_reason(folder, error)}") from None
@@ -120,16 +107,25 @@ def from_files(folder: Path, **options: Any) -> Any:
     return model
 
 
+def _name_body(model: Any) -> None:
+    """Let `base_model` be the body in families whose class names none, such as Llama 4."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+
+
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     logger = get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(is_error)  # a raised level would make transformers check its plans for tensor parallelism
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -52,10 +52,16 @@ def conclude(summary: Summary) -> Conclusion:
 
 
 def best_verdict(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """Return the verdict on the arm to prefer: by status, several seeds before one, then by accuracy."""
+    """Return the verdict on the arm to prefer: by status, several seeds before one, then by accuracy.
+
+    The accuracy is that on validation if every arm has one, so that the choice does not flatter the figure on test.
+    """
+    validation = [verdict.arm.stat("validation_accuracy").mean for verdict in verdicts]
+    has_validation = not any(map(math.isnan, validation))
+    key = "validation_accuracy" if has_validation else "accuracy"
     return min(
         verdicts,
-        key=lambda verdict: (RANKS.index(verdict.status), verdict.is_preliminary, -verdict.arm.accuracy),
+        key=lambda verdict: (RANKS.index(verdict.status), verdict.is_preliminary, -verdict.arm.stat(key).mean),
         default=None,
     )
 

@@ -29,10 +29,15 @@ RUN_ONLY = (
     *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
     *("num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size", "share_prompt"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps"),
-    *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.use_distributed_sampler"),
+    *(
+        "trainer.num_sanity_val_steps",
+        "trainer.enable_model_summary",
+        "trainer.use_distributed_sampler",
+        "cache.accept",
+    ),
 )
-# Places of files, and plain names of losses.
-NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$")
+# Places of files, plain names of losses, and what only a model card tells.
+NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$|\.(license|language)$")
 TEACHER_SECTIONS = ("teacher", "soft_teacher", "rationales", "cache")  # irrelevant to labels alone
 IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # also in run.json
 NULL = str(None)  # a flat setting that is null

@@ -256,7 +256,11 @@ def _pairing(difference: Difference) -> str:
 def _power(difference: Difference) -> str:
     if difference.status != "not shown" or not difference.detectable:
         return ""
-    return f" This data would show a true difference of {difference.detectable:.1f} points four times out of five."
+    size = f"a true difference of {difference.detectable:.1f} points"
+    if difference.has_one_seed:
+        return f" This data would show {size} four times out of five."
+    # The spread of a few seeds is itself uncertain, and with it the power.
+    return f" With so few seeds, even {size} would often be missed."
 
 
 def _share(difference: Difference) -> str:

@@ -72,7 +72,8 @@ def cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> PreTrained
 def probe(model: PreTrainedModel) -> Tensor:
     """Logits of a short text, the same for all models of one vocabulary, in float32."""
     embedding: Any = model.get_input_embeddings()
-    ids_BT = torch.randint(embedding.num_embeddings, (2, _NUM_PROBED), generator=torch.Generator().manual_seed(0)).to(model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(embedding.num_embeddings, (2, _NUM_PROBED), generator=generator).to(model.device)
     was_training = model.training
     try:
         with torch.inference_mode():

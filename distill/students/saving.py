@@ -81,7 +81,7 @@ def save_student(
     return SavedStudent(reopened, str(dtype).removeprefix("torch."), rounding)
 
 
-def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> None:
     """Write a tokenizer without chat template, and settings to generate as the student is evaluated.
 
     The student has learned a prompt of its own: a template of the model that it is made from would only mislead it.
@@ -99,7 +99,7 @@ def size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _greedy(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _greedy(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> GenerationConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
     padding_rows = list(range(max(tokenizer.get_vocab().values()) + 1, config.vocab_size))
     return GenerationConfig(

@@ -40,6 +40,11 @@ class Task(Protocol):
 _CONTINUATIONS = ("555", " 555", "x", " x", "\n555")  # each changes what some kind of reader makes of a text
 
 
+def is_right(task: Task, answer: str | None, example: Example) -> bool:
+    """Whether an answer has the value of one of the example's right answers."""
+    return answer is not None and task.value(answer) in map(task.value, example.right_answers)
+
+
 def readable_answer(task: Task, text: str) -> str | None:
     """Read the canonical answer from a text; None if it has no readable answer."""
     try:

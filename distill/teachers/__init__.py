@@ -37,6 +37,10 @@ class Teacher(Protocol):
         """Everything that affects the teacher's targets, as JSON values; computed without loading weights."""
         ...
 
+    def backend(self) -> dict[str, str]:
+        """What changes targets by rounding alone: versions of libraries, and the dtype in use."""
+        ...
+
     def load(self) -> nn.Module:
         """Load the model and return it, for placement on a device."""
         ...

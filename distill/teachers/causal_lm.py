@@ -22,9 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.app.files import Json
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
-from distill.models import loading, placement
+from distill.models import identity, loading, placement
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
@@ -40,11 +41,14 @@ class CausalLMTeacher:
     """Soft targets and rationales from a model of the transformers library."""
 
     gives_soft_targets = True
+    # The codec is in the cache's fingerprint beside the teacher. `hashes` is only a place.
+    not_in_key = ("codec", "hashes")
 
     def __init__(
         self,
         *,
         folder: Path,
+        hashes: Path,
         prompts: Prompts,
         task: Task,
         calibration: Calibration,
@@ -57,14 +61,16 @@ class CausalLMTeacher:
     ) -> None:
         """`codec` truncates soft targets; without questions in `calibration`, choices are not calibrated.
 
-        The first rationale of an example is greedy, further ones are sampled with `sampling_temperature` and `top_p`.
+        `hashes` is the folder that keeps the hashes of weights. The first rationale of an example is greedy, further
+        ones are sampled with `sampling_temperature` and `top_p`.
         """
+        self._arguments = arguments_of(locals())
         if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
             raise ConfigError(
                 f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: expected a positive "
                 "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
             )
-        self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
+        self._folder, self._hashes, self._prompts, self._task, self._codec = folder, hashes, prompts, task, codec
         self._dtype = placement.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
@@ -72,21 +78,18 @@ class CausalLMTeacher:
         self._readers: dict[Span, PrefixedReader] = {}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Weights, dtype, software versions, prompts, choices, calibration and generation settings."""
-        return {
-            "model": loading.fingerprint(self._folder),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "backend": {name: version(name) for name in ("torch", "transformers")},
-            "prompts": self._prompts.fingerprint(),
-            "choices": list(self._task.choices),
-            "calibrate": self._calibration.number if self._choices else 0,
-            "is_constrained": self._constrain,
-            "generation": {
-                "max_new_tokens": self._max_new_tokens,
-                "sampling_temperature": self._sampling_temperature,
-                "top_p": self._top_p,
-            },
-        }
+        """All settings, with the content of the model's folder, and the task's choices.
+
+        How the task reads an answer is not part of it: texts are stored, and read when they are used.
+        """
+        contents = {"folder": identity.fingerprint(self._folder, self._hashes), "task": list(self._task.choices)}
+        num_calibrated = self._calibration.number if self._choices else 0  # the questions are a record of the cache
+        return fingerprint_of(self, self._arguments, **contents, calibration=num_calibrated)
+
+    def backend(self) -> dict[str, str]:
+        """Versions of the libraries and the dtype in use: with others, targets differ by rounding."""
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        return versions | {"dtype": str(self._dtype).removeprefix("torch.")}
 
     def load(self) -> nn.Module:
         """Load the weights, frozen and in eval mode."""
@@ -203,7 +206,8 @@ class CausalLMTeacher:
             self._readers, self._offset_V = {}, None
         if span not in self._readers:
             prefix = self._prompts.prefix(span)
-            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
+            way = next((reader.way for reader in self._readers.values()), None)  # the architecture decides it
+            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size, way)
         return self._readers[span]
 
     def _read(self, requests: Sequence[Request]) -> Reading:

@@ -38,7 +38,7 @@ from distill.lessons.curriculum import (
 from distill.lessons.join import Lesson, Read
 from distill.models import placement
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import vocabulary_fingerprint
+from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
@@ -134,7 +134,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     rows = functools.cache(functools.partial(_copies, largest))
     if missing:
         texts_by_key = _longest_texts(job, first, max_tokens)
-        annotations = _longest(job.annotation_job, job.prompts, first, texts_by_key, rows)
+        annotations = _longest(job.annotation_job, first, texts_by_key, rows)
         kept = _longest_rationales(job, first, annotations)
     else:
         kept = kept_rationales(filter_rationales(job.annotation_job, first))
@@ -144,7 +144,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         second = collect_requests(job.soft_annotation_job, scored_texts, use_given_rationales=True)
         unscored = job.soft_annotation_job.store.missing(second.all_requests)
         work.append(TeacherWork("soft ", job.soft_annotation_job, second, unscored, max_tokens, 0, bool(missing)))
-        soft_annotations = _longest(job.soft_annotation_job, job.prompts, second, _texts_by_key(scored_texts), rows)
+        soft_annotations = _longest(job.soft_annotation_job, second, _texts_by_key(scored_texts), rows)
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     join = join_for(job, annotations, soft_annotations, kept)
@@ -182,9 +182,11 @@ class LongestAnnotations(AnnotationReader):
 
 
 def _longest(
-    annotation_job: AnnotationJob, prompts: Prompts, requests: AnnotationRequests, texts: Texts, rows: Rows
+    annotation_job: AnnotationJob, requests: AnnotationRequests, texts: Texts, rows: Rows
 ) -> LongestAnnotations:
-    return LongestAnnotations(annotation_job.store, requests.requests, annotation_job.task, prompts, texts, rows)
+    return LongestAnnotations(
+        annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts, texts, rows
+    )
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
@@ -234,12 +236,12 @@ def _max_tokens(job: Job) -> int:
     back as the replacement character.
     """
     annotation_job, prompts = job.annotation_job, job.prompts
-    generation = annotation_job.store.fingerprint["teacher"].get("generation")
-    if not generation or vocabulary_fingerprint(annotation_job.prompts.tokenizer) != vocabulary_fingerprint(
+    max_new_tokens = annotation_job.store.fingerprint["teacher"].get("max_new_tokens")
+    if max_new_tokens is None or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
         prompts.tokenizer
     ):
         return prompts.max_length
-    return 1 + int(generation["max_new_tokens"]) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
+    return 1 + int(max_new_tokens) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
 
 def _room(prompts: Prompts, example: Example, span: Span) -> int:
@@ -341,7 +343,7 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
-    size, dtype = 0, str(work.annotation_job.store.fingerprint["teacher"].get("dtype", "float32"))
+    size, dtype = 0, work.annotation_job.store.backend.get("dtype", "float32")
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118

@@ -28,6 +28,7 @@ from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.loader import BatchLimit
+from distill.models.reading import check_student_reading
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -46,7 +47,16 @@ from distill.training.fit import (
 )
 from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
-from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
+from distill.training.run_facts import (
+    cache_card,
+    contamination,
+    counts,
+    label_counts,
+    licenses,
+    rationales,
+    rejected,
+    settings,
+)
 from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
@@ -54,7 +64,7 @@ _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
 # What the student before training shares with the trained one.
 _OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
-_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
+_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
 
 
 def train(config: Config) -> float:
@@ -131,7 +141,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differences := configuration.differences(config, run_dir / "config.yaml", ignored_sections=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", ignored=_MAY_DIFFER):
         raise ConfigError(
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
@@ -154,6 +164,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
         run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
+        run |= {"labels": label_counts(job), "licenses": licenses(job)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
@@ -177,11 +188,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
 
 def _check_student(job: Job) -> None:
-    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, read, or saved and reopened."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
         try:
-            _save(job, open_job_student(job), Path(folder) / "student")
+            saved = _save(job, open_job_student(job), Path(folder) / "student")
+            check_student_reading(saved.model.eval(), job.prompts.vocabulary_size)
         except SavedStudentError as error:
             raise ConfigError(str(error)) from None
 
@@ -200,9 +212,9 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
         soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
-    if not job.is_vocabulary_shared:
-        teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
-    return teacher
+    if job.pairing is None:
+        return {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
+    return {key: job.pairing.annotation(annotation) for key, annotation in teacher.items()}
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:

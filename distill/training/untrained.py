@@ -51,7 +51,7 @@ def _key(job: Job, student: Any, teacher: Mapping[str, Annotation], weights: str
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for example in job.annotation_job.splits.test:
-        digest.update(repr((example.id, example.question, example.answer)).encode())
+        digest.update(repr((example.id, example.question, *example.right_answers)).encode())
         if example.id in teacher:
             _add(digest, teacher[example.id])
     return digest.hexdigest()[:16]

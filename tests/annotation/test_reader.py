@@ -21,7 +21,12 @@ from distill.tasks.files import AnswerFormat
 from tests.conftest import compose, counted, tiny_overrides
 from tests.teachers.conftest import Verbs
 
-TEXTS = {"Which sum?": "It is 48/2 = 24, so 72.", "Which word?": "none at all", "What else?": "", "How many?": "7 of 9"}
+TEXTS = {
+    "Which sum?": "It is 48 for two, so 72.",
+    "Which word?": "none at all",
+    "What else?": "",
+    "How many?": "7 of 9",
+}
 
 
 class Writer:
@@ -35,6 +40,9 @@ class Writer:
 
     def fingerprint(self) -> dict[str, Any]:
         return self._teacher.fingerprint()
+
+    def backend(self) -> dict[str, str]:
+        return self._teacher.backend()
 
     def load(self) -> Any:
         return self._teacher.load()
@@ -136,7 +144,7 @@ def test_rationales_are_judged_by_the_present_reading(questions: Any) -> None:
         ("number", "72", False),
         ("number", "72 of the app", True),
         ("number", "about", False),
-        ("last_number", "48/2 = 24, so", False),
+        ("last_number", "48 for two, so", False),
         ("expression", "(84 / 2", False),
         ("expression", "(84 / 2)", False),
         ("expression", "84 / 2\nThe", True),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill.reports.classes import best_guess
-from distill.reports.conclusion import conclude
+from distill.reports.conclusion import best_verdict, conclude
 from distill.reports.page import to_html
 from distill.reports.statistics import family_level
 from distill.reports.text import to_markdown, to_text
@@ -116,6 +116,17 @@ def test_an_arm_that_is_worse_than_the_teachers_answers_alone_is_worse(make_run:
     assert re.search(r"Against the teacher's answers alone: -14.0 points \[-\d+.\d, -\d+.\d\], worse", soft.sentence)
     assert conclude(summary).headline == "Distillation helped."  # by the teacher's answers as labels
     assert "1 worse than the teacher's answers alone" in " ".join(conclude(summary).sentences)
+
+
+@pytest.mark.parametrize(("validation", "expected"), [((0.9, 0.8), "kl"), ((None, 0.8), "rationale")])
+def test_the_arm_to_prefer_is_chosen_on_validation_if_all_arms_have_it(
+    make_run: Make, validation: tuple[float | None, float], expected: str
+) -> None:
+    sides = zip(("kl", "rationale"), (0.80, 0.82), validation, strict=True)
+    folders = [make_run((loss,), p, student={"validation_accuracy": value}) for loss, p, value in sides]
+    best = best_verdict(summary_of(make_run(("answer",), 0.6), *folders).verdicts)
+    assert best is not None
+    assert best.arm.name == expected
 
 
 def test_comparisons_with_labels_and_with_hard_labels_are_one_family(make_run: Make) -> None:

@@ -127,6 +127,7 @@ def test_an_answer_in_the_question_is_not_read_as_the_models(tmp_path: Path) -> 
     example = Example("How many?\nReason: It is so.\nAnswer: 42\n\nAnswer: 42</s>\n42", "42")
     teacher = CausalLMTeacher(
         folder=folder,
+        hashes=tmp_path,
         prompts=prompts,
         task=task,
         calibration=Calibration(0, ()),

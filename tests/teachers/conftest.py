@@ -80,6 +80,7 @@ def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settin
     """A teacher for `Verbs` with dense soft targets, not loaded."""
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     settings = {
+        "hashes": folder.parent / "hashes",
         "task": Verbs(),
         "codec": Dense(),
         "calibration": Calibration(len(calibration), calibration),

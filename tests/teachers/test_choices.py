@@ -208,5 +208,5 @@ def test_a_damaged_calibration_is_refused(damage: str, calibrated: Any) -> None:
 def test_the_fingerprint_has_the_number_of_calibration_questions_and_not_which(calibrated: Any) -> None:
     few, many = (open_annotation_job(calibrated(number)).teacher for number in (8, 16))
     assert few.fingerprint() == many.fingerprint()
-    assert few.fingerprint()["calibrate"] == 20
+    assert few.fingerprint()["calibration"] == 20
     assert [e.answer for e in few._calibration.questions] == [None] * 10

@@ -88,12 +88,13 @@ class SevensTask:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_rationale_and_following_answer_have_targets_at_their_positions(
-    shots: int, prompts: Prompts, teacher_folder: Path
+    shots: int, prompts: Prompts, teacher_folder: Path, tmp_path: Path
 ) -> None:
     few_shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     teacher = kind(
         folder=teacher_folder,
+        hashes=tmp_path,
         prompts=few_shot_prompts,
         codec=Dense(),
         task=SevensTask(),
@@ -118,10 +119,12 @@ def test_rationale_and_following_answer_have_targets_at_their_positions(
     assert max(map(abs, losses["kl"] + losses["rationale_kl"])) < 1e-5
 
 
-def test_evaluation_measures_zero_kl_for_the_teacher_itself(prompts: Prompts, teacher_folder: Path) -> None:
+def test_evaluation_measures_zero_kl_for_the_teacher_itself(
+    prompts: Prompts, teacher_folder: Path, tmp_path: Path
+) -> None:
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     settings = {"codec": Dense(), "task": SevensTask(), "calibration": Calibration(0, ()), "max_new_tokens": 6}
-    teacher, questions = kind(folder=teacher_folder, prompts=prompts, **settings), examples(18)
+    teacher, questions = kind(folder=teacher_folder, hashes=tmp_path, prompts=prompts, **settings), examples(18)
     teacher.load()
     annotations = teacher.annotate([prompts.request(example, "answer") for example in questions])
     annotation_by_id = {example.id: annotation for example, annotation in zip(questions, annotations, strict=True)}
