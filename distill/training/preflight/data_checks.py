@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from distill.lessons.join import Lesson, TrainingSequence
+from distill.models.body import max_positions
 from distill.prompts.pieces import same_text
 from distill.records import SPANS, Batch, Prompt, Span
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain_prompts, spans_of
@@ -42,33 +41,22 @@ def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[F
 
 
 def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
-    """A model has no positions behind its last one, and with a window it does not see the beginning of a text."""
-    limits = _limits(inputs.module.model)
+    """The model has a position for every token of the longest text."""
+    limit = max_positions(inputs.module.model.config)
     longest = max(
         len(prompt.ids)
         for lesson in inputs.lessons
         for sequence in lesson.sequences
         for prompt in plain_prompts(sequence)
     )
-    listed = ", ".join(f"{name} {limit}" for name, limit in limits.items()) or "no limit"
     yield Finding(
         "length",
-        all(longest <= limit for limit in limits.values()),
+        limit is None or longest <= limit,
         f"the longest text has {longest} tokens",
-        f"at most {listed}",
-        "The student cannot read its longest texts: lower prompt.max_length, or choose a student for longer texts",
+        "no limit" if limit is None else f"<= {limit} positions",
+        "The student cannot read its longest texts: lower prompt.max_length, or choose a student of more positions",
         True,
     )
-
-
-def _limits(model: Any) -> dict[str, int]:
-    """Return the limits of the length of a text by the name of the setting in the model's configuration."""
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = {"max_position_embeddings": positions, "sliding_window": min(windows, default=None)}
-    return {name: limit for name, limit in limits.items() if isinstance(limit, int)}
 
 
 def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
