@@ -167,6 +167,7 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
+        rows=training.curriculum.rows,
         read=training.curriculum.read,
         annotation=(job.soft_annotation_job or job.annotation_job).store.read,
         has_second_teacher=job.soft_annotation_job is not None,

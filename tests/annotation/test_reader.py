@@ -21,7 +21,12 @@ from distill.tasks.files import AnswerFormat
 from tests.conftest import compose, counted, tiny_overrides
 from tests.teachers.conftest import Verbs
 
-TEXTS = {"Which sum?": "It is 48 for two, so 72.", "Which word?": "none at all", "What else?": "", "How many?": "7 of 9"}
+TEXTS = {
+    "Which sum?": "It is 48 for two, so 72.",
+    "Which word?": "none at all",
+    "What else?": "",
+    "How many?": "7 of 9",
+}
 
 
 class Writer:
