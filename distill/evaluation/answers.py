@@ -19,6 +19,7 @@ from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
 from distill.evaluation.metrics import Prediction, score
 from distill.lessons.join import AnswerMode
+from distill.lessons.loader import BatchLimit
 from distill.losses.forward_kl import ForwardKL
 from distill.models.body import Way
 from distill.models.placement import on_device
@@ -28,7 +29,7 @@ from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.saving import size_bytes
 from distill.tasks import Task, is_right, readable_answer
 
-_BATCH_SIZE = 32
+_DEFAULT_LIMIT = BatchLimit(32)
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
 
 
@@ -36,8 +37,17 @@ _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
 class Evaluation:
     """One model on one task, in one answer mode."""
 
-    def __init__(self, model: Any, prompts: Prompts, task: Task, mode: AnswerMode, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        task: Task,
+        mode: AnswerMode,
+        max_new_tokens: int,
+        limit: BatchLimit = _DEFAULT_LIMIT,
+    ) -> None:
         """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
+        self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span: Span = "answer" if mode == "direct" else "rationale"
         self._choices = prompts.choice_ids(task.choices)
@@ -62,9 +72,9 @@ class Evaluation:
         dropped = [index for index in range(len(examples)) if index not in questions]
         results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
-        order = sorted(questions, key=lambda index: len(questions[index]))
-        for start in range(0, len(order), _BATCH_SIZE):
-            indices = order[start : start + _BATCH_SIZE]
+        order, room = list(questions), self._max_answer_tokens
+        for places in self._limit.batches([len(questions[index]) + room for index in order]):
+            indices = [order[place] for place in places]
             batch = [examples[index] for index in indices]
             annotations = [teacher.get(example.id) for example in batch]
             predictions = self._predict(reader, batch, [questions[index] for index in indices], annotations)
@@ -77,10 +87,14 @@ class Evaluation:
         questions = self._questions(examples, "rationale")
         if not questions:
             return [""] * len(examples)
+        order, texts = list(questions), dict[int, str]()
         with on_device(self._model):
-            reading = self._reader("rationale").read(list(questions.values()))
-            written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-        texts = dict(zip(questions, (self._prompts.split_reply(ids).rationale for ids in written), strict=True))
+            reader = self._reader("rationale")
+            for places in self._limit.batches([len(questions[index]) + self._max_new_tokens for index in order]):
+                indices = [order[place] for place in places]
+                reading = reader.read([questions[index] for index in indices])
+                written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+                texts |= zip(indices, (self._prompts.split_reply(ids).rationale for ids in written), strict=True)
         return [texts.get(index, "") for index in range(len(examples))]
 
     def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
@@ -97,7 +111,7 @@ class Evaluation:
 
     def with_model(self, model: Any) -> Evaluation:
         """Return the same evaluation with another model."""
-        return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens)
+        return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens, self._limit)
 
     @property
     def model(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def text_ids(tokenizer: Any, contexts: list[str], text: str) -> list[int]:
+def text_ids(tokenizer: Any, contexts: Sequence[str], text: str) -> list[int]:
     """Token ids of a text within the prompt. Tokenizers that change the start of a text get it after a context."""
-    for context in contexts or [""]:
+    for context in contexts or ("",):
         before, ids = (_ids(tokenizer, part) for part in (context, context + text))
         if ids[: len(before)] == before:
             return ids[len(before) :]

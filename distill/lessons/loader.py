@@ -86,6 +86,25 @@ def check_batch_size(batch_size: int, num_microbatches: int, world_size: int) ->
 
 
 @dataclass(frozen=True)
+class BatchLimit:
+    """The largest batch of one forward pass: a number of examples, or of tokens including padding."""
+
+    size: int
+    unit: BatchUnit = "examples"
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Cut the indices of texts, sorted by length, into batches within the limit, of at least one text each."""
+        batches: list[list[int]] = []
+        for index in np.argsort(lengths, kind="stable").tolist():
+            number = len(batches[-1]) + 1 if batches else 1
+            is_full = number * (lengths[index] if self.unit == "tokens" else 1) > self.size
+            if is_full or not batches:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """Indices of the lessons of one forward pass, and the counts of their whole step."""
 
@@ -248,10 +267,9 @@ class DistillData(lightning.LightningDataModule):
         return self._loader(self._train, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        order = np.argsort([lesson.num_tokens for lesson in self._validation], kind="stable")
-        indices = np.array_split(order, max(1, len(order) // 32))
-        batches = [Microbatch(tuple(chunk.tolist()), {}) for chunk in indices]
-        return self._loader(self._validation, batches)
+        lengths = [lesson.num_tokens for lesson in self._validation]
+        batches = BatchLimit(self._microbatch_size, self._batch_unit).batches(lengths)
+        return self._loader(self._validation, [Microbatch(tuple(batch), {}) for batch in batches])
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
         # The dataset returns whole batches, so the loader has nothing to collate.

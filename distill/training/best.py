@@ -53,7 +53,7 @@ class BestValidation(Callback):
 
     def __init__(self, measure: Measure, *, keeps_weights: bool) -> None:
         """With `keeps_weights`, a copy of the trained weights stays in the memory of the host."""
-        self._measure, self._keeps_weights = measure, keeps_weights
+        self._measure, self.keeps_weights = measure, keeps_weights
         self.step: int | None = None
         self.value: float | None = None
         self.last_value = math.nan
@@ -77,12 +77,12 @@ class BestValidation(Callback):
         self.last_value = float(trainer.strategy.broadcast(float(measured)))
         if self._measure.is_better(self.last_value, self.value):
             self.step, self.value = trainer.global_step, self.last_value
-            if self._keeps_weights:
+            if self.keeps_weights:
                 self.weights = _trained(pl_module)
 
     def facts(self, steps: int) -> dict[str, Any]:
         """Return what run.json says about the `steps` of a run."""
-        kept = self.step if self._keeps_weights and self.step is not None else steps
+        kept = self.step if self.keeps_weights and self.step is not None else steps
         best = {"best_step": self.step, "metric": self._measure.metric, "best": self.value}
         return {"steps": steps, "kept_step": kept, **best}
 
@@ -90,9 +90,9 @@ class BestValidation(Callback):
         """Say which step is kept, or that an earlier one was clearly better on validation."""
         metric, value = self._measure.metric, self.value
         if value is None:
-            return f"no validation had a finite {metric}; the last student is kept" if self._keeps_weights else None
+            return f"no validation had a finite {metric}; the last student is kept" if self.keeps_weights else None
         found = f"{metric} {value:.4g}, {self.last_value:.4g} at the last validation"
-        if self._keeps_weights:
+        if self.keeps_weights:
             return f"keeping the student of step {self.step} of {steps}, the best on validation: {found}"
         is_worse = abs(self.last_value - value) > _CLEARLY * abs(value)
         return f"validation was best at step {self.step} of {steps}: {found}; keep=best keeps it" if is_worse else None

@@ -22,7 +22,7 @@ from distill.training.module import SMALLER_STEPS, NonFiniteLossError, nonfinite
 
 Identity = Mapping[str, Any]
 _STOPPED = "stopped_early"  # key in a checkpoint
-_NUM_KEPT = 2  # the newest one and a fallback
+NUM_KEPT = 2  # the newest one and a fallback
 
 
 @final
@@ -140,7 +140,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             with atomic_write(_seal(path)) as temporary:
                 temporary.write_text(json.dumps({"sha256": sha256(path), "identity": dict(self._identity)}, indent=1))
-            for old in sorted(self._folder.glob("step-*.ckpt"))[:-_NUM_KEPT]:
+            for old in sorted(self._folder.glob("step-*.ckpt"))[:-NUM_KEPT]:
                 _seal(old).unlink(missing_ok=True)
                 old.unlink()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -24,6 +25,7 @@ from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
 from distill.lessons.loader import Arrangement, DistillData
+from distill.prompts.vocabularies import Pairing
 from distill.records import Span
 from distill.students.causal_lm import open_student, weights_hash
 from distill.training.best import BestValidation, measure_of
@@ -163,27 +165,42 @@ def stop_on_failures(findings: Sequence[Finding]) -> None:
 def preflight_input(job: Job, training: Training) -> PreflightInput:
     """Collect what preflight and the forecast inspect."""
     config, trainer = job.config, training.trainer
+    store = (job.soft_annotation_job or job.annotation_job).store
     return PreflightInput(
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
         rows=training.curriculum.rows,
         read=training.curriculum.read,
-        annotation=(job.soft_annotation_job or job.annotation_job).store.read,
+        annotation=lambda key: (job.pairing or Pairing()).annotation(store.read(key)),
         has_second_teacher=job.soft_annotation_job is not None,
         question=lambda id_: next(e.question for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,
+        open_uncut=_uncut(job),
         make_optimizer=configuration.build(config.optim.optimizer),
         batch_size=config.batch_size,
         microbatch_size=config.microbatch_size,
         batch_unit=config.batch_unit,
         num_steps=config.trainer.max_steps,
+        checkpoint_every=config.checkpoint_every,
+        is_averaged=any(isinstance(part, WeightAveraging) for part in trainer.callbacks),  # type: ignore[attr-defined]
+        keeps_best=training.best.keeps_weights,
         num_devices=trainer.world_size,
         run_dir=job.run_dir,
         device=trainer.strategy.root_device,
         precision=trainer.precision_plugin.forward_context,
+    )
+
+
+def _uncut(job: Job) -> Callable[[], Any] | None:
+    """Return how to open the model that the student was cut from, if it has trained weights and more layers."""
+    settings = job.config.student
+    if settings.keep_layers is None or settings.from_scratch:
+        return None
+    return lambda: open_student(
+        job.student_folder, keep_layers=None, freeze=[], from_scratch=False, lora=None, gradient_checkpointing=False
     )
 
 

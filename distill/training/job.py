@@ -27,6 +27,8 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
+from distill.lessons.loader import BatchLimit
+from distill.models.reading import check_student_reading
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -169,9 +171,9 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
-    evaluation = Evaluation(
-        student, job.prompts, job.annotation_job.task, job.config.task.answer_mode, job.config.max_new_tokens
-    )
+    limit = BatchLimit(job.config.microbatch_size, job.config.batch_unit)
+    mode = job.config.task.answer_mode, job.config.max_new_tokens
+    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
@@ -186,11 +188,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
 
 def _check_student(job: Job) -> None:
-    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, read, or saved and reopened."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
         try:
-            _save(job, open_job_student(job), Path(folder) / "student")
+            saved = _save(job, open_job_student(job), Path(folder) / "student")
+            check_student_reading(saved.model.eval(), job.prompts.vocabulary_size)
         except SavedStudentError as error:
             raise ConfigError(str(error)) from None
 
@@ -209,9 +212,9 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
         soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
-    if not job.is_vocabulary_shared:
-        teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
-    return teacher
+    if job.pairing is None:
+        return {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
+    return {key: job.pairing.annotation(annotation) for key, annotation in teacher.items()}
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:

@@ -191,24 +191,25 @@ def with_reasoning(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "why"),
+    ("damage", "why", "example"),
     [
-        (without_predictions, "predictions.jsonl is missing"),
-        (with_a_removed_task, "does not exist"),
-        (without_answer_mode, "answer_mode"),
-        (with_reasoning, "reasons before it answers"),
+        (without_predictions, "predictions.jsonl is missing", False),
+        (with_a_removed_task, "does not exist", False),
+        (without_answer_mode, "answer_mode", False),
+        (with_reasoning, "reasons before it answers", True),
     ],
 )
 def test_a_student_is_exported_even_without_a_task(
-    damage: Callable[[Path], None], why: str, run_folder: Path, tmp_path: Path
+    damage: Callable[[Path], None], why: str, example: bool, run_folder: Path, tmp_path: Path
 ) -> None:
     damage(run_folder)
-    message = export(run_folder, tmp_path / "out")
-    assert message.startswith("no lm-eval task: ")
-    assert why in message
-    assert "\n" not in message
+    about_example, about_task = export(run_folder, tmp_path / "out").splitlines()
+    assert about_task.startswith("no lm-eval task: ")
+    assert why in about_task
+    assert about_example.startswith("answers with transformers alone" if example else "no example: ")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in (run_folder / "student").iterdir()} | {"README.md"}
+    made = {"README.md", "prompt.json", "example.py"} if example else {"README.md"}
+    assert names == {path.name for path in (run_folder / "student").iterdir()} | made
     assert "lm_eval" not in (tmp_path / "out" / "README.md").read_text()
 
 

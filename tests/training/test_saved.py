@@ -59,11 +59,20 @@ def test_the_figures_are_those_of_the_student_on_disk(
         return predictions
 
     monkeypatch.setattr(Evaluation, "predict", kept)
+    trained: list[Any] = []
+    fit = training_job.fit
+
+    def keep_trained(job: Job, training: Any) -> float:
+        trained.append(training.module.model)
+        return fit(job, training)
+
+    monkeypatch.setattr(training_job, "fit", keep_trained)
     facts, results = distilled(job)
     assert facts["saved"]["dtype"] == dtype
     assert (facts["saved"]["rounding"] == 0) == (dtype == "float32")
     test = job.annotation_job.splits.test
     [(model, _, predictions)] = [measured for measured in evaluated if measured[1] is test]
+    assert model is not trained[0]
     on_disk = AutoModelForCausalLM.from_pretrained(job.run_dir / "student", dtype=torch.float32).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, on_disk[name]), name

@@ -28,7 +28,7 @@ from tests.training.preflight.conftest import failed_checks, findings_by_check, 
 def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
     findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
-    assert len(findings) == 20
+    assert len(findings) == 21
 
 
 def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
