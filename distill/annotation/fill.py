@@ -27,6 +27,7 @@ from distill.app.progress import progress
 from distill.cache.store import Store, Writer, nearest_difference
 from distill.errors import PreemptedError
 from distill.models import placement
+from distill.models.body import check_length
 from distill.records import SPANS, Example, FilteredRationale, Group, Request, Span
 from distill.teachers import Teacher
 
@@ -104,6 +105,7 @@ def loaded(teacher: Teacher) -> Iterator[nn.Module]:
 def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
     start = time.monotonic()
     with loaded(job.teacher) as model:
+        check_length(model, _longest(job, _requests_of(groups)))
         record_cost = partial(_record_cost, writer, sum(p.numel() for p in model.parameters()), start)
         del model  # the teacher alone keeps it
         module = TeacherModule(job.teacher, job.batch_size)
@@ -116,6 +118,11 @@ def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_d
         except (KeyboardInterrupt, PreemptedError):  # record the cost so far
             record_cost(None)
             raise
+
+
+def _longest(job: AnnotationJob, requests: Sequence[Request]) -> int:
+    """Number of tokens of the longest text that the teacher will be given, with its demonstrations."""
+    return max(len(job.prompts.prefix(r.span)) + len(r.question_ids) + len(r.given_ids) for r in requests)
 
 
 def _annotate_spans(

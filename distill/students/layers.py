@@ -169,6 +169,7 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
             f"{len(missing)} weights are missing and {len(unused)} unused, such as {[*missing, *unused][0]}"
         )
     rebuilt.generation_config = model.generation_config
+    rebuilt.base_model_prefix = model.base_model_prefix  # that of some families is set when they are opened
     rebuilt.train(model.training)
     return rebuilt
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +60,8 @@ def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
         "length",
         limit is None or longest <= limit,
         f"the longest text has {longest} tokens",
-        "no limit" if limit is None else f"<= {limit} positions",
-        "The student cannot read its longest texts: lower prompt.max_length, or choose a student of more positions",
+        "no limit" if limit is None else f"at most {limit} positions",
+        "The student cannot read its longest texts: lower prompt.max_length, or choose a student for longer texts",
         True,
     )
 

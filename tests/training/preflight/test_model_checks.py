@@ -58,17 +58,20 @@ def test_a_wrong_tokenizer_is_a_warning_at_once(valid_input: PreflightInput) -> 
     assert findings_by_check(valid_input)["loss at start"].passed is False
 
 
-@pytest.mark.parametrize("room", [0, -1])
-def test_texts_with_more_tokens_than_the_student_has_positions_stop_the_run(
-    room: int, valid_input: PreflightInput
-) -> None:
-    prompts = [p for lesson in valid_input.lessons for sequence in lesson.sequences for p in plain_prompts(sequence)]
-    longest = max(len(prompt.ids) for prompt in prompts)
-    valid_input.module.model.config.max_position_embeddings = longest + room
-    (finding,) = _length(valid_input, [])
-    assert finding.stops == (room < 0)
-    assert finding.found == f"the longest text has {longest} tokens"
-    assert finding.expected == f"<= {longest + room} positions"
+@pytest.mark.parametrize("limit", [0, -1])
+def test_texts_longer_than_the_positions_of_the_student_stop_the_run(limit: int, valid_input: PreflightInput) -> None:
+    """An attention window is no limit: a student reads longer texts with it, in training and when it is evaluated."""
+    longest = max(
+        len(prompt.ids)
+        for lesson in valid_input.lessons
+        for sequence in lesson.sequences
+        for prompt in plain_prompts(sequence)
+    )
+    valid_input.module.model.config.update({"max_position_embeddings": longest + limit, "sliding_window": 4})
+    finding = next(iter(_length(valid_input, [])))
+    assert (finding.passed, finding.stops) == (limit == 0, limit != 0)
+    assert finding.expected == f"at most {longest + limit} positions"
+    assert f"{longest} tokens" in finding.found
 
 
 def test_an_untrained_student_starts_near_the_uniform_loss(valid_input: PreflightInput) -> None:
