@@ -30,11 +30,12 @@ from benchmarks.material import Workload
 from benchmarks.measure import Row, medians, save
 from benchmarks.pairs import optimizer_step, total_loss
 from distill.annotation.annotation_job import AnnotationJob
+from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import group_requests
 from distill.cache import Codec
 from distill.cache.store import Store
 from distill.lessons.collate import collate, entries
-from distill.lessons.join import AnnotationReader, Join
+from distill.lessons.join import Join
 from distill.lessons.loader import StepSampler
 from distill.models.reading import PrefixedReader
 from distill.records import Annotation, Example, Request, SoftTargets, Target
@@ -262,7 +263,7 @@ def data_wait(source: AnnotationJob, store: Store, requests: Sequence[Request], 
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
-    join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span), **settings)
+    join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span, source.task, prompts), **settings)
     lessons = join.lessons([request.example for request in requests])
     sampler = StepSampler(
         lessons, batch_size=config.batch_size, batch_unit="examples", num_microbatches=1, num_steps=20, seed=0

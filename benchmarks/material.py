@@ -26,6 +26,7 @@ from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Layout, Prompts
 from distill.records import Example, Request, Span, Splits
 from distill.students.causal_lm import open_student
+from distill.teachers import Calibration
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.training.module import StudentModule
 
@@ -163,9 +164,10 @@ def _workload(
     cache_codec = codec(cache)
     teacher = CausalLMTeacher(
         folder=source.folder,
+        hashes=source.store.folder,
         prompts=prompts,
         task=Solutions(),
-        calibration=(),
+        calibration=Calibration(0, ()),
         codec=cache_codec,
         constrain=False,
         dtype="auto",

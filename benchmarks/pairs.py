@@ -23,14 +23,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import material
 from benchmarks.measure import Variant
+from distill.annotation.reader import AnnotationReader
 from distill.app import config as configuration
 from distill.app.progress import progress
 from distill.cache.store import Store
 from distill.lessons.collate import collate
-from distill.lessons.join import AnnotationReader, Join, Lesson, TrainingSequence
+from distill.lessons.join import Join, Lesson, TrainingSequence
 from distill.lessons.loader import StepSampler
 from distill.losses.head import head_loss
-from distill.models.loading import native_dtype
+from distill.models.placement import native_dtype
 from distill.prompts.cues import Layout, Prompts
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.training.module import StudentModule
@@ -149,7 +150,11 @@ def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Seq
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
-    join = Join(prompts=wide_prompts, teacher=AnnotationReader(store, by_example_and_span), **settings)
+    join = Join(
+        prompts=wide_prompts,
+        teacher=AnnotationReader(store, by_example_and_span, material.Solutions(), prompts),
+        **settings,
+    )
     return join.lessons([request.example for request in requests])
 
 

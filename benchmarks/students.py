@@ -51,7 +51,7 @@ from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import head_loss
-from distill.models import loading, naming
+from distill.models import loading, naming, placement
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Batch, Prompt, SoftTargets, SoftTargetsKey, Span, content_id
 from distill.reports.statistics import calibration_error
@@ -384,7 +384,7 @@ def _hidden(module: StudentModule, batch: Batch) -> Float[Tensor, "N H"]:
 
 def _precision() -> torch.autocast:
     """Autocast to bfloat16 where the machine is fast in it; heads compute in float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=loading.native_dtype() == torch.bfloat16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=placement.native_dtype() == torch.bfloat16)
 
 
 def _log(text: str) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +25,14 @@ from distill.errors import CacheError
 
 Span = Literal["answer", "rationale"]
 SPANS: tuple[Span, ...] = ("answer", "rationale")
+SPLITS = ("train", "validation", "test")
 SoftTargetsKey = tuple[str, Span]  # identifies stored soft targets: the key of their request, and the span
+AnswerDefect = Literal["unmatched", "empty", "truncated", "unreadable"]
 RejectionReason = Literal[
     "disagrees",
     "outvoted",
+    "no reference",
+    "unmatched",
     "unreadable",
     "truncated",
     "empty",
@@ -44,23 +49,40 @@ _ROUNDING = 1e-4  # a sum of float32 probabilities may exceed 1 by this much
 
 
 def content_id(text: str) -> str:
-    """Hash a text, ignoring case, spacing and Unicode form; 32 hexadecimal digits."""
-    normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.blake2b(normalized.encode(), digest_size=16).hexdigest()
+    """Hash a text, ignoring only its outer spaces and whether letters are composed; 32 hexadecimal digits."""
+    return _digest(unicodedata.normalize("NFC", text).strip())
+
+
+def folded_id(text: str) -> str:
+    """Hash a text, ignoring case, all spacing and compatibility forms: near duplicates in prose, not the same text."""
+    return _digest(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question of a task with its gold `answer` and `rationale`, None where unlabelled."""
+    """A question of a task with its gold `answer` and `rationale`, None where unlabelled.
+
+    A student is trained on `answer`; in evaluation the other `accepted` answers are right as well.
+    """
 
     question: str
     answer: str | None = None
     rationale: str | None = None
+    accepted: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Content hash of the question: equal questions have equal ids in every split and task."""
         return content_id(self.question)
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """All answers that are right; empty if unlabelled."""
+        return () if self.answer is None else (self.answer, *self.accepted)
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,10 @@ class RowCounts:
         if self.read != sum(self.lost.values()) + self.kept:
             raise ValueError(f"{self.read} rows were read, but {self.kept} kept and {dict(self.lost)} left out")
 
+    def less(self, reason: str, number: int) -> RowCounts:
+        """Leave out `number` more rows for this reason."""
+        return self.then(RowCounts(self.kept, {reason: number} if number else {}, self.kept - number))
+
     def then(self, later: RowCounts) -> RowCounts:
         """Join with the counts of a later stage, which read the rows that this one kept."""
         if later.read != self.kept:
@@ -86,29 +112,52 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's examples, disjoint by content; labelled train examples come first."""
+    """A task's examples, disjoint by content; labelled train examples come first.
+
+    `counts` says by split what became of the rows that were read. Rows of a file from which several splits are drawn
+    are counted in the split that they were drawn for.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, RowCounts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the counts; splits without counts have lost no row."""
+        sizes = {name: len(getattr(self, name)) for name in SPLITS}
+        if not self.counts:
+            object.__setattr__(self, "counts", {name: RowCounts(size, {}, size) for name, size in sizes.items()})
+        if sizes != (kept := {name: counts.kept for name, counts in self.counts.items()}):
+            raise ValueError(f"the splits have {sizes} examples, but their counts say {kept}")
 
     @classmethod
-    def disjoint(cls, train: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]) -> Splits:
-        """Drop examples from train and validation that a later split contains; count the dropped ones by split."""
-        dropped: dict[str, int] = {}
-        seen: set[str] = set()
+    def disjoint(
+        cls,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        test: Sequence[Example],
+        *,
+        counts: Mapping[str, RowCounts] | None = None,
+    ) -> Splits:
+        """Keep each question once, in the last split that has it, and count the rows that are left out.
+
+        `counts` are those of an earlier stage, which kept these examples.
+        """
         kept: dict[str, tuple[Example, ...]] = {}
+        joined: dict[str, RowCounts] = {}
+        later: dict[str, Example] = {}
         for name, examples in (("test", test), ("validation", validation), ("train", train)):
-            new: list[Example] = []
-            for example in examples:
-                if example.id not in seen:
-                    seen.add(example.id)
-                    new.append(example)
-            kept[name] = tuple(new)
-            if len(new) < len(examples):
-                dropped[name] = len(examples) - len(new)
-        return cls(kept["train"], kept["validation"], kept["test"], dropped)
+            others = [example for example in examples if example.id not in later]
+            own: dict[str, Example] = {}
+            for example in others:
+                own.setdefault(example.id, example)
+            kept[name] = tuple(own.values())
+            read = counts[name] if counts else RowCounts(len(examples), {}, len(examples))
+            elsewhere = read.less("in another split", len(examples) - len(others))
+            joined[name] = elsewhere.less("repeated", len(others) - len(own))
+            later |= own
+        return cls(kept["train"], kept["validation"], kept["test"], {name: joined[name] for name in SPLITS})
 
 
 @dataclass(frozen=True)
@@ -292,7 +341,9 @@ class Annotation:
     """The teacher's output for one request, unfiltered.
 
     `answer` is in canonical form, or None if the text contains no answer; after a rationale it is the answer that
-    the reasoning led to. `choice_logprobs` are those of a task's fixed choices, in their order.
+    the reasoning led to. `text` is what the teacher wrote as its answer, unread; None where it wrote none: it chose one
+    of a task's choices, or only scored a given text. `choice_logprobs` are those of a task's fixed choices, in their
+    order. `is_truncated`: the token limit ended the text, so its answer may be cut off.
     """
 
     key: str
@@ -302,6 +353,24 @@ class Annotation:
     is_sampled: bool = False
     is_truncated: bool = False
     choice_logprobs: tuple[float, ...] = ()
+    text: str | None = None
+
+    @property
+    def defect(self) -> AnswerDefect | None:
+        """Why the answer, or the rationale with its answer, cannot be learned; None if it can."""
+        if self.text is None and self.rationale is None:
+            return "unmatched" if self.answer is None else None
+        words = self.text if self.rationale is None else self.rationale
+        if not (words or "").strip():
+            return "empty"
+        if self.is_truncated:
+            return "truncated"
+        return "unreadable" if self.answer is None else None
+
+    @property
+    def whole_answer(self) -> str | None:
+        """The answer, None if the text that it was read from was cut off."""
+        return None if self.is_truncated else self.answer
 
     @property
     def choice_probabilities(self) -> tuple[float, ...]:

@@ -252,6 +252,9 @@ class CountingTeacher:
     def fingerprint(self) -> dict[str, Any]:
         return self._teacher.fingerprint()
 
+    def backend(self) -> dict[str, str]:
+        return self._teacher.backend()
+
     def load(self) -> nn.Module:
         self.num_loads += 1
         return self._teacher.load()
@@ -328,7 +331,7 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
 @functools.cache
 def objectives(*names: str) -> dict[str, Objective]:
     """Build the named losses of conf/loss/; without names, all of them."""
-    nodes = compose(f"loss=[{','.join(names or conf_names('loss'))}]").loss
+    nodes = compose("task=arithmetic", f"loss=[{','.join(names or conf_names('loss'))}]").loss
     return {name: configuration.build(node) for name, node in nodes.items()}
 
 

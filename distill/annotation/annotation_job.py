@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from distill.annotation.rationales import RationaleFilter
+from distill.annotation.reader import AnnotationReader
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import is_url
@@ -19,10 +20,10 @@ from distill.cache.store import Store, drop_shard, fingerprint_digest
 from distill.errors import ConfigError
 from distill.models import loading, naming
 from distill.prompts.cues import Prompts, build_prompts
-from distill.records import Example, Splits
+from distill.records import Example, Request, Span, Splits
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screen_splits
-from distill.teachers import Teacher
+from distill.teachers import Calibration, Teacher
 
 # In characters. A folder name has at most 255 bytes; a task's name takes up to four bytes per character, a URL one.
 _MAX_TASK_NAME, _MAX_URL = 60, 200
@@ -47,6 +48,10 @@ class AnnotationJob:
     num_rationales: int
     rationales_each: int
 
+    def reader(self, requests: Mapping[tuple[str, Span], Request]) -> AnnotationReader:
+        """Return a reader of these requests' records."""
+        return AnnotationReader(self.store, requests, self.task, self.prompts)
+
 
 def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> AnnotationJob:
     """Build the parts that the configuration names, and open the cache; raises ConfigError or CacheError."""
@@ -65,24 +70,36 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     build_teacher = partial(
         configuration.build(settings.kind),
         folder=folder,
+        hashes=root / "hashes",
         prompts=prompts,
         task=task,
-        calibration=[Example(example.question) for example in splits.train[: settings.calibrate]],
     )
-    teacher: Teacher = build_teacher(codec=codec)
+    calibration = Calibration(
+        settings.calibrate, [Example(example.question) for example in splits.train[: settings.calibrate]]
+    )
+    teacher: Teacher = build_teacher(codec=codec, calibration=calibration)
     fingerprint = {
-        "task": {"name": config.task.name, "version": task.version},
+        "task": config.task.name,
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
     }
     cache_dir, url = cache_location(config, root, fingerprint, name)
     if config.get("rebuild"):
         drop_shard(cache_dir, str(config.rebuild), url=url)
-    store = Store(cache_dir, fingerprint, codec, url=url)
+    accepted = _accepted(config.cache.accept)
+    store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
+    build_teacher = partial(build_teacher, calibration=replace(calibration, recall=store.recall))
+    teacher = build_teacher(codec=codec)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
     parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
     return AnnotationJob(*parts, *sizes)
+
+
+def _accepted(setting: str | None) -> bool:
+    if setting not in (None, "backend"):
+        raise ConfigError(f"cache.accept={setting}: expected null or backend")
+    return setting == "backend"
 
 
 def cache_location(config: Config, root: Path, fingerprint: Mapping[str, Any], teacher: str) -> tuple[Path, str | None]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import lightning
@@ -24,6 +25,7 @@ from distill.app.machine import median_milliseconds
 from distill.app.progress import progress
 from distill.cache.store import Store, Writer, nearest_difference
 from distill.errors import PreemptedError
+from distill.models import placement
 from distill.records import SPANS, Example, FilteredRationale, Group, Request, Span
 from distill.teachers import Teacher
 
@@ -70,60 +72,65 @@ def fill(
 
 
 def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[FilteredRationale]:
-    """Filter the teacher's rationales of train examples; a rejected rationale has the reason."""
-    store = job.store
+    """Filter the teacher's rationales of train examples; a rejected rationale has the reason.
+
+    The annotations of the result have no targets: soft targets stay in the cache.
+    """
+    store, reader = job.store, job.reader(filled.requests)
     examples = [example for example in job.splits.train if example.id in filled.samples]
-    samples = {e.id: [store.read(r.key) for r in filled.samples[e.id] if r.key in store] for e in examples}
+    samples = {e.id: [reader.words(r.key) for r in filled.samples[e.id] if r.key in store] for e in examples}
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
-    direct = {id_: store.read(r.key).answer for id_, r in answer_requests.items() if r and r.key in store}
+    direct = {id_: reader.words(r.key).whole_answer for id_, r in answer_requests.items() if r and r.key in store}
     direct_answers = {id_: answer for id_, answer in direct.items() if answer is not None}
-    rationales = filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
-    # No rationale agrees with a direct answer that cannot be read.
-    compared = {rationale.example_id for rationale in rationales}
-    unreadable = [id_ for id_ in samples if id_ not in compared and id_ in direct]
-    return [
-        *rationales,
-        *(FilteredRationale(id_, a, "teacher", "disagrees") for id_ in unreadable for a in samples[id_]),
-    ]
+    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
 
 
 @contextmanager
 def loaded(teacher: Teacher) -> Iterator[nn.Module]:
-    """Keep the teacher's model in memory inside the block."""
+    """Keep the teacher's model in memory, on its device, inside the block."""
+    model = teacher.load()
     try:
-        yield teacher.load()
+        yield placement.place(model)
     finally:
+        del model
         teacher.close()
+        placement.release()
 
 
 def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
     start = time.monotonic()
-    module = TeacherModule(job.teacher, job.batch_size)
-    try:
-        for span in SPANS:
-            of_span = [group for group in groups if group.requests[0].span == span]
-            num_missing = len(job.store.missing(_requests_of(of_span)))
-            if num_missing:
-                bar = progress(f"{span}s", num_missing)
-                _predict(module, _UnclaimedGroups(job.store, of_span), [_WriteGroups(writer), bar], num_devices)
-        _complete_claimed(job.store, groups, module, writer)
-        answers = [request for request in _requests_of(groups) if request.span == "answer"][:_NUM_LATENCY_REQUESTS]
-        annotate_one = {"teacher": lambda request: job.teacher.annotate([request])}
-        milliseconds = median_milliseconds(annotate_one, answers if writer.num_written else [])["teacher"]
-        _record_cost(writer, module, start, milliseconds)
-    except (KeyboardInterrupt, PreemptedError):  # record the cost so far
-        _record_cost(writer, module, start, None)
-        raise
-    finally:
-        job.teacher.close()
+    with loaded(job.teacher) as model:
+        record_cost = partial(_record_cost, writer, sum(p.numel() for p in model.parameters()), start)
+        del model  # the teacher alone keeps it
+        module = TeacherModule(job.teacher, job.batch_size)
+        try:
+            _annotate_spans(job, groups, module, writer, num_devices)
+            _complete_claimed(job.store, groups, module, writer)
+            answers = [request for request in _requests_of(groups) if request.span == "answer"][:_NUM_LATENCY_REQUESTS]
+            annotate_one = {"teacher": lambda request: job.teacher.annotate([request])}
+            record_cost(median_milliseconds(annotate_one, answers if writer.num_written else [])["teacher"])
+        except (KeyboardInterrupt, PreemptedError):  # record the cost so far
+            record_cost(None)
+            raise
 
 
-def _record_cost(writer: Writer, module: TeacherModule, start: float, milliseconds: float | None) -> None:
+def _annotate_spans(
+    job: AnnotationJob, groups: Sequence[Group], module: TeacherModule, writer: Writer, num_devices: int
+) -> None:
+    for span in SPANS:
+        of_span = [group for group in groups if group.requests[0].span == span]
+        num_missing = len(job.store.missing(_requests_of(of_span)))
+        if num_missing:
+            bar = progress(f"{span}s", num_missing)
+            _predict(module, _UnclaimedGroups(job.store, of_span), [_WriteGroups(writer), bar], num_devices)
+
+
+def _record_cost(writer: Writer, num_parameters: int, start: float, milliseconds: float | None) -> None:
     if writer.num_written:
         writer.record_cost(
             records=writer.num_written,
             seconds=round(time.monotonic() - start, 3),
-            parameters=sum(p.numel() for p in module.model.parameters()),
+            parameters=num_parameters,
             ms_per_example=milliseconds,
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.annotation.reader import AnnotationReader
 from distill.app.console import visible
 from distill.app.files import atomic_write
 from distill.cache import Codec
@@ -94,7 +95,11 @@ def format_record(request: Request, annotation: Annotation, prompts: Prompts) ->
     """Format a record as text: question, answer, rationale, and the teacher's top tokens at each position."""
     lines = [f"record     {request.key} ({request.span})", f"question   {request.example.question}"]
     if annotation.answer or request.example.answer is None:
-        lines += [f"answer     {annotation.answer or '(unreadable)'}"]
+        lines += [
+            f"answer     {annotation.answer or '(unreadable)'}{' … (truncated)' if annotation.is_truncated else ''}"
+        ]
+    if annotation.text is not None:
+        lines += [f"text       {annotation.text}"]
     if request.example.answer is not None:
         lines += [f"gold       {request.example.answer}"]
     if annotation.rationale is not None:
@@ -105,9 +110,9 @@ def format_record(request: Request, annotation: Annotation, prompts: Prompts) ->
     return "\n".join(visible(line, _MAX_CHARACTERS) for line in lines)
 
 
-def export_parquet(store: Store, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
+def export_parquet(reader: AnnotationReader, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
     """Write the records of `requests` as one nested Parquet table with a row per target; return the number of rows."""
-    records = [(request, store.read(request.key)) for request in requests if request.key in store]
+    records = [(request, reader.read(request.key)) for request in requests if request.key in reader.store]
     rows = [
         _row(request, annotation, span, target, prompts)
         for request, annotation in records
@@ -126,6 +131,7 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
         "asked_for": request.span,
         "question": request.example.question,
         "answer": annotation.answer,
+        "text": annotation.text,
         "rationale": annotation.rationale,
         "is_truncated": annotation.is_truncated,
         "span": span,
@@ -151,7 +157,7 @@ def _token_lines(target: Target, prompts: Prompts) -> list[str]:
 def _stored_bytes(annotation: Annotation, codec: Codec) -> int:
     arrays = pack_annotation(annotation, codec)
     num_tokens = sum(len(target.token_ids) for target in annotation.targets.values())
-    text = (annotation.rationale or "") + (annotation.answer or "")
+    text = (annotation.rationale or "") + (annotation.answer or "") + (annotation.text or "")
     return sum(array.nbytes for array in arrays.values()) + 4 * num_tokens + len(text.encode()) + len(annotation.key)
 
 

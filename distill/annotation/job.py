@@ -10,6 +10,7 @@ from distill.annotation.codec_probe import candidate_codecs, compare_codecs, for
 from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
 from distill.annotation.requests import collect_requests, without_labels
+from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
 from distill.cache.codecs.dense import Dense
@@ -29,7 +30,9 @@ def annotate(config: Config) -> float:
     if config.show:
         print(_show(job, requests.all_requests, str(config.show)))
     elif config.export:
-        num_rows = export_parquet(job.store, requests.all_requests, job.prompts, Path(config.export))
+        num_rows = export_parquet(
+            job.reader(requests.requests), requests.all_requests, job.prompts, Path(config.export)
+        )
         print(f"{config.export}\n{num_rows} targets with their tokens, ids and log-probabilities")
     elif config.dry_run:
         print(_estimate(job, requests.all_requests))
@@ -58,13 +61,13 @@ def _part(config: Config) -> Part:
 
 def _fill(job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], part: Part) -> float:
     filled = fill(job, examples, part=part)
-    rationales = filter_rationales(job, filled)
-    num_kept = sum(rationale.reason is None for rationale in rationales)
+    say_answers(job, filled)
+    rationales = rationale_counts(filled, filter_rationales(job, filled))
     if is_first_process():
         print(
             f"{job.store.location}\n{len(job.store)} records, {filled.num_annotated} of them new in "
-            f"{filled.seconds:.0f} s; kept {num_kept} of {len(rationales)} rationales; "
-            f"{len(filled.too_long)} examples too long"
+            f"{filled.seconds:.0f} s; kept {rationales.kept} of {rationales.read} rationales; "
+            f"{len(filled.too_long)} examples too long\n{table({**job.splits.counts, 'rationales': rationales})}"
         )
     return float(filled.num_annotated)
 
@@ -81,7 +84,8 @@ def _show(job: AnnotationJob, requests: Sequence[Request], selector: str) -> str
             f"show={selector} matches {len(matches)} requests, none of them with a record in {job.store.folder}; "
             "expected the id of an example, the key of a record or the beginning of a question"
         )
-    return "\n\n".join(format_record(request, job.store.read(request.key), job.prompts) for request in stored)
+    reader = job.reader({})
+    return "\n\n".join(format_record(request, reader.read(request.key), job.prompts) for request in stored)
 
 
 def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:

@@ -4,7 +4,9 @@ The right answer is the gold answer; without one, the majority answer of an exam
 et al. 2022, arXiv 2203.11171); for a single sample, the teacher's direct answer. The other filters read the text
 alone and use no model. A rejected rationale has a single reason, the first of
 
+    unmatched                           a recording has none for the question
     empty, truncated, unreadable        no complete text or no answer
+    no reference                        neither a gold answer nor a readable direct answer to compare with
     disagrees, outvoted                 it led to another answer
     wrong arithmetic, too short, too long, repetitive, foreign, leaks the answer
     near duplicate, surplus             a similar one was kept, or enough of the example were kept
@@ -24,7 +26,7 @@ from itertools import dropwhile, pairwise
 from typing import Literal, final
 
 from distill.errors import ConfigError
-from distill.records import Annotation, Example, FilteredRationale, RejectionReason, content_id
+from distill.records import Annotation, Example, FilteredRationale, RejectionReason, folded_id
 from distill.tasks.expressions import NUMBER, evaluate_expression
 
 Reference = Literal["gold", "votes", "teacher"]
@@ -136,8 +138,8 @@ def filter_samples(
     """Keep or reject each of the teacher's rationales, in the order of examples and samples.
 
     `samples` are the annotations of rationale requests, `direct` the teacher's direct answers, both by example id.
-    Two answers agree if `value` maps them to the same value. An example with a single sample and neither a gold nor
-    a direct answer is skipped. `criteria` apply to rationales that led to the right answer.
+    Two answers agree if `value` maps them to the same value. Every sample has its entry in the result, so none
+    is lost without a reason. `criteria` apply to rationales that led to the right answer.
     """
     rationales = []
     for example in examples:
@@ -165,35 +167,30 @@ def _compare(
     """Compare the samples' answers with the reference. A truncated sample has no vote: its answer may be cut off."""
     votes = Counter(value(s.answer) for s in samples if s.answer is not None and not s.is_truncated)
 
-    def compare(sample: Annotation, reference: Reference, right: str | None) -> FilteredRationale:
+    def compare(
+        sample: Annotation, reference: Reference, right: Sequence[str], wrong: RejectionReason
+    ) -> FilteredRationale:
         answer = None if sample.answer is None else value(sample.answer)
-        wrong: RejectionReason = "outvoted" if reference == "votes" else "disagrees"
-        reason = _unusable(sample) or (None if answer == right else wrong)
+        reason = sample.defect or (None if answer in right else wrong)
         has_confidence = len(samples) > 1 and answer is not None
         confidence = votes[answer or ""] / len(samples) if has_confidence else None
         return FilteredRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
-        gold = value(example.answer)
-        return [compare(sample, "gold", gold) for sample in samples]
+        gold = [value(answer) for answer in example.right_answers]
+        return [compare(sample, "gold", gold, "disagrees") for sample in samples]
     if len(samples) > 1:
         winner = _winner(votes, len(samples), criteria.min_confidence)
-        return [compare(sample, "votes", winner) for sample in samples]
-    return [] if direct is None else [compare(sample, "teacher", value(direct)) for sample in samples]
+        return [compare(sample, "votes", [] if winner is None else [winner], "outvoted") for sample in samples]
+    if direct is None:
+        return [compare(sample, "teacher", [], "no reference") for sample in samples]
+    return [compare(sample, "teacher", [value(direct)], "disagrees") for sample in samples]
 
 
 def _winner(votes: Counter[str], num_samples: int, min_share: float) -> str | None:
     """Return the answer with the most votes, if these are at least `min_share` of the samples and not tied."""
     (first, num_first), (_, num_second) = [*votes.most_common(2), ("", 0), ("", 0)][:2]
     return first if num_first > num_second and num_first / num_samples >= min_share else None
-
-
-def _unusable(annotation: Annotation) -> RejectionReason | None:
-    if not (annotation.rationale or "").strip():
-        return "empty"
-    if annotation.is_truncated:
-        return "truncated"
-    return "unreadable" if annotation.answer is None else None
 
 
 def _reject_repeats(rationales: Sequence[FilteredRationale], criteria: RationaleFilter) -> list[FilteredRationale]:
@@ -204,7 +201,7 @@ def _reject_repeats(rationales: Sequence[FilteredRationale], criteria: Rationale
     for rationale in rationales:
         text, example_id, reason = rationale.annotation.rationale or "", rationale.example_id, rationale.reason
         if reason is None:
-            identity = (example_id, content_id(text))
+            identity = (example_id, folded_id(text))
             if identity in seen or (near is not None and near.has_similar(text, example_id)):
                 reason = "near duplicate"
             elif criteria.per_example is not None and num_kept[example_id] >= criteria.per_example:

@@ -14,17 +14,15 @@ from distill.teachers import Teacher
 
 @final
 class TeacherModule(lightning.LightningModule):
-    """A frozen teacher, for `Trainer.predict` only."""
+    """A frozen teacher that is loaded, for `Trainer.predict` only.
+
+    Its model is no submodule: a trainer would switch it to training mode, and move it away from its readers.
+    """
 
     def __init__(self, teacher: Teacher, batch_size: int) -> None:
         """`batch_size` requests pass through the model together."""
         super().__init__()
         self._teacher, self._batch_size = teacher, batch_size
-        self.model = teacher.load()
-
-    def train(self, mode: bool = True) -> TeacherModule:
-        # Trainers switch modules to training mode; a teacher stays in evaluation mode.
-        return super().train(False)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch

@@ -87,6 +87,15 @@ def build(node: DictConfig | None, **arguments: Any) -> Any:
         raise
 
 
+def build_or_refuse(node: DictConfig, name: str, **arguments: Any) -> Any:
+    """Like `build`; raise ConfigError with the first line of any other error that the target raises."""
+    try:
+        return build(node, **arguments)
+    except InstantiationException as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"{name}: {reason}") from None
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain values, without secrets."""
     resolved = redacted(OmegaConf.to_container(config, resolve=True))
@@ -94,14 +103,21 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return resolved
 
 
-def differences(config: DictConfig, path: Path, *, ignored_sections: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ from a saved configuration; keys in the sections `ignored_sections` are ignored."""
+def without_labels(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain configuration without the labels of its losses, which only reports show."""
+    losses = config.get("loss") or {}
+    unlabelled = {name: {key: value for key, value in losses[name].items() if key != "label"} for name in losses}
+    return {**config, "loss": unlabelled} if losses else config
+
+
+def differences(config: DictConfig, path: Path, *, ignored: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ from a saved configuration; sections and last parts of keys in `ignored` are ignored."""
     values = current(yaml.safe_load(path.read_text()))
-    saved, present = dict(_leaves(values)), dict(_leaves(plain(config)))
+    saved, present = (dict(_leaves(without_labels(tree))) for tree in (values, plain(config)))
     return [
         f"{key} was {saved.get(key)!r} and is now {present.get(key)!r}"
         for key in sorted({*saved, *present})
-        if saved.get(key) != present.get(key) and key.partition(".")[0] not in ignored_sections
+        if saved.get(key) != present.get(key) and not {key.partition(".")[0], key.rpartition(".")[2]} & {*ignored}
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 _WORDS = "key|token|secret|password|credential|apikey|passwd|passphrase|jwt"
 _SECRET_NAME = re.compile(rf"(^|[._-])({_WORDS})s?$", re.IGNORECASE)
+_COUNT_NAME = re.compile(r"(^|[._-])(max|min|num)_(\w+_)?tokens$", re.IGNORECASE)
 _SECRET_FORMATS = (
     r"\bsk-(?=[\w-]*\d)[\w-]{20,}",  # OpenAI, Anthropic and others
     r"\bhf_[A-Za-z0-9]{16,}",
@@ -36,8 +37,8 @@ REMEDY = (
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key with this name holds a secret: api_key does, max_tokens_each does not."""
-    return bool(_SECRET_NAME.search(name))
+    """Whether a key with this name holds a secret: api_key does; max_tokens_each and max_new_tokens do not."""
+    return bool(_SECRET_NAME.search(name)) and not _COUNT_NAME.search(name)
 
 
 def looks_secret(text: str) -> bool:

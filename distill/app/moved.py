@@ -14,6 +14,7 @@ MOVED: Mapping[str, str] = {
     "distill.rationales.Checks": "distill.annotation.rationales.RationaleFilter",
     "distill.report.AfterSweep": "distill.reports.after_sweep.AfterSweep",
     "distill.sweeps.FailedJobs": "distill.app.sweeps.FailedJobs",
+    "distill.tasks.files.AnswerFormat": "distill.tasks.answers.AnswerFormat",
     "distill.tracking.NoTracking": "distill.app.tracking.NoTracking",
     "distill.tracking.WandbTracking": "distill.app.tracking.WandbTracking",
 }

@@ -131,9 +131,9 @@ def _num_devices(devices: Any, accelerator: Any) -> int:
     if isinstance(devices, ListConfig):
         return len(devices)
     if str(devices) in ("auto", "-1", "None"):
-        import torch  # here, because the report command does not import it
+        from distill.app.machine import num_gpus  # here, because the report command does not import torch
 
-        return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+        return 1 if accelerator == "cpu" else max(1, num_gpus())
     return len(devices.split(",")) if "," in str(devices) else int(devices)
 
 

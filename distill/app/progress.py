@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from distill.app.console import say
 from distill.records import Group
 
+_NOT_SHOWN = ("train/grad_norm", "train/learning_rate")
+
 
 def progress(unit: str, total: int) -> Callback:
     """A progress bar in a terminal, otherwise plain lines for a log."""
@@ -56,7 +58,8 @@ class ProgressLines(Callback):
         batch_idx: int,
     ) -> None:
         self._done = trainer.global_step
-        self._print(self._total, {k: v for k, v in trainer.logged_metrics.items() if "train/" in k and "rate" not in k})
+        logged: Mapping[str, float] = pl_module.logged  # type: ignore[assignment]
+        self._print(self._total, {name: value for name, value in logged.items() if name not in _NOT_SHOWN})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -67,7 +70,7 @@ class ProgressLines(Callback):
         self._start = self._last = time.monotonic()
         self._done = 0
 
-    def _print(self, total: int, losses: Mapping[str, Any]) -> None:
+    def _print(self, total: int, losses: Mapping[str, float]) -> None:
         now = time.monotonic()
         if now - self._last < self._every and self._done < total:
             return
@@ -75,5 +78,4 @@ class ProgressLines(Callback):
         rate = self._done / max(1e-9, now - self._start)
         left = (total - self._done) / max(1e-9, rate)
         line = f"  {self._done} of {total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
-        # Losses are read only here, because reading them waits for the device.
-        say(", ".join([line, *(f"{name.removeprefix('train/')} {float(value):.3f}" for name, value in losses.items())]))
+        say(", ".join([line, *(f"{name.removeprefix('train/')} {value:.3f}" for name, value in losses.items())]))

@@ -21,6 +21,8 @@ def provenance() -> dict[str, Any]:
     """The origin of a run: command, start time, versions, commit, machine."""
     import torch  # here, because `commit` is also called where torch is not loaded
 
+    from distill.app.machine import gpu_name
+
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -29,7 +31,7 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "is_dirty": bool(_git("status", "--porcelain")),
         "packages": {name: version(name) for name in ("torch", "lightning", "transformers", "wandb")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": gpu_name() or cpu,
     }
 
 

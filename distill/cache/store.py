@@ -2,7 +2,8 @@
 
 A cache is a folder:
 
-    manifest.jsonl              one line: {"format": 2, "fingerprint": {...}}
+    manifest.jsonl              one line: {"format": 3, "fingerprint": {...}, "backend": {...}}
+    manifest.<name>.json        what all records share and was made once, such as a teacher's calibration
     manifest-<writer>.jsonl     of one writer: a line per shard (see `shard`); {"cost": {...}};
                                 {"struck": <manifest>, "shard": <shard>}: ignore that line of that manifest
     <shard>.safetensors, .parquet
@@ -10,8 +11,8 @@ A cache is a folder:
 
 Each line carries the CRC-32 of its content. A shard is written under temporary names, synced and renamed, and only
 then added to its writer's manifest: files that no manifest lists are ignored, and so is an incomplete last line. No
-file is written by two processes. Processes that annotate the same records write the same shard. Format 1 cannot be
-read.
+file is written by two processes. Processes that annotate the same records write the same shard. Formats 1 and 2 cannot
+be read: format 2 kept how an answer was read, not the text that it was read from.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ import uuid
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from distill.app.files import atomic_write, sync_folder
+from distill.app.console import say
+from distill.app.files import Json, atomic_write, sync_folder
 from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
@@ -40,7 +42,7 @@ from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
 from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, unique_requests
 
-FORMAT = 2
+FORMAT = 3
 _DAY_SECONDS = 86_400
 _MAX_OPEN_SHARDS = 4096
 _MAX_MANIFEST_LINES = 256
@@ -56,10 +58,15 @@ class Store:
         fingerprint: Mapping[str, Any],
         codec: Codec,
         *,
+        backend: Mapping[str, str] | None = None,
+        accepts_backend: bool = False,
         url: str | None = None,
         claim_seconds: float = 600.0,
     ) -> None:
-        """Open or create a cache; raises CacheError if it has another fingerprint or is damaged.
+        """Open or create a cache; raises CacheError if it has another fingerprint or backend, or is damaged.
+
+        The `backend` has the versions and the dtype that change targets by rounding alone. With `accepts_backend` a
+        cache of another one is read, and records of both are written to it.
 
         Opening reads the manifests and checks file sizes; a shard's checksums are verified when it is read. With an
         fsspec `url` the cache is at that URL, and the folder holds copies of the files that were read or written.
@@ -67,6 +74,7 @@ class Store:
         self.folder, self.location = folder, url or str(folder)
         self._remote = Remote(url, folder) if url else None
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.backend, self._accepts_backend = dict(backend or {}), accepts_backend
         self.claims = Claims(folder / "claims", seconds=claim_seconds)
         self._codec = codec
         self._index = Index()
@@ -78,12 +86,17 @@ class Store:
         self._open = OrderedDict[str, Shard]()
         self._read_bytes: dict[Path, int] = {}
         self.costs: list[dict[str, Any]] = []  # of each annotation run
+        self._is_writing = False
         self.refresh()
 
     @property
     def digest(self) -> str:
         """Hash of the fingerprint, twelve hexadecimal digits."""
         return fingerprint_digest(self.fingerprint)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "backend": self.backend}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -108,6 +121,11 @@ class Store:
         """Return a record; raises CacheError if it is missing or its shard is damaged."""
         shard, row = self._locate(key, self._number(key))
         return shard.read(row)
+
+    def words(self, key: str) -> Annotation:
+        """Return a record without its targets; raises CacheError like `read`."""
+        shard, row = self._locate(key, self._number(key))
+        return shard.words(row)
 
     def soft_targets(self, places: Sequence[SoftTargetsKey]) -> SoftTargets:
         """Return the concatenated soft targets of many (key, span), decoded together.
@@ -170,6 +188,26 @@ class Store:
             if "struck" not in line and (name, str(line.get("shard"))) not in self._struck:
                 self._apply(line)
 
+    def recall(self, name: str, make: Callable[[], Json]) -> Json:
+        """Return the JSON object `name` that all records share; the first process that needs it makes it.
+
+        It is kept only inside `writing`. Raises CacheError if it is damaged, or missing beside records.
+        """
+        path = self.folder / f"manifest.{name}.json"
+        if not path.is_file():
+            if len(self):
+                raise CacheError(f"{path} is missing, which the records share. Restore it, or delete {self.folder}")
+            value = make()
+            if not self._is_writing:
+                return value
+            _create(path, _sealed(value))
+            if self._remote:
+                self._remote.put(path.name)
+        line = _unsealed(path.read_bytes()[:-1])
+        if line is None:
+            raise CacheError(f"{path} is damaged: its checksum is wrong. Restore it, or delete {self.folder}")
+        return line
+
     def check(self) -> list[str]:
         """Read all shards; return an error message per damaged shard."""
         problems = []
@@ -186,7 +224,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.has_header:
             with atomic_write(self.folder / "manifest.jsonl") as temporary:
-                temporary.write_bytes(_sealed({"format": FORMAT, "fingerprint": self.fingerprint}))
+                temporary.write_bytes(_sealed({"format": FORMAT, **self._identity}))
         self.refresh()
         if self._remote:
             self._remote.put_missing()
@@ -195,7 +233,7 @@ class Store:
             with suppress(FileNotFoundError):  # a live writer may have renamed its file meanwhile
                 if time.time() - temporary.stat().st_mtime > _DAY_SECONDS:
                     temporary.unlink()
-        writer = Writer(self, self._codec, self._remote)
+        writer, self._is_writing = Writer(self, self._codec, self._remote), True
         with self.claims.held():
             try:
                 yield writer
@@ -207,6 +245,8 @@ class Store:
             except BaseException:
                 writer.flush()
                 raise
+            finally:
+                self._is_writing = False
             writer.flush()
 
     def _new_lines(self, path: Path) -> list[dict[str, Any]]:
@@ -248,6 +288,18 @@ class Store:
                 + "\n".join(differences)
                 + "\nSet another folder (cache.dir=…), leave cache.dir out, or restore the old settings."
             )
+        self._check_backend(lines[0].get("backend"))
+
+    def _check_backend(self, theirs: Any) -> None:
+        differences = "\n".join(difference(theirs, self.backend))
+        if differences and not self._accepts_backend:
+            raise CacheError(
+                f"{self.folder} was annotated with the same settings, but another backend:\n{differences}\n"
+                "Targets may differ by rounding. To use this cache all the same, and to add records to it, set "
+                "cache.accept=backend; to keep both apart, set another folder (cache.dir=…)"
+            )
+        if differences:
+            say(f"cache {self.location}: another backend is accepted (cache.accept=backend):\n{differences}")
 
     def _unknown_format(self, version: object) -> str:
         return (
@@ -288,8 +340,8 @@ class Writer:
         self._store.claims.release(group.name)
 
     def record_cost(self, **cost: Any) -> None:
-        """Record the cost of this annotation run in the manifest."""
-        self._append({"cost": cost})
+        """Record the cost of this annotation run, and the backend that it ran on, in the manifest."""
+        self._append({"cost": cost | {"backend": self._store.backend}})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if not self._store.has_header or (self._num_lines and not self._manifest.exists()):
@@ -330,6 +382,19 @@ def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
         remote.put(manifest.name)
     for suffix in SUFFIXES:
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Create a file with its whole content, unless another process has created it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with temporary.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    with suppress(FileExistsError):
+        os.link(temporary, path)
+    temporary.unlink()
+    sync_folder(path.parent)
 
 
 def _new_manifest(folder: Path) -> Path:
@@ -402,5 +467,7 @@ def nearest_difference(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Pa
                 lines, _ = _lines(path, path.read_bytes())
             except CacheError:  # another format, or damaged: an error only for runs that open it
                 continue
-            candidates += [(path.parent, difference(line.get("fingerprint"), dict(fingerprint))) for line in lines[:1]]
+            for line in lines[:1]:
+                formats = difference(line.get("format"), FORMAT, "format of the cache")
+                candidates.append((path.parent, [*formats, *difference(line.get("fingerprint"), dict(fingerprint))]))
     return min(candidates, key=lambda candidate: len(candidate[1]), default=None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,34 +14,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.app.machine import extra_bytes, median_milliseconds
+from distill.app.machine import extra_bytes, timings
 from distill.cache.store import Store
+from distill.evaluation.architecture import architecture
 from distill.evaluation.metrics import Prediction, score
 from distill.lessons.join import AnswerMode
+from distill.lessons.loader import BatchLimit
 from distill.losses.forward_kl import ForwardKL
+from distill.models.body import Way
+from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
-from distill.students.causal_lm import size_bytes
-from distill.tasks import Task, readable_answer
+from distill.students.saving import size_bytes
+from distill.tasks import Task, is_right, readable_answer
 
-_BATCH_SIZE = 32
-_LATENCY_EXAMPLES = 6
+_DEFAULT_LIMIT = BatchLimit(32)
+_LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
 
 
 @final
 class Evaluation:
     """One model on one task, in one answer mode."""
 
-    def __init__(self, model: Any, prompts: Prompts, task: Task, mode: AnswerMode, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        task: Task,
+        mode: AnswerMode,
+        max_new_tokens: int,
+        limit: BatchLimit = _DEFAULT_LIMIT,
+    ) -> None:
         """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
+        self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span: Span = "answer" if mode == "direct" else "rationale"
-        self._choices = [prompts.encode(f" {choice}") for choice in task.choices]
+        self._choices = prompts.choice_ids(task.choices)
         self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        self._way: Way | None = None
         if self._choices and mode == "direct":
             # A model that has not learned to stop would generate up to the limit, and stay unreadable.
-            self._max_answer_tokens = 1 + max(map(len, self._choices))
+            self._max_answer_tokens = max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
@@ -48,14 +63,18 @@ class Evaluation:
 
         A question that is too long and dropped has no answer, which counts as wrong.
         """
+        with on_device(self._model):
+            return self._predict_all(examples, teacher)
+
+    def _predict_all(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         dropped = [index for index in range(len(examples)) if index not in questions]
         results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
-        order = sorted(questions, key=lambda index: len(questions[index]))
-        for start in range(0, len(order), _BATCH_SIZE):
-            indices = order[start : start + _BATCH_SIZE]
+        order, room = list(questions), self._max_answer_tokens
+        for places in self._limit.batches([len(questions[index]) + room for index in order]):
+            indices = [order[place] for place in places]
             batch = [examples[index] for index in indices]
             annotations = [teacher.get(example.id) for example in batch]
             predictions = self._predict(reader, batch, [questions[index] for index in indices], annotations)
@@ -68,9 +87,14 @@ class Evaluation:
         questions = self._questions(examples, "rationale")
         if not questions:
             return [""] * len(examples)
-        reading = self._reader("rationale").read(list(questions.values()))
-        written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-        texts = dict(zip(questions, (self._prompts.split_reply(ids).rationale for ids in written), strict=True))
+        order, texts = list(questions), dict[int, str]()
+        with on_device(self._model):
+            reader = self._reader("rationale")
+            for places in self._limit.batches([len(questions[index]) + self._max_new_tokens for index in order]):
+                indices = [order[place] for place in places]
+                reading = reader.read([questions[index] for index in indices])
+                written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+                texts |= zip(indices, (self._prompts.split_reply(ids).rationale for ids in written), strict=True)
         return [texts.get(index, "") for index in range(len(examples))]
 
     def _questions(self, examples: Sequence[Example], span: Span) -> dict[int, tuple[int, ...]]:
@@ -87,7 +111,7 @@ class Evaluation:
 
     def with_model(self, model: Any) -> Evaluation:
         """Return the same evaluation with another model."""
-        return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens)
+        return Evaluation(model, self._prompts, self._task, self._mode, self._max_new_tokens, self._limit)
 
     @property
     def model(self) -> Any:
@@ -99,22 +123,34 @@ class Evaluation:
         """Memory that the model's weights take."""
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
-    def answering(self) -> Callable[[Example], object]:
-        """Read the prefix, and return a function that answers one question and does nothing else."""
+    def answering(self) -> Callable[[Example], int]:
+        """Read the prefix, and return a function that answers one question and counts the tokens that it writes.
+
+        It is valid while the model stays on its device.
+        """
         reader = self._reader(self._span)
 
         @torch.inference_mode()
-        def answer(example: Example) -> object:
+        def answer(example: Example) -> int:
             reading = reader.read(list(self._questions([example], self._span).values()))
             if self._choices and self._mode == "direct":
-                return self._choose(reading, [None])
-            return reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+                self._choose(reading, [None])
+                return 0
+            return sum(map(len, reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)))
 
         return answer
 
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Return the number of tokens of the prefix and of each question."""
+        questions = self._questions(examples, self._span).values()
+        return [len(self._prompts.prefix(self._span)), *map(len, questions)]
+
     def _reader(self, span: Span) -> PrefixedReader:
-        # New each time: the model may have been trained since.
-        return PrefixedReader(self._model.eval(), self._prompts.prefix(span), self._prompts.vocabulary_size)
+        # New each time: the model may have been trained since. How it is read is a matter of its architecture.
+        prefix = self._prompts.prefix(span)
+        reader = PrefixedReader(self._model.eval(), prefix, self._prompts.vocabulary_size, self._way)
+        self._way = reader.way
+        return reader
 
     def _predict(
         self,
@@ -189,8 +225,8 @@ def _prediction(
         gold=example.answer or "",
         answer=answer,
         written_answer=written,
-        is_correct=_is_same(task, answer, example.answer),
-        is_written_correct=_is_same(task, written, example.answer),
+        is_correct=is_right(task, answer, example),
+        is_written_correct=is_right(task, written, example),
         choice_probabilities=(),
         kl=None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),
@@ -202,7 +238,7 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     return {
         "teacher_answer": annotation.answer,
         "teacher_confidence": max(annotation.choice_probabilities, default=None),
-        "is_teacher_correct": _is_same(task, annotation.answer, example.answer),
+        "is_teacher_correct": is_right(task, annotation.answer, example),
         "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
     }
 
@@ -222,21 +258,56 @@ def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> flo
     return float(ForwardKL()(log_q, log_t)[0].sum()) / len(soft)
 
 
-def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, float | None]]:
-    """Measure time and peak memory of answering a single question, taking the models in turn."""
-    answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
+def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
+    """Measure time and peak memory of answering a single question, taking the models in turn.
+
+    `architecture` is a key of the model's architecture and of its work; models that share it are equally fast.
+    """
+    with ExitStack() as stack:
+        for evaluation in evaluations.values():
+            stack.enter_context(on_device(evaluation.model))
+        return _speeds(evaluations, examples)
+
+
+def _speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
     examples = [example for example in examples if all(evaluation.fits(example) for evaluation in evaluations.values())]
-    times = median_milliseconds(answering, examples[:_LATENCY_EXAMPLES])
-    first = examples[0] if examples else None
-    extras = {name: extra_bytes(partial(answer, first)) if first else None for name, answer in answering.items()}
-    peaks = {name: None if extra is None else extra + evaluations[name].weights_bytes for name, extra in extras.items()}
-    return {name: {"ms_per_example": times[name], "peak_bytes": peaks[name]} for name in evaluations}
+    if not examples:
+        return {name: {"ms_per_example": None, "peak_bytes": None} for name in evaluations}
+    timed = examples[:_LATENCY_EXAMPLES]
+    answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
+    written = {name: [answer(example) for example in timed] for name, answer in answering.items()}
+    times = timings(answering, timed, num_rounds=_LATENCY_ROUNDS, max_seconds=_LATENCY_SECONDS)
+    return {
+        name: {
+            "ms_per_example": round(times[name].median, 3),
+            "ms_fastest": round(times[name].fastest, 3),
+            "ms_slowest": round(times[name].slowest, 3),
+            "architecture": architecture(evaluation.model, [evaluation.lengths(timed), written[name]]),
+            "peak_bytes": _peak_bytes(evaluation, partial(answering[name], timed[0])),
+        }
+        for name, evaluation in evaluations.items()
+    }
+
+
+def _peak_bytes(evaluation: Evaluation, answer: Callable[[], object]) -> int | None:
+    extra = extra_bytes(answer)
+    return None if extra is None else extra + evaluation.weights_bytes
 
 
 def model_row(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
     """Return a model's row of results, from its predictions and parameters."""
     row = score(predictions, task.choices)
-    return row | {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": None}
+    parameters = list(model.parameters())
+    row |= {"parameters": sum(p.numel() for p in parameters), "training_seconds": None}
+    return row | {"dtype": str(parameters[0].dtype).removeprefix("torch.")}
+
+
+def saved_type(folder: Path) -> str | None:
+    """Return the type of the weights that a model folder's configuration names."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    named = config.get("dtype") or config.get("torch_dtype")
+    return str(named) if named else None
 
 
 def teacher_row(
@@ -255,5 +326,6 @@ def teacher_row(
     costs = sorted(store.costs, key=lambda cost: cost["ms_per_example"] is not None)
     cost: dict[str, Any] = costs[-1] if costs and folder else {}
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
-    measured |= {"size_bytes": size_bytes(folder) if folder else None, "training_seconds": None}
+    measured |= {"size_bytes": (size_bytes(folder) or None) if folder else None, "training_seconds": None}
+    measured |= {"dtype": saved_type(folder) if folder else None}
     return score(predictions, task.choices) | measured

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.reports.proportions import wilson_interval
 from distill.reports.statistics import calibration_error, confidence_bins
 
 
@@ -78,14 +79,6 @@ def score(predictions: Sequence[Prediction], choices: Sequence[str]) -> dict[str
         "ece": _calibration_error(predictions, choices),
         "reliability": _reliability(predictions),
     }
-
-
-def wilson_interval(right: int, number: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927, eq. 1)."""
-    from scipy import stats  # half a second to import, and only a finished evaluation needs it
-
-    ends = stats.binomtest(right, number).proportion_ci(0.95, method="wilson")
-    return float(ends.low), float(ends.high)
 
 
 def _ratio(total: int | float, number: int) -> float | None:

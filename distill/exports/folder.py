@@ -1,27 +1,29 @@
-"""Export a run's student as a Hugging Face folder with a model card and an lm-evaluation-harness task."""
+"""Export a run's student as a Hugging Face folder with a model card, an example and an lm-evaluation-harness task."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.app import config as configuration
+from distill.app.config import Config
 from distill.errors import ConfigError
+from distill.exports.card import card
 from distill.exports.harness import HarnessTask, harness_task
-from distill.prompts.cues import build_prompts
+from distill.exports.recipe import Recipe, make_recipe, num_literal
+from distill.prompts.cues import Prompts, build_prompts
+from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
-from distill.reports.runs import Run, read_run
-from distill.reports.text import to_markdown
-from distill.reports.verdicts import summarise
-
-_CARD_HEAD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation]\n---\n\n"
+from distill.reports.runs import Run, number, read_run
+from distill.students.saving import write_greedy_settings
 
 
 def export(run_dir: Path, to: Path) -> str:
-    """Copy the student of a run to the new folder `to`, with a model card and an lm-eval task of its test questions.
+    """Copy the student of a run to the new folder `to`, with a model card, an example and its test questions.
 
-    Returns how to run the task, or why it has none; the student is exported in either case.
+    Returns how to use them, or why they are missing; the student is exported in either case.
     """
     student = run_dir / "student"
     if not (student / "config.json").is_file():
@@ -32,29 +34,52 @@ def export(run_dir: Path, to: Path) -> str:
         raise ConfigError(f"{to} already exists; give a new folder: to=…")
     run = read_run(run_dir)
     shutil.copytree(student, to)
+    # An earlier version kept the chat template and the sampling of the model that the student is made from.
+    write_greedy_settings(to, load_tokenizer(student), int(number(run.config.get("max_new_tokens")) or 0) or None)
+    recipe, count, message = _write_recipe(run, to)
+    usage, harness_message = _write_task(run, to)
+    (to / "README.md").write_text(card(run, recipe, count, usage), encoding="utf-8")
+    return f"{message}\n{harness_message}"
+
+
+def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:
+    try:
+        prompts, config, questions = _parts(run)
+        recipe = make_recipe(prompts, config, questions)
+        recipe.write(to)
+        count = num_literal(recipe, prompts, questions)
+    except (*configuration.INVALID_CONFIG, ValueError) as error:
+        return None, 0, f"no example: {' '.join(str(error).split())}"
+    return recipe, count, f'answers with transformers alone: python {shlex.quote(str(to / "example.py"))} "a question"'
+
+
+def _write_task(run: Run, to: Path) -> tuple[str, str]:
+    """Write the harness's task; return its section of the card, and how to run it or why it is missing."""
     try:
         task = _task(run)
         task.write(to)
-        usage = _usage(task)
-        message = f"evaluates with lm-eval: cd {shlex.quote(str(to))} && {task.command}"
-        message += f"\n({task.caution})" if task.caution else ""
     except (*configuration.INVALID_CONFIG, ValueError) as error:
-        usage, message = "", f"no lm-eval task: {' '.join(str(error).split())}"
-    origin = f"Distilled by `distill` from {run.facts.get('teacher')} on the task {run.facts.get('task')}.\n\n"
-    (to / "README.md").write_text(f"{_CARD_HEAD}# {run.name}\n\n{origin}{to_markdown(summarise([run]))}{usage}")
-    return message
+        return "", f"no lm-eval task: {' '.join(str(error).split())}"
+    message = f"evaluates with lm-eval: cd {shlex.quote(str(to))} && {task.command}"
+    return _usage(task), message + (f"\n({task.caution})" if task.caution else "")
+
+
+def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
+    """The student's prompts, its configuration and test questions; the task's data is not needed."""
+    config = configuration.of(
+        {key: run.config[key] for key in ("task", "prompt", "max_new_tokens") if key in run.config}
+    )
+    configuration.check(config)
+    if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
+        raise ConfigError(*damaged)
+    examples = [Example(row["question"], row["gold"]) for row in run.predictions]
+    return build_prompts(config, run.folder / "student"), config, examples
 
 
 def _task(run: Run) -> HarnessTask:
-    """Make a task of the student's test questions, with its prompts; the task's data is not needed."""
-    config = configuration.of({key: run.config[key] for key in ("task", "prompt") if key in run.config})
-    configuration.check(config)
+    prompts, config, examples = _parts(run)
     if config.task.answer_mode != "direct":
         raise ConfigError("the student reasons before it answers, and the harness only scores direct answers")
-    if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
-        raise ConfigError(*damaged)
-    prompts = build_prompts(config, run.folder / "student")
-    examples = [Example(row["question"], row["gold"]) for row in run.predictions]
     return harness_task(config.task.name, prompts, configuration.build(config.task.examples).choices, examples)
 
 

@@ -1,8 +1,9 @@
 """A run's test questions as a task of EleutherAI's lm-evaluation-harness, which runs without `distill`.
 
 The harness tokenizes a prompt and its answer as one text; a student learned them in pieces, each tokenized separately.
-With most tokenizers the tokens are the same; questions for which they differ are counted. The harness also treats
-padding rows of a model's head as tokens: if those rows are untrained, answers of several tokens may score differently.
+With most tokenizers the tokens are the same; questions for which they differ are counted. Each choice ends in the text
+of the end token, so the harness scores whole answers too. The harness also treats padding rows of a model's head as
+tokens: if those rows are untrained, answers of several tokens may score differently.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: 
         raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
     if unknown := [example.answer for example in examples if example.answer not in choices]:
         raise ConfigError(f"a test question has the answer {unknown[0]!r}; expected one of {', '.join(choices)}")
-    answers = {_continuation(prompts, choice): prompts.encode(f" {choice}") for choice in choices}
+    ids_of_choices = zip(choices, prompts.choice_ids(choices), strict=True)
+    answers = {_continuation(prompts, choice): ids for choice, ids in ids_of_choices}
     rows, num_differing = [], 0
     for example in examples:
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
-        text = _text(prompts, ids)
+        text = prompts.decode(ids)
         rows.append({"id": example.id, "prompt": text, "gold": choices.index(str(example.answer))})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
@@ -92,14 +94,11 @@ def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: 
     return HarnessTask(f"distill_{safe_name}", tuple(answers), tuple(rows), num_differing)
 
 
-def _text(prompts: Prompts, ids: Sequence[int]) -> str:
-    return str(prompts.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def _continuation(prompts: Prompts, choice: str) -> str:
-    """Text of an answer after a prompt; alone, some tokenizers drop its leading space."""
+    """Text of a whole answer after a prompt, with its end token; alone, some tokenizers drop its leading space."""
     cue = prompts.encode(prompts.layout.answer_cue)
-    return _text(prompts, cue + prompts.encode(f" {choice}")).removeprefix(_text(prompts, cue))
+    text = prompts.decode(cue + prompts.answer_ids(choice)).removeprefix(prompts.decode(cue))
+    return f"{text}{prompts.token_text(prompts.end)}"
 
 
 def _harness_tokens(prompts: Prompts, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

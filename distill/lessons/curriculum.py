@@ -12,16 +12,19 @@ import numpy as np
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.fill import fill, filter_rationales
+from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, without_labels
+from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app import config as configuration
 from distill.app.config import Config
+from distill.app.console import say
 from distill.errors import ConfigError
-from distill.lessons.join import AnnotationReader, Join, Lesson, Read
+from distill.lessons.join import Join, Lesson, Read
 from distill.losses import Objective
-from distill.models import naming
+from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
-from distill.records import Example, FilteredRationale, Span
+from distill.records import SPLITS, Example, FilteredRationale, RowCounts, Span, folded_id
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The lessons of a student, and what was left out of them."""
+    """The lessons of a student, and what was left out of them.
+
+    `rows` counts the rows of train, validation, test and rationales from the files to the lessons.
+    """
 
     filled: AnnotationRequests
     soft_filled: AnnotationRequests | None
@@ -49,6 +55,7 @@ class Curriculum:
     read: Read
     rationales: Sequence[FilteredRationale]
     too_long: Mapping[str, str]
+    rows: Mapping[str, RowCounts]
 
 
 def prepare(config: Config, run_dir: Path) -> Job:
@@ -60,6 +67,7 @@ def prepare(config: Config, run_dir: Path) -> Job:
     soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
     check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
+    _check_models(config, folder, soft_annotation_job)
     tokenizer = load_tokenizer(folder)
     is_shared = True
     try:
@@ -70,6 +78,19 @@ def prepare(config: Config, run_dir: Path) -> Job:
             raise
     prompts = annotation_job.prompts.zero_shot(tokenizer)
     return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, is_shared)
+
+
+def _check_models(config: Config, student_folder: Path, soft_annotation_job: AnnotationJob | None) -> None:
+    """Raise ConfigError if a model that is opened only after the first teacher has annotated cannot be opened."""
+    if method := loading.quantization(student_folder):
+        raise ConfigError(
+            f"student.model={config.student.model} is quantized ({method}), and quantized weights cannot be trained; "
+            "use the model that is not quantized"
+        )
+    if not config.student.from_scratch:
+        loading.check_weights(student_folder)
+    if soft_annotation_job and soft_annotation_job.teacher.gives_soft_targets:
+        loading.check_weights(soft_annotation_job.folder)
 
 
 def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str) -> None:
@@ -103,19 +124,40 @@ def build_curriculum(job: Job) -> Curriculum:
     """Fill the cache with what the losses and the evaluation read, and join it with the examples."""
     annotation_job, splits = job.annotation_job, job.annotation_job.splits
     filled = fill(annotation_job, examples_to_annotate(job))
+    say_answers(annotation_job, filled)
     rationales = filter_rationales(annotation_job, filled)
     kept = kept_rationales(rationales)
-    annotations = AnnotationReader(annotation_job.store, filled.requests)
+    annotations = annotation_job.reader(filled.requests)
     soft_filled, soft_annotations = None, None
     if job.soft_annotation_job:
         soft_filled = fill(job.soft_annotation_job, texts_to_score(job, annotations, kept), use_given_rationales=True)
-        soft_annotations = AnnotationReader(job.soft_annotation_job.store, soft_filled.requests)
+        soft_annotations = job.soft_annotation_job.reader(soft_filled.requests)
     join = join_for(job, annotations, soft_annotations, kept)
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
+    rows = row_counts(job, filled, rationales, join)
+    say(table(rows))
     if not train:
-        raise ConfigError(f"no training example has targets for the losses {sorted(job.objectives)}")
+        raise ConfigError(no_lessons(job, rows))
     read = (job.soft_annotation_job or annotation_job).store.soft_targets
-    return Curriculum(filled, soft_filled, train, validation, read, rationales, {**filled.too_long, **join.skipped})
+    too_long = {**filled.too_long, **join.skipped}
+    return Curriculum(filled, soft_filled, train, validation, read, rationales, too_long, rows)
+
+
+def row_counts(
+    job: Job, filled: AnnotationRequests, rationales: Sequence[FilteredRationale], join: Join
+) -> dict[str, RowCounts]:
+    """Count what became of the rows of each split, and of the rationales; `join` has made the lessons."""
+    splits = job.annotation_job.splits
+    join.lost |= dict.fromkeys(filled.too_long.keys() & join.lost.keys(), "too long")  # for the teacher
+    rows = dict(splits.counts)
+    rows |= {name: rows[name].then(join.row_counts(getattr(splits, name))) for name in ("train", "validation")}
+    return rows | {"rationales": rationale_counts(filled, rationales)}
+
+
+def no_lessons(job: Job, rows: Mapping[str, RowCounts]) -> str:
+    """Say that there is nothing to train on, and why."""
+    lost = ", ".join(f"{number} {reason}" for reason, number in rows["train"].lost.items())
+    return f"no training example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
 
 
 def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[FilteredRationale]]:
@@ -154,8 +196,8 @@ def texts_to_score(
     """Return the texts that the second teacher scores: gold ones, else those of the first teacher."""
     splits, texts = job.annotation_job.splits, dict[Span, list[Example]]()
     for example in (*splits.train, *splits.validation, *without_labels(splits.test)):
-        annotation = annotations.find(example.id, "answer")
-        answer = example.answer or (annotation.answer if annotation else None)
+        annotation = annotations.find_words(example.id, "answer")
+        answer = example.answer or (annotation.whole_answer if annotation else None)
         if answer is not None:
             texts.setdefault("answer", []).append(replace(example, answer=answer))
         rationale = example.rationale or (kept[example.id][0].annotation.rationale if example.id in kept else None)
@@ -183,27 +225,28 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
 
     `student` is the hash of the initial weights.
     """
-    config = configuration.plain(job.config)
+    config = configuration.without_labels(configuration.plain(job.config))
+    splits = job.annotation_job.splits
+    # The hashes that ids once were, so that a run of an earlier version can be resumed.
+    ids = {example.id: folded_id(example.question) for part in SPLITS for example in getattr(splits, part)}
     return {
         "cache": job.annotation_job.store.digest,
         "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,
-        "train": _hash_of(curriculum.train),
-        "validation": _hash_of(curriculum.validation),
-        "test": hashlib.sha256("".join(example.id for example in job.annotation_job.splits.test).encode()).hexdigest()[
-            :16
-        ],
+        "train": _hash_of(curriculum.train, ids),
+        "validation": _hash_of(curriculum.validation, ids),
+        "test": hashlib.sha256("".join(ids[example.id] for example in splits.test).encode()).hexdigest()[:16],
         "student": student,
         **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
         "optimizer": config["optim"]["optimizer"],
     }
 
 
-def _hash_of(lessons: Sequence[Lesson]) -> str:
+def _hash_of(lessons: Sequence[Lesson], ids: Mapping[str, str]) -> str:
     """Hash everything that is learned except the soft targets, which the cache's fingerprint identifies."""
     content = hashlib.sha256()
     for lesson in lessons:
         for sequence in lesson.sequences:
             spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((lesson.example_id, *spans)).encode())
+            content.update(repr((ids[lesson.example_id], *spans)).encode())
             content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
     return content.hexdigest()[:16]

@@ -10,10 +10,19 @@ from typing import Literal, final
 
 import numpy as np
 
-from distill.cache.store import Store
+from distill.annotation.reader import AnnotationReader
 from distill.errors import CacheError
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, FilteredRationale, Prompt, Request, SoftTargets, SoftTargetsKey, Span
+from distill.records import (
+    Annotation,
+    Example,
+    FilteredRationale,
+    Prompt,
+    RowCounts,
+    SoftTargets,
+    SoftTargetsKey,
+    Span,
+)
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
@@ -92,19 +101,6 @@ class Lesson:
         return sum((sequence.counts() for sequence in self.sequences), Counter())
 
 
-@dataclass(frozen=True)
-class AnnotationReader:
-    """Reads a teacher's annotations from the cache, by example id and span."""
-
-    store: Store
-    requests: Mapping[tuple[str, Span], Request]
-
-    def find(self, example_id: str, span: Span) -> Annotation | None:
-        """Return the annotation, or None if none was requested."""
-        request = self.requests.get((example_id, span))
-        return self.store.read(request.key) if request else None
-
-
 @final
 class Join:
     """Makes lessons from examples: gold targets where they exist, else the teacher's."""
@@ -126,21 +122,43 @@ class Join:
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
         self.skipped: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
 
     def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
-        """Return lessons of the examples that the losses can learn from; `skipped` names those that are too long."""
+        """Return lessons of the examples that the losses can learn from.
+
+        `lost` has the reason of every other example, and `skipped` the details of those that are too long.
+        """
         lessons = []
         for example in examples:
+            annotation = self._teacher.find_words(example.id, "answer")
             try:
-                annotation = self._teacher.find(example.id, "answer")
                 sequences = [s for s in self._sequences(example, annotation) if self._is_needed(s)]
             except ValueError as error:
                 self.skipped[example.id] = str(error)
+                self.lost[example.id] = "too long"
                 continue
-            answer = example.answer or (annotation.answer if annotation else None)
-            confidence = self._confidence(example, annotation)
+            if not sequences:
+                self.lost[example.id] = self._reason_to_lose(example, annotation)
+            confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
             lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
         return lessons
+
+    def row_counts(self, examples: Sequence[Example]) -> RowCounts:
+        """Count the examples that have become lessons, and the others by their reason."""
+        lost = Counter(self.lost[example.id] for example in examples if example.id in self.lost)
+        return RowCounts(len(examples), dict(lost.most_common()), len(examples) - lost.total())
+
+    def _reason_to_lose(self, example: Example, annotation: Annotation | None) -> str:
+        """Return why no loss can learn from an example."""
+        sources = {source for _, source in self._needed}
+        if self._answer == "reasoned" or {span for span, _ in self._needed} == {"rationale"}:
+            return "no rationale"
+        if example.answer is not None:
+            return "no soft targets" if "soft" in sources else "no loss on its label"
+        if sources == {"labels"}:
+            return "no label"
+        return (annotation.defect if annotation else "not annotated") or "no soft targets"
 
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
         """Return the probability of the teacher's choice, or the share of its samples that agree."""
@@ -155,7 +173,7 @@ class Join:
         yield from self._reasoning(example)
 
     def _answer_alone(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
-        answer = example.answer or (annotation.answer if annotation else None)
+        answer = _answer_of(example, annotation)
         if answer is None:
             return
         soft = self._soft_places(
@@ -186,13 +204,18 @@ class Join:
         if self._answer == "direct":
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
         elif answer is not None:
-            soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
+            if conclusion in (None, answer):  # the teacher's words for a gold answer may be others
+                soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
     def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
-        """Return the annotation whose soft targets belong to the learned text."""
-        return self._soft_teacher.find(example_id, span) if self._soft_teacher else own
+        """Return the annotation whose soft targets belong to the learned text, None if no loss reads any."""
+        if all(source != "soft" for _, source in self._needed):
+            return None
+        if self._soft_teacher:
+            return self._soft_teacher.find(example_id, span)
+        return own if own is None or own.targets else self._teacher.read(own.key)
 
     def _soft_places(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
         target = annotation.targets.get(span) if annotation else None
@@ -212,6 +235,11 @@ class Join:
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(count and key in self._needed for key, count in sequence.counts().items())
+
+
+def _answer_of(example: Example, annotation: Annotation | None) -> str | None:
+    """The gold answer, else the whole answer of the teacher."""
+    return example.answer or (annotation.whole_answer if annotation else None)
 
 
 def _split_rationales(sequences: Sequence[TrainingSequence]) -> list[tuple[TrainingSequence, ...]]:

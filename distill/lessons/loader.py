@@ -23,6 +23,8 @@ from distill.lessons.join import Lesson, Read
 from distill.records import Batch, Span
 
 BatchUnit = Literal["examples", "tokens"]
+Order = Literal["shuffled", "short_first", "confident_first"]
+Balance = Literal["none", "answer", "confidence"]
 _WINDOW_STEPS = 20
 
 
@@ -35,8 +37,8 @@ class Arrangement:
     of rarer fifths of the teacher's confidence, until all are equally frequent.
     """
 
-    order: Literal["shuffled", "short_first", "confident_first"] = "shuffled"
-    balance: Literal["none", "answer", "confidence"] = "none"
+    order: Order = "shuffled"
+    balance: Balance = "none"
 
     def check(self, lessons: Sequence[Lesson]) -> None:
         """Raise ConfigError if lessons lack the confidence that they are to be arranged by."""
@@ -67,6 +69,39 @@ class Arrangement:
         if self.balance == "none":
             return None
         return lesson.answer if self.balance == "answer" else min(4, int(5 * (lesson.confidence or 0.0)))
+
+
+def microbatches_per_step(batch_size: int, microbatch_size: int, world_size: int) -> int:
+    """Return the number of microbatches per process and optimizer step."""
+    return max(1, -(-batch_size // (microbatch_size * world_size)))
+
+
+def check_batch_size(batch_size: int, num_microbatches: int, world_size: int) -> None:
+    """Raise ConfigError if a step is too small to give every process all its microbatches."""
+    if batch_size < world_size * num_microbatches:
+        raise ConfigError(
+            f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
+            f"set it to at least {world_size * num_microbatches}, or increase microbatch_size"
+        )
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """The largest batch of one forward pass: a number of examples, or of tokens including padding."""
+
+    size: int
+    unit: BatchUnit = "examples"
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Cut the indices of texts, sorted by length, into batches within the limit, of at least one text each."""
+        batches: list[list[int]] = []
+        for index in np.argsort(lengths, kind="stable").tolist():
+            number = len(batches[-1]) + 1 if batches else 1
+            is_full = number * (lengths[index] if self.unit == "tokens" else 1) > self.size
+            if is_full or not batches:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
 
 
 @dataclass(frozen=True)
@@ -104,12 +139,8 @@ class StepSampler(Sampler[Microbatch]):
         It counts examples, or tokens including padding. With tokens, a step holds as many lessons of similar length
         as fit, and at least one for each microbatch.
         """
+        check_batch_size(batch_size, num_microbatches, world_size)
         self._num_chunks = world_size * num_microbatches
-        if batch_size < self._num_chunks:
-            raise ConfigError(
-                f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
-                f"set it to at least {self._num_chunks}, or increase microbatch_size"
-            )
         self._lessons, self._batch_size, self._num_microbatches = lessons, batch_size, num_microbatches
         self._num_tokens = [lesson.num_tokens for lesson in lessons]
         self._sizes = self._num_tokens if batch_unit == "tokens" else [1] * len(lessons)
@@ -216,7 +247,7 @@ class DistillData(lightning.LightningDataModule):
 
     def num_microbatches(self, world_size: int) -> int:
         """Return the number of microbatches per process and optimizer step."""
-        return max(1, -(-self._batch_size // (self._microbatch_size * world_size)))
+        return microbatches_per_step(self._batch_size, self._microbatch_size, world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
@@ -236,10 +267,9 @@ class DistillData(lightning.LightningDataModule):
         return self._loader(self._train, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        order = np.argsort([lesson.num_tokens for lesson in self._validation], kind="stable")
-        indices = np.array_split(order, max(1, len(order) // 32))
-        batches = [Microbatch(tuple(chunk.tolist()), {}) for chunk in indices]
-        return self._loader(self._validation, batches)
+        lengths = [lesson.num_tokens for lesson in self._validation]
+        batches = BatchLimit(self._microbatch_size, self._batch_unit).batches(lengths)
+        return self._loader(self._validation, [Microbatch(tuple(batch), {}) for batch in batches])
 
     def _loader(self, lessons: Sequence[Lesson], batches: Sequence[Microbatch] | StepSampler) -> DataLoader[Batch]:
         # The dataset returns whole batches, so the loader has nothing to collate.

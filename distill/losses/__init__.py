@@ -42,6 +42,7 @@ class Objective:
     `source` names the targets: `labels` (gold tokens), `teacher` (the teacher's answer as a label, where there is no
     gold one) or `soft` (the teacher's distributions). `temperature` divides the logits of student and teacher, and
     the term is multiplied by its square (Hinton et al. 2015, section 2). It is not the sampling temperature.
+    `label` is its plain name in reports.
     """
 
     divergence: Divergence
@@ -49,6 +50,7 @@ class Objective:
     source: Literal["labels", "teacher", "soft"]
     weight: float
     temperature: float
+    label: str | None = None
 
     def __post_init__(self) -> None:
         """Validate weight and temperature."""

@@ -1,34 +1,42 @@
-"""Loading and fingerprinting causal language models, whose body and head are called separately."""
+"""Loading causal language models, whose body and head are called separately."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_logger
 
-from distill.app.files import sha256
 from distill.errors import ConfigError
 from distill.losses.head import Shape
 
 disable_progress_bar()
 
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of weights and configuration, which determine a model's output; independent of paths and versions."""
-    weights = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
-    settings = json.loads((folder / "config.json").read_text())
-    for irrelevant_key in ("transformers_version", "_name_or_path"):
-        settings.pop(irrelevant_key, None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(canonical).hexdigest()}
+# What the code of a model raises when its files are damaged, its package is missing, or it cannot do what is asked.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+_NAMES_SHOWN = 3
+_MAX_REASON = 300  # characters
+_MAX_GAP = 1e-2  # relative
 
 
 def flush_denormals() -> None:
@@ -39,40 +47,123 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def native_dtype() -> torch.dtype:
-    """bfloat16 if the machine computes in it at full speed, else float32."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
     """Load a model folder; with `from_scratch`, initialize new weights from its configuration.
 
-    Only safetensors are read, and no code from the folder is run.
+    Only safetensors are read, and no code from the folder is run. Raises ConfigError unless the files hold exactly
+    the weights of the model.
     """
     try:
         if from_scratch:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} does not open as a causal language model: {error}") from None
-    _check_seam(model)
-    assert isinstance(model, PreTrainedModel)
+            model = from_files(folder, dtype=dtype)
+        assert isinstance(model, PreTrainedModel)
+        _name_body(model)
+        _check_seam(model)
+    except MODEL_ERRORS as error:
+        raise ConfigError(f"{folder} does not open as a causal language model: {_reason(folder, error)}") from None
     return model
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ConfigError unless the files hold exactly the weights of the model; no weight is read.
+
+    A folder without weights passes: a complete cache needs none.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return
+    try:
+        from_files(folder, device_map="meta")
+    except MODEL_ERRORS as error:
+        if isinstance(error, ImportError) or not quantization(folder):  # some quantizers do not support `meta`
+            raise ConfigError(f"{folder} does not open as a causal language model: {_reason(folder, error)}") from None
+
+
+def from_files(folder: Path, **options: Any) -> Any:
+    """Open a model with `from_pretrained`; raise ConfigError if a weight is missing, unused or of another shape."""
+    with _without_report():
+        opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    model, info = opened
+    problems = {
+        "weights of the model are missing in its files": info["missing_keys"],
+        "weights in the files are not used by the model": info["unexpected_keys"],
+        "weights have another shape than the model's": [name for name, *_ in info["mismatched_keys"]],
+    }
+    if any(problems.values()):
+        counted = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names)
+        raise ConfigError(
+            f"{folder} does not hold the weights of {type(model).__name__}: {counted}. Weights that are not loaded "
+            "would be random; save the model again, whole and under its own names"
+        )
+    return model
+
+
+def _name_body(model: Any) -> None:
+    """Let `base_model` be the body in families whose class names none, such as Llama 4."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
+    logger = get_logger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = sorted(names)
+    more = f" and {len(first) - _NAMES_SHOWN} more" if len(first) > _NAMES_SHOWN else ""
+    return ", ".join(first[:_NAMES_SHOWN]) + more
+
+
+def _reason(folder: Path, error: BaseException) -> str:
+    """The error in one line; for a quantized model, what to do about it."""
+    text = " ".join(str(error).split())[:_MAX_REASON]
+    reason = f"{type(error).__name__}: {text}" if isinstance(error, LookupError | AttributeError | TypeError) else text
+    method = quantization(folder)
+    if method is None:
+        return reason or type(error).__name__
+    return (
+        f"its weights are quantized ({method}), and {reason.rstrip('.')}. Install the package that it needs, or use "
+        "the model that is not quantized; a quantized model can be a teacher, not a student"
+    )
+
+
+def quantization(folder: Path) -> str | None:
+    """Name of the method with which the weights are quantized, None if they are not."""
+    try:
+        settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        return str(settings.get("quant_method", "unknown method")) if settings else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # damaged; loading it has raised
 
 
 @torch.inference_mode()
 def _check_seam(model: Any) -> None:
     """Raise ConfigError unless the logits are shape(head(body(ids))) with a known `Shape`."""
+    was_training = model.training
+    model.eval()
     ids_BT = torch.arange(1, 5).unsqueeze(0)
     logits_V = model(ids_BT).logits[0, -1].float()
     hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
+    model.train(was_training)
     gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
-    if gap > 1e-2 * logits_V.abs().max():
+    if not gap <= min(_MAX_GAP, torch.finfo(model.dtype).eps ** 0.5) * logits_V.abs().max():  # NaN is refused as well
         raise ConfigError(
             f"{type(model).__name__} is not supported: its logits are not those of a linear head, a scale and a "
             f"soft cap (difference {gap:.3g})"

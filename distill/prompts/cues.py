@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -23,11 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.app import config as configuration
 from distill.app.config import Config
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.errors import ConfigError
-from distill.prompts.tokenizers import load_tokenizer, vocabulary_fingerprint
+from distill.prompts.pieces import Pieces
+from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
+_NUM_CACHED_TEXTS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Prompts:
         too_long: TooLong,
     ) -> None:
         """`max_length` limits the tokens of prompt and targets together, not counting the shots."""
+        self._arguments = arguments_of(locals())
         self.tokenizer = tokenizer
         self.layout = layout
         self.shots = tuple(shots)
@@ -69,7 +73,9 @@ class Prompts:
         self.too_long = too_long
         assert tokenizer.eos_token_id is not None
         self.end: int = int(tokenizer.eos_token_id)
-        self._cue = functools.cache(self.encode)  # for the few texts of the layout
+        self._pieces = Pieces(tokenizer, _samples(layout))
+        # Cues and choices recur in every example, and the texts of an example in its requests and sequences.
+        self._encode = functools.lru_cache(_NUM_CACHED_TEXTS)(self._pieces)
         self._prefix = functools.cache(self._render_prefix)
 
     def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
@@ -83,36 +89,33 @@ class Prompts:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything in the prompts that affects a teacher's targets."""
-        return {
-            "layout": asdict(self.layout),
-            "shots": [asdict(shot) for shot in self.shots],
-            "tokenizer": vocabulary_fingerprint(self.tokenizer),
-            "max_length": self.max_length,
-            "too_long": self.too_long,
-        }
+        return fingerprint_of(self, self._arguments, tokenizer=tokenizer_fingerprint(self.tokenizer))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text from data; it never produces a special token."""
-        encoded = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(int(i) for i in encoded)
+        """Token ids of a text inside a prompt; a text from data never produces a special token."""
+        return self._encode(text)
 
     def prefix(self, span: Span) -> tuple[int, ...]:
         """Token ids before every question: start token if the model has one, instruction, shots."""
         return self._prefix(span)
 
     def _render_prefix(self, span: Span) -> tuple[int, ...]:
-        ids = self._start()
+        ids = self._pieces.start
         if self.layout.instruction:
-            ids += self.encode(self.layout.instruction + "\n\n")
+            ids = self._followed(ids, self.layout.instruction + "\n\n")
         for shot in self.shots:
             if shot.answer is None or (span == "rationale" and shot.rationale is None):
                 raise ConfigError(f"the shot {shot.question[:60]!r} has no answer or no rationale")
-            ids += self.encode(f"{self.layout.question_cue} {shot.question}\n")
+            ids = self._followed(ids, f"{self.layout.question_cue} {shot.question}\n")
             if span == "rationale":
                 ids += self.encode(self.layout.rationale_cue) + self.encode(f" {shot.rationale}")
                 ids += self.encode("\n")
             ids += self.encode(self.layout.answer_cue) + self.answer_ids(shot.answer) + self.encode("\n")
         return ids
+
+    def _followed(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Append a text, which some tokenizers encode differently if it is the first of the prompt."""
+        return ids + (self._pieces.first(text) if ids == self._pieces.start else self.encode(text))
 
     def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
         """Token ids between prefix and target; with `too_long=cut`, cut to leave space for `room` more tokens.
@@ -120,7 +123,8 @@ class Prompts:
         If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
         """
         cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
-        head, tail = self._cue(self.layout.question_cue), self._cue("\n") + self._cue(cue)
+        prefix, tail = self.prefix(span), self.encode("\n") + self.encode(cue)
+        head = self._followed(prefix, self.layout.question_cue)[len(prefix) :]
         body = self.encode(f" {example.question}")
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
         if surplus > 0:
@@ -134,9 +138,31 @@ class Prompts:
             body = body[: len(body) - surplus]
         return head + body + tail
 
+    def around_question(self, span: Span) -> tuple[str, str]:
+        """The texts before and after the question in a prompt without shots, up to the target."""
+        instruction = f"{self.layout.instruction}\n\n" if self.layout.instruction else ""
+        cue = self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
+        return f"{instruction}{self.layout.question_cue} ", f"\n{cue}"
+
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """Token ids of an answer as a target, with the end token."""
         return (*self.encode(f" {answer}"), self.end)
+
+    def choice_ids(self, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of choices as targets: whole answers, which exclude each other.
+
+        Raises ConfigError if two of them have the same tokens.
+        """
+        by_ids: dict[tuple[int, ...], str] = {}
+        for choice in choices:
+            ids = self.answer_ids(choice)
+            if ids in by_ids:
+                raise ConfigError(
+                    f"the choices {by_ids[ids]!r} and {choice!r} have the same tokens in the tokenizer of "
+                    f"{self.tokenizer.name_or_path}, which cannot tell them apart; rename one of them"
+                )
+            by_ids[ids] = choice
+        return tuple(by_ids)
 
     def rationale_ids(self, rationale: str) -> tuple[int, ...]:
         """Token ids of a rationale as a target, without the end token."""
@@ -166,7 +192,7 @@ class Prompts:
 
     def separator_ids(self) -> tuple[int, ...]:
         """Token ids between a rationale and the answer after it."""
-        return self._cue("\n") + self._cue(self.layout.answer_cue)
+        return self.encode("\n") + self.encode(self.layout.answer_cue)
 
     def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
         """A request, whose key is a hash of all token ids that the teacher reads.
@@ -186,24 +212,30 @@ class Prompts:
 
     def split_reply(self, token_ids: Sequence[int]) -> Reply:
         """Decode a text generated after a rationale cue and split it at the answer cue."""
-        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        text = self.decode(token_ids)
         rationale, cue, answer = text.partition(f"\n{self.layout.answer_cue}")
         return Reply(rationale.strip(), answer.strip() if cue else "")
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens as it was encoded, without special tokens."""
+        return self._pieces.decode(token_ids)
+
     def text(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+        """Decode tokens, without special tokens and outer spaces."""
+        return self.decode(token_ids).strip()
 
     def token_text(self, token_id: int) -> str:
         """The text of a token; of a special token its name."""
-        return str(self.tokenizer.decode([token_id]))
+        return self._pieces.decode([token_id], skip_special=False)
 
     def _before_target(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
         return self.prefix(span) + self.question(example, span, room)
 
-    def _start(self) -> tuple[int, ...]:
-        start_ids = self.tokenizer("", add_special_tokens=True).input_ids
-        return tuple(int(i) for i in start_ids if i != self.tokenizer.eos_token_id)
+
+def _samples(layout: Layout) -> tuple[str, ...]:
+    """Pieces of a prompt to try a tokenizer on, of characters that every prompt has."""
+    word = layout.answer_cue or "a"
+    return (layout.question_cue or word, f" {word}", "\n", word, f" {word}", "\n")
 
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:

@@ -21,14 +21,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # as saved, it may cut and pad until its first use
+        backend.no_truncation()
+        backend.no_padding()
     return tokenizer
 
 
-def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the whole tokenizer if it can be serialized, else of its vocabulary."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides token ids: the tokenizer, or its vocabulary, and the ids of its special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(state.encode()).hexdigest()
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    ignored = {"truncation": None, "padding": None}  # set for a batch, and by its use
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([state | ignored, ends], sort_keys=True).encode()).hexdigest()
 
 
 def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

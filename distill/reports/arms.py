@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from distill.app.console import visible
 from distill.app.files import Json
+from distill.reports.proportions import wilson_interval
 from distill.reports.runs import NULL, SEED_KEYS, Run, number
 from distill.reports.statistics import student_t
 
@@ -51,6 +52,11 @@ class Arm:
         return self.runs[0].losses if self.runs else ()
 
     @property
+    def name(self) -> str:
+        """What the student learned from, in words."""
+        return "labels alone" if self.kind == "baseline" else " + ".join(self.runs[0].loss_labels)
+
+    @property
     def choices(self) -> Mapping[str, str]:
         """The configuration's choices except seeds; empty for a model that was not trained."""
         chosen = self.runs[0].choices if self.runs else {}
@@ -68,18 +74,27 @@ class Arm:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy: of one seed as evaluated; of several, over test sampling and seeds.
+        """95 % interval of the accuracy."""
+        return self.interval_at(0.95)
 
-        Half-width² = h_test² + h_seed²; h_test = 1.96 sqrt(p(1 - p)/n), h_seed = t_975(s - 1) sd/sqrt(s).
+    def interval_at(self, level: float) -> tuple[float, float]:
+        """Interval of the accuracy: of one seed Wilson's, of several also over the spread between seeds.
+
+        Each end is sqrt(h_test² + h_seed²) from the mean; h_test reaches to Wilson's end, which has a width at 0 %
+        and at 100 % too, and h_seed = t(s - 1) sd/sqrt(s).
         """
-        mean, deviation = self.stat("accuracy")
-        if deviation is None:
-            ends = [row.get("interval") for row in self.rows]
-            low, high = ends[0] if ends and ends[0] else (math.nan, math.nan)
-            return float(low), float(high)
-        seeds = (student_t(0.95, len(self.rows) - 1) * deviation) ** 2 / len(self.rows)
-        half = math.sqrt(1.96**2 * mean * (1 - mean) / self.stat("num_examples").mean + seeds)
-        return max(0.0, mean - half), min(1.0, mean + half)
+        (mean, deviation), num_examples = self.stat("accuracy"), self.stat("num_examples").mean
+        recorded = self.rows[0].get("interval") if len(self.rows) == 1 else None
+        if recorded and (level == 0.95 or math.isnan(num_examples)):
+            return float(recorded[0]), float(recorded[1])
+        if math.isnan(mean + num_examples):
+            return math.nan, math.nan
+        low, high = wilson_interval(mean * num_examples, num_examples, level)
+        seeds = 0.0
+        if deviation is not None:
+            num_seeds = len(self.rows)
+            seeds = student_t(level, num_seeds - 1) * deviation / math.sqrt(num_seeds)
+        return max(0.0, mean - math.hypot(mean - low, seeds)), min(1.0, mean + math.hypot(high - mean, seeds))
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Json]]:
@@ -133,7 +148,18 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
     if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
-    return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]" if is_accuracy else text
+    if is_accuracy:
+        return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]"
+    return text if is_narrow else text + _beside(arm, column)
+
+
+def _beside(arm: Arm, column: Column) -> str:
+    """What is shown under a number: the spread of a time, the type behind a size."""
+    types = sorted({str(row["dtype"]) for row in arm.rows if row.get("dtype")})
+    if column.key == "size_bytes" and types:
+        return f" [{', '.join(types)}]"
+    low, high = arm.stat("ms_fastest").mean, arm.stat("ms_slowest").mean
+    return f" [{low:.1f}, {high:.1f}]" if column.key == "ms_per_example" and low < high else ""
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
@@ -164,7 +190,7 @@ def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
         members = tuple(run for _, run in sorted(seeds.items()))
         kind: Kind = "baseline" if key[0] == ("answer",) else "distilled"
-        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].losses)
+        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].loss_labels)
         rows = tuple(run.rows["student"] for run in members)
         arms.append(Arm(kind, label, members[0].settings, members, rows))
     return _with_distinct_labels(arms, BUDGET)

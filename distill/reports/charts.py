@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.reports.arms import Arm
+from distill.reports.latency import Spread, joint, ranks, spread
 from distill.reports.runs import Run, number
 from distill.reports.statistics import Bin, PowerLaw, by_confidence, explained, fit_power_law, pareto
 
 DATA_KEYS = ("labelled", "unlabelled", "cache")
-FRONTS = (("size_bytes", "size on disk, MB", 1e6), ("ms_per_example", "ms per example", 1.0))
+BYTES_PER_WEIGHT = 2  # where the models' types differ, so that a type is no advantage
 
 
 class Point(NamedTuple):
@@ -106,38 +107,51 @@ def _curves(
 
 def _curve(points: Sequence[Point]) -> Curve:
     first = points[0].arm
-    label = "labels alone" if first.kind == "baseline" else " + ".join(first.losses)
     law = fit_power_law([point.x for point in points], [1 - point.arm.accuracy for point in points])
-    return Curve(label, tuple(points), law)
+    return Curve(first.name, tuple(points), law)
 
 
-def fronts(arms: Sequence[Arm], totals: Sequence[float | None], unit: str) -> list[Front]:
+def fronts(arms: Sequence[Arm], totals: Sequence[float | Spread | None], unit: str) -> list[Front]:
     """Return accuracy over size, latency and cost, for each that differs between arms; `totals` in `unit`."""
     places: Mapping[int, int] = {id(arm): index for index, arm in enumerate(arm for arm in arms if arm.runs)}
     differing = []
     for title, values in _axes(arms, totals, unit).items():
         measured = [(arm, value) for arm, value in zip(arms, values, strict=True) if arm.rows and value is not None]
-        points = [Point(value, arm, places.get(id(arm))) for arm, value in measured]
-        best = pareto([(point.arm.accuracy, point.x) for point in points])
+        points = [Point(value.value, arm, places.get(id(arm))) for arm, value in measured]
+        costs = ranks([value for _, value in measured])
+        best = pareto([(point.arm.accuracy, rank) for point, rank in zip(points, costs, strict=True)])
         if len({point.x for point in points}) > 1:
             differing.append(Front(title, tuple(points), tuple(best)))
     return differing
 
 
-def unbeaten(arms: Sequence[Arm], totals: Sequence[float | None]) -> list[bool]:
-    """Mark the arms that no other dominates in accuracy, size, latency and cost; a missing value counts as worst."""
-    axes = _axes(arms, totals, "").values()
-    return pareto(
-        [
-            (-math.inf if math.isnan(arm.accuracy) else arm.accuracy, *(math.inf if v is None else v for v in values))
-            for arm, values in zip(arms, zip(*axes, strict=True), strict=True)
-        ]
-    )
+def unbeaten(arms: Sequence[Arm], totals: Sequence[float | Spread | None]) -> list[bool]:
+    """Mark the arms that no other dominates in accuracy, size, latency and cost; a missing value counts as worst.
+
+    Values whose spreads overlap are tied.
+    """
+    axes = [ranks(values) for values in _axes(arms, totals, "").values()]
+    accuracies = (-math.inf if math.isnan(arm.accuracy) else arm.accuracy for arm in arms)
+    return pareto(list(zip(accuracies, *axes, strict=True)))
 
 
-def _axes(arms: Sequence[Arm], totals: Sequence[float | None], unit: str) -> dict[str, list[float | None]]:
-    measured = {title: [_known(arm.stat(key).mean / size) for arm in arms] for key, title, size in FRONTS}
-    return measured | {f"total cost, {unit}": list(totals)}
+def _axes(arms: Sequence[Arm], totals: Sequence[float | Spread | None], unit: str) -> dict[str, list[Spread | None]]:
+    title, sizes = _sizes(arms)
+    latencies = [joint(spread(row) for row in arm.rows) for arm in arms]
+    costs = [_exact(total) if isinstance(total, float | int) else total for total in totals]
+    return {title: sizes, "ms per example": latencies, f"total cost, {unit}": costs}
+
+
+def _sizes(arms: Sequence[Arm]) -> tuple[str, list[Spread | None]]:
+    """Return sizes at like type: on disk, or by the number of weights if the arms' types differ."""
+    if len({str(row["dtype"]) for arm in arms for row in arm.rows if row.get("dtype")}) < 2:
+        return "size on disk, MB", [_exact(arm.stat("size_bytes").mean / 1e6) for arm in arms]
+    title = f"size at {8 * BYTES_PER_WEIGHT} bits per weight, MB"
+    return title, [_exact(BYTES_PER_WEIGHT * arm.stat("parameters").mean / 1e6) for arm in arms]
+
+
+def _exact(value: float) -> Spread | None:
+    return None if math.isnan(value) else Spread(value, value, value)
 
 
 def effects(trained: Sequence[Arm]) -> list[Effect]:
@@ -159,7 +173,7 @@ def effects(trained: Sequence[Arm]) -> list[Effect]:
 
 def _swept(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """Return the settings that differ between runs; of settings that split the runs alike, the shortest name."""
-    flats = [{**run.choices, "loss": " + ".join(run.losses)} for run in runs]
+    flats = [{**run.choices, "loss": " + ".join(run.loss_labels)} for run in runs]
     keys = sorted({key for flat in flats for key in flat}, key=lambda key: (len(key), key))
     columns = {key: [flat.get(key) for flat in flats] for key in keys}
     by_split: dict[tuple[int, ...], str] = {}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from distill.app.files import Json
 from distill.reports.arms import Arm
+from distill.reports.latency import Spread, joint, spread
 from distill.reports.runs import Run, mapping, number
 from distill.reports.statistics import break_even
 
@@ -27,7 +28,7 @@ class Prices:
 
     @property
     def unit(self) -> str:
-        """The currency, or machine seconds if an hour has no price."""
+        """The currency, empty if unnamed, or machine seconds if an hour has no price."""
         return TIME if self.per_hour is None else self.currency
 
     def of(self, seconds: float | None) -> float | None:
@@ -40,7 +41,8 @@ class Prices:
 class Cost(NamedTuple):
     """Seconds of work that one student of an arm takes, and its costs in `unit`; None if not measured.
 
-    `total` is the cost of producing the student: annotation, training and evaluation.
+    `total` is the cost of producing the student: annotation, training and evaluation. `is_cheaper` says whether a
+    request to the student is cheaper than one to the teacher; None if their times overlap or were not measured.
     """
 
     arm: Arm
@@ -53,6 +55,7 @@ class Cost(NamedTuple):
     teacher_per_1000: float | None
     break_even_requests: float | None
     break_even_days: float | None
+    is_cheaper: bool | None
 
 
 class Yield(NamedTuple):
@@ -79,7 +82,7 @@ def read_prices(config: Json, overrides: Json) -> Prices:
     return Prices(
         per_hour=sum(parts) if parts else None,
         teacher_per_request=None if bought is None else bought / 1000,
-        currency=str(values.get("currency") or "an unnamed currency"),
+        currency=str(values.get("currency") or ""),
         requests_per_day=number(values.get("requests_per_day")),
     )
 
@@ -91,40 +94,58 @@ def cost(arm: Arm, overrides: Json) -> Cost:
     training, evaluation = (_mean(arm.runs, "seconds", key) for key in ("train", "evaluate"))
     seconds = [annotation, training, evaluation]
     total = None if None in seconds else price.of(math.fsum(part for part in seconds if part is not None))
-    student = price.of(_seconds_per_request(arm.rows))
-    teacher = price.of(_seconds_per_request([run.rows.get("teacher", {}) for run in arm.runs]))
-    if price.per_hour is not None and price.teacher_per_request is not None:
-        teacher = price.teacher_per_request
+    student = _price(price, arm.rows)
+    teacher = _price(price, [run.rows.get("teacher", {}) for run in arm.runs])
+    if price.per_hour is not None and (bought := price.teacher_per_request) is not None:
+        teacher = Spread(bought, bought, bought)
+    is_cheaper = _is_below(student, teacher)
     requests = None
-    if total is not None and student is not None and teacher is not None:
-        requests = break_even(total, teacher, student)
+    if total is not None and student and teacher and is_cheaper:
+        requests = break_even(total, teacher.value, student.value)
     days = requests / price.requests_per_day if requests is not None and price.requests_per_day else None
     per_1000 = (_thousand(student), _thousand(teacher))
-    return Cost(arm, annotation, training, evaluation, price.unit, total, *per_1000, requests, days)
+    return Cost(arm, annotation, training, evaluation, price.unit, total, *per_1000, requests, days, is_cheaper)
+
+
+def total_spread(arm: Arm, overrides: Json) -> Spread | None:
+    """Return the total cost of a trained arm with the least and the greatest of its seeds."""
+    totals = [total for seed in arm.seeds if (total := cost(seed, overrides).total) is not None]
+    return joint(Spread(total, total, total) for total in totals)
+
+
+def _price(price: Prices, rows: Sequence[Json]) -> Spread | None:
+    """Return the price of a request, with that of the fastest and the slowest measurement."""
+    times = joint(spread(row) for row in rows)
+    prices = [price.of(milliseconds / 1000) for milliseconds in times] if times else []
+    return Spread(*(value for value in prices if value is not None)) if prices else None
+
+
+def _is_below(left: Spread | None, right: Spread | None) -> bool | None:
+    if left is None or right is None or (left.low < right.high and right.low < left.high):
+        return None
+    return left.high < right.low
 
 
 def break_even_text(cost: Cost) -> str:
-    """Format the number of requests after which the student breaks even; "never" if its requests are not cheaper."""
+    """Format the number of requests after which the student breaks even.
+
+    "never" if its requests are not cheaper, "not shown" if the measured times overlap.
+    """
     if cost.total is None or cost.student_per_1000 is None or cost.teacher_per_1000 is None:
         return "not measured"
     if cost.break_even_requests is None:
-        return "never"
+        return "never" if cost.is_cheaper is False else "not shown"
     days = "" if cost.break_even_days is None else f" ({cost.break_even_days:,.2g} days)"
     return f"{math.ceil(cost.break_even_requests):,}{days}"
 
 
-def _thousand(price: float | None) -> float | None:
-    return None if price is None else 1000 * price
+def _thousand(price: Spread | None) -> float | None:
+    return None if price is None else 1000 * price.value
 
 
 def _mean(runs: Sequence[Run], *keys: str) -> float | None:
     section, key = keys
     values = [value for run in runs if (value := number(mapping(run.facts.get(section)).get(key))) is not None]
-    return math.fsum(values) / len(values) if values else None
-
-
-def _seconds_per_request(rows: Sequence[Json]) -> float | None:
-    values = [value / 1000 for row in rows if (value := number(row.get("ms_per_example"))) is not None]
     return math.fsum(values) / len(values) if values else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,33 @@ from distill.app.console import visible
 from distill.app.files import Json, atomic_write
 from distill.reports.arms import SEED_COLUMNS, cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
-from distill.reports.costs import cost, yields
+from distill.reports.conclusion import conclude, tone
+from distill.reports.costs import cost, total_spread, yields
+from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
-from distill.reports.sentences import NOTHING, contamination_lines, cost_note, yield_lines
+from distill.reports.sentences import contamination_lines, cost_note, notes, yield_lines
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    class_rows,
+    class_titles,
     columns,
+    confusions,
     contrast_row,
     contrast_titles,
     cost_row,
     difference_row,
     difference_titles,
+    guess_rows,
+    recall_row,
+    recall_titles,
     short,
 )
 from distill.reports.text import MAX_SENTENCE, to_markdown
-from distill.reports.verdicts import BASELINE_COMMAND, Summary, summarise
+from distill.reports.verdicts import TO_RUN, Summary, summarise
+
+HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,56}\b")  # an id that nobody reads to its end
 
 
 class Uncut(str):
@@ -43,8 +54,8 @@ def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
-    pages.finalize = lambda value: visible(value) if type(value) is str else value
-    functions = (cell, flatten, mapping, mappings, number, short, uncut)
+    pages.finalize = lambda value: HASH.sub(r"\1…", visible(value)) if type(value) is str else value
+    functions = (cell, class_rows, class_titles, flatten, mapping, mappings, number, short, tone, uncut)
     pages.globals.update({function.__name__: function for function in functions}, math=math)
     content = _tables(summary, prices) | _charts(summary, prices) | _samples(summary)
     return pages.get_template("report.html.j2").render(summary=summary, **content)
@@ -57,24 +68,31 @@ def uncut(text: str) -> Uncut:
 
 def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
     costs = [cost(arm, prices) for arm in summary.trained]
+    shown, found = columns(summary), confusions(summary)
     return {
         "difference_titles": difference_titles(summary),
         "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrast_titles": contrast_titles(summary),
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
-        "columns": columns(summary),
+        "columns": shown,
+        "guess_rows": guess_rows(summary, len(shown)),
+        "confusions": found,
+        "recall_titles": recall_titles(found),
+        "recall_rows": [recall_row(table, recall_titles(found)[1:]) for table in found],
+        "rows_table": rows_table(summary.runs),
+        "conclusion": conclude(summary),
+        "notes": notes(summary),
+        "to_run": TO_RUN,
         "seed_columns": SEED_COLUMNS,
         "cost_titles": COST_TITLES,
         "cost_rows": [cost_row(arm_cost) for arm_cost in costs],
         "cost_note": cost_note(costs),
-        "command": BASELINE_COMMAND,
-        "nothing": NOTHING,
     }
 
 
 def _charts(summary: Summary, prices: Json) -> dict[str, Any]:
     units = dict.fromkeys(cost(arm, prices).unit for arm in summary.trained)
-    totals = [cost(arm, prices).total if arm.runs else None for arm in summary.arms]
+    totals = [total_spread(arm, prices) if arm.runs else None for arm in summary.arms]
     return {
         "confidence": confidence(summary.trained),
         "charts": charts(summary.trained),

@@ -29,9 +29,15 @@ RUN_ONLY = (
     *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
     *("num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size", "share_prompt"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps"),
-    *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.use_distributed_sampler"),
+    *(
+        "trainer.num_sanity_val_steps",
+        "trainer.enable_model_summary",
+        "trainer.use_distributed_sampler",
+        "cache.accept",
+    ),
 )
-PATH_KEYS = re.compile(r"(^|[._])(root|dir|path|files)$")
+# Places of files, plain names of losses, and what only a model card tells.
+NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$|\.(license|language)$")
 TEACHER_SECTIONS = ("teacher", "soft_teacher", "rationales", "cache")  # irrelevant to labels alone
 IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # also in run.json
 NULL = str(None)  # a flat setting that is null
@@ -75,6 +81,12 @@ class Run:
         return tuple(sorted(map(str, self.facts.get("losses") or ())))
 
     @property
+    def loss_labels(self) -> tuple[str, ...]:
+        """Plain names of the active losses: the label in the loss's YAML, or else its name."""
+        named = mapping(self.config.get("loss"))
+        return tuple(str(mapping(named.get(loss)).get("label") or loss) for loss in self.losses)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the student has an accuracy and the run names its losses."""
         return bool(self.losses) and number(self.rows.get("student", {}).get("accuracy")) is not None
@@ -94,7 +106,7 @@ class Run:
         """The flat configuration without settings that decide only where and how the run is made."""
         excluded = tuple(f"{part}." for part in (*RUN_ONLY, *(TEACHER_SECTIONS if self.losses == ("answer",) else ())))
         flat = flatten(self.config).items()
-        return {k: v for k, v in flat if not (f"{k}.".startswith(excluded) or PATH_KEYS.search(k))}
+        return {k: v for k, v in flat if not (f"{k}.".startswith(excluded) or NO_SETTINGS.search(k))}
 
     @property
     def _start(self) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from distill.app.files import Json
+from distill.reports.conclusion import best_verdict
 from distill.reports.runs import Run
 from distill.reports.verdicts import Summary
 
@@ -63,8 +64,10 @@ def reasoning(summary: Summary) -> tuple[list[str], list[tuple[list[str], Json]]
 
 
 def _sampled(summary: Summary) -> Run | None:
-    """Return a run with predictions, of a distilled arm with as many losses as possible."""
-    arms = sorted(summary.trained, key=lambda arm: (arm.kind != "distilled", -len(arm.losses)))
+    """Return a run with predictions of the arm to prefer, or else of the most accurate one that has any."""
+    best = best_verdict(summary.verdicts)
+    others = sorted(summary.trained, key=lambda arm: (arm.kind != "distilled", -arm.accuracy))
+    arms = [best.arm, *others] if best else others
     return next((run for arm in arms for run in arm.runs if run.predictions), None)
 
 

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 
 from distill.app.files import Json
 from distill.reports.charts import Effect, effects
+from distill.reports.conclusion import NOTHING
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
+from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
 from distill.reports.verdicts import Summary
 
-NOTHING = "No distilled student was evaluated, so there is nothing to judge."
-
 
 def remarks(summary: Summary) -> list[str]:
-    """Return the verdicts with their caveats, then the notes."""
+    """Return the verdicts with their caveats, then rows that were lost and the notes."""
     verdicts = [" ".join((verdict.sentence, *verdict.caveats)) for verdict in summary.verdicts]
-    return (verdicts or [NOTHING]) + list(summary.notes)
+    return [*(verdicts or [NOTHING]), *notes(summary)]
+
+
+def notes(summary: Summary) -> list[str]:
+    """Return what speaks against a simple reading: large losses of rows, damaged files, runs that were left out."""
+    return [*losses_of_rows(summary.runs), *summary.notes]
 
 
 def facts(summary: Summary, prices: Json) -> list[str]:
@@ -34,12 +39,12 @@ def effect_lines(swept: Sequence[Effect]) -> list[str]:
 
 def cost_note(costs: Sequence[Cost]) -> str:
     """State the unit of the costs and explain the columns."""
-    units = " and ".join(dict.fromkeys(cost.unit for cost in costs))
+    units = " and ".join(dict.fromkeys(cost.unit or "an unnamed currency" for cost in costs))
     why = ", because no machine price is configured (`cost`)" if TIME in units else ""
     return (
         f"Costs in {units}{why}. Total: annotation, training and evaluation. Breaks even after: the number of requests "
         "that save the total by going to the student instead of the teacher; never if a request to the student is not "
-        "cheaper. Labels alone need no annotation."
+        "cheaper, not shown if the measured times overlap. Labels alone need no annotation."
     )
 
 

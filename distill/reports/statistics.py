@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special  # imports in a quarter of the time of scipy.stats; the quantiles are the same
 
+from distill.reports.proportions import exact_interval, normal_quantile, paired_score_interval
+
 Matrix = NDArray[np.float64]
 
 NUM_DRAWS, BLOCK_SIZE = 10_000, 1_000
 POWER = 0.8  # of the test in `detectable`
+FEW = 25  # examples that differ; below, a bootstrap of them is too narrow and an exact test is used too
 
 
 class Interval(NamedTuple):
@@ -63,11 +66,38 @@ def paired_interval(
     pigeonhole bootstrap"): seeds and examples are resampled independently, and a cell counts as often as its seed
     and its example are drawn together. Second, Student's t over the seeds' mean differences, because resampling a
     few seeds underestimates their spread by sqrt((s - 1)/s) and has the tails of the normal distribution. With one
-    seed only examples are resampled, and the interval does not include the spread between seeds.
+    seed only examples are resampled, and the interval does not include the spread between seeds. Where fewer than
+    `FEW` examples differ, it is at least as wide as exact intervals.
     """
     values_SE = np.asarray(left, np.float64) - np.asarray(right, np.float64)
     draws = _draws(values_SE[..., None], num_draws, seed)[:, 0]
-    return _wider(draws, values_SE.mean(1), values_SE.shape[1], level)
+    interval = _wider(draws, values_SE.mean(1), values_SE.shape[1], level)
+    ends = few_differences(values_SE, level)
+    return interval if ends is None else _widened(interval, *ends, level)
+
+
+def few_differences(values_SE: Matrix, level: float) -> tuple[float, float] | None:
+    """Return ends of the mean difference from few examples that differ; None if there are at least `FEW`.
+
+    At each end the wider of two. Given the examples that differ, the sign of their means over seeds is binomial:
+    with one seed, these ends exclude 0 just where the exact McNemar test rejects equality. They have no width if no
+    example differs, hence the score interval at the seeds' mean counts.
+    """
+    mean_E, num_examples = values_SE.mean(0), values_SE.shape[1]
+    gains, number = int((mean_E > 0).sum()), int((mean_E != 0).sum())
+    if number >= FEW:
+        return None
+    size = float(np.abs(mean_E).sum()) / num_examples
+    exact = [(2 * end - 1) * size for end in exact_interval(gains, number, level)]
+    left, right = (float((sign * values_SE > 0).sum(1).mean()) for sign in (1, -1))
+    score = paired_score_interval(left, right, num_examples, level)
+    return min(exact[0], score[0]), max(exact[1], score[1])
+
+
+def _widened(interval: Interval, low: float, high: float, level: float) -> Interval:
+    low, high = min(interval.low, low), max(interval.high, high)
+    error = max(interval.error, (high - low) / 2 / normal_quantile(level))
+    return interval._replace(low=low, high=high, error=error)
 
 
 def recovered(
@@ -77,7 +107,8 @@ def recovered(
 
     (arm - baseline)/(teacher - baseline), resampled together as in `paired_interval`; over seeds the ratio is
     linearized at its estimate. If the interval of the teacher's advantage includes 0, that of the share is
-    unbounded (Fieller 1954): its ends are infinite.
+    unbounded (Fieller 1954): its ends are infinite. Where few examples differ between arm and baseline, the ends
+    are at least those of the gain, as a share of the advantage.
     """
     gain_SE, advantage_SE = (np.asarray(x, np.float64) - np.asarray(baseline, np.float64) for x in (arm, teacher))
     gain, advantage = float(gain_SE.mean()), float(advantage_SE.mean())
@@ -85,11 +116,14 @@ def recovered(
         return None
     num_seeds, num_examples = gain_SE.shape
     draws = _draws(np.stack([gain_SE, advantage_SE], axis=-1), num_draws, seed)
-    if _wider(draws[:, 1], advantage_SE.mean(1), num_examples, level).low <= 0:
+    few = few_differences(advantage_SE, level)
+    if min(_wider(draws[:, 1], advantage_SE.mean(1), num_examples, level).low, few[0] if few else math.inf) <= 0:
         return Interval(gain / advantage, -math.inf, math.inf, math.inf, num_seeds, num_examples)
     shares = draws[draws[:, 1] > 0]
     seeds = (gain_SE - gain / advantage * advantage_SE).mean(1) / advantage + gain / advantage
-    return _wider(shares[:, 0] / shares[:, 1], seeds, num_examples, level)
+    interval = _wider(shares[:, 0] / shares[:, 1], seeds, num_examples, level)
+    ends = few_differences(gain_SE, level)
+    return interval if ends is None else _widened(interval, ends[0] / advantage, ends[1] / advantage, level)
 
 
 def _draws(values_SEK: NDArray[np.float64], num_draws: int, seed: int) -> Matrix:

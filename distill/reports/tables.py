@@ -9,8 +9,11 @@ from typing import Any
 from distill.app.files import Json
 from distill.reports.arms import COLUMNS, PEAK, Column
 from distill.reports.charts import confidence
-from distill.reports.costs import Cost, break_even_text, cost, yields
-from distill.reports.verdicts import Contrast, Difference, Summary, Verdict, share_text
+from distill.reports.classes import Confusion, confusion
+from distill.reports.contrasts import Contrast
+from distill.reports.costs import TIME, Cost, break_even_text, cost, yields
+from distill.reports.differences import Difference, interval_title
+from distill.reports.verdicts import Summary, Verdict, share_text
 
 NO_PRICES: Json = {}
 COST_TITLES = (
@@ -36,7 +39,7 @@ def difference_titles(summary: Summary) -> list[str]:
     return [
         "arm",
         "points",
-        _interval_title([verdict.difference for verdict in summary.verdicts if verdict.difference]),
+        interval_title([verdict.difference for verdict in summary.verdicts if verdict.difference]),
         "recovered",
         "over hard labels",
         "verdict",
@@ -47,10 +50,11 @@ def difference_row(verdict: Verdict) -> list[str]:
     """Return the cells of a line of the table of differences."""
     difference, over_hard = verdict.difference, verdict.over_hard_labels
     if difference is None:
-        return [verdict.arm.label, "-", "-", "-", "-", verdict.status]
+        return [verdict.arm.label, "-", "-", "-", "-", verdict.wording]
     share = share_text(difference) if difference.share or not difference.has_teacher else "no advantage"
+    share = "-" if verdict.status in ("not learned", "all right") else share
     hard_labels = " ".join(_points_cells(over_hard)) if over_hard else "-"
-    return [verdict.arm.label, *_points_cells(difference), share, hard_labels, verdict.status]
+    return [verdict.arm.label, *_points_cells(difference), share, hard_labels, verdict.wording]
 
 
 def contrast_titles(summary: Summary) -> list[str]:
@@ -58,7 +62,7 @@ def contrast_titles(summary: Summary) -> list[str]:
     return [
         "changed setting",
         "points",
-        _interval_title([contrast.difference for contrast in summary.contrasts]),
+        interval_title([contrast.difference for contrast in summary.contrasts]),
         "verdict",
     ]
 
@@ -66,7 +70,7 @@ def contrast_titles(summary: Summary) -> list[str]:
 def contrast_row(contrast: Contrast) -> list[str]:
     """Return the cells of a line of the table of contrasts."""
     difference = contrast.difference
-    return [f"{contrast.losses}: {contrast.change}", *_points_cells(difference), difference.status]
+    return [f"{contrast.losses}: {contrast.change}", *_points_cells(difference), difference.wording]
 
 
 def _points_cells(difference: Difference) -> tuple[str, str]:
@@ -74,15 +78,13 @@ def _points_cells(difference: Difference) -> tuple[str, str]:
     return f"{difference.points:+.1f}", f"[{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "not paired"
 
 
-def _interval_title(differences: Sequence[Difference]) -> str:
-    levels = {f"{100 * difference.level:.3g} %" for difference in differences}
-    return f"{'/'.join(sorted(levels)) or '95 %'} interval"
-
-
 def cost_row(arm_cost: Cost) -> list[str]:
     """Return the cells of a line of the table of costs."""
     times = map(duration, (arm_cost.annotation_seconds, arm_cost.training_seconds, arm_cost.evaluation_seconds))
-    amounts = map(money, (arm_cost.total, arm_cost.student_per_1000, arm_cost.teacher_per_1000))
+    amounts = (
+        money(amount, arm_cost.unit)
+        for amount in (arm_cost.total, arm_cost.student_per_1000, arm_cost.teacher_per_1000)
+    )
     return [arm_cost.arm.label, *times, *amounts, break_even_text(arm_cost)]
 
 
@@ -94,9 +96,53 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / size:.1f}{unit}"
 
 
-def money(amount: float | None) -> str:
-    """Format an amount, with three significant digits below 100."""
-    return "not measured" if amount is None else f"{amount:,.3g}" if amount < 100 else f"{amount:,.0f}"
+def money(amount: float | None, unit: str) -> str:
+    """Format an amount with its unit, with three significant digits below 100; machine seconds as a time."""
+    if amount is None or unit == TIME:
+        return duration(amount)
+    return f"{amount:,.3g} {unit}".strip() if amount < 100 else f"{amount:,.0f} {unit}".strip()
+
+
+def confusions(summary: Summary) -> list[Confusion]:
+    """Return the answers by class of each trained arm on a task with classes."""
+    return [table for arm in summary.trained if (table := confusion(arm))]
+
+
+def class_titles(table: Confusion) -> list[str]:
+    """Return the headings of the answers by class."""
+    return ["right answer", "answers", "recall", "precision", *(f"as “{answer}”" for answer in table.answers)]
+
+
+def class_rows(table: Confusion) -> list[list[str]]:
+    """Return a line of cells for each class."""
+    return [
+        [
+            row.name,
+            f"{row.num:,}",
+            f"{100 * row.recall:.1f} %",
+            "-" if row.precision is None else f"{100 * row.precision:.1f} %",
+            *map(str, row.answers),
+        ]
+        for row in table.rows
+    ]
+
+
+def recall_titles(tables: Sequence[Confusion]) -> list[str]:
+    """Return the headings of the table of recalls: every class of the arms' tasks."""
+    return ["recall by class", *dict.fromkeys(row.name for table in tables for row in table.rows)]
+
+
+def recall_row(table: Confusion, names: Sequence[str]) -> list[str]:
+    """Return an arm's share of right answers to the questions of each class."""
+    recalls = {row.name: f"{100 * row.recall:.1f} %" for row in table.rows}
+    return [table.arm.label, *(recalls.get(name, "-") for name in names)]
+
+
+def guess_rows(summary: Summary, num_columns: int, *, is_narrow: bool = False) -> list[list[str]]:
+    """Return lines of the results for answers that need no model."""
+    unit = "" if is_narrow else " %"
+    rest = ["-"] * (num_columns - 1)
+    return [[guess.label, f"{100 * guess.accuracy:.1f}{unit}", *rest] for guess in summary.guesses]
 
 
 def short(value: int | float) -> str:
@@ -115,6 +161,12 @@ def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[st
             {"model": arm.label, "low": arm.interval[0], "high": arm.interval[1]} | {k: arm.stat(k).mean for k in keys}
             for arm in summary.arms
             if arm.rows
+        ],
+        "guesses": [guess._asdict() for guess in summary.guesses],
+        "classes": [
+            {"arm": table.arm.label} | {key: getattr(row, key) for key in ("name", "num", "recall", "precision")}
+            for table in confusions(summary)
+            for row in table.rows
         ],
         "cost": [cost(arm, prices)._asdict() | {"arm": arm.label} for arm in summary.trained],
         "by_confidence": [
@@ -142,7 +194,7 @@ def _difference_values(verdict: Verdict) -> dict[str, Any]:
         "recovered": share.estimate if share else None,
         "detectable": difference.detectable,
         "over_hard_labels": verdict.over_hard_labels.points if verdict.over_hard_labels else None,
-        "verdict": difference.status,
+        "verdict": verdict.wording,
     }
 
 
@@ -156,4 +208,4 @@ def _contrast_values(contrast: Contrast) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
-    return values | {"level": difference.level, "detectable": difference.detectable, "verdict": difference.status}
+    return values | {"level": difference.level, "detectable": difference.detectable, "verdict": difference.wording}

@@ -1,7 +1,8 @@
-"""Judge each distilled arm against labels alone: better, worse or not shown, and by how much.
+"""Judge each distilled arm against labels alone and against the teacher's answers alone, and by how much.
 
 A verdict rests on the difference of two arms, paired by seed and by test example, and claims a difference only if
-its interval excludes 0. With several distilled arms, the level of each interval is raised so that all hold together.
+its interval excludes 0. The intervals of all verdicts are one family: the level of each is such that all hold together.
+Arms that do no better than guessing, or that are all right everywhere, have a verdict of their own.
 """
 
 from __future__ import annotations
@@ -9,75 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal, NamedTuple
 
-import numpy as np
-
-from distill.app.console import visible
 from distill.reports.arms import BUDGET, COLUMNS, Arm, cell, group
-from distill.reports.runs import NULL, Run
-from distill.reports.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
+from distill.reports.baseline import baseline_command
+from distill.reports.classes import Guess, best_guess, guesses
+from distill.reports.contrasts import Contrast, contrasts
+from distill.reports.differences import Difference, compare, percent
+from distill.reports.latency import share_latencies
+from distill.reports.runs import Run
 
-BASELINE_COMMAND = "python -m distill.train 'loss=[answer]'"
-MAX_CONTRASTS = 28  # each then has a 99.8 % interval
 NOT_SHOWN = " This does not show that the student is better."
 NO_ADVANTAGE = "The teacher is no better than labels alone."
-ONE_SEED = "With one seed, the interval covers the sampling of test examples, not the spread between seeds."
+TO_RUN = "To run the baseline: "  # a command follows, up to the end
+NO_GUESS = Guess("guessing", 0.0)  # where the test's answers are unknown or all the same
 
-Status = Literal["better", "not shown", "worse"]
-
-
-class Paired(NamedTuple):
-    """Correctness of two arms and of the teacher on the seeds and examples that both arms share."""
-
-    seeds: tuple[str, ...]
-    ids: tuple[str, ...]
-    arm: Matrix
-    rival: Matrix
-    teacher: Matrix | None
+Status = Literal["better", "not shown", "worse", "not learned", "all right", "no baseline", "not compared"]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One arm compared with another: paired if both have predictions (`interval`), else by their own intervals.
+class Rivals(NamedTuple):
+    """What a distilled arm is compared with: labels alone, and the teacher's answers alone, at the same budget."""
 
-    `share` is the recovered share of the teacher's advantage over the rival; with `has_teacher`, None means that
-    the teacher has no advantage.
-    """
-
-    arm: Arm
-    rival: Arm
-    level: float
-    num_arms: int
-    interval: Interval | None
-    share: Interval | None
-    has_teacher: bool
-    caveats: tuple[str, ...]
-
-    @property
-    def points(self) -> float:
-        """Percentage points by which the arm is above the rival."""
-        return 100 * (self.interval.estimate if self.interval else self.arm.accuracy - self.rival.accuracy)
-
-    @property
-    def ends(self) -> tuple[float, float] | None:
-        """Interval of the difference in percentage points; None if unpaired."""
-        return (100 * self.interval.low, 100 * self.interval.high) if self.interval else None
-
-    @property
-    def detectable(self) -> float | None:
-        """The difference in points that this data would show with a probability of 80 %."""
-        return 100 * detectable(self.interval) if self.interval else None
-
-    @property
-    def status(self) -> Status:
-        """A difference is shown if its interval excludes 0; unpaired, if the arms' intervals do not overlap."""
-        if self.ends:
-            low, high = self.ends
-            return "better" if low > 0 else "worse" if high < 0 else "not shown"
-        mine, theirs = self.arm.interval, self.rival.interval
-        return "better" if mine[0] > theirs[1] else "worse" if mine[1] < theirs[0] else "not shown"
+    labels: Arm | None
+    hard_labels: Arm | None
 
 
 @dataclass(frozen=True)
@@ -85,10 +40,12 @@ class Verdict:
     """Whether one distilled arm beat labels alone.
 
     `over_hard_labels` compares it with hard labels from the same teacher, if an arm with the same budget had them.
+    An arm that is worse than either is worse. "Not learned": neither it nor labels alone beat guessing; "all right":
+    both answer everything right.
     """
 
     arm: Arm
-    status: Literal["better", "not shown", "worse", "no baseline", "not compared"]
+    status: Status
     sentence: str
     caveats: tuple[str, ...] = ()
     difference: Difference | None = None
@@ -99,21 +56,36 @@ class Verdict:
         """Difference from labels alone in percentage points."""
         return self.difference.points if self.difference else None
 
+    @property
+    def is_worse_than_hard_labels(self) -> bool:
+        """Whether the arm is worse than the teacher's answers alone, and that decides its verdict."""
+        hard, labels = self.over_hard_labels, self.difference
+        is_worse = self.status == "worse" and hard is not None and hard.status == "worse"
+        return is_worse and (labels is None or labels.status != "worse")
 
-@dataclass(frozen=True)
-class Contrast:
-    """Two arms with the same losses and task whose configurations differ in one section (`change`)."""
+    @property
+    def is_preliminary(self) -> bool:
+        """Whether the arm is better in one seed alone."""
+        return self.status == "better" and self.difference is not None and self.difference.has_one_seed
 
-    losses: str
-    change: str
-    difference: Difference
+    @property
+    def wording(self) -> str:
+        """The status for readers."""
+        if self.status == "better" and self.difference:
+            return self.difference.wording
+        return "worse than the teacher's answers alone" if self.is_worse_than_hard_labels else self.status
+
+    @property
+    def deciding(self) -> Difference | None:
+        """The difference that the status rests on."""
+        return self.over_hard_labels if self.is_worse_than_hard_labels else self.difference
 
 
 @dataclass(frozen=True)
 class Summary:
     """Content of the report: arms in the order of the table, a verdict for each distilled arm.
 
-    `contrasts` has each pair of arms that differ in one section, or none if there are more than `MAX_CONTRASTS`.
+    `contrasts` has each pair of arms that differ in one section, or none if there are too many.
     """
 
     runs: tuple[Run, ...]
@@ -128,6 +100,16 @@ class Summary:
         return tuple(arm for arm in self.arms if arm.runs)
 
     @property
+    def guesses(self) -> tuple[Guess, ...]:
+        """Ways to answer without reading the question; with several tasks, the task is named."""
+        tests: dict[tuple[str | None, ...], list[Arm]] = {}
+        for arm in self.trained:
+            tests.setdefault(tuple(arm.settings.get(key) for key in ("task", "test")), []).append(arm)
+        names = [f"{test[0]}: " if len(tests) > 1 else "" for test in tests]
+        found = [(name, guess) for name, arms in zip(names, tests.values(), strict=True) for guess in guesses(arms)]
+        return tuple(Guess(f"{name}{guess.label}", guess.accuracy) for name, guess in found)
+
+    @property
     def seeds(self) -> tuple[Arm, ...]:
         """Each trained run as a separate arm."""
         return tuple(seed for arm in self.trained for seed in arm.seeds)
@@ -135,43 +117,15 @@ class Summary:
 
 def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     """Group finished runs into arms and judge each distilled arm; `level` applies to all verdicts together."""
+    runs = share_latencies(runs)
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.name} is incomplete: it has no results" for run in runs if not run.is_complete]
     arms = group([run for run in runs if run.is_complete], notes)
     distilled = [arm for arm in arms if arm.kind == "distilled"]
-    rivals = [_rival(arm, arms) for arm in distilled]
-    num_arms = sum(rival is not None for rival in rivals)
-    verdicts = [_judge(arm, rival, arms, level, num_arms) for arm, rival in zip(distilled, rivals, strict=True)]
-    contrasts = _contrasts(arms, level, notes)
-    return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts, tuple(notes))
-
-
-def _contrasts(arms: Sequence[Arm], level: float, notes: list[str]) -> tuple[Contrast, ...]:
-    """Compare each pair of arms that differ in one section; if there are too many pairs, add a note instead."""
-    pairs = []
-    for rival, arm in combinations((arm for arm in arms if arm.runs), 2):
-        is_comparable = arm.losses == rival.losses and all(
-            arm.settings[key] == rival.settings[key] for key in ("task", "test")
-        )
-        ours, theirs = arm.choices, rival.choices
-        changed = [key for key in {**ours, **theirs} if ours.get(key, NULL) != theirs.get(key, NULL)]
-        if is_comparable and len({key.partition(".")[0] for key in changed}) == 1:
-            pairs.append((arm, rival, _change(arm, rival, changed)))
-    if len(pairs) > MAX_CONTRASTS:
-        notes.append(f"{len(pairs)} pairs of arms differ in one section of the configuration: too many to compare.")
-        return ()
-    return tuple(
-        Contrast(" + ".join(arm.losses), change, compare(arm, rival, level, len(pairs))) for arm, rival, change in pairs
-    )
-
-
-def _change(arm: Arm, rival: Arm, keys: Sequence[str]) -> str:
-    """Describe how the arm's settings differ from the rival's; names the first two."""
-    mine = [f"{key}={visible(arm.choices.get(key, 'none'), 24)}" for key in keys]
-    theirs = [visible(rival.choices.get(key, "none"), 24) for key in keys]
-    changes = [f"{new}, not {old}" for new, old in zip(mine, theirs, strict=True)]
-    rest = f"; and {len(changes) - 2} more" if len(changes) > 2 else ""
-    return "; ".join(changes[:2]) + rest
+    rivals = [_rivals(arm, arms) for arm in distilled]
+    number = sum(rival is not None for pair in rivals if pair.labels for rival in pair)
+    verdicts = [_judge(arm, pair, arms, level, number) for arm, pair in zip(distilled, rivals, strict=True)]
+    return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts(arms, level, notes), tuple(notes))
 
 
 def _peers(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
@@ -187,12 +141,17 @@ def _baselines(arms: Sequence[Arm]) -> list[Arm]:
     return [arm for arm in arms if arm.kind == "baseline" and arm.runs]
 
 
-def _rival(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """Return the best arm on labels alone with the same budget."""
-    return max(_peers(arm, _baselines(arms)), key=lambda other: other.accuracy, default=None)
+def _rivals(arm: Arm, arms: Sequence[Arm]) -> Rivals:
+    """Return the best arms on labels alone and on the teacher's answers alone with the same budget."""
+    hard = [] if arm.has_hard_labels else [other for other in _peers(arm, arms) if other.has_hard_labels]
+    return Rivals(_best(_peers(arm, _baselines(arms))), _best(hard))
 
 
-def _judge(arm: Arm, rival: Arm | None, arms: Sequence[Arm], level: float, num_arms: int) -> Verdict:
+def _best(arms: Sequence[Arm]) -> Arm | None:
+    return max(arms, key=lambda arm: arm.accuracy, default=None)
+
+
+def _judge(arm: Arm, rivals: Rivals, arms: Sequence[Arm], level: float, number: int) -> Verdict:
     caveats = [
         f"The student is no better than before training ({100 * before.accuracy:.1f} %)."
         for before in arms
@@ -200,89 +159,83 @@ def _judge(arm: Arm, rival: Arm | None, arms: Sequence[Arm], level: float, num_a
         and before.settings.items() <= arm.settings.items()
         and arm.accuracy <= before.accuracy
     ]
-    if rival is None:
+    if rivals.labels is None:
         return _not_compared(arm, _baselines(arms), caveats)
-    difference = compare(arm, rival, level, num_arms)
+    difference, hard = (compare(arm, rival, level, number) if rival else None for rival in rivals)
+    assert difference is not None
+    guess = best_guess([arm]) or NO_GUESS
+    status = _status(difference, hard, guess.accuracy)
     caveats += difference.caveats
-    if (number := len(_peers(arm, _baselines(arms)))) > 1:
-        caveats.append(f"{number} baselines have this budget; the arm is compared with the best.")
-    hard = [] if arm.has_hard_labels else [other for other in _peers(arm, arms) if other.has_hard_labels]
-    over_hard_labels = compare(arm, max(hard, key=lambda other: other.accuracy), level, num_arms) if hard else None
-    return Verdict(arm, difference.status, _sentence(difference), tuple(caveats), difference, over_hard_labels)
+    if status != "not learned" and not _beats(arm, guess.accuracy):
+        caveats.append(f"The student is not shown to be better than {_described(guess)}.")
+    if (num_baselines := len(_peers(arm, _baselines(arms)))) > 1:
+        caveats.append(f"{num_baselines} baselines have this budget; the arm is compared with the best.")
+    sentence = _sentence(difference, status, guess) + (_over_hard_labels(hard) if hard else "")
+    return Verdict(arm, status, sentence, tuple(caveats), difference, hard)
+
+
+def _status(difference: Difference, hard: Difference | None, guess: float) -> Status:
+    if hard and hard.status == "worse":
+        return "worse"
+    arms = (difference.arm, difference.rival)
+    is_below = all(arm.accuracy <= guess for arm in arms)
+    if not any(_beats(arm, guess) for arm in arms) and (is_below or difference.status == "not shown"):
+        return "not learned"
+    if all(arm.accuracy == 1 for arm in arms):
+        return "all right"
+    return difference.status
+
+
+def _beats(arm: Arm, guess: float) -> bool:
+    """Whether an arm is shown to be better than guessing."""
+    return arm.interval[0] > guess
+
+
+def _described(guess: Guess) -> str:
+    return f"{guess.label} ({100 * guess.accuracy:.1f} %)" if guess.accuracy else guess.label
 
 
 def _not_compared(arm: Arm, baselines: Sequence[Arm], caveats: list[str]) -> Verdict:
     differing = {id(other): _differing(arm, other) for other in baselines}
     rivals = [other for other in baselines if "task" not in differing[id(other)]]
+    command = f"{TO_RUN}{baseline_command(arm.runs)}"
     if not rivals:
         lead = f"{arm.label}: no baseline was run, so the report cannot say whether distillation helped."
-        return Verdict(arm, "no baseline", lead, (f"To run the baseline: {BASELINE_COMMAND}", *caveats))
+        return Verdict(arm, "no baseline", lead, (*caveats, command))
     rival = min(rivals, key=lambda other: len(differing[id(other)]))
     terms = [f"{key} {arm.settings[key][:16]} versus {rival.settings[key][:16]}" for key in differing[id(rival)]]
     lead = f"{arm.label}: not compared with labels alone, because the budgets differ ({', '.join(terms)})."
-    return Verdict(arm, "not compared", lead, tuple(caveats))
+    return Verdict(arm, "not compared", lead, (*caveats, command))
 
 
-def compare(arm: Arm, rival: Arm, level: float, num_arms: int) -> Difference:
-    """Compare two arms; `level` applies to `num_arms` such comparisons together."""
-    paired, own_level = _paired(arm, rival), family_level(level, num_arms)
-    if paired is None:
-        caveat = "The arms share no predictions of a seed and test example, so their own 95 % intervals are compared."
-        caveats = (caveat, *([ONE_SEED] if min(len(arm.rows), len(rival.rows)) == 1 else []))
-        return Difference(arm, rival, own_level, num_arms, None, None, False, caveats)
-    interval = paired_interval(paired.arm, paired.rival, level=own_level)
-    has_teacher = paired.teacher is not None
-    share = recovered(paired.rival, paired.arm, paired.teacher, level=own_level) if paired.teacher is not None else None
-    return Difference(arm, rival, own_level, num_arms, interval, share, has_teacher, _limits(arm, rival, paired))
-
-
-def _paired(arm: Arm, rival: Arm) -> Paired | None:
-    mine, theirs = arm.predictions, rival.predictions
-    seeds = tuple(seed for seed in mine if mine[seed] and theirs.get(seed))
-    if not seeds:
-        return None
-    ids = tuple(sorted(set.intersection(*(set(predictions[seed]) for predictions in (mine, theirs) for seed in seeds))))
-    if not ids:
-        return None
-    teacher = [[mine[seed][name].get("is_teacher_correct") for name in ids] for seed in seeds]
-    has_teacher = not any(value is None for row in teacher for value in row)
-    left, right = (
-        np.array([[predictions[seed][name]["is_correct"] is True for name in ids] for seed in seeds], np.float64)
-        for predictions in (mine, theirs)
-    )
-    return Paired(seeds, ids, left, right, np.array(teacher, np.float64) if has_teacher else None)
-
-
-def _limits(arm: Arm, rival: Arm, paired: Paired) -> tuple[str, ...]:
-    """State what the paired data do not cover."""
-    caveats = []
-    if len(paired.seeds) == 1:
-        caveats.append(ONE_SEED)
-    if len(paired.seeds) < max(len(arm.rows), len(rival.rows)):
-        names = ", ".join(paired.seeds)
-        caveats.append(f"Paired on seed {names} only: the other seeds lack predictions or a run of the other arm.")
-    num_examples = arm.stat("num_examples").mean
-    if len(paired.ids) < num_examples:
-        caveats.append(f"Paired on {len(paired.ids)} of {num_examples:.0f} test examples: only these are in both arms.")
-    return tuple(caveats)
-
-
-def _sentence(difference: Difference) -> str:
-    arm, points = difference.arm, difference.points
-    claim = f"{abs(points):.1f} points {'above' if points > 0 else 'below'} labels alone at equal budget"
-    claim += f" ({cell(arm, COLUMNS[0])} versus {cell(difference.rival, COLUMNS[0])})"
+def _sentence(difference: Difference, status: Status, guess: Guess) -> str:
+    arm, rival, points = difference.arm, difference.rival, difference.points
+    accuracies = f"{cell(arm, COLUMNS[0])} versus {cell(rival, COLUMNS[0])}"
+    if status == "not learned":
+        return (
+            f"{arm.label}: neither this student nor labels alone learned the task: neither is shown to be better than "
+            f"{_described(guess)} ({accuracies})."
+        )
+    if status == "all right":
+        return f"{arm.label}: this student and labels alone answer every test example right, so the test is too easy."
+    claim = f"{abs(points):.1f} points {'above' if points > 0 else 'below'} labels alone at equal budget ({accuracies})"
     is_shown = difference.status != "not shown"
-    lead = f"{arm.label} is {difference.status}: {claim}" if is_shown else f"{arm.label}: {claim}"
+    lead = f"{arm.label} is {difference.wording}: {claim}" if is_shown else f"{arm.label}: {claim}"
     doubt = "" if is_shown else NOT_SHOWN if points > 0 else " The student is not better."
     basis = _pairing(difference) if difference.interval else _unpaired(difference)
     return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}"
 
 
+def _over_hard_labels(difference: Difference) -> str:
+    ends = f" [{difference.ends[0]:+.1f}, {difference.ends[1]:+.1f}]" if difference.ends else ""
+    return f" Against the teacher's answers alone: {difference.points:+.1f} points{ends}, {difference.wording}."
+
+
 def _unpaired(difference: Difference) -> str:
     if difference.status != "not shown":
-        return ". The 95 % intervals do not overlap."
+        return f". The {percent(difference.level)} intervals do not overlap."
     is_missing = math.isnan(difference.arm.interval[0] + difference.rival.interval[0])
-    return f", but {'an interval is missing' if is_missing else 'the 95 % intervals overlap'}."
+    return f", but {'an interval is missing' if is_missing else f'the {percent(difference.level)} intervals overlap'}."
 
 
 def _pairing(difference: Difference) -> str:
@@ -292,18 +245,22 @@ def _pairing(difference: Difference) -> str:
     (low, high), seeds = difference.ends, difference.interval.num_seeds
     by = f"{seeds} seeds and " if seeds > 1 else ""
     by += f"{difference.interval.num_examples} test examples"
-    level, number = f"{100 * difference.level:.3g} %", difference.num_arms
-    joint = f"{100 * (1 - number * (1 - difference.level)):.3g} %"
-    family = f"; {level} for each of the {number} arms, so {joint} for all together" if number > 1 else ""
+    level, number = percent(difference.level), difference.num_comparisons
+    joint = percent(1 - number * (1 - difference.level))
+    family = f"; {level} for each of the {number} comparisons, so {joint} for all together" if number > 1 else ""
     includes = ", which includes 0" if difference.status == "not shown" else ""
     lead = f". The {level} interval of the difference is {low:+.1f} to {high:+.1f} points{includes}"
     return f"{lead} (paired by {by}{family})."
 
 
 def _power(difference: Difference) -> str:
-    if difference.status != "not shown" or not difference.detectable:  # 0: the arms never differ
+    if difference.status != "not shown" or not difference.detectable:
         return ""
-    return f" This data would show a true difference of {difference.detectable:.1f} points four times out of five."
+    size = f"a true difference of {difference.detectable:.1f} points"
+    if difference.has_one_seed:
+        return f" This data would show {size} four times out of five."
+    # The spread of a few seeds is itself uncertain, and with it the power.
+    return f" With so few seeds, even {size} would often be missed."
 
 
 def _share(difference: Difference) -> str:

@@ -1,10 +1,8 @@
-"""Causal language model students: loaded, cut, frozen or adapted, and saved as a standard Hugging Face folder."""
+"""Causal language model students: loaded, cut, frozen or adapted, and merged."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distill.errors import ConfigError
 from distill.models import loading
+from distill.students.layers import cut_layers
 
 if TYPE_CHECKING:
     import peft
 
-_LAYER_LISTS = ("layers", "h", "blocks")
 _NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # in LoraConfig
 
 
@@ -41,8 +39,9 @@ def open_student(
     backward pass instead of keeping them.
     """
     model = loading.load(folder, torch.float32, from_scratch=from_scratch)
+    _correct_tie(model)
     if keep_layers is not None:
-        _cut_layers(model, keep_layers)
+        model = cut_layers(model, keep_layers)
     unused = [part for part in freeze if not any(part in name for name, _ in model.named_parameters())]
     if unused:
         names = sorted({name.split(".")[1] for name, _ in model.named_parameters() if "." in name})
@@ -54,6 +53,13 @@ def open_student(
     if gradient_checkpointing:
         _checkpoint(model)
     return model
+
+
+def _correct_tie(model: PreTrainedModel) -> None:
+    """Say in the configuration that the head has weights of its own where it has: some programs trust it, and tie."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
 
 
 def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
@@ -99,30 +105,6 @@ def _checkpoint(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # the reentrant kind gives no gradients if the input requires none
 
 
-def layers_attribute(model: PreTrainedModel) -> str | None:
-    """Name of the attribute of the model's body that holds its layers, None if unknown."""
-    body = model.base_model
-    return next((name for name in _LAYER_LISTS if isinstance(getattr(body, name, None), nn.ModuleList)), None)
-
-
-def _cut_layers(model: PreTrainedModel, keep_layers: Sequence[int]) -> None:
-    body, name = model.base_model, layers_attribute(model)
-    if name is None:
-        raise ConfigError(f"{type(model).__name__} has no known list of layers to cut; set student.keep_layers=null")
-    layers = getattr(body, name)
-    if not keep_layers or not all(0 <= index < len(layers) for index in keep_layers):
-        raise ConfigError(f"student.keep_layers={list(keep_layers)}: the model has layers 0 to {len(layers) - 1}")
-    kept = nn.ModuleList([layers[index] for index in keep_layers])
-    for position, layer in enumerate(kept):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position  # type: ignore[assignment]
-    setattr(body, name, kept)
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in keep_layers]
-
-
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
     """Run the body compiled in this context, for all batch sizes at once.
@@ -142,22 +124,5 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), configuration and tokenizer; the folder never exists incomplete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        complete = Path(temporary) / "model"
-        model.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
-        if folder.exists():
-            shutil.rmtree(folder)
-        complete.rename(folder)
-
-
-def size_bytes(folder: Path) -> int:
-    """Size in bytes of the weights in a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

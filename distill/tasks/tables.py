@@ -1,4 +1,4 @@
-"""Tables of rows from JSON lines, CSV, Parquet, saved datasets and the hub; and texts composed of their columns."""
+"""Tables of rows from JSON lines, CSV, Parquet, saved datasets and the hub."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import difflib
 import json
 import math
 import re
-import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill.errors import ConfigError
+from distill.tasks.numerals import exact
 
 Rows = dict[str, dict[str, Any]]  # columns of each row, keyed by its place for error messages, such as "line 3"
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
 _MAX_SHOWN_PROBLEMS = 3  # per file, in a message
-_WHOLE_BELOW = 10**15  # a float represents every integer below exactly
-_MAX_CHARACTERS = 1_000_000  # of a value
 _BATCH_ROWS = 256
 # An unpacked file may exceed one of these limits, not both.
 _MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 2**30, 1000
@@ -63,61 +61,14 @@ def select_split(tables: Mapping[str, Table], name: str) -> Table:
     return tables[name] if name in tables else next(iter(tables.values()))
 
 
-def text_of(value: Any) -> str:
-    """A text, number, date or list of these as text; empty for null and NaN; ValueError for any other type."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return _check_length(" ".join(text_of(item) for item in value))
-    if isinstance(value, float | Decimal) and math.isfinite(value):
-        whole = int(value)
-        return str(whole) if whole == value and abs(whole) < _WHOLE_BELOW else str(value)
-    if not isinstance(value, str | int | float | Decimal | date):
-        raise ValueError(f"{value!r:.60} is a {type(value).__name__}, expected a text or a number")
-    text = str(value)
-    text.encode()  # a lone surrogate, which JSON can contain, raises UnicodeEncodeError, a ValueError
-    return _check_length(text)
-
-
-def _check_length(text: str) -> str:
-    if len(text) > _MAX_CHARACTERS:
-        raise ValueError(f"a text of {len(text):,} characters; at most {_MAX_CHARACTERS:,} are allowed")
-    return text
-
-
-def parse_template(table: Table, question: str) -> list[tuple[str, str | None]]:
-    """Parse a column name or a template with {columns} in braces into pairs of a literal text and a column."""
-    names = _columns_of(table)
-    if question in names or "{" not in question:
-        check_columns(table, (question,))
-        return [("", question)]
-    try:
-        parsed = list(string.Formatter().parse(question))
-    except ValueError as error:
-        raise ConfigError(f"task.question={question!r}: {error}; expected text and {{columns}}") from None
-    if any(format_spec or conversion for _, _, format_spec, conversion in parsed):
-        raise ConfigError(f"task.question={question!r}: expected only columns in braces, as in {{{names[0]}}}")
-    check_columns(table, [name for _, name, _, _ in parsed if name is not None])
-    return [(literal, name) for literal, name, _, _ in parsed]
-
-
-def fill_template(row: Mapping[str, Any], template: Sequence[tuple[str, str | None]]) -> str:
-    """Fill a parsed template with the values of a row; ValueError if all of them are empty."""
-    values = {name: text_of(row.get(name)).strip(" \t\r\n") for _, name in template if name is not None}
-    if not any(values.values()):
-        raise ValueError(f"{', '.join(values)} is empty")
-    return "".join(literal + (values[name] if name is not None else "") for literal, name in template)
-
-
-def _columns_of(table: Table) -> list[str]:
+def columns_of(table: Table) -> list[str]:
+    """Names of the columns that any row has."""
     return list(dict.fromkeys(name for row in table.rows.values() for name in row))
 
 
 def check_columns(table: Table, required: Iterable[str]) -> None:
     """Raise ConfigError listing every missing column."""
-    names = _columns_of(table)
+    names = columns_of(table)
     problems = []
     for name in dict.fromkeys(required):
         if name not in names:
@@ -168,7 +119,7 @@ def _read_json_lines(file: Path) -> Rows:
     for number, line in enumerate(_lines(file), start=1):
         try:
             if line.strip():
-                rows[f"line {number}"] = _object(json.loads(line))
+                rows[f"line {number}"] = _object(_parse_json(line))
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {error}")
     raise_problems(str(file), problems, "one JSON object per line")
@@ -181,9 +132,35 @@ def _read_json(file: Path) -> Rows:
     if not text.lstrip().startswith("["):
         return _read_json_lines(file)
     try:
-        return {f"row {number}": _object(row) for number, row in enumerate(json.loads(text), start=1)}
+        return {f"row {number}": _object(row) for number, row in enumerate(_parse_json(text), start=1)}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: {error}; expected an array of JSON objects") from None
+
+
+def _parse_json(text: str) -> Any:
+    """Parse JSON without losing anything: a repeated key is an error, and every number keeps its exact value."""
+    return json.loads(text, parse_float=_exact_number, object_pairs_hook=_distinct_keys)
+
+
+def _exact_number(text: str) -> float | Decimal:
+    number = exact(text)
+    return float(text) if math.isfinite(float(text)) and Decimal(repr(float(text))) == number else number
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := _repeated(name for name, _ in pairs):
+        raise ValueError(f"the key {repeated[0]!r} appears twice in one object")
+    return dict(pairs)
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, number in Counter(names).items() if number > 1]
+
+
+def _check_header(file: Path, names: Sequence[str]) -> None:
+    """Raise ConfigError if two columns have one name, which would hide the values of one; unnamed ones may repeat."""
+    if repeated := [name for name in _repeated(names) if name]:
+        raise ConfigError(f"{file}: more than one column is named {', '.join(map(repr, repeated))}; rename all but one")
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -198,6 +175,7 @@ def _read_csv(file: Path, *, delimiter: str) -> Rows:
     problems: list[str] = []
     try:
         names = next(reader, [])
+        _check_header(file, names)
         for fields in reader:
             if len(fields) == len(names):
                 rows[f"line {reader.line_num}"] = dict(zip(names, fields, strict=True))
@@ -217,7 +195,9 @@ def _read_parquet(file: Path) -> Rows:
     packed = file.stat().st_size
     remaining = limit = max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * packed)
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(_BATCH_ROWS):
+        table = parquet.ParquetFile(file)
+        _check_header(file, table.schema_arrow.names)
+        for batch in table.iter_batches(_BATCH_ROWS):
             remaining -= batch.nbytes
             if remaining < 0:
                 raise ConfigError(

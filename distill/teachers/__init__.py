@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from distill.records import Annotation, Request
+from distill.app.files import Json
+from distill.records import Annotation, Example, Request
+
+Recall = Callable[[str, Callable[[], Json]], Json]  # the name of a record, and what makes it if there is none yet
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The train questions on which a teacher's choices are calibrated, and the record of an earlier calibration.
+
+    `number` is the number asked for; there may be fewer questions. With `recall`, the questions of the first
+    calibration decide, however many examples are added later.
+    """
+
+    number: int
+    questions: Sequence[Example]
+    recall: Recall | None = None
 
 
 @runtime_checkable
@@ -18,6 +35,10 @@ class Teacher(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that affects the teacher's targets, as JSON values; computed without loading weights."""
+        ...
+
+    def backend(self) -> dict[str, str]:
+        """What changes targets by rounding alone: versions of libraries, and the dtype in use."""
         ...
 
     def load(self) -> nn.Module:

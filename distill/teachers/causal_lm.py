@@ -1,31 +1,39 @@
 """A teacher that runs a causal language model in this process, few-shot, with a shared prefix computed once.
 
-If a task has fixed choices, the answer is the most likely choice. A small model prefers some words regardless of
-the question, so choices can be calibrated: their first tokens get offsets that make the median question of a
-sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real instead of content-free questions).
-The first token can also be constrained to the choices: all other tokens get minus infinity, as in constrained
-decoding. Both are applied before the full softmax, so soft targets include them.
+If a task has fixed choices, the answer is the most likely choice, read to its end token. A small model prefers some
+words regardless of the question, so choices can be calibrated: they get offsets that make the median question of a
+sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real instead of content-free questions). The
+answer can also be constrained to the choices, as in constrained decoding. Soft targets include both, see `choices`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from distill.app.files import Json
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
-from distill.models import loading
+from distill.models import identity, loading, placement
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, Request, SoftTargets, Span, Target
-from distill.tasks import Task, readable_answer
+from distill.records import Annotation, Request, SoftTargets, Span, Target
+from distill.tasks import Task, readable_answer, with_reading
+from distill.teachers import Calibration
+from distill.teachers.choices import Adjustment, Place, calibrated_offsets
+
+_CALIBRATION_BATCH = 32
 
 
 @final
@@ -33,14 +41,17 @@ class CausalLMTeacher:
     """Soft targets and rationales from a model of the transformers library."""
 
     gives_soft_targets = True
+    # The codec is in the cache's fingerprint beside the teacher. `hashes` is only a place.
+    not_in_key = ("codec", "hashes")
 
     def __init__(
         self,
         *,
         folder: Path,
+        hashes: Path,
         prompts: Prompts,
         task: Task,
-        calibration: Sequence[Example],
+        calibration: Calibration,
         codec: Codec,
         constrain: bool,
         dtype: Literal["auto", "float32", "bfloat16", "float16"],
@@ -48,45 +59,37 @@ class CausalLMTeacher:
         sampling_temperature: float,
         top_p: float,
     ) -> None:
-        """`calibration` has the examples to calibrate choices on (empty: no calibration); `codec` truncates targets.
+        """`codec` truncates soft targets; without questions in `calibration`, choices are not calibrated.
 
-        The first rationale of an example is greedy, further ones are sampled with `sampling_temperature` and `top_p`.
+        `hashes` is the folder that keeps the hashes of weights. The first rationale of an example is greedy, further
+        ones are sampled with `sampling_temperature` and `top_p`.
         """
+        self._arguments = arguments_of(locals())
         if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
             raise ConfigError(
                 f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: expected a positive "
                 "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
             )
-        self._folder, self._prompts, self._task, self._codec = folder, prompts, task, codec
-        self._dtype = loading.native_dtype() if dtype == "auto" else getattr(torch, dtype)
+        self._folder, self._hashes, self._prompts, self._task, self._codec = folder, hashes, prompts, task, codec
+        self._dtype = placement.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
-        self._calibration = tuple(calibration) if task.choices else ()
-        self._choices = tuple(prompts.encode(f" {choice}") for choice in task.choices)
+        self._calibration, self._choices = calibration, prompts.choice_ids(task.choices)
         self._readers: dict[Span, PrefixedReader] = {}
-        self._offset_V: Tensor | None = None
-        if self._calibration and len({ids[0] for ids in self._choices}) < len(self._choices):
-            raise ConfigError(
-                f"choices {list(task.choices)} start with the same token, so they cannot be calibrated; "
-                "set teacher.calibrate=0"
-            )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Weights, dtype, software versions, prompts, choices, calibration and generation settings."""
-        return {
-            "model": loading.fingerprint(self._folder),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "backend": {name: version(name) for name in ("torch", "transformers")},
-            "prompts": self._prompts.fingerprint(),
-            "choices": list(self._task.choices),
-            "calibration": [example.id for example in self._calibration],
-            "is_constrained": self._constrain,
-            "generation": {
-                "max_new_tokens": self._max_new_tokens,
-                "sampling_temperature": self._sampling_temperature,
-                "top_p": self._top_p,
-            },
-        }
+        """All settings, with the content of the model's folder, and the task's choices.
+
+        How the task reads an answer is not part of it: texts are stored, and read when they are used.
+        """
+        contents = {"folder": identity.fingerprint(self._folder, self._hashes), "task": list(self._task.choices)}
+        num_calibrated = self._calibration.number if self._choices else 0  # the questions are a record of the cache
+        return fingerprint_of(self, self._arguments, **contents, calibration=num_calibrated)
+
+    def backend(self) -> dict[str, str]:
+        """Versions of the libraries and the dtype in use: with others, targets differ by rounding."""
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        return versions | {"dtype": str(self._dtype).removeprefix("torch.")}
 
     def load(self) -> nn.Module:
         """Load the weights, frozen and in eval mode."""
@@ -96,7 +99,8 @@ class CausalLMTeacher:
 
     def close(self) -> None:
         """Release the weights and everything computed with them."""
-        self._readers, self._offset_V = {}, None
+        self._readers = {}
+        self.__dict__.pop("_offsets", None)
         del self._model
 
     @torch.inference_mode()
@@ -105,6 +109,7 @@ class CausalLMTeacher:
         spans = {request.span for request in requests}
         if len(spans) != 1:
             raise ValueError(f"all requests of a call must have the same span, got {sorted(spans)}")
+        _ = self._offsets  # before the first record of any span: all records of a cache share one calibration
         # Given texts are only scored, nothing is generated; but answers to fixed choices always need all scores.
         has_choices = spans == {"answer"} and bool(self._choices)
         to_score = [r for r in requests if r.given_ids and not has_choices]
@@ -127,22 +132,38 @@ class CausalLMTeacher:
         return annotations
 
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
-        reading = self._read(requests)
-        first_BV = self._adjust(reading.first_BV)
+        reading, adjustment = self._read(requests), None
         if self._choices:
-            scores_BC = reading.choice_logprobs(first_BV, self._choices).log_softmax(-1)
-            answers = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
-            scores = [tuple(row) for row in scores_BC.tolist()]
+            adjustment = self._adjustment(reading)
+            score_BC = adjustment.score_BC
+            chosen = [
+                Annotation(request.key, {}, self._task.choices[k], choice_logprobs=tuple(row))
+                for request, k, row in zip(requests, score_BC.argmax(-1).tolist(), score_BC.tolist(), strict=True)
+            ]
         else:
-            generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
-            answers = [readable_answer(self._task, self._prompts.text(ids)) for ids in generated]
-            scores = [()] * len(requests)
-        answer_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
-        ids = [request.given_ids or own_ids for request, own_ids in zip(requests, answer_ids, strict=True)]
-        softs = self._soft_targets(requests, reading, first_BV, ids)
+            chosen = self._write(requests, reading)
+        answers = [with_reading(annotation, self._task).whole_answer for annotation in chosen]
+        own_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
+        ids = [request.given_ids or own for request, own in zip(requests, own_ids, strict=True)]
+        softs = self._soft_targets(requests, reading, ids, adjustment)
         return [
-            Annotation(r.key, {"answer": Target(i, s)} if i else {}, answer, choice_logprobs=logprobs)
-            for r, i, s, answer, logprobs in zip(requests, ids, softs, answers, scores, strict=True)
+            replace(annotation, targets={"answer": Target(i, soft)} if i else {})
+            for annotation, i, soft in zip(chosen, ids, softs, strict=True)
+        ]
+
+    def _write(self, requests: Sequence[Request], reading: Reading) -> list[Annotation]:
+        """Direct answers as generated texts, without targets."""
+        generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        texts = [self._prompts.text(ids) for ids in generated]
+        return [
+            Annotation(
+                request.key,
+                {},
+                readable_answer(self._task, texts[k]),
+                is_truncated=generated[k][-1] != self._prompts.end,
+                text=texts[k],
+            )
+            for k, request in enumerate(requests)
         ]
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
@@ -155,7 +176,7 @@ class CausalLMTeacher:
         endings = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
         bridge = self._prompts.separator_ids()
         sequences = [(*r, *bridge, *ending) if ending else r for r, ending in zip(rationales, endings, strict=True)]
-        softs = self._soft_targets(requests, reading, reading.first_BV, sequences)
+        softs = self._soft_targets(requests, reading, sequences, None)
         return [
             Annotation(
                 request.key,
@@ -164,6 +185,7 @@ class CausalLMTeacher:
                 replies[k].rationale,
                 is_sampled=request.sample > 0,
                 is_truncated=generated[k][-1] != self._prompts.end,
+                text=replies[k].answer,
             )
             for k, request in enumerate(requests)
         ]
@@ -180,59 +202,68 @@ class CausalLMTeacher:
         return reading.sampled(uniforms_BN=uniforms_BN, stop=self._prompts.end, temperature=temperature, top_p=top_p)
 
     def _reader(self, span: Span) -> PrefixedReader:
+        if any(not reader.is_valid for reader in self._readers.values()):
+            self._readers, self._offset_V = {}, None
         if span not in self._readers:
             prefix = self._prompts.prefix(span)
-            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size)
+            way = next((reader.way for reader in self._readers.values()), None)  # the architecture decides it
+            self._readers[span] = PrefixedReader(self._model, prefix, self._prompts.vocabulary_size, way)
         return self._readers[span]
 
     def _read(self, requests: Sequence[Request]) -> Reading:
         return self._reader(requests[0].span).read([request.question_ids for request in requests])
 
-    def _adjust(self, logprobs_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        if not self._calibration and not self._constrain:
-            return logprobs_BV
-        if self._offset_V is None:
-            self._offset_V = self._measure_offset(logprobs_BV.device)
-        return (logprobs_BV + self._offset_V).log_softmax(-1)
+    def _adjustment(self, reading: Reading) -> Adjustment:
+        token_logprobs = reading.token_logprobs(reading.first_BV, self._choices)
+        offset_C = torch.tensor(self._offsets, dtype=torch.float32, device=reading.first_BV.device)
+        return Adjustment.of(self._choices, offset_C, self._constrain, token_logprobs)
 
-    def _measure_offset(self, device: torch.device) -> Float[Tensor, "V"]:
-        firsts = torch.tensor([ids[0] for ids in self._choices], device=device)
-        offset_V = torch.full((self._prompts.vocabulary_size,), -torch.inf if self._constrain else 0.0, device=device)
-        offset_V[firsts] = 0.0
-        if self._calibration:
-            typical_C = self._typical(firsts)
-            offset_V[firsts] = typical_C.mean() - typical_C
-        return offset_V
+    @cached_property
+    def _offsets(self) -> list[float]:
+        """Offsets of the choices, those of an earlier calibration if there was one; zeros without calibration."""
+        if not self._choices or not self._calibration.questions:
+            return [0.0] * len(self._choices)
+        recall = self._calibration.recall
+        record = recall("calibration", self._calibrate) if recall else self._calibrate()
+        return [float(offset) for offset in record["offsets"]]
 
-    def _typical(self, firsts: Int[Tensor, "C"]) -> Float[Tensor, "C"]:
-        """Median log-probability of the first token of each choice over the calibration questions."""
-        reader, chunks = self._reader("answer"), []
-        for start in range(0, len(self._calibration), 32):
-            examples = self._calibration[start : start + 32]
-            reading = reader.read([self._prompts.question(example, "answer") for example in examples])
-            chunks.append(reading.first_BV[:, firsts])
-        return torch.cat(chunks).median(0).values
+    def _calibrate(self) -> Json:
+        """Measure the offsets of the choices on the calibration questions, without those that are too long."""
+        reader, ids, chunks = self._reader("answer"), dict[str, tuple[int, ...]](), list[Tensor]()
+        for example in self._calibration.questions:
+            with suppress(ValueError):
+                ids[example.id] = self._prompts.question(example, "answer")
+        questions = list(ids.values())
+        if not questions:
+            raise ConfigError("every question to calibrate on is too long; increase prompt.max_length")
+        for start in range(0, len(questions), _CALIBRATION_BATCH):
+            reading = reader.read(questions[start : start + _CALIBRATION_BATCH])
+            chunks.append(reading.choice_logprobs(reading.first_BV, self._choices))
+        offset_C = calibrated_offsets(torch.cat(chunks))
+        return {"choices": list(self._task.choices), "offsets": offset_C.tolist(), "questions": list(ids)}
 
     def _soft_targets(
         self,
         requests: Sequence[Request],
         reading: Reading,
-        first_BV: Float[Tensor, "B V"],
         targets: Sequence[tuple[int, ...]],
+        adjustment: Adjustment | None,
     ) -> list[SoftTargets]:
         """Distributions at every token of the targets; the first follows the prompt, which has been read."""
         # No target depends on the prediction after the last token, so that token is not read.
-        lengths = [max(0, len(ids) - 1) for ids in targets]
+        first_BV, lengths = reading.first_BV, [max(0, len(ids) - 1) for ids in targets]
         padded = [[*ids[:-1], *[0] * (max(lengths) - n)] for ids, n in zip(targets, lengths, strict=True)]
         uniforms_BN = [self._uniforms(r, max(1, len(ids))) for r, ids in zip(requests, targets, strict=True)]
+        if adjustment:
+            first_BV = adjustment.adjust(first_BV, [(row, ()) for row in range(len(targets))])
         parts = [self._codec.cut(first_BV, torch.stack([uniform_N[0] for uniform_N in uniforms_BN]))]
         if max(lengths):
             hidden_BTH = reading.feed(torch.tensor(padded, device=first_BV.device))
             is_read_BT = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
             later_NH = hidden_BTH[is_read_BT.to(hidden_BTH.device)]
-            parts.append(
-                self._truncate(reading.reader, later_NH, torch.cat([uniform_N[1:] for uniform_N in uniforms_BN]))
-            )
+            places = [(row, ids[: 1 + n]) for row, ids in enumerate(targets) for n in range(lengths[row])]
+            uniform_N = torch.cat([uniform_N[1:] for uniform_N in uniforms_BN])
+            parts.append(self._truncate(reading.reader, later_NH, uniform_N, adjustment, places))
         joined = SoftTargets.join(parts)
         by_target, start = list[SoftTargets](), len(targets)
         for row, (ids, length) in enumerate(zip(targets, lengths, strict=True)):
@@ -242,12 +273,20 @@ class CausalLMTeacher:
         return by_target
 
     def _truncate(
-        self, reader: PrefixedReader, hidden_NH: Float[Tensor, "N H"], uniform_N: Float[Tensor, "N"]
+        self,
+        reader: PrefixedReader,
+        hidden_NH: Float[Tensor, "N H"],
+        uniform_N: Float[Tensor, "N"],
+        adjustment: Adjustment | None = None,
+        places: Sequence[Place] = (),
     ) -> SoftTargets:
         parts, start = list[SoftTargets](), 0
         for logprobs_MV in reader.logprobs_in_chunks(hidden_NH):
-            parts.append(self._codec.cut(logprobs_MV, uniform_N[start : start + len(logprobs_MV)]))
-            start += len(logprobs_MV)
+            stop = start + len(logprobs_MV)
+            if adjustment:
+                logprobs_MV = adjustment.adjust(logprobs_MV, places[start:stop])
+            parts.append(self._codec.cut(logprobs_MV, uniform_N[start:stop]))
+            start = stop
         return SoftTargets.join(parts)
 
     def _uniforms(self, request: Request, number: int) -> Float[Tensor, "N"]:

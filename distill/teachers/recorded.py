@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
 from torch import nn
 
+from distill.app.files import sha256
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, Request, content_id
+from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
-from distill.tasks.tables import check_columns, fill_template, parse_template, raise_problems, read_file, text_of
+from distill.tasks.tables import check_columns, raise_problems, read_file
+from distill.tasks.texts import joined_text, question_layout, text_of
+from distill.teachers import Calibration
 
 
 @final
@@ -26,14 +29,17 @@ class RecordedTeacher:
     """
 
     gives_soft_targets = False
+    # The recording holds the answers: no weights are read, no choices scored, no distributions stored.
+    not_in_key = ("folder", "hashes", "calibration", "codec")
 
     def __init__(
         self,
         *,
         folder: Path,
+        hashes: Path,
         prompts: Prompts,
         task: Task,
-        calibration: Sequence[Example],
+        calibration: Calibration,
         codec: Codec,
         files: list[str],
         question: str,
@@ -41,6 +47,7 @@ class RecordedTeacher:
         rationale: str | None,
     ) -> None:
         """`question`, `answer` and `rationale` are columns of `files`; all teachers have the other arguments."""
+        self._arguments = arguments_of(locals())
         self._prompts, self._task = prompts, task
         self._files = [Path(file) for file in files]
         self._columns = {"question": question, "answer": answer, "rationale": rationale}
@@ -51,21 +58,28 @@ class RecordedTeacher:
             raise ConfigError(f"teacher.kind.files: {problem}; expected files with the teacher's answers")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Hashes of the files, their columns, and the prompts that requests are made with."""
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files]
-        return {"recorded": hashes, "columns": self._columns, "prompts": self._prompts.fingerprint()}
+        """All settings, with the hashes of the files, and the task's choices."""
+        contents = {"files": [sha256(file) for file in self._files], "task": list(self._task.choices)}
+        return fingerprint_of(self, self._arguments, **contents)
+
+    def backend(self) -> dict[str, str]:
+        """Empty: nothing is computed."""
+        return {}
 
     def load(self) -> nn.Module:
         """Read the files; there is no model."""
-        question, *others = self._columns.values()
+        question, answer, rationale = self._columns.values()
         for table in map(read_file, self._files):
-            check_columns(table, [name for name in others if name])
-            template = parse_template(table, str(question))
+            check_columns(table, [name for name in (answer, rationale) if name])
+            lay_out = question_layout(table, str(question))
             problems = []
             for place, row in table.rows.items():
                 try:
-                    texts = {key: text_of(row.get(name)) if name else "" for key, name in self._columns.items()}
-                    self._rows.setdefault(content_id(fill_template(row, template)), []).append(texts)
+                    texts = {
+                        "answer": text_of(row.get(str(answer))),
+                        "rationale": joined_text(row.get(rationale)) if rationale else "",
+                    }
+                    self._rows.setdefault(content_id(lay_out(row)), []).append(texts)
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{place}: {error}")
             raise_problems(table.name, problems, "a question and texts in every row")
@@ -85,4 +99,4 @@ class RecordedTeacher:
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale)
+        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale, text=row["answer"])

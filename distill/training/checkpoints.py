@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, final
@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import Callback
 from distill.app import preemption
 from distill.app.files import atomic_write, sha256
 from distill.errors import ConfigError, PreemptedError
+from distill.training.module import SMALLER_STEPS, NonFiniteLossError, nonfinite_weights
 
 Identity = Mapping[str, Any]
-_NUM_KEPT = 2  # the newest one and a fallback
+_STOPPED = "stopped_early"  # key in a checkpoint
+NUM_KEPT = 2  # the newest one and a fallback
 
 
 @final
@@ -55,6 +57,7 @@ class Checkpoints(Callback):
         """`identity` holds what must be equal in a run that resumes from here, in JSON types."""
         self._folder, self._every, self._identity = folder, every, identity
         self._step, self._seconds, self._start = -1, 0.0, time.monotonic()
+        self.has_run = False  # in this process; False where spawned processes train
 
     @property
     def seconds(self) -> float:
@@ -73,6 +76,7 @@ class Checkpoints(Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Raise ConfigError if processes have different identities: their gradients would be averaged silently."""
+        self.has_run = True
         digests = [digest(self._identity)]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             digests = [""] * trainer.world_size
@@ -82,6 +86,18 @@ class Checkpoints(Callback):
             raise ConfigError(
                 f"the processes of this run have different configurations or data: {listed}. Start all with one command"
             )
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note that training was stopped early, which Lightning forgets."""
+        checkpoint[_STOPPED] = trainer.should_stop
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Do not go on with a training that was stopped early."""
+        trainer.should_stop = checkpoint.get(_STOPPED, False)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Set Lightning's microbatch count for the present number of processes, which may have changed."""
@@ -113,12 +129,18 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        bad_weights = nonfinite_weights(trainer.lightning_module)
+        if not trainer.strategy.reduce_boolean_decision(not bad_weights):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {trainer.global_step}: "
+                f"{', '.join(bad_weights[:3]) or 'of another process'}. Nothing of this step was saved. {SMALLER_STEPS}"
+            )
         path = self._folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)  # the default too, but then Lightning prints that
         if trainer.is_global_zero:
             with atomic_write(_seal(path)) as temporary:
                 temporary.write_text(json.dumps({"sha256": sha256(path), "identity": dict(self._identity)}, indent=1))
-            for old in sorted(self._folder.glob("step-*.ckpt"))[:-_NUM_KEPT]:
+            for old in sorted(self._folder.glob("step-*.ckpt"))[:-NUM_KEPT]:
                 _seal(old).unlink(missing_ok=True)
                 old.unlink()
 
@@ -155,6 +177,18 @@ def checked(path: Path, identity: Identity) -> bool:
             "over with another hydra.run.dir or resume=never"
         )
     return bool(is_whole)
+
+
+def last(folder: Path) -> Path:
+    """Return the checkpoint of the most steps."""
+    return max(folder.glob("step-*.ckpt"))
+
+
+def restore_callbacks(path: Path, callbacks: Sequence[Callback]) -> None:
+    """Restore the states of callbacks from a checkpoint."""
+    states = WholeFiles().load_checkpoint(path)["callbacks"]
+    for callback in callbacks:
+        callback.load_state_dict(states[callback.state_key])
 
 
 def step_of(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,13 +12,12 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from distill.app import config as configuration
 from distill.app import preemption
-from distill.app.config import Config
 from distill.app.console import say
 from distill.app.files import Json
 from distill.app.progress import progress
@@ -25,12 +25,24 @@ from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
 from distill.lessons.loader import Arrangement, DistillData
-from distill.models import loading
+from distill.records import Span
 from distill.students.causal_lm import open_student, weights_hash
-from distill.training.checkpoints import Checkpoints, Identity, WholeFiles, checked, newest, step_of
+from distill.training.best import BestValidation, measure_of
+from distill.training.checkpoints import (
+    Checkpoints,
+    Identity,
+    WholeFiles,
+    checked,
+    last,
+    newest,
+    restore_callbacks,
+    step_of,
+)
 from distill.training.curves import Curves
 from distill.training.module import StudentModule
 from distill.training.preflight import Finding, PreflightInput, preflight, table
+from distill.training.settings import build_callbacks, build_trainer, check_monitored, keeps_best
+from distill.training.sharding import gather_model
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,19 @@ class Training:
     data: DistillData
     trainer: lightning.Trainer
     checkpoints: Checkpoints
+    best: BestValidation
     curves: Curves
     curriculum: Curriculum
     identity: Identity
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained student, whole and on the first process, and what its training took."""
+
+    student: Any
+    seconds: float
+    facts: Json  # for run.json: the steps taken, and the step whose student was kept
 
 
 def open_job_student(job: Job) -> Any:
@@ -61,8 +83,10 @@ def open_job_student(job: Job) -> Any:
 
 def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
     """Build everything that trains the student in place."""
-    config = job.config
-    identity = identity_of(job, curriculum, weights_hash(student))
+    config, parts = job.config, build_callbacks(job.config)
+    check_monitored(config, parts, _measured(job, curriculum))
+    keeps, measure = keeps_best(config, parts), measure_of(parts)
+    identity = identity_of(job, curriculum, weights_hash(student)) | ({"keep": measure.metric} if keeps else {})
     module = StudentModule(
         student,
         objectives=job.objectives,
@@ -87,41 +111,32 @@ def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers
         padding_id=job.prompts.end,
         num_workers=config.num_workers,
     )
-    curves = Curves(job.run_dir)
+    curves, best = Curves(job.run_dir), BestValidation(measure, keeps_weights=keeps)
     checkpoints = Checkpoints(job.run_dir / "checkpoints", every=config.checkpoint_every, identity=identity)
-    trainer: lightning.Trainer = configuration.build(
-        config.trainer,
-        precision=_precision(config.trainer.precision),
-        check_val_every_n_epoch=None,
-        enable_checkpointing=False,
+    trainer = build_trainer(
+        config,
         enable_progress_bar=sys.stderr.isatty(),
         plugins=[WholeFiles()],
         callbacks=[
             progress("steps", config.trainer.max_steps),
-            *(configuration.build(node) for node in config.get("callback", {}).values()),
+            best,  # before callbacks that exchange the weights during validation
+            *parts.values(),
             checkpoints,  # after callbacks that change weights at the end
         ],
         logger=[curves, *loggers],
     )
-    _check_sharded(config, trainer)
     trainer.accumulate_grad_batches = data.num_microbatches(trainer.world_size)
     trainer.val_check_interval = config.validate_every * trainer.accumulate_grad_batches
     # Deterministic mode also fills all new memory to reveal uninitialised reads, which costs an eighth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Training(module, data, trainer, checkpoints, curves, curriculum, identity)
+    return Training(module, data, trainer, checkpoints, best, curves, curriculum, identity)
 
 
-def _check_sharded(config: Config, trainer: lightning.Trainer) -> None:
-    """Raise ConfigError with the settings that a sharded student does not support."""
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
-        return
-    averaged = [name for name, node in config.get("callback", {}).items() if "WeightAveraging" in node._target_]
-    unsupported = [
-        *(f"callback.{name}" for name in averaged),
-        *(["student.compile=true"] if config.student.compile else []),
-    ]
-    if unsupported:
-        raise ConfigError(*(f"trainer=fsdp2 does not support {setting}; remove one" for setting in unsupported))
+def _measured(job: Job, curriculum: Curriculum) -> set[str]:
+    """Return the names of the metrics that validation will measure."""
+    counts = sum((lesson.counts() for lesson in curriculum.validation), Counter[tuple[Span, str]]())
+    losses = {f"val/{name}" for name, o in job.objectives.items() if counts[o.span, o.source]}
+    return losses | ({"val/loss"} if losses else set()) | ({"val/accuracy"} if counts["answer", "labels"] else set())
 
 
 def run_preflight(job: Job, training: Training) -> list[Json]:
@@ -155,6 +170,8 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         lessons=training.curriculum.train,
         read=training.curriculum.read,
         annotation=(job.soft_annotation_job or job.annotation_job).store.read,
+        has_second_teacher=job.soft_annotation_job is not None,
+        question=lambda id_: next(e.question for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,
@@ -163,6 +180,9 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         microbatch_size=config.microbatch_size,
         batch_unit=config.batch_unit,
         num_steps=config.trainer.max_steps,
+        checkpoint_every=config.checkpoint_every,
+        is_averaged=any(isinstance(part, WeightAveraging) for part in trainer.callbacks),  # type: ignore[attr-defined]
+        keeps_best=training.best.keeps_weights,
         num_devices=trainer.world_size,
         run_dir=job.run_dir,
         device=trainer.strategy.root_device,
@@ -170,8 +190,8 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
     )
 
 
-def fit(job: Job, training: Training) -> float:
-    """Train the student in place, resuming the folder's run if there is one; return the total seconds."""
+def fit(job: Job, training: Training) -> Trained:
+    """Train the student, resuming the folder's run if there is one; its weights are those of the step to keep."""
     config, trainer = job.config, training.trainer
     checkpoint = _checkpoint_to_resume(config.resume, job.run_dir / "checkpoints", training.identity)
     steps = f"{config.trainer.max_steps} steps of {config.batch_size} {config.batch_unit}"
@@ -196,7 +216,20 @@ def fit(job: Job, training: Training) -> float:
             f"up to {longest} tokens. A smaller microbatch_size gives the same result in less memory; so does "
             "student.gradient_checkpointing=true"
         ) from None
-    return training.checkpoints.seconds
+    return _trained(job, training)
+
+
+def _trained(job: Job, training: Training) -> Trained:
+    """Gather the student and restore the weights of the step to keep."""
+    folder, best = job.run_dir / "checkpoints", training.best
+    if not training.checkpoints.has_run:  # spawned processes trained; their state is in the last checkpoint
+        restore_callbacks(last(folder), [training.checkpoints, best])
+    student = gather_model(training.module, lambda: open_job_student(job))
+    best.restore(student)
+    steps = step_of(last(folder))
+    if message := best.message(steps):
+        say(message)
+    return Trained(student, training.checkpoints.seconds, best.facts(steps))
 
 
 def _checkpoint_to_resume(choice: str, folder: Path, identity: Identity) -> Path | None:
@@ -233,9 +266,3 @@ def _with_shared_prompts(curriculum: Curriculum, module: StudentModule, padding_
         say("this student does not support a shared prompt; answer and rationale become separate sequences")
         return curriculum
     return replace(curriculum, train=train, validation=validation)
-
-
-def _precision(setting: str) -> Any:
-    if setting != "auto":
-        return setting
-    return "bf16-mixed" if loading.native_dtype() == torch.bfloat16 else "32-true"

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.fill import filter_rationales, loaded
 from distill.annotation.inspection import Estimate, estimate
+from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
 from distill.cache.shard import pack_annotation
@@ -31,11 +32,13 @@ from distill.lessons.curriculum import (
     examples_to_annotate,
     join_for,
     kept_rationales,
+    row_counts,
     texts_to_score,
 )
-from distill.lessons.join import AnnotationReader, Lesson, Read
+from distill.lessons.join import Lesson, Read
+from distill.models import placement
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import vocabulary_fingerprint
+from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
@@ -104,7 +107,7 @@ def training_findings(forecast: Forecast, inputs: PreflightInput) -> list[Findin
         disk[mount] = disk.get(mount, 0) + num_bytes
     mount = inputs.run_dir.stat().st_dev
     if any(forecast.cache_bytes.values()) and disk[mount] > kept_bytes(inputs):
-        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, student and a checkpoint", True))
+        findings.append(_disk("total disk", disk[mount], inputs.run_dir, "for cache, checkpoints and student", True))
     return findings
 
 
@@ -126,12 +129,12 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     max_tokens = _max_tokens(job)
     texts = sum(Path(file).stat().st_size for file in job.config.teacher.kind.get("files", ()))
     work = [TeacherWork("", job.annotation_job, first, missing, max_tokens, texts, False)]
-    annotations, kept = AnnotationReader(job.annotation_job.store, first.requests), {}
+    annotations, kept = job.annotation_job.reader(first.requests), {}
     largest = _largest_target(job.soft_annotation_job or job.annotation_job)
     rows = functools.cache(functools.partial(_copies, largest))
     if missing:
         texts_by_key = _longest_texts(job, first, max_tokens)
-        annotations = LongestAnnotations(annotations.store, first.requests, job.prompts, texts_by_key, rows)
+        annotations = _longest(job.annotation_job, job.prompts, first, texts_by_key, rows)
         kept = _longest_rationales(job, first, annotations)
     else:
         kept = kept_rationales(filter_rationales(job.annotation_job, first))
@@ -141,9 +144,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         second = collect_requests(job.soft_annotation_job, scored_texts, use_given_rationales=True)
         unscored = job.soft_annotation_job.store.missing(second.all_requests)
         work.append(TeacherWork("soft ", job.soft_annotation_job, second, unscored, max_tokens, 0, bool(missing)))
-        soft_annotations = LongestAnnotations(
-            job.soft_annotation_job.store, second.requests, job.prompts, _texts_by_key(scored_texts), rows
-        )
+        soft_annotations = _longest(job.soft_annotation_job, job.prompts, second, _texts_by_key(scored_texts), rows)
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     join = join_for(job, annotations, soft_annotations, kept)
@@ -156,14 +157,14 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
     too_long = {**first.too_long, **join.skipped}
     read = _reader([*train, *validation], largest)
-    return work, Curriculum(first, None, train, validation, read, rationales, too_long)
+    counts = row_counts(job, first, rationales, join)
+    return work, Curriculum(first, None, train, validation, read, rationales, too_long, counts)
 
 
 @dataclass(frozen=True)
 class LongestAnnotations(AnnotationReader):
     """The annotations that a teacher would leave for `texts`, each token with the largest soft target."""
 
-    prompts: Prompts
     texts: Texts
     rows: Rows
 
@@ -176,6 +177,14 @@ class LongestAnnotations(AnnotationReader):
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
         return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+
+    find_words = find
+
+
+def _longest(
+    annotation_job: AnnotationJob, prompts: Prompts, requests: AnnotationRequests, texts: Texts, rows: Rows
+) -> LongestAnnotations:
+    return LongestAnnotations(annotation_job.store, requests.requests, annotation_job.task, prompts, texts, rows)
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
@@ -225,12 +234,12 @@ def _max_tokens(job: Job) -> int:
     back as the replacement character.
     """
     annotation_job, prompts = job.annotation_job, job.prompts
-    generation = annotation_job.store.fingerprint["teacher"].get("generation")
-    if not generation or vocabulary_fingerprint(annotation_job.prompts.tokenizer) != vocabulary_fingerprint(
+    max_new_tokens = annotation_job.store.fingerprint["teacher"].get("max_new_tokens")
+    if max_new_tokens is None or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
         prompts.tokenizer
     ):
         return prompts.max_length
-    return 1 + int(generation["max_new_tokens"]) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
+    return 1 + int(max_new_tokens) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
 
 def _room(prompts: Prompts, example: Example, span: Span) -> int:
@@ -312,10 +321,10 @@ def _annotation_findings(work: TeacherWork, max_bytes: int) -> list[Finding]:
     if not work.missing:
         return findings
     if work.needs_model:
-        weights, device = _weights(work), _device()
+        weights = _weights(work)
         findings += [_tokens(work), weights]
         if not weights.stops:
-            findings.append(_hours(work, _measured(work, device)))
+            findings.append(_hours(work, _measured(work)))
     folder, store = work.annotation_job.store.folder, work.annotation_job.store
     where = f"for records at {store.location} (free space unknown)" if store.location != str(folder) else "for records"
     return [*findings, _disk(f"{work.name}cache", max_bytes, folder, where, False)]
@@ -332,27 +341,26 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
-    size, dtype = 0, str(work.annotation_job.store.fingerprint["teacher"].get("dtype", "float32"))
+    size, dtype = 0, work.annotation_job.store.backend.get("dtype", "float32")
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             size += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
-    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(_device())
+    num_bytes, free_bytes = size * getattr(torch, dtype).itemsize, free_memory(placement.device())
     return Finding(
         f"{work.name}weights",
         None if free_bytes is None else num_bytes <= free_bytes,
-        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {_device()}",
+        f"{format_bytes(num_bytes)} for the teacher in {dtype} on {placement.device()}",
         f"<= {'unknown' if free_bytes is None else format_bytes(free_bytes)}",
         "Use a smaller teacher or a machine with more memory; this teacher was not measured",
         True,
     )
 
 
-def _measured(work: TeacherWork, device: torch.device) -> Estimate | None:
+def _measured(work: TeacherWork) -> Estimate | None:
     """Measure a few requests; return None if they do not fit into memory."""
     annotation_job = work.annotation_job
     try:
-        with loaded(annotation_job.teacher) as model:
-            model.to(device)
+        with loaded(annotation_job.teacher):
             return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
     except torch.OutOfMemoryError:
         return None
@@ -413,8 +421,3 @@ def _known(check: str, found: str, available: str = "") -> Finding:
 def _existing(folder: Path) -> Path:
     """Return the folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _device() -> torch.device:
-    """Return the device on which teachers run."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

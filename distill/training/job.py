@@ -6,10 +6,11 @@ import gc
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
-from distill.lessons.join import AnnotationReader
+from distill.lessons.loader import BatchLimit
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
-from distill.students.causal_lm import compiled, merge_adapters, save_student, size_bytes
+from distill.students.causal_lm import compiled, merge_adapters
+from distill.students.saving import SavedStudent, SavedStudentError, save_student, saved_dtype, size_bytes
 from distill.training.fit import (
     Training,
     build_training,
@@ -44,19 +46,31 @@ from distill.training.fit import (
 )
 from distill.training.forecast import forecast_run, training_findings, verdict
 from distill.training.preflight import table
-from distill.training.run_facts import cache_card, contamination, counts, rationales, rejected, settings
-from distill.training.sharding import gather_model
+from distill.training.run_facts import (
+    cache_card,
+    contamination,
+    counts,
+    label_counts,
+    licenses,
+    rationales,
+    rejected,
+    settings,
+)
+from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
+# What the student before training shares with the trained one.
+_OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
-_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every")
+_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
 
 
 def train(config: Config) -> float:
     """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
+    check_settings(config)
     run_dir = configuration.run_dir()
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
@@ -126,7 +140,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
-    if differences := configuration.differences(config, run_dir / "config.yaml", ignored_sections=_MAY_DIFFER):
+    if differences := configuration.differences(config, run_dir / "config.yaml", ignored=_MAY_DIFFER):
         raise ConfigError(
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
@@ -139,6 +153,8 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
+    if is_first_process():
+        _check_student(job)
     curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_job_student(job)
@@ -146,32 +162,52 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     is_first = is_first_process()
     if is_first:
         run |= {"cache": cache_card(job, curriculum), "counts": counts(job, curriculum)}
+        run |= {"rows": {name: asdict(rows) for name, rows in curriculum.rows.items()}}
+        run |= {"labels": label_counts(job), "licenses": licenses(job)}
         run |= {"start": training.identity["student"], "contamination": contamination(job)}
         write_json_lines(job.run_dir / "rejected.jsonl", rejected(curriculum))
         write_json_lines(job.run_dir / "rationales.jsonl", rationales(job, curriculum))
     run["preflight"] = run_preflight(job, training)
     if job.config.preflight is True:
         return {}
-    evaluation = Evaluation(
-        student, job.prompts, job.annotation_job.task, job.config.task.answer_mode, job.config.max_new_tokens
-    )
+    limit = BatchLimit(job.config.microbatch_size, job.config.batch_unit)
+    mode = job.config.task.answer_mode, job.config.max_new_tokens
+    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
-        seconds = fit(job, training)
-    student = gather_model(training.module, lambda: open_job_student(job))
-    merge_adapters(student)
-    evaluation = evaluation.with_model(student)
-    results = _results(job, curriculum, evaluation, teacher, rows, run, seconds) if is_first else {}
+        trained = fit(job, training)
+    run["training"], results = trained.facts, Json()
+    if is_first:
+        saved = _save(job, trained.student, job.run_dir / "student")
+        run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
+        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, trained.seconds)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
+
+
+def _check_student(job: Job) -> None:
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
+        try:
+            _save(job, open_job_student(job), Path(folder) / "student")
+        except SavedStudentError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
+    """Save the student as it is shipped, its adapters merged."""
+    dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
+    merge_adapters(student)
+    return save_student(student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
     teacher = _annotations(job, curriculum, job.annotation_job.splits.test, "answer")
     if job.soft_annotation_job and curriculum.soft_filled:
-        soft = AnnotationReader(job.soft_annotation_job.store, curriculum.soft_filled.requests)
+        soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if not job.is_vocabulary_shared:
@@ -198,9 +234,8 @@ def _results(
     run: Json,
     seconds: float,
 ) -> Json:
-    """Save the student, evaluate it on test, save its predictions; return all figures."""
+    """Evaluate the saved student on test, save its predictions; return all figures."""
     test, student = job.annotation_job.splits.test, evaluation.model
-    save_student(student, job.prompts.tokenizer, job.run_dir / "student")
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
@@ -211,7 +246,7 @@ def _results(
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
-    shape = {key: rows["student"][key] for key in ("size_bytes", "ms_per_example", "peak_bytes")}
+    shape = {key: rows["student"].get(key) for key in _OF_ARCHITECTURE}
     rows |= {"before": rows["before"] | shape} if "before" in rows else {}
     predicted_rows = _with_reasoning([p.as_row() for p in predictions], job, curriculum, evaluation)
     scoring_seconds = curriculum.soft_filled.seconds if curriculum.soft_filled else 0.0
@@ -225,7 +260,7 @@ def _results(
     return {"rows": rows, "predictions": predicted_rows}
 
 
-def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]:
+def _speeds(job: Job, student: Evaluation) -> dict[str, Json]:
     """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
     test, annotation_job = job.annotation_job.splits.test, job.annotation_job
     if not job.config.time_teacher or not annotation_job.teacher.gives_soft_targets:
@@ -239,7 +274,7 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, dict[str, float | None]]
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    reader = AnnotationReader(job.annotation_job.store, curriculum.filled.requests)
+    reader = job.annotation_job.reader(curriculum.filled.requests)
     return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -12,24 +11,45 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.errors import DistillError
 from distill.losses import Objective
 from distill.losses.head import Head, Term, head_loss, predicted_ids
-from distill.records import SPANS, Batch, Entries
+from distill.records import SPANS, Batch, Entries, Span
 from distill.training.sharding import shard
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 _ROUNDING = 1e-4  # relative to the largest hidden state: float32 error of another order of summation
 
+_NOT_SAVED = "No checkpoint contains this step."
+SMALLER_STEPS = (
+    "Lower optim.optimizer.lr, raise optim.schedule.num_warmup_steps, or clip more: trainer.gradient_clip_val=0.5"
+)
+
+Counts = Mapping[tuple[Span, str], int]
 Retemper = Callable[[Entries, float], Entries]
 
 
 class NonFiniteLossError(DistillError):
-    """The loss is NaN or infinite; the optimizer step was not taken."""
+    """A loss, a gradient or a weight is NaN or infinite; nothing of it was saved."""
 
     exit_code = 6
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity."""
+    return [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(part.isfinite().all())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @final
@@ -55,6 +75,9 @@ class StudentModule(lightning.LightningModule):
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
         self._step_sums: dict[str, Tensor] = {}
+        self._counts: Counts = {}
+        self.logged: dict[str, float] = {}  # the values that were logged last
+        self._gradient_norm = torch.zeros(())
         self._totals: list[tuple[Tensor, tuple[str, ...]]] = []
         self._tallies: dict[str, list[Tensor]] = {}
 
@@ -119,6 +142,7 @@ class StudentModule(lightning.LightningModule):
         total: Tensor
         total, sums_L = self(lambda: head_loss(self.hidden(batch), self.head(), list(terms.values())))
         self._totals.append((total.detach(), batch.example_ids))
+        self._counts = batch.counts
         for name, sum_ in zip(terms, sums_L, strict=True):
             self._step_sums[name] = self._step_sums.get(name, 0) + sum_ / _count(batch, self._objectives[name])
         # Undo Lightning's division by the number of microbatches and its average over processes: the counts are
@@ -132,29 +156,64 @@ class StudentModule(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip with fused optimizers under autocast; without a gradient scaler this is safe.
-        if gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_val, self._gradient_norm)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         totals, self._totals = self._totals, []
         sums, self._step_sums = self._step_sums, {}
+        counts, self._counts = self._counts, {}
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        self._gradient_norm = nn.utils.get_total_norm(gradients)
+        norm = _whole(self._gradient_norm).to(self.device)
         # The only time in a step that the host waits for the device. A failure in one process stops all.
-        is_finite = bool(torch.stack([total for total, _ in totals]).isfinite().all())
+        is_finite = bool(torch.stack([*(total for total, _ in totals), norm]).isfinite().all())
         if not self.trainer.strategy.reduce_boolean_decision(is_finite):
-            elsewhere = (torch.tensor(math.nan), ("those of another process",))
-            total, example_ids = next((pair for pair in totals if not pair[0].isfinite()), elsewhere)
-            raise NonFiniteLossError(
-                f"the loss is {total.item()} at step {self.global_step} on the examples {', '.join(example_ids)}; no "
-                "checkpoint contains this step. Lower optim.optimizer.lr or inspect these examples"
-            )
+            raise NonFiniteLossError(self._nonfinite(totals, norm))
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
-            # Every process logs every loss, including those without positions in its microbatches.
-            zero = torch.zeros((), device=self.device)
-            values = {f"train/{name}": sums.get(name, zero).float() for name in self._objectives}
-            self.log_dict(values, reduce_fx="sum", sync_dist=self.trainer.world_size > 1)
-            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-            self.log("step", float(self.global_step))  # Lightning's own count is off by one after resuming
+            self._log(sums, counts, {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]})
+
+    def _log(self, sums: Mapping[str, Tensor], counts: Counts, others: Mapping[str, Tensor | float]) -> None:
+        """Write the losses that have positions in this step, and other values that are equal in all processes.
+
+        Lightning's `self.log` would write the earlier value of a loss that this step does not have.
+        """
+        names = [name for name, objective in self._objectives.items() if counts.get(_place(objective))]
+        zero = torch.zeros((), device=self.device)  # for a loss whose positions are in other processes
+        losses = [sums.get(name, zero).float() for name in names]
+        if losses and self.trainer.world_size > 1:
+            losses = [*self.trainer.strategy.reduce(torch.stack(losses), reduce_op="sum")]
+        values = dict(zip(names, losses, strict=True)) | dict(others)
+        self.logged = {f"train/{name}": float(value) for name, value in values.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(self.logged, step=self.global_step)
+            logger.save()
+
+    def _nonfinite(self, totals: Sequence[tuple[Tensor, tuple[str, ...]]], norm: Tensor) -> str:
+        """Say what is not finite, whether the examples are to blame, and what to do; called by all processes."""
+        is_fine_everywhere = self.trainer.strategy.reduce_boolean_decision
+        bad_weights, step = nonfinite_weights(self.model), self.global_step
+        value, example_ids = next((pair for pair in totals if not pair[0].isfinite()), (None, ()))
+        if not is_fine_everywhere(not bad_weights):
+            names = ", ".join(bad_weights[:3]) or "of another process"
+            return f"the weights are not finite at step {step}: {names}. {_NOT_SAVED} {SMALLER_STEPS}"
+        if not is_fine_everywhere(value is None):
+            found = "not finite in another process"
+            if value is not None:
+                found = f"{value.item()} on the examples {', '.join(example_ids)}"
+            return (
+                f"the loss at step {step} is {found}, although the weights are finite. {_NOT_SAVED} Inspect these "
+                "examples, or lower optim.optimizer.lr"
+            )
+        return (
+            f"the norm of the gradient at step {step} is {norm.item()}, although the loss and the weights are finite. "
+            f"{_NOT_SAVED} {SMALLER_STEPS}"
+        )
 
     def validation_step(self, batch: Batch) -> None:
         terms = self.terms(batch)
@@ -176,8 +235,16 @@ class StudentModule(lightning.LightningModule):
         hidden_NH, head = self.hidden(batch), self.head()
         return head_loss(hidden_NH, head, terms)[1], predicted_ids(hidden_NH[is_answer_N], head)
 
-    def on_validation_epoch_end(self) -> None:
+    def validation_means(self) -> dict[str, Tensor]:
+        """Return what this validation has measured so far; `val/loss` is the weighted sum, as it is trained."""
         means = {name: total / count for name, (total, count) in self._tallies.items()}
+        losses = {
+            name: o.weight * means[f"val/{name}"] for name, o in self._objectives.items() if f"val/{name}" in means
+        }
+        return means | ({"val/loss": torch.stack([*losses.values()]).sum()} if losses else {})
+
+    def on_validation_epoch_end(self) -> None:
+        means = self.validation_means()
         means["step"] = torch.tensor(float(self.global_step - 1))
         self.log_dict(means, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self._tallies = {}
@@ -215,4 +282,8 @@ def _labels(batch: Batch) -> Entries:
 
 def _count(batch: Batch, objective: Objective) -> int:
     """Return the number of positions of a loss in the whole optimizer step."""
-    return max(1, batch.counts.get((objective.span, objective.source), 1))
+    return max(1, batch.counts.get(_place(objective), 1))
+
+
+def _place(objective: Objective) -> tuple[Span, str]:
+    return objective.span, objective.source

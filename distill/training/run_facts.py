@@ -8,12 +8,14 @@ from dataclasses import asdict
 from distill.app.config import Config
 from distill.app.files import Json
 from distill.lessons.curriculum import Curriculum, Job
+from distill.models.naming import license_of
 
 _MAX_LISTED = 200
+_MAX_LABELS = 20
 
 
 def settings(config: Config) -> Json:
-    """Return the settings that, ignored_sections the losses, distinguish the arms of a comparison."""
+    """Return the settings that, beside the losses, distinguish the arms of a comparison."""
     return {
         "steps": config.trainer.max_steps,
         "batch_size": config.batch_size,
@@ -45,11 +47,26 @@ def counts(job: Job, curriculum: Curriculum) -> Json:
         "lessons": len(curriculum.train),
         "validation": len(splits.validation),
         "test": len(splits.test),
-        "dropped": dict(splits.dropped),
+        "dropped": {name: lost for name, counts in splits.counts.items() if (lost := sum(counts.lost.values()))},
         "too_long": len(curriculum.too_long),
         "rationales_kept": sum(c.reason is None for c in curriculum.rationales),
         "rationales_rejected": dict(Counter(c.reason for c in curriculum.rationales if c.reason)),
     }
+
+
+def label_counts(job: Job) -> dict[str, int]:
+    """Return the number of training examples of each label; {} if there are many labels."""
+    labels = Counter(example.answer for example in job.annotation_job.splits.train if example.answer is not None)
+    return dict(sorted(labels.items())) if len(labels) <= _MAX_LABELS else {}
+
+
+def licenses(job: Job) -> Json:
+    """Return the licenses of the student's and the teacher's weights: as configured, or as their folders state."""
+    folders = {"student": job.student_folder}
+    if job.annotation_job.teacher.gives_soft_targets:
+        folders["teacher"] = job.annotation_job.folder
+    stated = {part: license_of(folder) for part, folder in folders.items()}
+    return {part: job.config[part].get("license") or stated.get(part) for part in ("student", "teacher")}
 
 
 def contamination(job: Job) -> Json:

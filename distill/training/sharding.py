@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from distill.students.causal_lm import layers_attribute
+from distill.students.layers import layers_of
 
 
 def shard(module: Any) -> None:
@@ -21,7 +21,7 @@ def shard(module: Any) -> None:
 
     During the module's forward pass, and its backward pass, the weights are whole.
     """
-    for layer in getattr(module.model.base_model, layers_attribute(module.model) or "", ()):
+    for layer in layers_of(module.model) or ():
         fully_shard(layer)
     fully_shard(module)
 
@@ -32,11 +32,19 @@ def gather_model(module: Any, fresh: Callable[[], nn.Module]) -> Any:
     All processes must call this, since each contributes its shard. On the other processes the fresh model does not
     have these weights.
     """
-    model, is_sharded = module.model, isinstance(module, FSDPModule)
+    is_sharded = isinstance(module, FSDPModule)
     if not is_sharded:
-        return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return module.model
+    weights = whole_weights(module)
     whole = fresh()
     if weights:
         whole.load_state_dict(weights)
     return whole
+
+
+def whole_weights(module: Any) -> dict[str, Any]:
+    """Return the weights of a module's model by name; if it is sharded, on the first process only."""
+    model, is_sharded = module.model, isinstance(module, FSDPModule)
+    if not is_sharded:
+        return dict(model.named_parameters())
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -14,6 +14,7 @@ from distill.app.console import say
 from distill.app.files import Json, write_json
 from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job
+from distill.models import placement
 from distill.records import Annotation
 
 
@@ -42,7 +43,7 @@ def _key(job: Job, student: Any, teacher: Mapping[str, Annotation], weights: str
         "weights": weights,
         "config": student.config.to_json_string(use_diff=False),
         "torch": torch.__version__,
-        "device": str(student.device),
+        "device": str(placement.device()),
         "prompts": job.prompts.fingerprint(),
         "task": config["task"],
         "version": job.annotation_job.task.version,
@@ -50,7 +51,7 @@ def _key(job: Job, student: Any, teacher: Mapping[str, Annotation], weights: str
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for example in job.annotation_job.splits.test:
-        digest.update(repr((example.id, example.question, example.answer)).encode())
+        digest.update(repr((example.id, example.question, *example.right_answers)).encode())
         if example.id in teacher:
             _add(digest, teacher[example.id])
     return digest.hexdigest()[:16]

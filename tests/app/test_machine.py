@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from distill.app.machine import extra_bytes, free_memory, median_milliseconds
+from distill.app.machine import extra_bytes, free_memory, median_milliseconds, timings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its highest memory")
 
@@ -54,6 +54,28 @@ def test_times_are_interleaved_and_the_first_is_discarded(monkeypatch: pytest.Mo
     assert seen == [(name, question) for question in range(3) for name in "ab"]
     assert found == {"a": 2000.0, "b": 5000.0}
     assert median_milliseconds({"a": lambda q: None}, []) == {"a": None}
+
+
+def test_rounds_change_the_order_and_give_a_median_with_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    clock = [0.0]
+
+    def answer(name: str, question: int) -> None:
+        seen.append((name, question))
+        clock[0] += {"a": (1.0, 3.0, 2.0), "b": (5.0, 5.0, 5.0)}[name][(len(seen) - 1) // 4]  # by round
+
+    monkeypatch.setattr("distill.app.machine.time.perf_counter", lambda: clock[0])
+    answering = {name: lambda question, name=name: answer(name, question) for name in "ab"}
+    found = timings(answering, range(2), num_rounds=9, max_seconds=10.0)
+    assert found == {"a": (2000.0, 1000.0, 3000.0), "b": (5000.0, 5000.0, 5000.0)}
+    order = [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert seen == [*order, *(("b", 0), ("a", 0), ("b", 1), ("a", 1)), *order]  # three rounds, though 10 s are over
+
+
+def test_a_fast_model_is_timed_in_all_rounds() -> None:
+    count: list[str] = []
+    timings({"it": count.append}, ["question"], num_rounds=7, max_seconds=60.0)
+    assert len(count) == 7
 
 
 def test_free_memory_is_the_minimum_over_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,6 @@ def test_a_moved_class_name_is_no_difference_to_a_saved_configuration(tmp_path: 
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(as_before(configuration.plain(config))))
     assert saved.read_text().count("distill.prompts.Layout") == 1
-    assert configuration.differences(config, saved, ignored_sections=()) == []
+    assert configuration.differences(config, saved, ignored=()) == []
     config.batch_size += 1
-    assert len(configuration.differences(config, saved, ignored_sections=())) == 1
+    assert len(configuration.differences(config, saved, ignored=())) == 1

@@ -169,6 +169,7 @@ def annotation(number: int) -> Annotation:
         is_sampled=number % 5 == 0,
         is_truncated=number % 3 == 0,
         choice_logprobs=(-0.1, -2.5) if number % 2 else (),
+        text=None if number % 3 == 1 else f"It is {number}.",
     )
 
 

@@ -124,9 +124,9 @@ def test_a_hostile_line_of_a_manifest_is_refused(kind: str, single_shard: Files,
 
 @pytest.mark.parametrize("kind", [*LINES, "a fingerprint of type number", "a deeply nested fingerprint"])
 def test_a_hostile_header_of_a_cache_is_refused(kind: str, single_shard: Files, tmp_path: Path) -> None:
-    folder, nested = tmp_path / "cache", b'{"format": 2, "fingerprint": ' + b'{"a": ' * 900 + b"1" + b"}" * 901
+    folder, nested = tmp_path / "cache", b'{"format": 3, "fingerprint": ' + b'{"a": ' * 900 + b"1" + b"}" * 901
     write_files(folder, single_shard)
-    more = {"a fingerprint of type number": {"format": 2, "fingerprint": 3}, "a deeply nested fingerprint": nested}
+    more = {"a fingerprint of type number": {"format": 3, "fingerprint": 3}, "a deeply nested fingerprint": nested}
     (folder / "manifest.jsonl").write_bytes(sealed((LINES | more)[kind]))
     with pytest.raises(CacheError, match=r"damaged|has format|with other settings"):
         read_all(folder, 5)

@@ -172,10 +172,12 @@ def test_another_fingerprint_is_refused_with_all_differences(
     assert [line.strip() for line in nearest[1]] == differences
 
 
-@pytest.mark.parametrize("line", [b'{"format": 1, "fingerprint": {}}\n', _sealed({"format": 3, "fingerprint": {}})])
+@pytest.mark.parametrize(
+    "line", [b'{"format": 1, "fingerprint": {}}\n', *(_sealed({"format": n, "fingerprint": {}}) for n in (2, 4))]
+)
 def test_another_format_is_refused(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_bytes(line)
-    with pytest.raises(CacheError, match=r"has format (1|3), this version of distill reads format 2"):
+    with pytest.raises(CacheError, match=r"has format (1|2|4), this version of distill reads format 3"):
         open_store(tmp_path)
 
 

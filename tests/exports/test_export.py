@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.app import config as configuration
@@ -26,6 +26,7 @@ from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
+from tests.prompts.kinds import with_byte_tokens
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [
@@ -73,13 +74,9 @@ def with_start(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def with_a_leading_space(folder: Path) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    texts = [f"Q: {e.question}\nAnswer: {e.answer}" for e in QUESTIONS]
-    special = {"special_tokens": ["<s>", "</s>"], "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, **special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer = with_byte_tokens(prepends=True)
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def joining_full_stop_and_newline() -> PreTrainedTokenizerFast:
@@ -105,7 +102,7 @@ def test_the_harness_reads_the_tokens_of_training(
             prompt = prompts.answer_prompt(example, choice)
             start, _ = prompt.spans["answer"]
             assert tuple(tokenizer.encode(row["prompt"])) == prompt.ids[:start]
-            assert (*tokenizer.encode(row["prompt"] + written), prompts.end) == prompt.ids
+            assert tuple(tokenizer.encode(row["prompt"] + written)) == prompt.ids
         assert CHOICES[row["gold"]] == example.answer
     assert task.num_differing == 0
     assert task.caution == ""
@@ -145,7 +142,7 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     out, name = tmp_path / "out", "distill_movie_reviews"
     task = yaml.safe_load((out / "lm_eval" / f"{name}.yaml").read_text())
     assert task["task"] == name
-    assert task["doc_to_choice"] == [" negative", " positive"]
+    assert task["doc_to_choice"] == [" negative</s>", " positive</s>"]
     rows = lines(out / task["dataset_kwargs"]["data_files"]["test"])
     config = OmegaConf.load(finished / "config.yaml")
     test = configuration.build(config.task.examples).splits().test
@@ -157,7 +154,7 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     for example, row in zip(test, rows, strict=True):
         assert row["prompt"] == f"Review: {example.question}\nSentiment:"
         whole = tokenizer.encode(row["prompt"] + task["doc_to_choice"][row["gold"]])
-        assert (*whole, prompts.end) == prompts.answer_prompt(example, example.answer).ids
+        assert tuple(whole) == prompts.answer_prompt(example, example.answer).ids
     line = f"lm_eval run --model hf --model_args pretrained=. --tasks {name} --include_path lm_eval"
     assert line in (out / "README.md").read_text()
     assert f"cd {out} && " in done.stdout
@@ -194,24 +191,25 @@ def with_reasoning(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "why"),
+    ("damage", "why", "example"),
     [
-        (without_predictions, "predictions.jsonl is missing"),
-        (with_a_removed_task, "does not exist"),
-        (without_answer_mode, "answer_mode"),
-        (with_reasoning, "reasons before it answers"),
+        (without_predictions, "predictions.jsonl is missing", False),
+        (with_a_removed_task, "does not exist", False),
+        (without_answer_mode, "answer_mode", False),
+        (with_reasoning, "reasons before it answers", True),
     ],
 )
 def test_a_student_is_exported_even_without_a_task(
-    damage: Callable[[Path], None], why: str, run_folder: Path, tmp_path: Path
+    damage: Callable[[Path], None], why: str, example: bool, run_folder: Path, tmp_path: Path
 ) -> None:
     damage(run_folder)
-    message = export(run_folder, tmp_path / "out")
-    assert message.startswith("no lm-eval task: ")
-    assert why in message
-    assert "\n" not in message
+    about_example, about_task = export(run_folder, tmp_path / "out").splitlines()
+    assert about_task.startswith("no lm-eval task: ")
+    assert why in about_task
+    assert about_example.startswith("answers with transformers alone" if example else "no example: ")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in (run_folder / "student").iterdir()} | {"README.md"}
+    made = {"README.md", "prompt.json", "example.py"} if example else {"README.md"}
+    assert names == {path.name for path in (run_folder / "student").iterdir()} | made
     assert "lm_eval" not in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from distill.annotation.reader import AnnotationReader
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.lessons.curriculum import build_curriculum, prepare
-from distill.lessons.join import AnnotationReader, Join
+from distill.lessons.join import Join
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Target
-from tests.conftest import CountingTeacher, examples
+from tests.conftest import CountingTeacher, arithmetic, examples
 from tests.lessons.conftest import soft
 
 ALL_TARGETS = frozenset((span, source) for span in SPANS for source in ("labels", "teacher", "soft"))
@@ -32,7 +33,7 @@ def make_join(
     with store.writing() as writer:
         writer.add([replace(annotations[example_id], key=request.key) for (example_id, _), request in requests.items()])
     settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS} | overrides
-    return Join(prompts=prompts, teacher=AnnotationReader(store, requests), **settings)
+    return Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
 
 
 def annotation(prompts: Prompts, answer: str) -> Annotation:
@@ -99,9 +100,9 @@ def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_pat
     texts = ("By the teacher.", "In other words.", "Once more.")
     rationales = [Annotation("", {}, example.answer, text, is_sampled=bool(index)) for index, text in enumerate(texts)]
     filtered = {example.id: [FilteredRationale(example.id, rationale, "gold", None, 0.75) for rationale in rationales]}
-    join = make_join(
-        prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, rationales=filtered
-    )
+    words = frozenset((span, "labels") for span in SPANS)
+    records = {example.id: annotation(prompts, example.answer)}
+    join = make_join(prompts, tmp_path, [example], records, rationales=filtered, needed=words)
     joined_lessons = join.lessons([example])
     assert [[set(s.prompt.spans) for s in lesson.sequences] for lesson in joined_lessons] == [
         [{"answer"}, {"rationale"}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from distill.cache import uniforms
 from distill.errors import ConfigError
+from distill.models.body import max_positions
 from distill.models.reading import PrefixedReader, draw
 
 VOCABULARY = 96
@@ -70,7 +72,7 @@ def test_batching_and_padding_change_no_probability(name: str, length: int) -> N
     loaded, prefix = make_model(name), random_ids(length, 1)
     questions = [random_ids(2 + 3 * row, 10 + row) for row in range(5)]
     reader = PrefixedReader(loaded, prefix, VOCABULARY)
-    assert bool(reader._blocks) == (length > 0)
+    assert bool(reader.shares_prefix) == (length > 0)
     reading = reader.read(questions)
     first, second = [random_ids(2, 20 + row) for row in range(5)], [random_ids(3, 30 + row) for row in range(5)]
     hidden = [reading.last_BH.unsqueeze(1), reading.feed(torch.tensor(first))]
@@ -190,11 +192,53 @@ def test_sampling_stops_at_the_stop_token_and_more_tokens_can_be_fed() -> None:
     assert torch.allclose(reading.feed(fed), reader.read(questions).feed(fed), atol=1e-5)
 
 
-def test_a_text_longer_than_an_attention_window_is_refused() -> None:
-    reader = PrefixedReader(make_model("windowed"), random_ids(30, 1), VOCABULARY)
-    reading = reader.read([random_ids(10, 2), random_ids(3, 3)])
-    with pytest.raises(ConfigError, match=r"a text of 41 tokens.* window of 40"):
-        reading.feed(torch.tensor([[5], [5]]))
+@pytest.mark.parametrize("length", [30, 60])
+def test_a_text_may_grow_longer_than_an_attention_window(length: int) -> None:
+    loaded, prefix = make_model("windowed"), random_ids(length, 1)
+    reader, prompts = PrefixedReader(loaded, prefix, VOCABULARY), [random_ids(10, 2), random_ids(3, 3)]
+    reading, fed = reader.read(prompts), [random_ids(4, 4), random_ids(4, 5)]
+    reading.feed(torch.tensor(fed))
+    reading.rewind(3)
+    last_BTV = reader.logprobs(reading.feed(torch.tensor([row[1:] for row in fed])))
+    scored_NV = reader.logprobs(reader.hidden_before_targets(prompts, fed))
+    for row, (prompt, ids) in enumerate(zip(prompts, fed, strict=True)):
+        expected_TV = plain(loaded, prefix, prompt, ids)
+        assert torch.allclose(last_BTV[row], expected_TV[-3:], atol=1e-4)
+        assert torch.allclose(scored_NV[4 * row : 4 * row + 4], expected_TV[-5:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["absolute", "grouped"])
+def test_a_text_longer_than_the_positions_of_a_model_is_refused_and_none_is_generated(name: str) -> None:
+    loaded = AutoModelForCausalLM.from_config(replace_positions(CONFIGS[name], 40)).eval()
+    reader = PrefixedReader(loaded, random_ids(30, 1), VOCABULARY)
+    with pytest.raises(ConfigError, match=r"a text of 41 tokens, .* exceeds the 40 positions of"):
+        reader.read([random_ids(11, 2)])
+    with pytest.raises(ConfigError, match=r"a text of 41 tokens"):
+        reader.hidden_before_targets([random_ids(8, 2)], [random_ids(4, 2)])
+    with pytest.raises(ConfigError, match=r"a text of 41 tokens"):
+        PrefixedReader(loaded, random_ids(41, 1), VOCABULARY)
+    assert len(reader.read([random_ids(4, 2)]).greedy(max_new_tokens=20, stop=-1)[0]) == 7
+
+
+def replace_positions(config: Any, number: int) -> Any:
+    changed = copy.deepcopy(config)
+    changed.max_position_embeddings = number
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, 64),
+    ],
+    ids=str,
+)
+def test_positions_that_a_scaled_rotation_adds_count(rope: dict[str, Any], positions: int) -> None:
+    config = LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
+    assert max_positions(config) == positions
 
 
 def test_a_model_with_a_different_attention_gets_copies_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +248,7 @@ def test_a_model_with_a_different_attention_gets_copies_of_the_prefix(monkeypatc
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(library, lambda *args, **kwargs: 0.9 * attention(*args, **kwargs))
     reader = PrefixedReader(loaded, prefix, VOCABULARY)
-    assert not reader._blocks
+    assert not reader.shares_prefix
     assert torch.allclose(reader.read([question]).first_BV[0], plain(loaded, prefix, question)[-1], atol=1e-4)
 
 
@@ -212,7 +256,24 @@ def test_a_shared_prefix_does_not_change_the_model() -> None:
     loaded = make_model("grouped", torch.bfloat16)
     before = loaded.config.to_dict()
     reader = PrefixedReader(loaded, random_ids(9, 1), VOCABULARY)
-    assert reader._blocks
+    assert reader.shares_prefix
     reader.read([random_ids(4, 2)])
     assert loaded.config.to_dict() == before
     assert loaded.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["grouped", "windowed", "absolute"])
+def test_choices_are_scored_as_in_a_plain_reading_and_exclude_each_other(name: str) -> None:
+    """Choices with shared beginnings, one of them the beginning of others up to its end token, 1."""
+    choices = [(5, 1), (5, 7, 1), (5, 7, 9, 1), (6, 1), (5, 8, 9, 1), (7, 5, 1)]
+    loaded, prefix = make_model(name), random_ids(3, 1)
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(3)]
+    reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
+    score_BC = reading.choice_logprobs(reading.first_BV, choices)
+    for row, question in enumerate(questions):
+        for column, choice in enumerate(choices):
+            logprobs_TV = plain(loaded, prefix, question, list(choice))[-len(choice) - 1 : -1]
+            expected = logprobs_TV[range(len(choice)), list(choice)].sum()
+            assert score_BC[row, column] == pytest.approx(float(expected), abs=1e-4)
+    assert (score_BC.exp().sum(-1) <= 1).all()
+    assert torch.allclose(score_BC, reading.choice_logprobs(reading.first_BV, choices), atol=1e-5)

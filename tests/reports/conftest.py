@@ -102,6 +102,17 @@ def prediction(index: int, is_correct: bool, agrees: bool) -> dict[str, Any]:
     }
 
 
+SWAPPED = {"positive": "negative", "negative": "positive"}
+
+
+def two_classes(lines: list[dict[str, Any]], every: int = 2) -> list[dict[str, Any]]:
+    """The predictions with the classes of every second (third, ...) line swapped; correctness stays."""
+    keys = ("gold", "teacher_answer", "student_answer")
+    return [
+        line | ({key: SWAPPED[line[key]] for key in keys} if k % every == 0 else {}) for k, line in enumerate(lines)
+    ]
+
+
 def shuffled(share: float, number: int, name: str) -> list[bool]:
     """True for `share` of the examples, at random places seeded by `name`."""
     values = [k < round(share * number) for k in range(number)]

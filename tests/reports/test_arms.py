@@ -15,13 +15,21 @@ from tests.reports.conftest import CONFIG, Make, summary_of
 def test_interval_over_seeds_covers_test_sampling_and_seeds(make_run: Make) -> None:
     summary = summary_of(*(make_run(accuracy=p, seed=k) for k, p in enumerate((0.70, 0.74, 0.78))))
     (arm,) = [arm for arm in summary.arms if arm.kind == "distilled"]
-    # mean 0.74; sd = sqrt((0.04² + 0 + 0.04²) / 2) = 0.04
-    # h_test = 1.96 sqrt(0.74 · 0.26 / 500) = 0.0384485; h_seed = 4.3027 · 0.04 / sqrt(3) = 0.0993666
-    half = math.sqrt(0.0384485**2 + 0.0993666**2)
+    # mean 0.74; sd = sqrt((0.04² + 0 + 0.04²) / 2) = 0.04; h_seed = 4.30265 · 0.04 / sqrt(3) = 0.0993655
+    # Wilson's ends with z² = 3.841459: (0.74 + z²/1000 -+ z sqrt(0.74 · 0.26/500 + z²/1,000,000))/(1 + z²/500)
     assert arm.stat("accuracy") == pytest.approx((0.74, 0.04))
-    assert arm.interval == pytest.approx((0.74 - half, 0.74 + half), abs=1e-5)
+    low, high = 0.74 - math.hypot(0.74 - 0.6998184, 0.0993655), 0.74 + math.hypot(0.7765218 - 0.74, 0.0993655)
+    assert arm.interval == pytest.approx((low, high), abs=1e-5)
     assert len(summary.seeds) == 3
-    assert cell(arm, COLUMNS[0]) == "74.0 ± 4.0 % [63.3, 84.7]"
+    assert cell(arm, COLUMNS[0]) == "74.0 ± 4.0 % [63.3, 84.6]"
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(1.0, (0.8388699, 1.0)), (0.0, (0.0, 0.1611301))])
+def test_seeds_that_all_score_0_or_100_percent_have_an_interval_with_a_width(
+    make_run: Make, accuracy: float, expected: tuple[float, float]
+) -> None:
+    summary = summary_of(*(make_run(accuracy=accuracy, seed=k, student={"num_examples": 20}) for k in range(2)))
+    assert summary.arms[-1].interval == pytest.approx(expected, abs=1e-4)  # n/(n + z²) of 20
 
 
 def test_one_seed_keeps_the_interval_of_its_evaluation(make_run: Make) -> None:

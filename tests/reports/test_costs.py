@@ -11,7 +11,7 @@ from distill.reports.page import to_html
 from distill.reports.tables import tables
 from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import Summary
-from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, with_latency
+from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, two_classes, with_latency
 
 
 def test_costs_and_break_even_follow_from_the_prices(make_run: Make) -> None:
@@ -51,7 +51,7 @@ def test_a_student_that_is_not_cheaper_never_breaks_even_and_missing_values_are_
     assert cost_cells(summary)[-1] == "never"
     unmeasured = summary_of(make_run(student={"ms_per_example": None}, seconds=None))
     no = "not measured"  # annotation took 123.4 s, and 1000 requests to the teacher take 12 s
-    assert cost_cells(unmeasured) == ["answer + kl + rationale", "2.1 min", no, no, no, no, "12", no]
+    assert cost_cells(unmeasured) == ["answer + kl + rationale", "2.1 min", no, no, no, no, "12.0 s", no]
 
 
 def cost_cells(summary: Summary) -> list[str]:
@@ -89,12 +89,14 @@ def test_a_card_of_data_names_its_runs(make_run: Make) -> None:
 
 def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
     predictions = [
-        line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)} for k, line in enumerate(answers(("kl",), 0.8, 0))
+        line | {"teacher_confidence": 0.55 + 0.4 * (k % 2)}
+        for k, line in enumerate(two_classes(answers(("kl",), 0.8, 0)))
     ]
     others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
     summary = summary_of(*others, make_run(("kl",), 0.8, predictions=predictions, config={"order": "shuffled"}))
     rows_by_table = tables(summary)
-    assert set(rows_by_table) == {"differences", "contrasts", "comparison", "cost", "by_confidence", "yield"}
+    names = {"differences", "contrasts", "comparison", "guesses", "classes", "cost", "by_confidence", "yield"}
+    assert set(rows_by_table) == names
     for rows in rows_by_table.values():
         assert rows
         assert {tuple(line) for line in rows} == {tuple(rows[0])}

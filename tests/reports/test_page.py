@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from distill.reports.page import write_report
-from tests.reports.conftest import HOSTILE, answers, rationale_line, write_run
+from tests.reports.conftest import HOSTILE, answers, rationale_line, two_classes, write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -122,7 +122,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PATH is None, reason="needs a browser: apt-get install chromium fonts-dejavu-core"),
 ]
-SIZES = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
+SIZES = [(width, scheme) for width in (390, 1200) for scheme in ("light", "dark")]
 
 
 def scanlines(png: bytes) -> bytes:
@@ -161,7 +161,7 @@ def sweep(root: Path) -> list[Path]:
     folders = []
     for losses, accuracy, labelled in arms:
         for seed in range(3):
-            predictions = answers(losses, accuracy + 0.01 * seed, seed)
+            predictions = two_classes(answers(losses, accuracy + 0.01 * seed, seed), 3)
             predictions = [
                 line | {"teacher_confidence": 0.5 + 0.49 * (k % 97) / 97} for k, line in enumerate(predictions)
             ]
@@ -179,6 +179,8 @@ def sweep(root: Path) -> list[Path]:
                         "rationales_rejected": {"disagrees": 7, HOSTILE: 1}},
                 contamination={"n": 8, "found": overlaps, "num_dropped": 1},
                 preflight=checks,
+                rows={"train": {"read": 2400, "lost": {"repeated": 12, "too long": 310}, "kept": 2078}},
+                command=["train.py", *(f"task.examples.a_rather_long_setting_{k}=a long value" for k in range(9))],
             )  # fmt: skip
             folders.append(folder)
     return folders
@@ -211,6 +213,23 @@ def test_the_page_fills_its_width_without_overflow(shown: Browser, page: Path, w
     assert shown.errors() == []
 
 
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_the_conclusion_is_in_the_first_screen(shown: Browser, page: Path, width: int, scheme: str) -> None:
+    shown.open(page, width, scheme)
+    box = "document.querySelector('.lead').getBoundingClientRect()"
+    assert 0 <= shown.value(f"{box}.left") < shown.value(f"{box}.right") <= width
+    assert 0 < shown.value(f"{box}.top") < shown.value(f"{box}.bottom") < 844  # a phone's height
+
+
+def test_tables_need_no_scrolling_on_a_phone(shown: Browser, page: Path) -> None:
+    shown.open(page, 390)
+    wide = "[...document.querySelectorAll('table.stack')].filter(e => e.scrollWidth > e.parentElement.clientWidth)"
+    assert shown.value("document.querySelectorAll('table.stack').length") > 5
+    assert shown.value(f"{wide}.length") == 0
+    cell = "getComputedStyle(document.querySelector('table.stack td'), '::before').content"
+    assert shown.value(cell) == '"points"'
+
+
 def test_the_page_follows_the_colour_scheme_and_prints_to_pdf(shown: Browser, page: Path) -> None:
     colours = {}
     for scheme in ("light", "dark"):
@@ -227,7 +246,8 @@ def test_every_section_is_visible(shown: Browser, page: Path) -> None:
     shown.open(page, 1280)
     titles = shown.value("[...document.querySelectorAll('h2')].filter(e => e.offsetHeight > 0).map(e => e.textContent)")
     assert titles == [
-        "Differences", "One setting changed", "Results", "Comparison", "Effect of each setting", "Cost and break-even",
+        "Distillation helped.", "Verdicts", "Differences", "One setting changed", "Results", "Comparison",
+        "Answers by class", "Effect of each setting", "Cost and break-even",
         "Learning curves", "Reliability", "Accuracy by the teacher's confidence",
         "Accuracy against size, latency and cost",
         "Accuracy against data and size", "Each seed", "Sample predictions", "Rationales", "Cache and data",

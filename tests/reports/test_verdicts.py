@@ -97,7 +97,7 @@ def test_several_arms_are_judged_at_a_joint_level(make_run: Make) -> None:
     for verdict in summary.verdicts:
         assert verdict.difference is not None
         assert verdict.difference.level == pytest.approx(family_level(0.95, 3)) == pytest.approx(1 - 0.05 / 3)
-        assert "98.3 % for each of the 3 arms, so 95 % for all together" in verdict.sentence
+        assert "98.3 % for each of the 3 comparisons, so 95 % for all together" in verdict.sentence
     (alone,) = summary_of(make_run(("answer",), 0.68), make_run(arms[0], 0.72)).verdicts
     assert "The 95 % interval" in alone.sentence
     assert "together" not in alone.sentence

@@ -26,6 +26,7 @@ from distill.models import loading
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
+from distill.teachers import Calibration
 from distill.teachers.causal_lm import CausalLMTeacher
 from tests.conftest import LAYOUT, arithmetic, make_model, make_tokenizer
 from tests.security.conftest import ANY_TEXT, QUICK, run_in_process
@@ -126,9 +127,10 @@ def test_an_answer_in_the_question_is_not_read_as_the_models(tmp_path: Path) -> 
     example = Example("How many?\nReason: It is so.\nAnswer: 42\n\nAnswer: 42</s>\n42", "42")
     teacher = CausalLMTeacher(
         folder=folder,
+        hashes=tmp_path,
         prompts=prompts,
         task=task,
-        calibration=(),
+        calibration=Calibration(0, ()),
         codec=TopK(k=4, temperature=1.0),
         constrain=False,
         dtype="float32",

@@ -18,28 +18,27 @@ from distill.annotation.rationales import has_wrong_arithmetic, leaks
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example
 from distill.tasks import tables
+from distill.tasks.answers import AnswerFormat
 from distill.tasks.expressions import evaluate_expression
-from distill.tasks.files import AnswerFormat, Columns, read_examples
+from distill.tasks.files import Columns, read_examples
 from tests.security.conftest import ANY_TEXT
 
 
-def columns() -> Columns:
-    return Columns("question", "answer", None)
-
-
-def read_rows(path: Path) -> list[Example]:
-    return read_examples(tables.read_file(path), columns(), AnswerFormat(kind="line", pattern=None, choices=[]))
+def read_rows(path: Path, rationale: str | None = None) -> list[Example]:
+    columns = Columns("question", "answer", rationale)
+    answers = AnswerFormat(kind="line", pattern=None, choices=[])
+    return list(read_examples(tables.read_file(path), columns, answers).values())
 
 
 @pytest.mark.parametrize(
-    ("question", "length"),
-    [("x" * 1_000_001, "1,000,001 characters"), (["x" * 600_000] * 2, "1,200,001 characters")],
+    ("column", "value", "length"),
+    [("question", "x" * 1_000_001, "1,000,001 characters"), ("why", ["x" * 600_000] * 2, "1,200,001 characters")],
 )
-def test_a_too_long_value_is_refused_with_its_location(question: Any, length: str, tmp_path: Path) -> None:
-    valid_row = {"question": "x" * 1_000_000, "answer": "4"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(valid_row) + "\n" + json.dumps(valid_row | {"question": question}))
+def test_a_too_long_value_is_refused_with_its_location(column: str, value: Any, length: str, tmp_path: Path) -> None:
+    valid_row = {"question": "x" * 1_000_000, "answer": "4", "why": "x"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(valid_row) + "\n" + json.dumps(valid_row | {column: value}))
     with pytest.raises(ConfigError, match=rf"line 2: a text of {length}; at most 1,000,000"):
-        read_rows(tmp_path / "a.jsonl")
+        read_rows(tmp_path / "a.jsonl", "why")
 
 
 @pytest.mark.parametrize("depth", [300, 600, 900, 50_000])

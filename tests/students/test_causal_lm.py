@@ -20,7 +20,8 @@ from distill.lessons.curriculum import build_curriculum, prepare
 from distill.losses.head import head_loss
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
-from distill.students.causal_lm import compiled, merge_adapters, open_student, save_student, size_bytes, weights_hash
+from distill.students.causal_lm import compiled, merge_adapters, open_student, weights_hash
+from distill.students.saving import save_student, size_bytes
 from distill.training.fit import build_training, fit
 from tests.conftest import WHOLE_STUDENT, compose, lessons, make_model, read, student_module
 
@@ -119,7 +120,7 @@ def test_a_saved_student_loads_in_transformers_with_the_same_logits(
         for parameter in student.parameters():
             parameter.add_(0.01)
     for _ in range(2):  # the second time replaces the first
-        save_student(student, prompts.tokenizer, tmp_path / "student")
+        save_student(student, prompts.tokenizer, tmp_path / "student", dtype=torch.float32, max_new_tokens=9)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert torch.equal(logits(opened), logits(student))
@@ -163,7 +164,7 @@ def test_a_merged_student_is_a_standard_model_with_the_same_logits(
     assert (before - logits(start)).abs().max() > 0.1
     for _ in range(2):  # the second time there is nothing to merge
         merge_adapters(model)
-    save_student(model, prompts.tokenizer, tmp_path / "student")
+    save_student(model, prompts.tokenizer, tmp_path / "student", dtype=torch.float32, max_new_tokens=9)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert torch.equal(logits(opened), logits(model))
     assert torch.allclose(logits(opened), before, atol=1e-5)

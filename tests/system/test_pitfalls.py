@@ -141,10 +141,10 @@ def test_no_evaluation_question_is_in_train(configured: Callable[..., DictConfig
 
     held_out = [*splits.validation, *splits.test]
     assert not keys([*splits.train, *without_labels(splits.train)]) & keys([*held_out, *without_labels(held_out)])
-    planted = Example(f"  {splits.test[0].question.upper()} ", splits.test[0].answer)
+    planted = Example(f"  {splits.test[0].question} ", splits.test[0].answer)
     splits_again = Splits.disjoint([*splits.train, planted], [*splits.validation, splits.test[1]], splits.test)
     assert (splits_again.train, splits_again.validation) == (splits.train, splits.validation)
-    assert splits_again.dropped == {"train": 1, "validation": 1}
+    assert [splits_again.counts[name].lost for name in ("train", "validation")] == [{"in another split": 1}] * 2
 
 
 def test_annotate_never_uses_test_labels(tmp_path: Path, teacher_folder: Path) -> None:
@@ -212,7 +212,7 @@ def test_sequences_of_a_batch_do_not_attend_to_each_other(
     shots: int, span: str, prompts: Prompts, teacher_folder: Path
 ) -> None:
     prompts_with_shots = Prompts(prompts.tokenizer, LAYOUT, SHOTS[:shots], max_length=256, too_long="drop")
-    teacher = make_teacher(teacher_folder, prompts_with_shots, calibration=())
+    teacher = make_teacher(teacher_folder, prompts_with_shots)
     teacher.load()
     first, short, long = (
         prompts_with_shots.request(Example(q), span) for q in ("Why is it so?", "Who?", "And who knows? " * 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.tasks.files import AnswerFormat
+from distill.tasks.answers import AnswerFormat
 
 
 def answer_format(kind: Any = None, pattern: str | None = None, choices: list[Any] | None = None) -> AnswerFormat:

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from distill.app import config as configuration
 from distill.errors import ConfigError
+from distill.records import RowCounts
 from distill.tasks.files import FileTask
 from tests.conftest import compose
 from tests.tasks.conftest import answer_format
@@ -34,7 +35,12 @@ def task(path: Path | str, **settings: Any) -> FileTask:
     defaults = dict.fromkeys(("test_path", "validation_path", "rationale", "num_labelled", "num_unlabelled"))
     defaults |= dict.fromkeys(("num_validation", "num_test"))
     sizes = {"root": str(Path(path).parent / "root"), "question": "question", "answer": "answer", "split_seed": 0}
-    arguments = {"path": str(path), "read": answer_format(choices=["yes", "no"]), "shots": []} | settings
+    arguments = {
+        "path": str(path),
+        "read": answer_format(choices=["yes", "no"]),
+        "shots": [],
+        "conflicts": None,
+    } | settings
     return FileTask(**{**defaults, **sizes, **arguments})
 
 
@@ -99,7 +105,11 @@ def test_a_separate_test_file_is_used_whole_and_excluded_from_training(tmp_path:
     assert {e.question for e in splits.test} == {row["question"] for row in ROWS[25:]}
     assert (len(splits.train), len(splits.validation)) == (20, 5)
     assert [e.answer is None for e in splits.train] == [False] * 8 + [True] * 12
-    assert splits.dropped == {"train": 5}
+    assert splits.counts == {
+        "train": RowCounts(25, {"in another split": 5}, 20),
+        "validation": RowCounts(5, {}, 5),
+        "test": RowCounts(15, {}, 15),
+    }
     assert len(task(path, test_path=str(test), num_test=3).splits().test) == 3
 
 
@@ -125,16 +135,16 @@ def test_a_row_without_answer_is_unlabelled_and_never_held_out(tmp_path: Path) -
 
 
 def test_a_repeated_question_counts_once_and_keeps_its_label(tmp_path: Path) -> None:
-    repeated = {"question": ROWS[30]["question"].upper(), "answer": None}
+    repeated = {"question": f" {ROWS[30]['question']}\n", "answer": None}
     splits = task(jsonl(tmp_path, repeated, *ROWS), num_test=0, num_validation=0).splits()
     assert len(splits.train) == len(ROWS)
     assert all(e.answer for e in splits.train)
-    assert splits.dropped == {"train": 1}
+    assert splits.counts["train"] == RowCounts(41, {"repeated": 1}, 40)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(True, "true"), (False, "false"), (42.0, "42"), (7, "7"), (0.5, "0.5"), (-3.0, "-3"), (["a", "b"], "a b")],
+    [(True, "true"), (False, "false"), (42.0, "42"), (7, "7"), (0.5, "0.5"), (-3.0, "-3"), (["a"], "a")],
 )
 def test_other_values_are_converted_to_text(value: Any, text: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "Q", "answer": value})
@@ -214,7 +224,7 @@ def test_missing_columns_are_listed_together(tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"question": "Q", "answer": "yes and no"}',
-            "line 1: 'yes and no' has more text after the answer 'yes'",
+            "line 1: 'yes and no' has more text than the answer 'yes'",
         ),
         ("a.jsonl", b"", "it has no rows"),
         ("a.json", b'[{"question": "Q"}, 3]', "3 is not an object; expected an array of JSON objects"),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from distill import records
 from distill.app import config as configuration
 from distill.errors import AnswerError, ConfigError
-from distill.records import Example, Splits, content_id
+from distill.records import SPLITS, Example, RowCounts, Splits, content_id, folded_id
 from distill.tasks.movie_reviews import read_ratings
 from tests.conftest import arithmetic, compose, conf_names
 
@@ -54,7 +55,8 @@ def test_splits_are_disjoint_and_of_the_configured_sizes(name: str, tmp_path: Pa
     ids = [{example.id for example in part} for part in (splits.train, splits.validation, splits.test)]
     assert [len(part) for part in ids] == [28, 7, 9]
     assert len(set.union(*ids)) == 44
-    assert splits.dropped == {}
+    assert all(counts.read == sum(counts.lost.values()) + counts.kept for counts in splits.counts.values())
+    assert [splits.counts[split].kept for split in SPLITS] == [28, 7, 9]
 
 
 @pytest.mark.parametrize("name", conf_names("task"))
@@ -98,17 +100,42 @@ def test_a_text_without_an_answer_raises_an_answer_error(name: str, text: str, t
 
 def test_examples_shared_by_two_splits_are_dropped_from_the_earlier_split_and_counted() -> None:
     a, b, c, d = (Example(f"Question {name}?", name) for name in "abcd")
-    uppercase = Example("  QUESTION   B? ", "b")
-    splits = Splits.disjoint(train=[a, uppercase, c, a], validation=[b, d, d], test=[d, d])
+    spaced = Example("  Question b?\n", "b")
+    splits = Splits.disjoint(train=[a, spaced, c, a], validation=[b, d, d], test=[d, d])
     assert (splits.train, splits.validation, splits.test) == ((a, c), (b,), (d,))
-    assert splits.dropped == {"train": 2, "validation": 2, "test": 1}
+    assert splits.counts == {
+        "train": RowCounts(4, {"in another split": 1, "repeated": 1}, 2),
+        "validation": RowCounts(3, {"in another split": 2}, 1),
+        "test": RowCounts(2, {"repeated": 1}, 1),
+    }
 
 
-@pytest.mark.parametrize("other", ["how  MANY\tApples?", " How many apples?\n", "Ｈow many apples?"])
-def test_an_id_ignores_case_spacing_and_unicode_form(other: str) -> None:
-    assert content_id(other) == content_id("How many apples?")
-    assert content_id("How many apple?") != content_id("How many apples?")
-    assert Example(other, "3").id == Example("How many apples?").id
+@pytest.mark.parametrize(
+    ("text", "other", "same_id", "same_folded_id"),
+    [
+        ("How many apples?", " How many apples?\n", True, True),
+        ("Gr\u00f6\u00dfe?", "Gro\u0308\u00dfe?", True, True),
+        ("How many apples?", "how  MANY\tApples?", False, True),
+        ("How much is 2⁵?", "How much is 25?", False, True),
+        ("if a:\n  b()\nc()", "if a:\n  b()\n  c()", False, True),
+        ("print(A)", "print(a)", False, True),
+        ("How many apples?", "How many apple?", False, False),
+    ],
+)
+def test_an_id_ignores_outer_spaces_and_composition_and_a_folded_id_also_case_spacing_and_forms(
+    text: str, other: str, same_id: bool, same_folded_id: bool
+) -> None:
+    assert (content_id(text) == content_id(other)) == same_id
+    assert (folded_id(text) == folded_id(other)) == same_folded_id
+    assert (Example(text, "3").id == Example(other).id) == same_id
+
+
+def test_an_id_is_computed_once_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr(records, "content_id", lambda text: hashed.append(text) or text)
+    example = Example("How many?")
+    assert [example.id, example.id, hashed] == ["How many?", "How many?", ["How many?"]]
+    assert example == Example("How many?")
 
 
 def test_generated_rationales_derive_their_answers() -> None:
@@ -139,9 +166,16 @@ def test_impossible_settings_of_arithmetic_are_refused() -> None:
 def test_a_broken_ratings_file_is_refused_with_its_line_number(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.tsv").write_bytes(b"0\t1.5\tFine.\n" + line + b"\n" + line)
     with pytest.raises(ConfigError, match=r"line 2: .*, and 1 more lines; expected: id <tab> rating <tab> text"):
-        read_ratings(tmp_path / "file.tsv", 0.5)
+        read_ratings(tmp_path / "file.tsv")
 
 
-def test_near_neutral_and_repeated_ratings_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "file.tsv").write_text("0\t1.5\tFine.\n1\t-0.4\tSo so.\n2\t-3\tBad.\n3\t2\t FINE. \n")
-    assert read_ratings(tmp_path / "file.tsv", 0.5) == [Example("Fine.", "positive"), Example("Bad.", "negative")]
+def test_movie_reviews_count_the_ratings_that_they_leave_out(tmp_path: Path) -> None:
+    rows = ["1.5\tFine.", "-0.4\tSo so.", "-3\tBad.", "2\t Fine. ", "2\tOdd.", "-2\tOdd.", "3\tGood."]
+    (tmp_path / "ratings.tsv").write_text("\n".join(f"{i}\t{row}" for i, row in enumerate(rows)))
+    sizes = ["num_labelled=1", "num_unlabelled=0", "num_validation=0", "num_test=1"]
+    overrides = [f"task.examples.{size}" for size in sizes]
+    node = compose("task=movie_reviews", f"task.examples.file={tmp_path / 'ratings.tsv'}", *overrides).task.examples
+    splits = configuration.build(node).splits()
+    lost = {"rated near neutral": 1, "contradicting": 2, "repeated": 1, "over num_unlabelled": 1}
+    assert splits.counts["train"] == RowCounts(6, lost, 1)
+    assert {example.question for example in (*splits.train, *splits.test)} < {"Fine.", "Bad.", "Good."}

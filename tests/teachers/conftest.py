@@ -18,6 +18,7 @@ from distill.cache.codecs.dense import Dense
 from distill.errors import AnswerError
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Example, Request, Splits
+from distill.teachers import Calibration
 from tests.conftest import compose, tiny_overrides
 
 Configured = Callable[..., DictConfig]
@@ -78,7 +79,13 @@ class Verbs:
 def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
     """A teacher for `Verbs` with dense soft targets, not loaded."""
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
-    settings = {"task": Verbs(), "codec": Dense(), "calibration": calibration, "max_new_tokens": 6} | settings
+    settings = {
+        "hashes": folder.parent / "hashes",
+        "task": Verbs(),
+        "codec": Dense(),
+        "calibration": Calibration(len(calibration), calibration),
+        "max_new_tokens": 6,
+    } | settings
     return kind(folder=folder, prompts=prompts, **settings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, Example, Group, Request, SoftTargets, Target
+from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
@@ -31,26 +30,23 @@ from tests.conftest import (
     LAYOUT,
     WHOLE_STUDENT,
     CountingTeacher,
-    compose,
     examples,
     grid,
-    make_tokenizer,
-    reviews,
-    tiny_overrides,
 )
 from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teacher
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
+    model = teacher.load()
     module = TeacherModule(teacher, batch_size=2)
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     module.train()
-    assert not module.model.training
+    assert not model.training
     assert all(is_close(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
-    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_checkpoint_contains_only_the_student(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
@@ -203,7 +199,7 @@ def test_a_changed_target_token_changes_only_later_distributions(prompts: Prompt
     assert 0 < position < len(gaps) - 1
 
 
-def test_choices_are_scored_by_all_their_tokens(prompts: Prompts, teacher_folder: Path) -> None:
+def test_choices_are_scored_by_all_their_tokens_and_the_end_token(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts, constrain=False)
     model = teacher.load()
     for request, annotation in zip(
@@ -211,47 +207,13 @@ def test_choices_are_scored_by_all_their_tokens(prompts: Prompts, teacher_folder
     ):
         scores = []
         for choice in Verbs.choices:
-            ids = prompts.encode(f" {choice}")
+            ids = prompts.answer_ids(choice)
             before = [*prompts.prefix("answer"), *prompts.question(request.example, "answer")]
             with torch.no_grad():
                 logits_TV = model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1, :320]
             scores.append(logits_TV.log_softmax(-1).gather(-1, torch.tensor(ids).unsqueeze(-1)).sum())
         assert np.allclose(annotation.choice_logprobs, torch.stack(scores).log_softmax(0), atol=1e-4)
         assert annotation.answer == Verbs.choices[int(torch.stack(scores).argmax())]
-
-
-def test_calibration_leaves_the_median_question_undecided(prompts: Prompts, teacher_folder: Path) -> None:
-    questions = [Example(example.question) for example in examples(9)]
-    firsts = [prompts.encode(f" {choice}")[0] for choice in Verbs.choices]
-    assert len(set(firsts)) == 2
-    teacher = make_teacher(teacher_folder, prompts, *questions)
-    teacher.load()
-    softs = [a.targets["answer"].soft for a in teacher.annotate(answer_requests(prompts, questions))]
-    calibrated_NC = np.array([grid(soft)[1][0, firsts] for soft in softs])
-    plain = make_teacher(teacher_folder, prompts)
-    plain.load()
-    raw_NC = np.array(
-        [grid(a.targets["answer"].soft)[1][0, firsts] for a in plain.annotate(answer_requests(prompts, questions))]
-    )
-    shift = (calibrated_NC - raw_NC) @ [1, -1]
-    assert np.allclose(shift, shift[0], atol=1e-4)
-    assert abs(shift[0]) > 1e-3
-    with pytest.raises(ConfigError, match="start with the same token"):
-        make_teacher(
-            teacher_folder, prompts, *questions, task=type("Alike", (Verbs,), {"choices": ("gets", "gets back")})()
-        )
-
-
-def test_choices_are_calibrated_only_on_train_questions(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
-) -> None:
-    teacher, options = shutil.copytree(teacher_folder, tmp_path / "teacher"), reviews(tmp_path)
-    make_tokenizer(
-        teacher, texts=["Sentiment: negative", "Sentiment: positive"] * 500
-    )  # so that the choices differ in their first tokens
-    tiny = tiny_overrides(tmp_path, teacher, student_folder)
-    source = open_annotation_job(compose(*tiny[1:], *options, "teacher.calibrate=5"))
-    assert source.teacher.fingerprint()["calibration"] == [example.id for example in source.splits.train[:5]]
 
 
 def test_a_fingerprint_needs_no_loaded_weights(prompts: Prompts, teacher_folder: Path) -> None:
@@ -335,7 +297,7 @@ def test_sampling_settings_are_in_the_fingerprint(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
     plain, other = (make_teacher(teacher_folder, prompts, **settings).fingerprint() for settings in ({}, setting))
-    assert other == plain | {"generation": plain["generation"] | setting}
+    assert other == plain | setting
     assert other != plain
 
 

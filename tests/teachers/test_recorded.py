@@ -36,7 +36,7 @@ def test_annotations_are_read_from_the_file(recorded: Configured) -> None:
 def test_several_rows_of_a_question_are_its_samples(recorded: Configured, tmp_path: Path) -> None:
     question = open_annotation_job(recorded()).splits.train[1].question
     with (tmp_path / "recorded.jsonl").open("a") as file:
-        file.write(json.dumps({"question": question.upper(), "reply": "99", "why": "Another reason."}) + "\n")
+        file.write(json.dumps({"question": f" {question}\n", "reply": "99", "why": "Another reason."}) + "\n")
     source = open_annotation_job(recorded("teacher.rationales_each=3"))
     filled = fill(source, {"rationale": source.splits.train[1:2]})
     (samples,) = filled.samples.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import socket
 import subprocess
 import threading
@@ -44,6 +45,12 @@ def loss_and_gradients(module: StudentModule, batch: Batch, counts: Mapping[Any,
     total, _ = head_loss(module.hidden(batch), module.head(), list(terms.values()))
     total.backward()
     return {"loss": total.detach()} | {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def logged_losses(folder: Path) -> list[dict[str, float]]:
+    """The logged losses, one row per step."""
+    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    return [{k: float(v) for k, v in row.items() if v and k.startswith(("train/", "val/"))} for row in rows]
 
 
 def assert_same(actual: Values, expected: Values, tolerance: float = 1e-10) -> None:

@@ -212,7 +212,7 @@ def test_the_forecast_stores_nothing_and_releases_the_teacher(
     assert teacher.num_loads == 1
     with pytest.raises(AttributeError):
         teacher.close()  # already closed
-    assert files(tmp_path) == []
+    assert [path for path in files(tmp_path) if "/hashes/" not in path] == []
     assert "The run fits, even at these upper bounds" in " ".join(capsys.readouterr().out.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +91,25 @@ def test_padding_rows_of_the_students_head_do_not_change_the_loss(prompts: Promp
     after = loss_and_gradients(module, batch)
     assert_same(after, before, 0.0)
     assert (after["model.lm_head.weight"][prompts.vocabulary_size :] == 0).all()
+
+
+@pytest.mark.parametrize(("num_processes", "num_microbatches"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_the_mean_over_processes_and_microbatches_is_undone(
+    num_processes: int, num_microbatches: int, prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_lessons = lessons(prompts, BATCH)
+    counts, module = total_counts(all_lessons), student_module(open_whole_student(student_folder), prompts)
+    whole = loss_and_gradients(module, collate(all_lessons, counts, 0, read))
+    trainer = SimpleNamespace(world_size=num_processes, accumulate_grad_batches=num_microbatches)
+    trainer.global_step = trainer.global_rank = 0
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    monkeypatch.setattr(type(module), "global_step", 0)
+    monkeypatch.setattr(type(module), "global_rank", 0)
+    module.zero_grad()
+    size = BATCH // (num_processes * num_microbatches)
+    for start in range(0, BATCH, size):
+        loss = module.training_step(collate(all_lessons[start : start + size], counts, 0, read))
+        # Lightning divides each microbatch by their number, DDP the sum of the gradients by the number of processes.
+        (loss / num_microbatches / num_processes).backward()
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert_same(gradients, {name: value for name, value in whole.items() if name != "loss"})

@@ -92,7 +92,7 @@ def copy_checkpoints(run_dir: Path, target_dir: Path, steps: Sequence[int]) -> N
 def test_a_run_interrupted_at_any_step_ends_with_the_uninterrupted_weights(
     variant: str, tmp_path: Path, teacher_folder: Path, student_with_dropout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints_module, "_NUM_KEPT", STEPS + 1)
+    monkeypatch.setattr(checkpoints_module, "NUM_KEPT", STEPS + 1)
     overrides = [*tiny_overrides(tmp_path, teacher_folder, student_with_dropout), *SHORT_RUN, *VARIANTS[variant]]
     uninterrupted = Run(tmp_path / "whole", *overrides)
     weights = uninterrupted.fit()
@@ -115,7 +115,7 @@ def test_a_run_resumes_with_another_number_of_microbatches(
     overrides = [*tiny_overrides(tmp_path, teacher_folder, student_folder), *SHORT_RUN]
     weights = Run(tmp_path / "whole", *overrides).fit()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints_module, "_NUM_KEPT", STEPS + 1)
+        patch.setattr(checkpoints_module, "NUM_KEPT", STEPS + 1)
         Run(tmp_path / "small", *overrides, "microbatch_size=1").fit()
     copy_checkpoints(tmp_path / "small", tmp_path / "large", [3])
     resumed = Run(tmp_path / "large", *overrides, "microbatch_size=2")

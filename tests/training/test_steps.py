@@ -6,7 +6,6 @@ Run as a script, this file is one process of a training run: `test_steps.py <fol
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import signal
 import subprocess
@@ -30,9 +29,18 @@ from distill.prompts.cues import Prompts
 from distill.records import SPANS
 from distill.training import module as modules
 from distill.training.fit import build_training, fit
-from distill.training.module import NonFiniteLossError, StudentModule
+from distill.training.module import StudentModule
 from tests.conftest import compose, conf_names, environment, lessons, read, tiny_overrides
-from tests.training.conftest import BATCH, RATE, STEPS, Values, assert_same, open_whole_student, plain_loss
+from tests.training.conftest import (
+    BATCH,
+    RATE,
+    STEPS,
+    Values,
+    assert_same,
+    logged_losses,
+    open_whole_student,
+    plain_loss,
+)
 
 
 def trained(config: DictConfig, folder: Path, *, codec: Any = None) -> Values:
@@ -46,12 +54,6 @@ def trained(config: DictConfig, folder: Path, *, codec: Any = None) -> Values:
     student = open_whole_student(job.student_folder)
     fit(job, build_training(job, curriculum, student, []))
     return {name: value.detach().clone() for name, value in student.state_dict().items()}
-
-
-def logged_losses(folder: Path) -> list[dict[str, float]]:
-    """The logged losses, one row per step."""
-    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-    return [{k: float(v) for k, v in row.items() if v and k.startswith(("train/", "val/"))} for row in rows]
 
 
 ALL_LOSSES = f"loss=[{','.join(conf_names('loss'))}]"
@@ -197,22 +199,6 @@ def test_two_processes_make_the_same_student_as_one(
         assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_nonfinite_loss_stops_before_the_optimizer_step(
-    single_microbatch: tuple[Path, Values], teacher_folder: Path, student_folder: Path
-) -> None:
-    root, _ = single_microbatch
-    config = compose(*tiny_overrides(root, teacher_folder, student_folder), *SHORT_RUN)
-    job = prepare(config, root / "broken")
-    student = open_whole_student(student_folder)
-    student.lm_head.weight.data[5, 0] = torch.nan
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    curriculum = replace(build_curriculum(job), train=lessons(job.prompts, BATCH), validation=[], read=read)
-    with pytest.raises(NonFiniteLossError) as raised:
-        fit(job, build_training(job, curriculum, student, []))
-    assert all(lesson.example_id in str(raised.value) for lesson in curriculum.train)
-    assert all(torch.equal(value, before[name]) or "lm_head" in name for name, value in student.state_dict().items())
-
-
 def test_the_averaged_student_is_the_average_of_its_steps(
     single_microbatch: tuple[Path, Values], teacher_folder: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,8 +248,8 @@ def test_losses_are_logged_every_n_steps(
 ) -> None:
     root, _ = single_microbatch
     calls: list[Any] = []
-    original_log = StudentModule.log_dict
-    monkeypatch.setattr(StudentModule, "log_dict", lambda *a, **k: calls.append(a[1]) or original_log(*a, **k))
+    original_log = StudentModule._log
+    monkeypatch.setattr(StudentModule, "_log", lambda *a, **k: calls.append(a[1]) or original_log(*a, **k))
     overrides = [
         *tiny_overrides(root, teacher_folder, student_folder),
         *SHORT_RUN,
@@ -271,7 +257,7 @@ def test_losses_are_logged_every_n_steps(
         "validate_every=6",
     ]
     trained(compose(*overrides, f"trainer.log_every_n_steps={every}"), root / f"logged-{every}")
-    assert sum("train/answer" in values for values in calls) == 6 // every
+    assert sum("answer" in values for values in calls) == 6 // every
     assert sum("train/answer" in row for row in logged_losses(root / f"logged-{every}")) == 6 // every
 
 

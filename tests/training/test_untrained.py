@@ -11,7 +11,6 @@ import torch
 
 from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job, build_curriculum, prepare
-from distill.lessons.join import AnnotationReader
 from distill.records import Annotation
 from distill.students.causal_lm import open_student, weights_hash
 from distill.training.untrained import untrained_row
@@ -23,7 +22,7 @@ EVALUATES, REUSES = "evaluating the student before training", "evaluated by an e
 def parts(root: Path, teacher: Path, student: Path, *overrides: str) -> tuple[Job, Any, dict[str, Annotation]]:
     """A run's job, its student before training, and the teacher's answers on test."""
     job = prepare(compose(*tiny_overrides(root, teacher, student), "loss=[answer]", *overrides), root / "run")
-    records = AnnotationReader(job.annotation_job.store, build_curriculum(job).filled.requests)
+    records = job.annotation_job.reader(build_curriculum(job).filled.requests)
     answers = {example.id: records.find(example.id, "answer") for example in job.annotation_job.splits.test}
     opened = open_student(job.student_folder, **WHOLE_STUDENT)
     return job, opened, {key: annotation for key, annotation in answers.items() if annotation}

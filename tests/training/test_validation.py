@@ -21,6 +21,7 @@ from distill.lessons.join import Lesson, TrainingSequence
 from distill.losses.head import head_loss, predicted_ids
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
+from distill.teachers import Calibration
 from distill.training.module import StudentModule
 from tests.conftest import LAYOUT, compose, examples, keep, lessons, objectives, read, student_module, tiny_overrides
 from tests.training.conftest import open_whole_student, plain_loss
@@ -85,16 +86,17 @@ class SevensTask:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_rationale_and_following_answer_have_targets_at_their_positions(
-    shots: int, prompts: Prompts, teacher_folder: Path
+    shots: int, prompts: Prompts, teacher_folder: Path, tmp_path: Path
 ) -> None:
     few_shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     teacher = kind(
         folder=teacher_folder,
+        hashes=tmp_path,
         prompts=few_shot_prompts,
         codec=Dense(),
         task=SevensTask(),
-        calibration=(),
+        calibration=Calibration(0, ()),
         max_new_tokens=9,
     )
     teacher.load()
@@ -115,10 +117,12 @@ def test_rationale_and_following_answer_have_targets_at_their_positions(
     assert max(map(abs, losses["kl"] + losses["rationale_kl"])) < 1e-5
 
 
-def test_evaluation_measures_zero_kl_for_the_teacher_itself(prompts: Prompts, teacher_folder: Path) -> None:
+def test_evaluation_measures_zero_kl_for_the_teacher_itself(
+    prompts: Prompts, teacher_folder: Path, tmp_path: Path
+) -> None:
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
-    settings = {"codec": Dense(), "task": SevensTask(), "calibration": (), "max_new_tokens": 6}
-    teacher, questions = kind(folder=teacher_folder, prompts=prompts, **settings), examples(18)
+    settings = {"codec": Dense(), "task": SevensTask(), "calibration": Calibration(0, ()), "max_new_tokens": 6}
+    teacher, questions = kind(folder=teacher_folder, hashes=tmp_path, prompts=prompts, **settings), examples(18)
     teacher.load()
     annotations = teacher.annotate([prompts.request(example, "answer") for example in questions])
     annotation_by_id = {example.id: annotation for example, annotation in zip(questions, annotations, strict=True)}
@@ -188,7 +192,9 @@ def test_a_loss_without_validation_positions_is_not_logged(
     with torch.no_grad():
         module.validation_step(collate(plain_answers, {}, 0, read))
     module.on_validation_epoch_end()
-    assert set(logged_values) == {"val/answer", "val/kl", "val/accuracy", "step"}
+    assert set(logged_values) == {"val/answer", "val/kl", "val/loss", "val/accuracy", "step"}
+    weighted = {name: objectives()[name].weight * float(logged_values[f"val/{name}"]) for name in ("answer", "kl")}
+    assert float(logged_values["val/loss"]) == pytest.approx(sum(weighted.values()))
     assert all(math.isfinite(value) for value in logged_values.values())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.app.fingerprint import fingerprint_of
 from distill.cache import Lengths
 from distill.cache.codecs.compact import check_arrays
 from distill.records import Entries, SoftTargets
@@ -47,8 +48,8 @@ class Dense:
         return replace(entries, logprobs_E=logprobs_E - sum_N.log()[entries.position_E])
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name of the codec and stored type."""
-        return {"codec": "dense", "stored": "float32"}
+        """Name of the codec and type of the stored numbers."""
+        return fingerprint_of(self, {}, stored="float32")
 
 
 def _in_order(logprobs_NV: np.ndarray) -> SoftTargets:

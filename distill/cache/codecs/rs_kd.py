@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Lengths
 from distill.cache.codecs import compact
 from distill.errors import CacheError, ConfigError
@@ -26,6 +27,7 @@ class RandomSampling:
 
     def __init__(self, *, n: int, seed: int, temperature: float) -> None:
         """`temperature` must equal that of the loss: a truncated distribution has a single temperature."""
+        self._arguments = arguments_of(locals())
         if not (1 <= n <= 65535 and temperature > 0):
             raise ConfigError(
                 f"cache.codec.n={n}, cache.codec.temperature={temperature}: expected n in 1 ... 65535 and a positive "
@@ -91,9 +93,8 @@ class RandomSampling:
         compact.check_temperature(temperature, self._temperature)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of samples, seed, temperature and layout."""
-        settings = {"n": self._n, "seed": self._seed, "temperature": self._temperature}
-        return {"codec": "rs_kd", **settings, "stored": compact.LAYOUT["ids"]}
+        """All settings, and the layout of the stored arrays."""
+        return fingerprint_of(self, self._arguments, stored=compact.LAYOUT["ids"])
 
     def _targets(self, num_draws_N: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> SoftTargets:
         logprobs_E = np.log(counts / self._n).astype(np.float32)

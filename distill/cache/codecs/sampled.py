@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Lengths
 from distill.cache.codecs import compact
 from distill.errors import ConfigError
@@ -40,6 +41,7 @@ class Sampled:
 
     def __init__(self, *, n: int, k_min: int, seed: int, temperature: float) -> None:
         """`temperature` must equal that of the loss: a truncated distribution has a single temperature."""
+        self._arguments = arguments_of(locals())
         if not (1 <= n <= 255 and 0 <= k_min <= 255 and temperature > 0):
             raise ConfigError(
                 f"cache.codec.n={n}, cache.codec.k_min={k_min}, cache.codec.temperature={temperature}: expected n in "
@@ -115,9 +117,8 @@ class Sampled:
         compact.check_temperature(temperature, self._temperature)
 
     def fingerprint(self) -> dict[str, Any]:
-        """n, smallest head, seed, temperature and layout."""
-        settings = {"n": self._n, "k_min": self._k_min, "seed": self._seed, "temperature": self._temperature}
-        return {"codec": "sampled", **settings, "stored": compact.LAYOUT}
+        """All settings, and the layout of the stored arrays."""
+        return fingerprint_of(self, self._arguments, stored=compact.LAYOUT)
 
     def _targets(
         self,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Lengths
 from distill.cache.codecs import compact
 from distill.errors import ConfigError
@@ -26,6 +27,7 @@ class TopK:
 
     def __init__(self, *, k: int, temperature: float) -> None:
         """`temperature` must equal that of the loss: a truncated distribution has a single temperature."""
+        self._arguments = arguments_of(locals())
         if k < 1 or temperature <= 0:
             raise ConfigError(f"cache.codec.k={k}, cache.codec.temperature={temperature}: both must be positive")
         self._k, self._temperature = k, temperature
@@ -71,8 +73,8 @@ class TopK:
         compact.check_temperature(temperature, self._temperature)
 
     def fingerprint(self) -> dict[str, Any]:
-        """k, temperature and layout."""
-        return {"codec": "topk", "k": self._k, "temperature": self._temperature, "stored": compact.LAYOUT}
+        """All settings, and the layout of the stored arrays."""
+        return fingerprint_of(self, self._arguments, stored=compact.LAYOUT)
 
 
 def _equal_rows(ids_NK: np.ndarray, logprobs_NK: np.ndarray, tail_N: np.ndarray) -> SoftTargets:

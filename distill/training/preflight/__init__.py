@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill.models.placement import on_device
 from distill.training.preflight import data_checks, model_checks
 from distill.training.preflight.inputs import Finding, PreflightInput, samples_of
 from distill.training.preflight.resources import resources
@@ -59,18 +60,15 @@ def table(findings: Sequence[Finding]) -> str:
 
 @contextmanager
 def _state_restored(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move the module to `device` for the block; then restore its device, modes, buffers and all random states."""
+    """Run the module on `device` in the block; then restore its device, modes, buffers and all random states."""
     modes = [(part, part.training) for part in module.modules()]
-    home = next(module.parameters()).device
     kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
     states = np.random.get_state(), random.getstate()
     forked = [] if device.type == "cpu" else [device]
     try:
-        with torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
-            module.to(device)
+        with torch.random.fork_rng(forked, device_type=device.type), on_device(module, device):
             yield
     finally:
-        module.to(home)
         for part, mode in modes:
             part.training = mode
         for name, buffer in module.named_buffers():  # moving may have replaced them

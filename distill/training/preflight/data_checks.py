@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from distill.lessons.join import TrainingSequence
+from distill.lessons.join import Lesson, TrainingSequence
+from distill.prompts.pieces import same_text
 from distill.records import SPANS, Batch, Prompt, Span
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, spans_of
 
@@ -138,11 +139,41 @@ def _difference(
     if target_ids != ids[: len(target_ids)]:
         return f"the teacher read {prompts.text(target_ids)!r}, the student {prompts.text(ids)!r}"
     text = annotation.answer if span == "answer" else annotation.rationale
-    if text is None or (span == "answer" and span in sequence.labelled):
-        return None  # the teacher scored the gold answer, which need not be its own
+    if text is None or (span == "answer" and (span in sequence.labelled or inputs.has_second_teacher)):
+        return None  # the teacher scored the gold answer or another teacher's, which need not be its own
     rendered = prompts.answer_ids(text) if span == "answer" else prompts.rationale_ids(text)
     if rendered != target_ids or "".join(prompts.text(target_ids).split()) != "".join(text.split()):
         return f"the teacher wrote {text!r}, its tokens decode to {prompts.text(target_ids)!r}"
+    return None
+
+
+def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """The tokens before a target decode to the text that the layout and the question give."""
+    lessons = [lesson for sample in samples for lesson in sample.lessons]
+    differences = [reason for lesson in lessons if (reason := _lost_text(inputs, lesson))]
+    yield Finding(
+        "text",
+        not differences,
+        f"{len(differences)} of {len(lessons)} prompts are not their text"
+        + (f", for example: {differences[0]}" if differences else ""),
+        "0",
+        "The student's tokenizer has no tokens for parts of these texts: replace them in the data, or choose a model "
+        "whose tokenizer has them",
+        False,
+    )
+
+
+def _lost_text(inputs: PreflightInput, lesson: Lesson) -> str | None:
+    """Return the prompt of a lesson as it is decoded if that differs from its text; it may be cut at its end."""
+    prompts, question = inputs.prompts, inputs.question(lesson.example_id)
+    for _, prompt, span, start, _ in spans_of([lesson]):
+        before, after = prompts.around_question(span)
+        decoded = prompts.decode(prompt.ids[:start])
+        middle = decoded.removeprefix(before).removesuffix(after)
+        is_whole = decoded == f"{before}{middle}{after}" and same_text(middle, question)
+        is_cut = prompts.too_long == "cut" and question.startswith(middle.rstrip("\ufffd"))
+        if start == min(begin for begin, _ in prompt.spans.values()) and not (is_whole or is_cut):
+            return f"{question[:40]!r} is read back as {middle[:40]!r}"
     return None
 
 
@@ -186,4 +217,4 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_vocabulary, _finite, _labels, _shift, _template, _end, _mass)
+CHECKS = (_vocabulary, _finite, _labels, _shift, _template, _text, _end, _mass)

@@ -49,7 +49,9 @@ class Finding:
 class PreflightInput:
     """What a run trains, on which data, on which device.
 
-    `annotation` reads a record of the cache by its key; `precision` is the context in which a step computes.
+    `annotation` reads a record of the cache by its key; `has_second_teacher`: the records are of a teacher that scored
+    the texts of another one. `question` returns the question of an example by its id; `precision` is the context in
+    which a step computes.
     """
 
     module: StudentModule
@@ -57,6 +59,8 @@ class PreflightInput:
     lessons: Sequence[Lesson]
     read: Read
     annotation: Callable[[str], Annotation]
+    has_second_teacher: bool
+    question: Callable[[str], str]
     prompts: Prompts
     is_vocabulary_shared: bool
     is_from_scratch: bool
@@ -65,6 +69,9 @@ class PreflightInput:
     microbatch_size: int
     batch_unit: BatchUnit
     num_steps: int
+    checkpoint_every: int
+    is_averaged: bool
+    keeps_best: bool
     num_devices: int
     run_dir: Path
     device: torch.device

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from distill.app.machine import free_memory
+from distill.app.machine import free_memory, gpu_memory_rise, is_gpu
 from distill.losses.head import head_loss
 from distill.records import Batch
+from distill.training.checkpoints import NUM_KEPT
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, longest
 
 
@@ -21,18 +22,18 @@ def resources(inputs: PreflightInput, _: Sample | None = None) -> Iterator[Findi
     free_bytes = free_memory(inputs.device)
     lessons = longest(inputs)
     batch = collated(inputs, lessons, inputs.prompts.end).to(inputs.device)
-    states = _state_bytes(inputs)
+    held = _held_bytes(inputs)
     try:
         step, seconds = _measured_step(inputs, batch)
     except torch.OutOfMemoryError:
         step, seconds = math.inf, math.nan
-    yield _memory(free_bytes, step + states, len(lessons), batch.input_ids_BT.shape[1])
+    yield _memory(free_bytes, step + held, len(lessons), batch.input_ids_BT.shape[1])
     free_disk = shutil.disk_usage(inputs.run_dir).free
     needed_disk = kept_bytes(inputs)
     yield Finding(
         "disk",
         needed_disk <= free_disk,
-        f"{format_bytes(needed_disk)} for a student and a checkpoint",
+        f"{format_bytes(needed_disk)} at most for {_kept_text(inputs)}",
         f"<= {format_bytes(free_disk)}",
         f"Free space on the disk of {inputs.run_dir}, or set root to a folder on another disk",
         True,
@@ -44,14 +45,39 @@ def resources(inputs: PreflightInput, _: Sample | None = None) -> Iterator[Findi
 
 
 def kept_bytes(inputs: PreflightInput) -> int:
-    """Return the bytes of a saved student and a checkpoint."""
-    return 2 * sum(map(_size, inputs.module.model.parameters())) + _state_bytes(inputs)
+    """Return the bytes that a run's folder holds at most: the kept checkpoints and the one being written."""
+    weights, trained = _weight_bytes(inputs)
+    checkpoint = weights * (1 + inputs.is_averaged) + trained * inputs.keeps_best + _state_bytes(inputs)
+    num_saved = _num_saved(inputs)
+    return max(min(num_saved, NUM_KEPT + 1) * checkpoint, min(num_saved, NUM_KEPT) * checkpoint + weights)
+
+
+def _kept_text(inputs: PreflightInput) -> str:
+    number = min(_num_saved(inputs), NUM_KEPT + 1)
+    return "a checkpoint and a student" if number == 1 else f"{number} checkpoints at once, then a student"
+
+
+def _num_saved(inputs: PreflightInput) -> int:
+    """Return how many checkpoints a run writes: every few steps, and at its end."""
+    return 1 + (inputs.num_steps - 1) // inputs.checkpoint_every
+
+
+def _weight_bytes(inputs: PreflightInput) -> tuple[int, int]:
+    """Return the bytes of all weights, and of the trained ones."""
+    weights = list(inputs.module.model.parameters())
+    return sum(map(_size, weights)), sum(_size(weight) for weight in weights if weight.requires_grad)
 
 
 def _state_bytes(inputs: PreflightInput) -> int:
     """Return the bytes of the optimizer state."""
-    trained = sum(_size(weight) for weight in inputs.module.model.parameters() if weight.requires_grad)
-    return round(trained * _states_per_weight(inputs))
+    return round(_weight_bytes(inputs)[1] * _states_per_weight(inputs))
+
+
+def _held_bytes(inputs: PreflightInput) -> int:
+    """Return the bytes of what stays in the device's memory from step to step, beside the student."""
+    weights, trained = _weight_bytes(inputs)
+    best = trained if inputs.keeps_best and inputs.device.type == "cpu" else 0  # the host keeps the best weights
+    return _state_bytes(inputs) + weights * inputs.is_averaged + best
 
 
 def _memory(free_bytes: int | None, needed_bytes: float, num_lessons: int, length: int) -> Finding:
@@ -71,10 +97,8 @@ def _memory(free_bytes: int | None, needed_bytes: float, num_lessons: int, lengt
 def _measured_step(inputs: PreflightInput, batch: Batch) -> tuple[float, float]:
     """Return the bytes and seconds of one forward and backward pass."""
     trained = [weight for weight in inputs.module.model.parameters() if weight.requires_grad]
-    is_cuda, saved = inputs.device.type == "cuda", dict[int, int]()
-    before = torch.cuda.memory_allocated(inputs.device) if is_cuda else 0
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(inputs.device)
+    rise = gpu_memory_rise(inputs.device) if is_gpu(inputs.device) else None
+    saved = dict[int, int]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -87,9 +111,8 @@ def _measured_step(inputs: PreflightInput, batch: Batch) -> tuple[float, float]:
         total, _ = head_loss(inputs.module.hidden(batch), inputs.module.head(), terms)
     if trained and total.requires_grad:
         torch.autograd.grad(total, trained, allow_unused=True)
-    if is_cuda:
-        torch.cuda.synchronize(inputs.device)
-        return float(torch.cuda.max_memory_allocated(inputs.device) - before), time.perf_counter() - start
+    if rise is not None:
+        return float(rise()), time.perf_counter() - start
     for weight in inputs.module.model.parameters():  # already in memory
         saved.pop(weight.untyped_storage().data_ptr(), None)
     return float(sum(saved.values()) + sum(map(_size, trained))), time.perf_counter() - start

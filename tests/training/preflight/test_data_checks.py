@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,22 @@ import pytest
 import torch
 
 from distill.lessons.collate import collate
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson
 from distill.records import Annotation, Batch, SoftTargets, SoftTargetsKey
 from distill.training import module as modules
+from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.module import StudentModule
-from distill.training.preflight import PreflightInput, preflight
-from tests.conftest import objectives
+from distill.training.preflight import PreflightInput, data_checks, preflight
+from distill.training.preflight.inputs import samples_of
+from tests.conftest import compose, objectives, reviews, tiny_overrides
 from tests.training.preflight.conftest import failed_checks, findings_by_check, with_losses
 
 
 def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
     findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
-    assert len(findings) == 17
+    assert len(findings) == 18
 
 
 def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
@@ -173,6 +178,43 @@ def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input
     assert findings_by_check(matching)["template"].passed
     mismatched = replace(kl, annotation=lambda key: replace(valid_input.annotation(key), answer=texts[key] + "0"))
     assert findings_by_check(mismatched)["template"].stops
+
+
+def test_the_words_of_another_teacher_need_not_be_those_of_the_teacher_that_scored_them(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    """Both choose among the same choices, and differ; only the words of the first are learned."""
+    scorer = [f"soft_teacher.{name}" for name in (f"model={student_folder}", "kind.dtype=float32", "calibrate=0")]
+    tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)[6:]
+    sizes = ["task.examples.num_labelled=2", "task.examples.num_unlabelled=20", "task.examples.num_validation=2"]
+    options = [*reviews(tmp_path), *sizes, "task.examples.num_test=2", "teacher@soft_teacher=causal_lm", *scorer]
+    job = prepare(compose(*tiny, *options, "teacher.calibrate=5", "loss=[kl]"), tmp_path / "run")
+    inputs = preflight_input(job, build_training(job, build_curriculum(job), open_job_student(job), []))
+    texts = {
+        inputs.annotation(s.soft["answer"].place[0]).answer != lesson.answer
+        for lesson in inputs.lessons
+        for s in lesson.sequences
+    }
+    assert texts == {True, False}
+    for has_second_teacher in (True, False):
+        changed = replace(inputs, has_second_teacher=has_second_teacher)
+        findings = [finding for check in data_checks.CHECKS for finding in check(changed, samples_of(changed))]
+        assert [finding.check for finding in findings if finding.stops] == ([] if has_second_teacher else ["template"])
+
+
+@pytest.mark.parametrize("change", [str.lower, lambda text: text.replace("many", "many "), lambda text: text + "²"])
+def test_a_prompt_that_is_not_its_text_is_detected(change: Callable[[str], str], valid_input: PreflightInput) -> None:
+    changed = replace(valid_input, question=lambda id_: change(valid_input.question(id_)))
+    finding = findings_by_check(changed)["text"]
+    assert finding.passed is False
+    assert "is read back as" in finding.found
+
+
+def test_a_question_that_was_cut_is_its_text(valid_input: PreflightInput) -> None:
+    prompts = copy.copy(valid_input.prompts)
+    prompts.too_long = "cut"
+    changed = replace(valid_input, prompts=prompts, question=lambda id_: valid_input.question(id_) + " And so on.")
+    assert findings_by_check(changed)["text"].passed
 
 
 def test_a_target_after_another_cue_is_detected(valid_input: PreflightInput) -> None:

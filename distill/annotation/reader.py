@@ -1,0 +1,103 @@
+"""Reading a teacher's annotations from the cache, with answers as the task reads them now.
+
+A record keeps the teacher's text beside the answer that was read from it. A task whose rules for reading have changed
+since therefore needs no new annotation. Soft targets belong to the words that the teacher scored: where the answer now
+has other tokens, they are left out, and the example teaches its words alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from distill.cache.store import Store
+from distill.prompts.cues import Prompts
+from distill.records import Annotation, AnswerDefect, Request, Span
+from distill.tasks import Task, with_reading
+
+
+@dataclass(frozen=True)
+class AnnotationReader:
+    """Reads a teacher's annotations by example id and span."""
+
+    store: Store
+    requests: Mapping[tuple[str, Span], Request]
+    task: Task
+    prompts: Prompts
+
+    def find(self, example_id: str, span: Span) -> Annotation | None:
+        """Return the annotation, or None if none was requested."""
+        request = self.requests.get((example_id, span))
+        return self.read(request.key) if request else None
+
+    def find_words(self, example_id: str, span: Span) -> Annotation | None:
+        """Return the annotation without its targets, or None if none was requested."""
+        request = self.requests.get((example_id, span))
+        return self.words(request.key) if request else None
+
+    def words(self, key: str) -> Annotation:
+        """Return a record without its targets."""
+        return with_reading(self.store.words(key), self.task)
+
+    def read(self, key: str) -> Annotation:
+        """Return a record with the targets that belong to its answer."""
+        stored = self.store.read(key)
+        present = with_reading(stored, self.task)
+        if present.answer == stored.answer:
+            return present
+        own = stored.targets.get("answer")
+        if own and (present.answer is None or self.prompts.answer_ids(present.answer) != own.token_ids):
+            return replace(present, targets={span: t for span, t in stored.targets.items() if span != "answer"})
+        return present
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What became of the answers that a teacher gave in its own words or chose.
+
+    `num_changed` answers are read differently from when they were annotated; `num_words_only` of these are learned
+    without soft targets.
+    """
+
+    num_answers: int
+    defects: Mapping[AnswerDefect, int]
+    num_changed: int
+    num_words_only: int
+
+    @property
+    def lines(self) -> list[str]:
+        """The counts as lines for the terminal."""
+        defects = ", ".join(f"{self.defects.get(name, 0)} {name}" for name in ("empty", "truncated", "unreadable"))
+        lines = [f"{self.num_answers} answers of the teacher: {defects}"]
+        if self.defects.get("unmatched"):
+            num_matched = self.num_answers - self.defects["unmatched"]
+            lines += [f"{num_matched} of {self.num_answers} questions have a recorded answer"]
+        if self.num_changed:
+            lines += [
+                f"{self.num_changed} answers are read differently from when they were annotated, since task.read has "
+                f"changed; nothing is annotated again. {self.num_words_only} of them are learned without soft targets"
+            ]
+        return lines
+
+
+def count_answers(reader: AnnotationReader, requests: Iterable[Request]) -> AnswerCounts:
+    """Count the answers to requests for a direct answer of the teacher's own, and the changed ones of all requests."""
+    defects, num_answers = Counter[AnswerDefect](), 0
+    changed: list[str] = []
+    for request in requests:
+        if request.key not in reader.store:
+            continue
+        stored = reader.store.words(request.key)
+        present = with_reading(stored, reader.task)
+        if present.answer != stored.answer:
+            changed.append(request.key)
+        if request.span == "answer" and not request.given_ids:
+            num_answers += 1
+            defects.update([present.defect] if present.defect else [])
+    num_words_only = sum(_has_words_only(reader.read(key)) for key in changed)
+    return AnswerCounts(num_answers, defects, len(changed), num_words_only)
+
+
+def _has_words_only(annotation: Annotation) -> bool:
+    return annotation.whole_answer is not None and "answer" not in annotation.targets

@@ -1,0 +1,107 @@
+"""The model card of an exported student: what it is made from, its prompt, its figures."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.app.console import visible
+from distill.exports.recipe import PLACE, Recipe
+from distill.reports.runs import Run, mapping, number
+from distill.reports.text import to_markdown
+from distill.reports.verdicts import summarise
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_NOT_STATED = "not stated"
+_MAX_LABELS = 20
+
+
+def card(run: Run, recipe: Recipe | None, num_literal: int, usage: str) -> str:
+    """Write the card; without a recipe, it has no prompt."""
+    facts = "\n".join(f"- {name}: {visible(text)}" for name, text in _facts(run, recipe))
+    parts = [_front_matter(run), f"# {visible(run.name)}", facts]
+    if recipe:
+        parts += [_prompt(recipe, len(run.predictions), num_literal)]
+    return "\n\n".join([*parts, to_markdown(summarise([run])).strip()]) + f"\n{usage}"
+
+
+def is_taught(run: Run) -> bool:
+    """Whether the student learned anything that the teacher said."""
+    losses = [mapping(mapping(run.config.get("loss")).get(name)) for name in run.losses]
+    has_rationales = bool(number(mapping(run.facts.get("counts")).get("rationales_kept")))
+    return any(
+        loss.get("source") != "labels" or (loss.get("span") == "rationale" and has_rationales) for loss in losses
+    )
+
+
+def _front_matter(run: Run) -> str:
+    settings: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    settings |= {"tags": ["distillation"]}
+    base, licence, language = _name(run, "student"), _license(run, "student"), _task(run, "language")
+    if base and _HUB_ID.fullmatch(base):
+        settings |= {"base_model": base}
+    if licence:
+        is_id = _LICENSE_ID.fullmatch(licence)
+        settings |= {"license": licence} if is_id else {"license": "other", "license_name": licence}
+    if language:
+        settings |= {"language": language}
+    return f"---\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}---"
+
+
+def _facts(run: Run, recipe: Recipe | None) -> Iterator[tuple[str, str]]:
+    yield "Base model", f"{_name(run, 'student') or _NOT_STATED} (license: {_license(run, 'student') or _NOT_STATED})"
+    if is_taught(run):
+        yield "Teacher", f"{_name(run, 'teacher') or _NOT_STATED} (license: {_license(run, 'teacher') or _NOT_STATED})"
+    counts = mapping(run.facts.get("counts"))
+    sizes = f"{counts.get('train', '?')} training examples, {counts.get('labelled', '?')} of them labelled"
+    yield "Data", f"{run.facts.get('task')}: {sizes} (license: {_task(run, 'license') or _NOT_STATED})"
+    yield "Trained on", f"{', '.join(run.loss_labels) or _NOT_STATED}; {counts.get('lessons', '?')} lessons"
+    yield "Language", _task(run, "language") or _NOT_STATED
+    yield "Choices", (", ".join(recipe.choices) if recipe else "") or "none, its answers are free text"
+    for split, labels in _labels(run).items():
+        yield f"Labels in {split}", ", ".join(f"{label} {count}" for label, count in labels.items())
+    yield "Weights", str(mapping(run.facts.get("saved")).get("dtype") or "float32")
+
+
+def _labels(run: Run) -> Mapping[str, Mapping[str, int]]:
+    """Number of examples of each label, where labels repeat."""
+    tested = Counter(str(row.get("gold")) for row in run.predictions)
+    splits = {"train": Counter(mapping(run.facts.get("labels"))), "test": tested}
+    return {split: dict(sorted(labels.items())) for split, labels in splits.items() if 0 < len(labels) <= _MAX_LABELS}
+
+
+def _prompt(recipe: Recipe, num_questions: int, num_literal: int) -> str:
+    fence = "`" * (1 + max(map(len, re.findall("`+", f"{recipe.text}``"))))
+    goes_on = "its reasoning" if recipe.mode == "reasoned" else "a space and its answer"
+    if num_literal == num_questions:
+        ids = "`tokenizer(text).input_ids` gives exactly the token ids of training"
+    else:
+        ids = (
+            "Its pieces are tokenized one by one, as `example.py` does: as one text, it has other tokens for "
+            f"{num_questions - num_literal} of {num_questions} test questions than in training"
+        )
+    return (
+        f"## Prompt\n\nThe student knows this text, with the question in place of `{PLACE}` and no space behind it, "
+        f"and no chat template:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on with {goes_on}, "
+        f'and ends it with `{recipe.end}`.\n\n```bash\npython example.py "a question"\n```'
+    )
+
+
+def _name(run: Run, part: str) -> str:
+    """Name of the base model or the teacher; of a folder its last part."""
+    name = str(run.facts.get(part) or "")
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
+def _license(run: Run, part: str) -> str:
+    return str(mapping(run.facts.get("licenses")).get(part) or "")
+
+
+def _task(run: Run, key: str) -> str:
+    return str(mapping(run.config.get("task")).get(key) or "")

@@ -1,0 +1,113 @@
+"""The prompt of an exported student: as a file that its example reads, and as the literal text on its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distill.app import config as configuration
+from distill.app.config import Config
+from distill.exports import example
+from distill.lessons.join import AnswerMode
+from distill.prompts.cues import Prompts
+from distill.records import Example, Span
+
+PLACE = "{question}"
+_CONTEXTS = ("\n", ".", "a", "0", "é")  # texts after which a piece of a prompt is tokenized
+_SHORT = Example("?", None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that example.py needs beside model and tokenizer; tuples of numbers are token ids."""
+
+    mode: AnswerMode
+    text: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    contexts: tuple[str, ...]
+    max_question_tokens: int
+    is_cut: bool
+    answer_cue: str
+    separator: tuple[int, ...]
+    choices: Mapping[str, tuple[int, ...]]
+    end: str
+    vocabulary_size: int
+    max_new_tokens: int
+    example: str
+
+    def write(self, folder: Path) -> None:
+        """Write the prompt, and the example that reads it."""
+        (folder / "prompt.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        shutil.copyfile(example.__file__, folder / "example.py")
+
+
+def make_recipe(prompts: Prompts, config: Config, questions: Sequence[Example]) -> Recipe:
+    """Make the recipe of a student with these prompts; ValueError if its example would read a question otherwise."""
+    mode: AnswerMode = config.task.answer_mode
+    span, layout = _span(mode), prompts.layout
+    cue = layout.answer_cue if mode == "direct" else layout.rationale_cue
+    before, after = _around(prompts, span, cue)
+    choices = {choice: prompts.answer_ids(choice) for choice in configuration.build(config.task.examples).choices}
+    recipe = Recipe(
+        mode=mode,
+        text=f"{layout.instruction}\n\n" * bool(layout.instruction) + f"{layout.question_cue} {PLACE}\n{cue}",
+        before=before,
+        after=after,
+        contexts=_contexts(prompts, questions),
+        max_question_tokens=prompts.max_length - len(before) + len(prompts.prefix(span)) - len(after),
+        is_cut=prompts.too_long == "cut",
+        answer_cue=layout.answer_cue,
+        separator=prompts.separator_ids(),
+        choices=choices,
+        end=prompts.token_text(prompts.end),
+        vocabulary_size=prompts.vocabulary_size,
+        max_new_tokens=max(map(len, choices.values())) if choices and mode == "direct" else config.max_new_tokens,
+        example=questions[0].question if questions else _SHORT.question,
+    )
+    for question in questions:
+        if (ids := _learned(prompts, question, span)) and tuple(_read(prompts, recipe, question)) != ids:
+            raise ValueError(
+                f"example.py would read {question.question[:60]!r} in other tokens than the student learned"
+            )
+    return recipe
+
+
+def num_literal(recipe: Recipe, prompts: Prompts, questions: Sequence[Example]) -> int:
+    """Number of questions whose literal prompt, tokenized as one text, has exactly the ids that the student learned."""
+    texts = [recipe.text.replace(PLACE, question.question) for question in questions]
+    learned = [_learned(prompts, question, _span(recipe.mode)) for question in questions]
+    return sum(tuple(prompts.tokenizer(text).input_ids) == ids for text, ids in zip(texts, learned, strict=True))
+
+
+def _span(mode: AnswerMode) -> Span:
+    return "answer" if mode == "direct" else "rationale"
+
+
+def _around(prompts: Prompts, span: Span, cue: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids before and after the question's own."""
+    whole = prompts.prefix(span) + prompts.question(_SHORT, span)
+    after = prompts.encode("\n") + prompts.encode(cue)
+    return whole[: len(whole) - len(prompts.encode(f" {_SHORT.question}")) - len(after)], after
+
+
+def _learned(prompts: Prompts, question: Example, span: Span) -> tuple[int, ...]:
+    """Token ids of the prompt in training; none if the question was left out as too long."""
+    try:
+        return prompts.prefix(span) + prompts.question(question, span)
+    except ValueError:
+        return ()
+
+
+def _read(prompts: Prompts, recipe: Recipe, question: Example) -> Sequence[int]:
+    return example.prompt_ids(prompts.tokenizer, asdict(recipe), question.question)
+
+
+def _contexts(prompts: Prompts, questions: Sequence[Example]) -> tuple[str, ...]:
+    """Texts after which a piece is tokenized; none if it is tokenized as a text of its own."""
+    pieces = ["\n", *(f" {question.question}" for question in (*questions, _SHORT))]
+    is_alone = all(tuple(example.text_ids(prompts.tokenizer, (), piece)) == prompts.encode(piece) for piece in pieces)
+    return () if is_alone else _CONTEXTS

@@ -1,0 +1,94 @@
+"""Encoding of a prompt in pieces, such that the decoded pieces together are its text.
+
+Many tokenizers put a space before each text that they encode (SentencePiece's dummy prefix, `add_prefix_space`). With
+them, a piece inside a prompt is encoded after another text, whose tokens are then removed. What a tokenizer does not
+keep at all, such as upper case or line breaks, is found by a comparison when it is opened.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import final
+
+from transformers import PreTrainedTokenizerBase
+
+from distill.errors import ConfigError
+
+Ids = tuple[int, ...]
+_BEFORE = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
+_NORMAL = "A b  C ² é"  # changed by tokenizers that fold case, spaces, compatibility characters or accents
+
+
+@final
+class Pieces:
+    """Encodes the pieces of prompts with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[str]) -> None:
+        """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order."""
+        self._tokenizer = tokenizer
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        self._check_normalizer()
+        self._before: tuple[tuple[str, Ids], ...] = ()  # none: pieces are encoded as texts
+        self.first = self._as_text  # encodes the text with which a prompt begins
+        text, decoded = "".join(samples), self._joined(samples)
+        if not same_text(decoded, text):
+            self._before = tuple((before, self._as_text(before)) for before in _BEFORE)
+            if self._joined(samples) == f" {text}":  # decoding keeps the space that encoding added
+                self.first = self
+            if not same_text(self._joined(samples), text):
+                raise self._lossy(text, decoded)
+        self.start = self._start(text)
+
+    def __call__(self, text: str) -> Ids:
+        """Token ids of a piece that follows other text; a special token is never among them."""
+        if not self._before:
+            return self._as_text(text)
+        for before, before_ids in self._before:
+            ids = self._as_text(before + text)
+            if ids[: len(before_ids)] == before_ids:
+                return ids[len(before_ids) :]
+        raise ConfigError(
+            f"the tokenizer of {self._name} has no tokens for {text[:60]!r} apart from the text before it"
+        )
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids, as it was encoded."""
+        return str(
+            self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        )
+
+    def _as_text(self, text: str) -> Ids:
+        """Token ids of a text on its own."""
+        if not text:
+            return ()
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _joined(self, pieces: Sequence[str]) -> str:
+        """The text of pieces that were encoded one by one."""
+        first, *others = pieces
+        return self.decode(sum((self(piece) for piece in others), self.first(first)))
+
+    def _start(self, text: str) -> Ids:
+        """The special tokens that stand before a text."""
+        whole, ids = tuple(self._tokenizer(text).input_ids), self._as_text(text)
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(ids)] == ids), ())
+
+    def _check_normalizer(self) -> None:
+        """Compare without the vocabulary, which may lack these characters; NFC keeps a text what it is."""
+        normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
+        if normalizer is not None:
+            changed = str(normalizer.normalize_str(_NORMAL)).replace("▁", " ").removeprefix(" ")
+            if not same_text(changed, _NORMAL):
+                raise self._lossy(_NORMAL, changed)
+
+    def _lossy(self, text: str, decoded: str) -> ConfigError:
+        return ConfigError(
+            f"the tokenizer of {self._name} does not keep texts as they are: {text!r} is read back as {decoded!r}; "
+            "choose a model whose tokenizer keeps upper case, spaces and line breaks"
+        )
+
+
+def same_text(left: str, right: str) -> bool:
+    """Whether two texts are equal, composed and decomposed letters being the same."""
+    return unicodedata.normalize("NFC", left) == unicodedata.normalize("NFC", right)

@@ -1,0 +1,104 @@
+"""What needs no model and what hides behind an accuracy: guessing, and the answers to each class of questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from distill.reports.arms import Arm
+from distill.reports.runs import mapping
+
+MAX_CLASSES = 20
+OTHER = "other or none"
+
+
+class Guess(NamedTuple):
+    """A way to answer without reading the question, and its expected accuracy on the test examples."""
+
+    label: str
+    accuracy: float
+
+
+class ClassRow(NamedTuple):
+    """Answers to the `num` questions of one class, over all seeds: per answer, and the shares that are right.
+
+    `recall` is the share of the class that is answered right, `precision` the share of its answers that are right
+    (None if the class is never answered).
+    """
+
+    name: str
+    num: int
+    answers: tuple[int, ...]
+    recall: float
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The answers of one arm by class; `answers` are the columns, with `OTHER` last if there are any."""
+
+    arm: Arm
+    answers: tuple[str, ...]
+    rows: tuple[ClassRow, ...]
+
+
+def gold_answers(arms: Sequence[Arm]) -> dict[str, str]:
+    """Return the gold answers of the arms' test examples, by id."""
+    lines = (line for arm in arms for run in arm.runs for line in run.predictions)
+    return {str(line.get("id")): str(line["gold"]) for line in lines if line.get("gold") not in (None, "")}
+
+
+def classes(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """Return the classes of a task, the most frequent first; none if answers are free text or all are the same."""
+    counts = Counter(gold_answers(arms).values())
+    is_classification = 1 < len(counts) <= min(MAX_CLASSES, counts.total() // 2)
+    return tuple(sorted(counts, key=lambda name: (-counts[name], name))) if is_classification else ()
+
+
+def guesses(arms: Sequence[Arm]) -> list[Guess]:
+    """Return the most frequent answer and, with classes, a random one; none if all gold answers are the same."""
+    counts = Counter(gold_answers(arms).values())
+    if len(counts) < 2:
+        return []
+    names = classes(arms)
+    top = names[0] if names else min(counts, key=lambda name: (-counts[name], name))
+    majority = Guess(f"always answering “{top}”", counts[top] / counts.total())
+    num_choices = max(len(names), *(len(_choices(arm)) for arm in arms))
+    return [majority, Guess(f"a random one of {num_choices} answers", 1 / num_choices)] if names else [majority]
+
+
+def best_guess(arms: Sequence[Arm]) -> Guess | None:
+    """Return the way to guess with the highest accuracy."""
+    return max(guesses(arms), key=lambda guess: guess.accuracy, default=None)
+
+
+def _choices(arm: Arm) -> Sequence[str]:
+    """The choices that the arm's configuration names, if any."""
+    task = mapping(arm.runs[-1].config.get("task")) if arm.runs else {}
+    named = mapping(task.get("examples")).get("choices") or task.get("choices")
+    return named if isinstance(named, list) else []
+
+
+def confusion(arm: Arm) -> Confusion | None:
+    """Return the answers of a trained arm by class; None if the task has no classes."""
+    names = classes([arm])
+    counts = Counter(_answer(line, names) for run in arm.runs for line in run.predictions if line.get("gold") in names)
+    if not counts:
+        return None
+    answered = {answer for _, answer in counts}
+    columns = (*names, *([OTHER] if OTHER in answered else []))
+    return Confusion(arm, columns, tuple(_class_row(name, columns, counts) for name in names))
+
+
+def _answer(line: Mapping[str, object], names: Sequence[str]) -> tuple[str, str]:
+    """Return the gold and the given class; another text that is right counts as the gold one."""
+    gold, answer = str(line["gold"]), str(line.get("student_answer"))
+    return gold, gold if line.get("is_correct") is True else answer if answer in names and answer != gold else OTHER
+
+
+def _class_row(name: str, columns: Sequence[str], counts: Mapping[tuple[str, str], int]) -> ClassRow:
+    answers = tuple(counts.get((name, column), 0) for column in columns)
+    right, given = counts.get((name, name), 0), sum(counts.get((gold, name), 0) for gold in columns)
+    return ClassRow(name, sum(answers), answers, right / sum(answers), right / given if given else None)

@@ -1,0 +1,161 @@
+"""Formats of answers: how a canonical answer is read from generated text, and from the labels of a file."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Literal, final
+
+from distill.errors import AnswerError, ConfigError
+from distill.tasks.expressions import ASCII_SIGNS, NUMBER, evaluate_expression
+from distill.tasks.numerals import read_number, shortest
+from distill.tasks.texts import text_of
+
+Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
+Read = Callable[[str], tuple[str, str]]  # text -> canonical answer, text around the answer that is no part of it
+
+_SYMBOL = re.compile(rf"\s*((?a:{NUMBER})|[-+*/()])")
+_MARKS = " \t\r\n.!\"'*_()[]“”‘’«»"  # may surround an answer without being part of it
+_PART_OF_VALUE = re.compile(r"[\w^]|[.,:][0-9]")  # directly behind an expression: it goes on, as in 3x or 1,5
+_HINTS: Mapping[Kind, str] = {
+    "line": "; for answers of several lines set task.read.kind=pattern and 'task.read.pattern=\"(?s)(.+)\"'",
+    "number": "; expected one number and at most a unit; for a number at the end of a text set "
+    "task.read.kind=last_number, with #### before it",
+    "last_number": "; expected one number and at most a unit, alone or behind a last ####",
+}
+
+
+@final
+class AnswerFormat:
+    """Reads answers from text."""
+
+    def __init__(self, *, kind: Kind | None, pattern: str | None, choices: list[str | bool | int | float]) -> None:
+        """If `kind` is None it is `pattern` if there is a pattern, else `choice` if there are choices, else `line`.
+
+        `choice` reads the choice that the text begins with, `number` and `last_number` the first and the last number,
+        `expression` the arithmetic at the start of the first line, `line` the first line, `pattern` the only group of
+        a regular expression, matched anywhere in the text. Letters are compared in their composed form, NFC.
+        """
+        self.choices = tuple(_composed(text_of(choice)) for choice in choices)
+        self.kind: Kind = kind or ("pattern" if pattern is not None else "choice" if choices else "line")
+        folded = {choice.casefold(): choice for choice in self.choices}
+        if len(folded) < len(choices) or "" in folded:
+            raise ConfigError(f"task.choices={list(choices)}: choices must not be empty or differ only in case")
+        if self.kind == "choice" and not choices:
+            raise ConfigError("task.read.kind=choice needs choices, such as task.choices=[yes,no]")
+        if pattern is not None and self.kind != "pattern":
+            raise ConfigError(f"task.read.pattern={pattern!r} requires task.read.kind=pattern, got {self.kind}")
+        readers: dict[Kind, Callable[[], Read]] = {
+            "choice": lambda: partial(_read_choice, _choice_pattern(folded), folded),
+            "number": lambda: partial(read_number, 0),
+            "last_number": lambda: partial(read_number, -1),
+            "expression": lambda: _read_expression,
+            "line": lambda: _read_line,
+            "pattern": lambda: partial(_read_group, _compile_pattern(_composed(pattern or ""))),
+        }
+        self._read = readers[self.kind]()
+
+    def read(self, text: str) -> str:
+        """Read the canonical answer from a text; AnswerError if it has none."""
+        return self._answer_and_rest(text)[0]
+
+    def read_gold(self, text: str) -> str:
+        """Canonical form of a gold answer, which must be nothing but an answer and must read back unchanged.
+
+        A number may have a unit. What `pattern` does not match is no part of the answer.
+        """
+        answer, rest = self._answer_and_rest(text)
+        if rest.strip(_MARKS):
+            raise AnswerError(f"{text[:60]!r} has more text than the answer {answer[:60]!r}{_HINTS.get(self.kind, '')}")
+        if not self._reads_back(answer):
+            raise AnswerError(
+                f"{answer[:60]!r} does not read back unchanged; use a pattern such as '(?s)(?:.*####)?(.+)'"
+            )
+        return answer
+
+    def _answer_and_rest(self, text: str) -> tuple[str, str]:
+        answer, rest = self._read(_composed(text))
+        if self.choices and answer not in self.choices:
+            raise AnswerError(f"{answer[:60]!r} is not one of {', '.join(self.choices)}")
+        return answer, rest
+
+    def _reads_back(self, answer: str) -> bool:
+        try:
+            return self.read(answer) == answer
+        except AnswerError:
+            return False
+
+    def value(self, answer: str) -> str:
+        """The exact value if the answer is an expression, else the answer itself."""
+        return str(evaluate_expression(answer)) if self.kind == "expression" else answer
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"task.read.pattern={pattern!r} is not a valid regular expression: {error}") from None
+    if compiled.groups != 1:
+        raise ConfigError(f"task.read.pattern={pattern!r} has {compiled.groups} groups, expected exactly 1, the answer")
+    return compiled
+
+
+def _read_group(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
+    match = pattern.search(text)
+    answer = (match[1] or "").strip() if match else ""
+    if not answer:
+        raise AnswerError(f"{text[:60]!r} does not match the pattern")
+    return answer, ""
+
+
+def _choice_pattern(choices: Iterable[str]) -> re.Pattern[str]:
+    """Match a leading choice: the longest, and none that is only the start of a longer word or number."""
+    words = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
+    return re.compile(rf"[{re.escape(_MARKS)}]*?({words})(?!\w|[-.,/]\w)")
+
+
+def _read_choice(pattern: re.Pattern[str], choices: Mapping[str, str], text: str) -> tuple[str, str]:
+    folded = text.casefold()
+    match = pattern.match(folded)
+    if match is None:
+        raise AnswerError(f"{text[:60]!r} does not begin with any of {', '.join(choices.values())}")
+    return choices[match[1]], folded[match.end() :]
+
+
+def _read_line(text: str) -> tuple[str, str]:
+    line, _, rest = text.strip().partition("\n")
+    if not line:
+        raise AnswerError("the text is empty")
+    return line.strip(), rest
+
+
+def _read_expression(text: str) -> tuple[str, str]:
+    first_line, rest = _read_line(text)
+    line, end, symbols = first_line.translate(ASCII_SIGNS), 0, list[str]()
+    while match := _SYMBOL.match(line, end):
+        symbols.append(match[1])
+        end = match.end()
+    try:
+        expression = _format_expression(shortest(symbol) if symbol[-1].isdigit() else symbol for symbol in symbols)
+        evaluate_expression(expression)
+    except ValueError as error:
+        raise AnswerError(f"{first_line[:60]!r} does not begin with an expression: {error}") from None
+    if _PART_OF_VALUE.match(line, end):
+        raise AnswerError(f"{first_line[:60]!r} begins with more than the expression {expression[:60]}")
+    return expression, line[end:] + rest
+
+
+def _format_expression(symbols: Iterable[str]) -> str:
+    """Join symbols with single spaces around operators, none inside brackets or after a sign."""
+    text, previous = "", "("
+    for symbol in symbols:
+        text += symbol if previous in ("(", "sign") or symbol == ")" else f" {symbol}"
+        is_sign = symbol in ("+", "-") and previous in ("(", "sign", "operator")
+        previous = "sign" if is_sign else "operator" if symbol in ("+", "-", "*", "/") else symbol
+    return text

@@ -1,0 +1,58 @@
+"""Time per answer: with its spread, and with a key of what decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.evaluation.answers import Evaluation, saved_type, speeds
+from distill.evaluation.architecture import architecture
+from distill.lessons.curriculum import prepare
+from distill.models import loading
+
+
+def key(folder: Path, work: object = (1, 2), dtype: torch.dtype = torch.float32, **changes: int) -> str:
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config._name_or_path = f"a/place/{dtype}"
+    return architecture(AutoModelForCausalLM.from_config(config).to(dtype), work)
+
+
+def test_models_that_differ_in_weights_and_names_alone_share_an_architecture(student_folder: Path) -> None:
+    first = key(student_folder)
+    assert key(student_folder) == first  # other random weights
+    assert key(student_folder, num_hidden_layers=1) != first
+    assert key(student_folder, dtype=torch.bfloat16) != first
+    assert key(student_folder, (1, 3)) != first
+
+
+def test_speeds_have_a_spread_and_equal_keys_for_equal_models(
+    student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.evaluation.answers._LATENCY_ROUNDS", 3)
+    job = prepare(configured(), tmp_path / "run")
+    model = loading.load(student_folder, torch.float32)
+    evaluation = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 6)
+    rows = speeds({"one": evaluation, "two": evaluation}, job.annotation_job.splits.test[:2])
+    assert rows["one"]["architecture"] == rows["two"]["architecture"]
+    for row in rows.values():
+        assert 0 < row["ms_fastest"] <= row["ms_per_example"] <= row["ms_slowest"]
+    other = speeds({"one": evaluation}, job.annotation_job.splits.test[:1])["one"]
+    assert other["architecture"] != rows["one"]["architecture"]  # other questions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, None), ("{}", None), ('{"torch_dtype": "bfloat16"}', "bfloat16")]
+)
+def test_the_type_of_a_saved_model_is_read_from_its_configuration(
+    tmp_path: Path, text: str | None, expected: str | None
+) -> None:
+    if text:
+        (tmp_path / "config.json").write_text(text)
+    assert saved_type(tmp_path) == expected

@@ -1,0 +1,151 @@
+"""An exported student answers in its own folder as it did in its run, and its literal prompt has the trained ids."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from distill.app import config as configuration
+from distill.exports.folder import export
+from distill.prompts.cues import build_prompts
+from distill.records import Example
+from distill.reports.runs import read_run
+from tests.conftest import environment
+from tests.exports.conftest import MakeRun
+
+MODES = {
+    "choices": (),
+    "reasoned choices": ("task.answer_mode=reasoned", "loss=[answer,rationale]"),
+    "free text": ("task=jsonl", "task.read.kind=line"),
+    "reasoned text": ("task=jsonl", "task.read.kind=line", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
+    "instruction": ("task.layout.instruction=Judge it.",),
+    "cut": ("prompt.max_length=36", "prompt.too_long=cut"),
+}
+
+
+def overrides(mode: str, folder: Path) -> list[str]:
+    """The overrides of a mode, with a file of rows if its task reads one."""
+    chosen = list(MODES[mode])
+    if "task=jsonl" in chosen:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map(_row, range(40))))
+        chosen += [f"task.path={folder / 'rows.jsonl'}"]
+    return [*chosen, "prompt.num_shots=0"] if "task=jsonl" in chosen else chosen
+
+
+def _row(index: int) -> dict[str, str]:
+    size, animal = ("big", "ox") if index % 2 else ("small", "ant")
+    return {"question": f"Thing {index}, {size}?", "answer": f"say {animal}"}
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def example_of(folder: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("exported_example", folder / "example.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_same_answers(replies: list[Any], run_dir: Path, *, num_answers: int = 2) -> None:
+    task = configuration.build(configuration.of(read_run(run_dir).config).task.examples)
+    rows = lines(run_dir / "predictions.jsonl")
+    assert len({row["student_answer"] for row in rows}) >= num_answers
+    for reply, row in zip(replies, rows, strict=True):
+        assert (reply["answer"] if task.choices else task.read_answer(reply["answer"])) == row["student_answer"]
+        assert reply.get("rationale") == row["student_rationale"]
+        if row["student_written_answer"] is not None:
+            assert task.read_answer(reply["written"]) == row["student_written_answer"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_example_gives_the_answers_of_the_run(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run(*overrides(mode, tmp_path))
+    message = export(run_dir, tmp_path / "out")
+    assert "no example" not in message
+    student = example_of(tmp_path / "out").Student(tmp_path / "out")
+    replies = [student.reply(row["question"]) for row in lines(run_dir / "predictions.jsonl")]
+    assert_same_answers(replies, run_dir, num_answers=1 if mode == "cut" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["choices", "reasoned text"])
+def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run(*overrides(mode, tmp_path))
+    export(run_dir, tmp_path / "out")
+    (tmp_path / "blocked").mkdir()
+    for name in ("distill", "lightning", "hydra", "omegaconf", "peft", "datasets"):
+        (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('{name} is not installed here')")
+    questions = [row["question"] for row in lines(run_dir / "predictions.jsonl")]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "out" / "example.py"), *questions],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(tmp_path / "blocked")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [reply.pop("question") for reply in replies] == questions
+    assert_same_answers(replies, run_dir)
+
+
+@pytest.mark.parametrize("mode", ["choices", "reasoned choices", "instruction"])
+def test_the_literal_prompt_has_the_trained_ids(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run(*overrides(mode, tmp_path))
+    export(run_dir, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    literal = card.partition("```text\n")[2].partition("\n```")[0]
+    prompts = build_prompts(configuration.of(read_run(run_dir).config), run_dir / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for row in lines(run_dir / "predictions.jsonl"):
+        learned = (
+            prompts.rationale_prompt(Example(row["question"], None), "so", "yes")
+            if "reasoned" in mode
+            else prompts.answer_prompt(Example(row["question"], None), "yes")
+        )
+        start = min(start for start, _ in learned.spans.values())
+        assert tuple(tokenizer(literal.replace("{question}", row["question"])).input_ids) == learned.ids[:start]
+    assert "gives exactly the token ids of training" in card
+
+
+def with_a_template_and_sampling(folder: Path) -> None:
+    """Make the start of a student look like a chat model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[5, 6]).save_pretrained(folder)
+
+
+def test_template_and_sampling_of_the_source_are_not_exported(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run(prepare_model=with_a_template_and_sampling)
+    with_a_template_and_sampling(run_dir / "student")  # as an earlier version left it
+    export(run_dir, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="chat_template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.do_sample is False
+    assert generation.eos_token_id == tokenizer.eos_token_id
+    assert generation.max_new_tokens == 40
+    assert generation.temperature in (None, 1.0)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_a_question_that_is_too_long_is_refused_by_the_example(make_run: MakeRun, tmp_path: Path) -> None:
+    export(make_run("prompt.max_length=60", "prompt.too_long=drop"), tmp_path / "out")
+    student = example_of(tmp_path / "out").Student(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"the question has \d+ tokens; at most \d+ are allowed"):
+        student.reply("word " * 100)

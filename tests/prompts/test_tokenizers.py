@@ -1,0 +1,131 @@
+"""The decoded prompt is the text that was laid out, for every kind of tokenizer, or the tokenizer is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from distill.errors import ConfigError
+from distill.prompts.cues import Layout, Prompts
+from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
+from distill.records import Example
+from tests.prompts.kinds import KEPT, REFUSED, byte_level, with_template
+
+LAYOUT = Layout(instruction="", question_cue="Question:", rationale_cue="Reason:", answer_cue="Answer:")
+SHOTS = (Example("Is it 10?", "no, thanks", "It is 3."), Example("Is it 3?", "yes", "It is 3."))
+QUESTION = Example("Is it good but slow?", "yes", "Both, it is.")
+
+
+def prompts_of(tokenizer: Any, shots: int = 0, instruction: str = "") -> Prompts:
+    layout = Layout(instruction, LAYOUT.question_cue, LAYOUT.rationale_cue, LAYOUT.answer_cue)
+    return Prompts(tokenizer, layout, SHOTS[:shots], max_length=256, too_long="refuse")
+
+
+@pytest.mark.parametrize("instruction", ["", "Is it so?"])
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_decoded_prompt_is_the_laid_out_text(kind: str, shots: int, instruction: str) -> None:
+    prompts = prompts_of(KEPT[kind](), shots, instruction)
+    before = f"{instruction}\n\n" if instruction else ""
+    for span in ("answer", "rationale"):
+        text = before
+        for shot in SHOTS[:shots]:
+            reason = f"Reason: {shot.rationale}\n" if span == "rationale" else ""
+            text += f"Question: {shot.question}\n{reason}Answer: {shot.answer}\n"
+        text += f"Question: {QUESTION.question}\n"
+        if span == "answer":
+            ids, text = prompts.answer_prompt(QUESTION, "yes").ids, f"{text}Answer: yes"
+        else:
+            ids = prompts.rationale_prompt(QUESTION, "Both, it is.", "yes").ids
+            text += "Reason: Both, it is.\nAnswer: yes"
+        assert prompts.decode(ids) == text
+        assert ids[0] == prompts.tokenizer.bos_token_id
+        assert prompts.tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_target_ids_do_not_depend_on_the_prompt(kind: str) -> None:
+    tokenizer = KEPT[kind]()
+    for choice in ("yes", "no, thanks", "10"):
+        zero, few = (prompts_of(tokenizer, shots).answer_prompt(QUESTION, choice) for shots in (0, 2))
+        targets = [prompt.ids[slice(*prompt.spans["answer"])] for prompt in (zero, few)]
+        assert targets[0] == targets[1] == prompts_of(tokenizer).answer_ids(choice)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KEPT if "byte tokens" in kind])
+def test_a_choice_begins_with_its_word_as_in_the_whole_text(kind: str) -> None:
+    prompts = prompts_of(KEPT[kind]())
+    assert prompts.tokenizer.convert_ids_to_tokens(prompts.answer_ids("yes")) == ["▁yes", "</s>"]
+    ids = prompts.answer_prompt(QUESTION, "yes").ids
+    assert list(ids[:-1]) == prompts.tokenizer.encode(prompts.decode(ids))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_tokenizer_that_changes_texts_is_refused_by_name(kind: str) -> None:
+    tokenizer = REFUSED[kind]()
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(ConfigError, match=r"tokenizer of some/model does not keep texts as they are: .* is read back"):
+        prompts_of(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("single", "special", "settings", "expected"),
+    [
+        ("</s> $A", ["</s>"], {"start": "</s>"}, ["</s>"]),
+        ("[CLS] $A [SEP]", ["[CLS]", "[SEP]"], {}, ["[CLS]"]),
+        ("<s> $A </s>", ["<s>", "</s>"], {"start": "<s>"}, ["<s>"]),
+        ("$A </s>", ["</s>"], {}, []),
+        ("[gMASK] <s> $A", ["[gMASK]", "<s>"], {}, ["[gMASK]", "<s>"]),
+        ("$A", [], {}, []),
+    ],
+)
+def test_only_what_stands_before_a_text_starts_a_prompt(
+    single: str, special: list[str], settings: dict[str, str], expected: list[str]
+) -> None:
+    tokenizer = with_template(single, *special, **settings)
+    start = tuple(tokenizer.convert_tokens_to_ids(expected))
+    for span in ("answer", "rationale"):
+        assert prompts_of(tokenizer).prefix(span) == start
+    assert prompts_of(tokenizer).answer_prompt(QUESTION, "yes").ids[: len(start)] == start
+
+
+def saved(tokenizer: Any, folder: Path, change: Callable[[Tokenizer], object] = lambda _: None) -> Any:
+    change(tokenizer.backend_tokenizer)
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.enable_truncation(5),
+        lambda t: t.enable_padding(length=9),
+        lambda t: t.enable_truncation(7, stride=2),
+    ],
+)
+def test_saved_truncation_and_padding_change_neither_ids_nor_fingerprint(
+    change: Callable[[Tokenizer], object], tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.pad_token = "<unk>"
+    plain, limited = saved(tokenizer, tmp_path / "a"), saved(tokenizer, tmp_path / "b", change)
+    before = tokenizer_fingerprint(limited)
+    assert before == tokenizer_fingerprint(plain)
+    prompt = prompts_of(limited).answer_prompt(QUESTION, "yes")
+    assert prompt == prompts_of(plain).answer_prompt(QUESTION, "yes")
+    limited(["a", "two words"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_fingerprint(limited) == before
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "pad_token"])
+def test_the_ids_of_start_end_and_padding_are_in_the_fingerprint(role: str) -> None:
+    plain = byte_level()
+    other = copy.deepcopy(plain)
+    setattr(other, role, "<unk>")
+    assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(other)
+    assert prompts_of(plain).fingerprint() != prompts_of(other).fingerprint()

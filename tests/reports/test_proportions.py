@@ -1,0 +1,91 @@
+"""Intervals from counts against scipy, a brute-force likelihood and the tests that they invert."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from distill.reports.proportions import exact_interval, normal_quantile, paired_score_interval, wilson_interval
+from distill.reports.statistics import FEW, paired_interval, recovered
+
+COUNTS = [(0, 1), (1, 1), (0, 7), (3, 20), (20, 20), (17, 200), (149, 150), (24_000, 25_000)]
+LEVELS = [0.9, 0.95, 0.998]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("count", "number"), COUNTS)
+def test_intervals_of_one_proportion_match_scipy(count: int, number: int, level: float) -> None:
+    reference = stats.binomtest(count, number)
+    wilson, exact = (reference.proportion_ci(level, method) for method in ("wilson", "exact"))
+    assert wilson_interval(count, number, level) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+    assert exact_interval(count, number, level) == pytest.approx((exact.low, exact.high), abs=1e-9)
+
+
+def test_the_normal_quantile_is_not_rounded() -> None:
+    assert normal_quantile(0.95) == pytest.approx(1.959963984540054, abs=1e-12)
+
+
+def likelihood(gains: int, losses: int, number: int, difference: float) -> float:
+    """Greatest log-likelihood of a trinomial with this difference, by trying every value of the other parameter."""
+    right_alone = np.linspace(max(0.0, -difference), (1 - difference) / 2, 200_001)[1:-1]
+    left_alone = right_alone + difference
+    terms = gains * np.log(left_alone) + losses * np.log(right_alone)
+    terms += (number - gains - losses) * np.log(1 - left_alone - right_alone)
+    return float(right_alone[np.argmax(terms)])
+
+
+@pytest.mark.parametrize(("gains", "losses", "number"), [(4, 1, 150), (12, 3, 50), (2, 9, 30)])
+def test_the_score_test_is_just_passed_at_the_ends_of_the_paired_interval(gains: int, losses: int, number: int) -> None:
+    observed = (gains - losses) / number
+    low, high = paired_score_interval(gains, losses, number)
+    assert low < observed < high
+    for end in (low, high):
+        right_alone = likelihood(gains, losses, number, end)
+        error = math.sqrt((2 * right_alone + end - end**2) / number)
+        assert abs(observed - end) / error == pytest.approx(1.959964, abs=1e-3)
+
+
+def test_without_a_pair_that_differs_the_paired_interval_has_a_width() -> None:
+    low, high = paired_score_interval(0, 0, 150)
+    assert high == pytest.approx(1.959964**2 / (150 + 1.959964**2), abs=1e-6)
+    assert low == pytest.approx(-high, abs=1e-6)
+    assert paired_score_interval(4, 0, 150) == pytest.approx([-end for end in paired_score_interval(0, 4, 150)][::-1])
+
+
+def pairs(gains: int, losses: int, number: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    left, right = np.zeros((1, number)), np.zeros((1, number))
+    left[0, :gains] = right[0, gains : gains + losses] = 1
+    return left, right
+
+
+@pytest.mark.parametrize("number", range(1, FEW))
+def test_a_difference_is_shown_with_few_pairs_only_if_the_exact_test_rejects_equality(number: int) -> None:
+    for gains in range(number + 1):
+        interval = paired_interval(*pairs(gains, number - gains), num_draws=200)
+        is_shown = interval.low > 0 or interval.high < 0
+        assert not is_shown or stats.binomtest(gains, number).pvalue < 0.05, gains
+    # All on one side: five pairs have p = 0.0625, six p = 0.03125.
+    assert (paired_interval(*pairs(number, 0)).low > 0) == (number > 5)
+
+
+def test_four_pairs_that_all_favour_one_side_show_nothing() -> None:
+    interval = paired_interval(*pairs(4, 0))
+    assert interval.low < 0 < interval.estimate < interval.high
+    assert interval.low == pytest.approx(4 / 150 * (2 * 0.025 ** (1 / 4) - 1))  # Clopper and Pearson of 4 in 4
+
+
+def test_the_recovered_share_of_no_gain_has_a_width() -> None:
+    zeros, ones = np.zeros((1, 150)), np.ones((1, 150))
+    share = recovered(zeros, zeros, ones)
+    assert share is not None
+    assert share[:3] == pytest.approx((0, -0.02497, 0.02497), abs=1e-4)
+
+
+def test_equal_seeds_without_a_difference_have_an_interval_with_a_width() -> None:
+    right = np.ones((2, 20))
+    interval = paired_interval(right, right)
+    assert interval.high == pytest.approx(-interval.low) == pytest.approx(0.1611, abs=1e-3)
+    assert interval.error > 0.05
