@@ -38,6 +38,7 @@ from distill.lessons.collate import collate, entries
 from distill.lessons.join import Join
 from distill.lessons.loader import StepSampler
 from distill.models.reading import PrefixedReader
+from distill.prompts.vocabularies import Pairing
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 
 _POSITIONS = 1000
@@ -263,6 +264,7 @@ def data_wait(source: AnnotationJob, store: Store, requests: Sequence[Request], 
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
+    settings["pairing"] = Pairing()
     join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span, source.task, prompts), **settings)
     lessons = join.lessons([request.example for request in requests])
     sampler = StepSampler(

@@ -33,6 +33,7 @@ from distill.lessons.loader import StepSampler
 from distill.losses.head import head_loss
 from distill.models.placement import native_dtype
 from distill.prompts.cues import Layout, Prompts
+from distill.prompts.vocabularies import Pairing
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.training.module import StudentModule
 
@@ -153,6 +154,7 @@ def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Seq
     join = Join(
         prompts=wide_prompts,
         teacher=AnnotationReader(store, by_example_and_span, material.Solutions(), prompts),
+        pairing=Pairing(),
         **settings,
     )
     return join.lessons([request.example for request in requests])

@@ -22,7 +22,6 @@ import json
 import os
 import time
 import uuid
-import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
 from distill.cache.remote import Remote
+from distill.cache.sealed import create_once, read_lines, seal, unseal
 from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
 from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, unique_requests
@@ -200,10 +200,10 @@ class Store:
             value = make()
             if not self._is_writing:
                 return value
-            _create(path, _sealed(value))
+            create_once(path, seal(value))
             if self._remote:
                 self._remote.put(path.name)
-        line = _unsealed(path.read_bytes()[:-1])
+        line = unseal(path.read_bytes()[:-1])
         if line is None:
             raise CacheError(f"{path} is damaged: its checksum is wrong. Restore it, or delete {self.folder}")
         return line
@@ -224,7 +224,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.has_header:
             with atomic_write(self.folder / "manifest.jsonl") as temporary:
-                temporary.write_bytes(_sealed({"format": FORMAT, **self._identity}))
+                temporary.write_bytes(seal({"format": FORMAT, **self._identity}))
         self.refresh()
         if self._remote:
             self._remote.put_missing()
@@ -254,7 +254,7 @@ class Store:
             raise CacheError(f"{path} is a symbolic link; replace it by a regular file")
         with path.open("rb") as file:
             file.seek(self._read_bytes.get(path, 0))
-            lines, num_bytes = _lines(path, file.read())
+            lines, num_bytes = read_lines(path, file.read())
         self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
         return lines
 
@@ -349,7 +349,7 @@ class Writer:
         if self._num_lines == _MAX_MANIFEST_LINES:  # a manifest is uploaded as a whole after each line
             self._manifest, self._num_lines = _new_manifest(self._store.folder), 0
         with self._manifest.open("ab") as file:
-            file.write(_sealed(line))
+            file.write(seal(line))
             file.flush()
             os.fsync(file.fileno())
         if not self._num_lines:
@@ -371,70 +371,21 @@ def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
     listing_manifests = [
         path
         for path in sorted(folder.glob("manifest-*.jsonl"))
-        if any(line.get("shard") == name for line in _lines(path, path.read_bytes())[0])
+        if any(line.get("shard") == name for line in read_lines(path, path.read_bytes())[0])
     ]
     if not listing_manifests:
         raise CacheError(f"no manifest in {folder} lists a shard {name!r}")
     manifest = _new_manifest(folder)
     with atomic_write(manifest) as temporary:
-        temporary.write_bytes(b"".join(_sealed({"struck": path.name, "shard": name}) for path in listing_manifests))
+        temporary.write_bytes(b"".join(seal({"struck": path.name, "shard": name}) for path in listing_manifests))
     if remote:
         remote.put(manifest.name)
     for suffix in SUFFIXES:
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def _create(path: Path, content: bytes) -> None:
-    """Create a file with its whole content, unless another process has created it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    with suppress(FileExistsError):
-        os.link(temporary, path)
-    temporary.unlink()
-    sync_folder(path.parent)
-
-
 def _new_manifest(folder: Path) -> Path:
     return folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl"
-
-
-def _sealed(value: Mapping[str, Any]) -> bytes:
-    """A manifest line with its checksum."""
-    body = json.dumps(value, sort_keys=True).encode()
-    return b'{"crc32": %10d, "line": %s}\n' % (zlib.crc32(body), body)
-
-
-def _unsealed(line: bytes) -> dict[str, Any] | None:
-    """The content of a manifest line, or None if its checksum is wrong."""
-    body = line[30:-1]
-    if line[:30] != b'{"crc32": %10d, "line": ' % zlib.crc32(body) or line[-1:] != b"}":
-        return None
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _lines(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the complete lines and their length in bytes; raises CacheError if one of them is damaged."""
-    complete, end, incomplete = content.rpartition(b"\n")
-    values = []
-    for number, line in enumerate(complete.split(b"\n") if end else (), start=1):
-        value = _unsealed(line)
-        if value is None:
-            raise CacheError(
-                f"{path} is damaged: line {number} has a wrong checksum. Restore the file, or delete it: the records "
-                "that it lists will be annotated again"
-            )
-        values.append(value)
-    # An interrupted write leaves a prefix of a line. A complete line without its line end is damage.
-    if _unsealed(incomplete[:-1]) is not None:
-        raise CacheError(f"{path} is damaged: its last line has no line end. Restore the file, or delete it")
-    return values, len(complete) + len(end)
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
@@ -464,7 +415,7 @@ def nearest_difference(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Pa
     for path in sorted(folder.parent.glob("*/manifest.jsonl")):
         if path.parent != folder:
             try:
-                lines, _ = _lines(path, path.read_bytes())
+                lines, _ = read_lines(path, path.read_bytes())
             except CacheError:  # another format, or damaged: an error only for runs that open it
                 continue
             for line in lines[:1]:

@@ -9,11 +9,14 @@ import torch
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.files import write_json
+from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.models import loading, naming
 from distill.prompts.cues import build_prompts
+from distill.records import SPLITS
 from distill.students.saving import size_bytes
 from distill.tasks import Task
+from distill.tasks.splitting import require_examples
 
 
 def evaluate(config: Config) -> float:
@@ -21,10 +24,14 @@ def evaluate(config: Config) -> float:
     loading.flush_denormals()
     folder = naming.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
+    if config.split not in SPLITS:
+        raise ConfigError(f"split={config.split}: expected {', '.join(SPLITS)}")
+    splits = task.splits()
+    require_examples(splits, (config.split,))
+    examples = getattr(splits, config.split)
     prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
-    examples = getattr(task.splits(), config.split)
     row: dict[str, Any] = model_row(evaluation.predict(examples, {}), task, model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"

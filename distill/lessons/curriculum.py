@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import say
+from distill.cache.codecs.dense import Dense
 from distill.errors import ConfigError
 from distill.lessons.join import Join, Lesson, Read
 from distill.losses import Objective
 from distill.models import loading, naming
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
+from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.vocabularies import Pairing, pair_vocabularies
 from distill.records import SPLITS, Example, FilteredRationale, RowCounts, Span, folded_id
+from distill.tasks.splitting import require_examples
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,12 @@ class Job:
     objectives: Mapping[str, Objective]
     student_folder: Path
     prompts: Prompts
-    is_vocabulary_shared: bool
+    pairing: Pairing | None  # of the vocabularies of the teacher that gives soft targets and the student, if shared
+
+    @property
+    def is_vocabulary_shared(self) -> bool:
+        """Whether the student can learn the teacher's distributions."""
+        return self.pairing is not None
 
 
 @dataclass(frozen=True)
@@ -64,20 +73,37 @@ def prepare(config: Config, run_dir: Path) -> Job:
         name: configuration.build(node) for name, node in config.get("loss", {}).items()
     }
     annotation_job = open_annotation_job(config)
+    require_examples(annotation_job.splits, ("validation", "test"))
     soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
     check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
     _check_models(config, folder, soft_annotation_job)
-    tokenizer = load_tokenizer(folder)
-    is_shared = True
+    prompts = annotation_job.prompts.zero_shot(load_tokenizer(folder))
+    pairing = _pairing(objectives, soft_annotation_job or annotation_job, prompts)
+    return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, pairing)
+
+
+def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, student: Prompts) -> Pairing | None:
+    """Pair the vocabularies; None if they are too different and no loss needs it."""
+    soft = {name: objective for name, objective in objectives.items() if objective.source == "soft"}
     try:
-        check_shared_vocabulary((soft_annotation_job or annotation_job).prompts.tokenizer, tokenizer)
+        pairing = pair_vocabularies(annotation_job.prompts.tokenizer, student.tokenizer)
     except ConfigError:
-        is_shared = False
-        if any(objective.source == "soft" for objective in objectives.values()):
+        if soft:
             raise
-    prompts = annotation_job.prompts.zero_shot(tokenizer)
-    return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, is_shared)
+        return None
+    if soft and pairing.num_unpaired:
+        say(
+            f"{pairing.num_unpaired} added tokens of the teacher have no counterpart in the student; their probability "
+            "counts as the rest of a distribution"
+        )
+        hot = [name for name, objective in soft.items() if objective.temperature != 1]
+        if hot and isinstance(annotation_job.codec, Dense):  # its normaliser would need the tokens that are left out
+            raise ConfigError(
+                f"{', '.join(hot)} has a temperature, and the teacher has tokens that the student lacks; set "
+                "cache=topk with cache.codec.temperature, or choose models with the same tokens"
+            )
+    return pairing
 
 
 def _check_models(config: Config, student_folder: Path, soft_annotation_job: AnnotationJob | None) -> None:
@@ -136,9 +162,10 @@ def build_curriculum(job: Job) -> Curriculum:
     train, validation = join.lessons(splits.train), join.lessons(splits.validation)
     rows = row_counts(job, filled, rationales, join)
     say(table(rows))
-    if not train:
-        raise ConfigError(no_lessons(job, rows))
-    read = (job.soft_annotation_job or annotation_job).store.soft_targets
+    if problems := [no_lessons(job, name, rows[name]) for name in ("train", "validation") if not rows[name].kept]:
+        raise ConfigError(*problems)
+    store = (job.soft_annotation_job or annotation_job).store
+    read = partial(job.pairing.read, store.soft_targets) if job.pairing else store.soft_targets
     too_long = {**filled.too_long, **join.skipped}
     return Curriculum(filled, soft_filled, train, validation, read, rationales, too_long, rows)
 
@@ -154,10 +181,10 @@ def row_counts(
     return rows | {"rationales": rationale_counts(filled, rationales)}
 
 
-def no_lessons(job: Job, rows: Mapping[str, RowCounts]) -> str:
-    """Say that there is nothing to train on, and why."""
-    lost = ", ".join(f"{number} {reason}" for reason, number in rows["train"].lost.items())
-    return f"no training example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
+def no_lessons(job: Job, split: str, counts: RowCounts) -> str:
+    """Say that there is nothing to learn or to measure in this split, and why."""
+    lost = ", ".join(f"{number} {reason}" for reason, number in counts.lost.items())
+    return f"no {split} example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
 
 
 def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[FilteredRationale]]:
@@ -183,6 +210,7 @@ def join_for(
         rationales=kept,
         answer=job.config.task.answer_mode,
         needed=_needed(job),
+        pairing=job.pairing or Pairing(),
     )
 
 

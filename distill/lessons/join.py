@@ -13,6 +13,7 @@ import numpy as np
 from distill.annotation.reader import AnnotationReader
 from distill.errors import CacheError
 from distill.prompts.cues import Prompts
+from distill.prompts.vocabularies import Pairing
 from distill.records import (
     Annotation,
     Example,
@@ -114,11 +115,14 @@ class Join:
         rationales: Mapping[str, Sequence[FilteredRationale]],
         answer: AnswerMode,
         needed: Needed,
+        pairing: Pairing,
     ) -> None:
         """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
 
         With a `soft_teacher`, which scored the same texts, all soft targets are its own; else they are the teacher's.
+        `pairing` is that of its vocabulary and the student's.
         """
+        self._pairing = pairing
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
         self.skipped: dict[str, str] = {}
@@ -221,12 +225,15 @@ class Join:
         target = annotation.targets.get(span) if annotation else None
         if (span, "soft") not in self._needed or annotation is None or target is None or target.soft is None:
             return {}
-        if target.token_ids != ids:
+        paired_ids = self._pairing.ids(target.token_ids)
+        if paired_ids != ids and (-1 in paired_ids or not self._pairing.has(ids)):
+            return {}  # one of the two has a token for a part of this text that the other lacks
+        if paired_ids != ids:
             raise CacheError(
-                f"the {span} is {target.token_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
+                f"the {span} is {paired_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
                 "student tokenize this target differently, so its soft targets cannot be used"
             )
-        if target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
+        if self._pairing.id_V is None and target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
             raise CacheError(
                 f"the cache has soft targets for token id {target.soft.ids_E.max()}, the student has "
                 f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"

@@ -30,7 +30,7 @@ from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
-_NUM_CACHED_TEXTS = 4096
+_NUM_CACHED_TEXTS = 512
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tokenizers: loading without remote code, fingerprints, comparison of vocabularies."""
+"""Tokenizers: loading without remote code, and fingerprints."""
 
 from __future__ import annotations
 
@@ -34,25 +34,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     ignored = {"truncation": None, "padding": None}  # set for a batch, and by its use
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([state | ignored, ends], sort_keys=True).encode()).hexdigest()
-
-
-def check_shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError unless both tokenizers have the same tokens with the same ids and the same end token."""
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
-    differing = [token for token, index in teacher_ids.items() if student_ids.get(token) != index]
-    extra = set(student_ids) - set(teacher_ids)
-    if differing or extra:
-        token = differing[0] if differing else next(iter(extra))
-        raise ConfigError(
-            f"teacher and student cannot share soft targets: {len(differing)} of {len(teacher_ids)} tokens of the "
-            f"teacher have a different id or no id in the student, and {len(extra)} tokens exist only in the student; "
-            f"for example {token!r} has id {teacher_ids.get(token)} in the teacher and {student_ids.get(token)} in the "
-            "student. Use models of one family, or train without the losses that need soft targets: "
-            "loss=[answer,rationale]"
-        )
-    if teacher.eos_token_id != student.eos_token_id:
-        raise ConfigError(
-            f"teacher and student cannot share soft targets: the teacher ends a sequence with id "
-            f"{teacher.eos_token_id}, the student with {student.eos_token_id}. Use the same end token in both, or "
-            "train without the losses that need soft targets: loss=[answer,rationale]"
-        )

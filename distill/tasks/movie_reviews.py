@@ -1,6 +1,6 @@
 """Sentiment of real movie-review sentences, each rated from -4 to +4 by twenty people.
 
-AnnotationJob: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
+Source: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
 Media Text", ICWSM 2014; snippets from rottentomatoes.com; published in the package vaderSentiment (MIT).
 """
 

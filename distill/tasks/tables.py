@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +205,23 @@ def _read_parquet(file: Path) -> Rows:
                     f"{file} has {packed:,} bytes and unpacks to more than {limit:,}, which is not allowed; remove "
                     "columns that repeat the same value, or convert the table to JSON lines"
                 )
-            rows += batch.to_pylist()
+            rows += _rows_of(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{file} is not readable as Parquet: {error}") from None
     return {f"row {number}": row for number, row in enumerate(rows, start=1)}
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a pyarrow table; floats of 16 or 32 bits as their shortest decimal, 0.1 and not 0.10000000149."""
+    import pyarrow
+
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for field in batch.schema:
+        if field.type in (pyarrow.float16(), pyarrow.float32()):
+            for row in rows:
+                value = row[field.name]
+                row[field.name] = value if value is None else float(str(field.type.to_pandas_dtype()(value)))
+    return rows
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
@@ -246,7 +260,8 @@ def _rows(dataset: Any) -> Rows:
     """Rows of a `datasets.Dataset`, with class labels as names; the label -1 means no label."""
     import datasets
 
-    rows = {f"row {number}": dict(row) for number, row in enumerate(dataset, start=1)}
+    batches = dataset.with_format("arrow").iter(_BATCH_ROWS)
+    rows = {f"row {number}": row for number, row in enumerate(chain.from_iterable(map(_rows_of, batches)), start=1)}
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.ClassLabel):
             for row in rows.values():

@@ -53,11 +53,12 @@ def joined_text(value: Any) -> str:
 
 
 def _number_text(value: float | Decimal) -> str:
-    if not math.isfinite(value):
+    number = Decimal(repr(float(value))) if isinstance(value, float) else value
+    if not number.is_finite():
         raise ValueError(f"{value} is not a finite number")
     if isinstance(value, Decimal) and value != value.to_integral_value():
         return _check_length(format(value, "f"))  # a decimal's zeros are its precision
-    return plain_decimal(Decimal(repr(float(value))) if isinstance(value, float) else value)
+    return plain_decimal(number)
 
 
 def _check_length(text: str) -> str:

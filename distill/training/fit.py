@@ -25,6 +25,7 @@ from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
 from distill.lessons.loader import Arrangement, DistillData
+from distill.prompts.vocabularies import Pairing
 from distill.records import Span
 from distill.students.causal_lm import open_student, weights_hash
 from distill.training.best import BestValidation, measure_of
@@ -164,12 +165,13 @@ def stop_on_failures(findings: Sequence[Finding]) -> None:
 def preflight_input(job: Job, training: Training) -> PreflightInput:
     """Collect what preflight and the forecast inspect."""
     config, trainer = job.config, training.trainer
+    store = (job.soft_annotation_job or job.annotation_job).store
     return PreflightInput(
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
         read=training.curriculum.read,
-        annotation=(job.soft_annotation_job or job.annotation_job).store.read,
+        annotation=lambda key: (job.pairing or Pairing()).annotation(store.read(key)),
         has_second_teacher=job.soft_annotation_job is not None,
         question=lambda id_: next(e.question for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,

@@ -134,7 +134,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     rows = functools.cache(functools.partial(_copies, largest))
     if missing:
         texts_by_key = _longest_texts(job, first, max_tokens)
-        annotations = _longest(job.annotation_job, job.prompts, first, texts_by_key, rows)
+        annotations = _longest(job.annotation_job, first, texts_by_key, rows)
         kept = _longest_rationales(job, first, annotations)
     else:
         kept = kept_rationales(filter_rationales(job.annotation_job, first))
@@ -144,7 +144,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         second = collect_requests(job.soft_annotation_job, scored_texts, use_given_rationales=True)
         unscored = job.soft_annotation_job.store.missing(second.all_requests)
         work.append(TeacherWork("soft ", job.soft_annotation_job, second, unscored, max_tokens, 0, bool(missing)))
-        soft_annotations = _longest(job.soft_annotation_job, job.prompts, second, _texts_by_key(scored_texts), rows)
+        soft_annotations = _longest(job.soft_annotation_job, second, _texts_by_key(scored_texts), rows)
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     join = join_for(job, annotations, soft_annotations, kept)
@@ -182,9 +182,11 @@ class LongestAnnotations(AnnotationReader):
 
 
 def _longest(
-    annotation_job: AnnotationJob, prompts: Prompts, requests: AnnotationRequests, texts: Texts, rows: Rows
+    annotation_job: AnnotationJob, requests: AnnotationRequests, texts: Texts, rows: Rows
 ) -> LongestAnnotations:
-    return LongestAnnotations(annotation_job.store, requests.requests, annotation_job.task, prompts, texts, rows)
+    return LongestAnnotations(
+        annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts, texts, rows
+    )
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:

@@ -210,9 +210,9 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
         soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
-    if not job.is_vocabulary_shared:
-        teacher = {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
-    return teacher
+    if job.pairing is None:
+        return {key: replace(annotation, targets={}) for key, annotation in teacher.items()}
+    return {key: job.pairing.annotation(annotation) for key, annotation in teacher.items()}
 
 
 def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:

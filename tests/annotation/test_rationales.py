@@ -54,6 +54,13 @@ def test_the_gold_answer_overrides_votes_and_the_direct_answer() -> None:
     assert [r.confidence for r in rationales] == [2 / 3, 2 / 3, 1 / 3]
 
 
+def test_a_rationale_may_lead_to_any_accepted_answer() -> None:
+    example = Example("How many?", "8", accepted=("eight",))
+    samples = {example.id: [sample("eight"), sample("8", SOUND + " Yes."), sample("nine")]}
+    rationales = filter_samples([example], samples, {}, as_written, criteria("all"))
+    assert [(r.reason, r.compared_with) for r in rationales] == [(None, "gold"), (None, "gold"), ("disagrees", "gold")]
+
+
 def test_without_gold_the_majority_answer_is_right() -> None:
     rationales = filtered([sample("7"), sample("8"), sample("8", SOUND + " Yes."), sample("9")], direct="7")
     assert [r.reason for r in rationales] == ["outvoted", None, None, "outvoted"]

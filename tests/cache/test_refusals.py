@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from distill.cache.store import _sealed, difference, drop_shard, nearest_difference
+from distill.cache.sealed import seal
+from distill.cache.store import difference, drop_shard, nearest_difference
 from distill.errors import CacheError
 from tests.cache.conftest import FINGERPRINT, annotation, comparable, key, open_store, write_records
 from tests.conftest import shards
@@ -99,7 +100,7 @@ def test_a_shard_must_be_a_regular_file_of_the_folder(how: str, tmp_path: Path) 
         "no keys": {"keys": ""},
         "huge number": {"records": 1e300},
     }.get(how, {})
-    manifest.write_bytes(_sealed(line))
+    manifest.write_bytes(seal(line))
     with pytest.raises(CacheError, match=r"not a regular file|invalid line for a shard"):
         open_store(folder)
 
@@ -138,7 +139,7 @@ def test_a_hostile_file_with_correct_checksums_is_refused(name: str, tmp_path: P
     crcs = {"header": zlib.crc32(content[: 8 + len(header)]), "token": zlib.crc32(bytes(4))}
     line["crc32"] = crcs | {"parquet": line["crc32"]["parquet"]}
     line["bytes"]["safetensors"] = len(content)
-    manifest.write_bytes(_sealed(line))
+    manifest.write_bytes(seal(line))
     with pytest.raises(CacheError, match=rf"{shard.name} is damaged"):
         open_store(tmp_path).read(key(1))
 
@@ -173,7 +174,7 @@ def test_another_fingerprint_is_refused_with_all_differences(
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"format": 1, "fingerprint": {}}\n', *(_sealed({"format": n, "fingerprint": {}}) for n in (2, 4))]
+    "line", [b'{"format": 1, "fingerprint": {}}\n', *(seal({"format": n, "fingerprint": {}}) for n in (2, 4))]
 )
 def test_another_format_is_refused(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_bytes(line)

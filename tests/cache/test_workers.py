@@ -19,6 +19,7 @@ from distill.lessons.collate import collate
 from distill.lessons.join import Join
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.vocabularies import Pairing
 from distill.records import Annotation, Batch, Example, Request, Span, Target
 from tests.cache.conftest import FINGERPRINT
 from tests.conftest import LAYOUT, arithmetic, environment, examples
@@ -50,6 +51,7 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    settings["pairing"] = Pairing()
     join = Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
     loaders = [
         DataLoader(StepBatches(join, store, all_examples), batch_size=None, num_workers=number) for number in (2, 0)

@@ -17,6 +17,7 @@ from distill.errors import CacheError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Join
 from distill.prompts.cues import Prompts
+from distill.prompts.vocabularies import Pairing
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Target
 from tests.conftest import CountingTeacher, arithmetic, examples
 from tests.lessons.conftest import soft
@@ -32,7 +33,8 @@ def make_join(
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given_examples if e.id in annotations}
     with store.writing() as writer:
         writer.add([replace(annotations[example_id], key=request.key) for (example_id, _), request in requests.items()])
-    settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS} | overrides
+    settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS}
+    settings |= {"pairing": Pairing()} | overrides
     return Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
 
 

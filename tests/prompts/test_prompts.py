@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
-from distill.prompts.tokenizers import check_shared_vocabulary, load_tokenizer
+from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Prompt
 from tests.conftest import LAYOUT, arithmetic, examples, make_model, make_tokenizer
 
@@ -152,39 +152,24 @@ def test_the_vocabulary_has_all_tokens_and_no_padding_rows(prompts: Prompts) -> 
     assert sorted(prompts.tokenizer.get_vocab().values()) == list(range(prompts.vocabulary_size))
 
 
-def test_equal_tokenizers_share_soft_targets(teacher_folder: Path, student_folder: Path) -> None:
-    check_shared_vocabulary(load_tokenizer(teacher_folder), load_tokenizer(student_folder))
-
-
-@pytest.mark.parametrize("change", ["permuted", "extra", "fewer", "end"])
-def test_different_tokenizers_are_refused_with_a_remedy(
-    change: str, teacher_folder: Path, student_folder: Path
-) -> None:
-    student = load_tokenizer(student_folder)
-    if change == "extra":
-        student.add_tokens(["zebra"])
-    elif change == "end":
-        student.eos_token = "<s>"
-    else:
-        state = student.backend_tokenizer.to_str()
-        swapped = {
-            "permuted": (('"A":', '"AB?":'), ('"B":', '"A":'), ('"AB?":', '"B":')),
-            "fewer": (('"~":', '"~~":'),),
-        }
-        for old, new in swapped[change]:
-            assert old in state
-            state = state.replace(old, new)
-        student = type(student)(tokenizer_object=Tokenizer.from_str(state), bos_token="<s>", eos_token="</s>")
-    with pytest.raises(ConfigError) as raised:
-        check_shared_vocabulary(load_tokenizer(teacher_folder), student)
-    differences = {"permuted": "2 of 320", "extra": "0 of 320", "fewer": "1 of 320", "end": "id 1, the student with 0"}
-    assert differences[change] in str(raised.value)
-    assert "loss=[answer,rationale]" in str(raised.value)
-
-
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", seed=0)
     for file in folder.glob("*token*"):
         file.unlink()
     with pytest.raises(ConfigError, match="no tokenizer that loads"):
         load_tokenizer(folder)
+
+
+def test_choices_and_the_texts_of_an_example_are_tokenized_once(prompts: Prompts) -> None:
+    counting = few_shot(prompts)
+    pieces: list[str] = []
+    encode = counting._pieces.__class__.__call__
+    counting._encode = functools.lru_cache(counting._encode.cache_parameters()["maxsize"])(
+        lambda text: pieces.append(text) or encode(counting._pieces, text)
+    )
+    for example in (QUESTION, *examples(20)):
+        counting.choice_ids(("yes", "no"))
+        counting.request(example, "answer")
+        counting.request(example, "rationale")
+        counting.rationale_prompt(example, str(example.rationale), "yes")
+    assert sorted(pieces) == sorted(set(pieces))

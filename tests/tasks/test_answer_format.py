@@ -86,6 +86,94 @@ def test_a_pattern_must_match_the_bare_answer_which_a_student_generates() -> Non
         answer_format("pattern", "####(.+)").read_gold("Three and two. #### 5")
 
 
+LABELS = {  # a number label, and the number that it is; None: refused
+    "1e-05": "0.00001",
+    "1.5e6": "1500000",
+    "-1.5E-3": "-0.0015",
+    "+5": "5",
+    "−5": "-5",
+    "-€5": "-5",
+    "£1,234.50": "1234.5",
+    "5 apples": "5",
+    "5%": "5",
+    "50 km/h": "50",
+    "12 m²": "12",
+    "x = 5.": "5",
+    "**5**": "5",
+    "USD 5": "5",
+    "1/2": None,
+    "1⁄2": None,
+    "1,5": None,
+    "1.000,5": None,
+    "1,234,56": None,
+    "1_000": None,
+    "1 000": None,
+    "1\N{NARROW NO-BREAK SPACE}000": None,
+    "1'000": None,
+    "１２": None,
+    "½": None,
+    "5½": None,
+    "2⁵": None,
+    "10^3": None,
+    "3:30": None,
+    "1.5.2": None,
+    "0x1F": None,
+    "5 of 7": None,
+    "10-3": None,
+    "5 × 3": None,
+    "5 million": None,
+    "5M": None,
+    "5 万": None,
+    "5 and a half": None,
+    "minus 5": None,
+    "- 5": None,
+    "<5": None,
+    "1e5000": None,
+    "1e99999999999999999999": None,
+    "inf": None,
+    "nan": None,
+    "true": None,
+    "It is 48/2 = 24, so #### 72": None,
+}
+
+
+@pytest.mark.parametrize("kind", ["number", "last_number"])
+@pytest.mark.parametrize(("label", "number"), LABELS.items())
+def test_a_number_label_is_read_whole_or_refused(kind: Any, label: str, number: str | None) -> None:
+    answers = answer_format(kind)
+    if number is None and not (kind == "last_number" and "####" in label):
+        with pytest.raises(AnswerError):
+            answers.read_gold(label)
+    else:
+        assert answers.read_gold(label) == (number or "72")
+
+
+@pytest.mark.parametrize("text", ["1/2", "1,5", "1_000", "1 000", "3:30", "2⁵", "5½", "so 1.000,5 in all", "1e5000"])
+def test_a_part_of_a_number_is_not_read_from_a_text_either(text: str) -> None:
+    for kind in ("number", "last_number"):
+        with pytest.raises(AnswerError):
+            answer_format(kind).read(text)
+
+
+@pytest.mark.parametrize("text", ["3x + 2", "1e5", "2⁵", "1,5", "3.4.5", "(3 + 4)x"])
+def test_an_expression_that_goes_on_is_not_read(text: str) -> None:
+    with pytest.raises(AnswerError):
+        answer_format("expression").read(text)
+
+
+@pytest.mark.parametrize("text", ["1/2", "yes/no", "yes-no", "1.5"])
+def test_a_choice_that_goes_on_is_not_read(text: str) -> None:
+    with pytest.raises(AnswerError):
+        answer_format(choices=["1", "2", "yes", "no"]).read(text)
+
+
+def test_a_label_of_several_lines_is_refused_with_the_setting_that_takes_it() -> None:
+    label = "def f():\n    return 1"
+    with pytest.raises(AnswerError, match=r"""set task.read.kind=pattern and 'task.read.pattern="\(\?s\)\(\.\+\)"'"""):
+        answer_format("line").read_gold(label)
+    assert answer_format("pattern", "(?s)(.+)").read_gold(label) == label
+
+
 def test_expressions_with_equal_values_are_the_same_answer() -> None:
     answers = answer_format("expression")
     first, second, other = (answers.read(text) for text in ("( 3.0 + 5.0 )", "(5 + 3)", "(5 - 3)"))

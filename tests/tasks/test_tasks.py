@@ -138,6 +138,18 @@ def test_an_id_is_computed_once_per_example(monkeypatch: pytest.MonkeyPatch) -> 
     assert example == Example("How many?")
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "strategyqa", "svamp"])
+def test_a_task_sets_the_lengths_of_teacher_student_and_prompts(name: str) -> None:
+    config = compose(f"task={name}", "task.path=none", "teacher=causal_lm")
+    limits = (config.max_new_tokens, config.teacher.kind.max_new_tokens, config.prompt.max_length)
+    assert limits == (config.task.max_new_tokens, config.task.max_new_tokens, config.task.max_length)
+    assert limits > (40, 40, 255)
+    config = compose(f"task={name}", "task.path=none", "task.max_new_tokens=9", "prompt.max_length=99")
+    assert (config.max_new_tokens, config.teacher.kind.max_new_tokens, config.prompt.max_length) == (9, 9, 99)
+    config = compose("task=arithmetic")
+    assert (config.max_new_tokens, config.teacher.kind.max_new_tokens, config.prompt.max_length) == (40, 40, 256)
+
+
 def test_generated_rationales_derive_their_answers() -> None:
     task = arithmetic(num_labelled=60)
     for example in (*task.splits().train[:60], *task.shots()):
@@ -149,10 +161,17 @@ def test_generated_rationales_derive_their_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"), [("7", "7"), (" 007.", "7"), ("1,204 pens", "1204"), ("-3", "-3"), ("so 4 or 5", "4")]
+    ("text", "answer"),
+    [("7", "7"), (" 007.", "7"), ("1,204 pens", "1204"), ("-3", "-3"), ("so 4 or 5", "4"), ("7.0", "7")],
 )
 def test_arithmetic_reads_the_first_whole_number(text: str, answer: str) -> None:
     assert arithmetic().read_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", ["7.5", "7/2", "7,5", "1e-3", "7 000 000"])
+def test_arithmetic_reads_no_part_of_a_number(text: str) -> None:
+    with pytest.raises(AnswerError):
+        arithmetic().read_answer(text)
 
 
 def test_impossible_settings_of_arithmetic_are_refused() -> None:

@@ -33,6 +33,22 @@ def test_annotations_are_read_from_the_file(recorded: Configured) -> None:
         assert (annotation.answer, annotation.rationale) == (None, None)
 
 
+def test_a_question_is_laid_out_alike_for_the_task_and_its_recording(tmp_path: Path, recorded: Configured) -> None:
+    rows = [
+        {"title": f"T{i}", "text": i / 4, "answer": "yes", "reply": "yes", "why": ["So.", "Yes."]} for i in range(20)
+    ]
+    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recorded()
+    overrides = ["task=jsonl", f"task.path={tmp_path / 'recorded.jsonl'}", 'task.question="{title}: {text}"']
+    config.task = compose(*overrides, f"root={tmp_path}").task
+    config.prompt.num_shots = 0
+    job = open_annotation_job(config)
+    filled = fill(job, {"rationale": job.splits.train})
+    annotations = [job.store.read(request.key) for request in filled.requests.values() if request.span == "rationale"]
+    assert {(a.answer, a.rationale) for a in annotations} == {("yes", "So. Yes.")}
+    assert len(annotations) == len(job.splits.train)
+
+
 def test_several_rows_of_a_question_are_its_samples(recorded: Configured, tmp_path: Path) -> None:
     question = open_annotation_job(recorded()).splits.train[1].question
     with (tmp_path / "recorded.jsonl").open("a") as file:

@@ -1,0 +1,22 @@
+"""Several right answers: the student's, the generated and the teacher's answer may each be any of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.evaluation.answers import _prediction
+from distill.records import Annotation, Example
+from tests.conftest import arithmetic
+
+
+@pytest.mark.parametrize(("answer", "is_right"), [("7", True), ("8", True), ("9", False), (None, False)])
+def test_any_accepted_answer_is_right(answer: str | None, is_right: bool) -> None:
+    example = Example("How many?", "7", accepted=("8",))
+    prediction = _prediction(arithmetic(), example, answer, answer, Annotation("key", {}, answer))
+    assert prediction.gold == "7"
+    judged = prediction.is_correct, prediction.is_written_correct, prediction.is_teacher_correct
+    assert judged == (is_right, is_right, is_right)
+
+
+def test_an_unlabelled_example_has_no_right_answer() -> None:
+    assert not _prediction(arithmetic(), Example("How many?"), "7", "7").is_correct
