@@ -66,9 +66,9 @@ def _results(mutants: Sequence[Mutant], folder: Path, processes: int) -> list[Re
             f"{len(mutants) - len(missing)} of {len(mutants)} mutants have a result; timing the tests without one ...\n"
         )
         import_libraries()
-        copies = Copies(ROOT, folder, min(processes, len(missing)))
+        copies = Copies(ROOT, folder, min(processes, len(missing)), [*sources])
         seconds = seconds_without_mutant(copies, [mutant.path for mutant in missing])
-        for done, result in enumerate(run(ROOT, copies, missing, seconds), start=1):
+        for done, result in enumerate(run(copies, missing, seconds), start=1):
             append(path, result)
             results[keys[result.mutant]] = result
             say(f"{done}/{len(missing)} {result.outcome:<8} {result.seconds:5.0f} s  {result.mutant.name}\n")

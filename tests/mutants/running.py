@@ -45,26 +45,23 @@ class Job:
 
 
 class Copies:
-    """Copies of the repository, in which one module at a time is changed."""
+    """Copies of the repository, in which one module at a time is changed; the repository may change meanwhile."""
 
-    def __init__(self, root: Path, folder: Path, number: int) -> None:
-        """Copy the repository anew."""
-        self._root, self._time = root, _FIRST_TIME
+    def __init__(self, root: Path, folder: Path, number: int, paths: Sequence[str]) -> None:
+        """Copy the repository anew; `paths` are the modules that will be changed."""
+        self._time = _FIRST_TIME
         self.free = [folder / f"copy-{index}" for index in range(number)]
         for copy in self.free:
             shutil.rmtree(copy, ignore_errors=True)
             for name in COPIED:
                 _copy(root / name, copy / name)
+        self.sources = {path: (self.free[0] / path).read_text() for path in paths}
 
     def write(self, copy: Path, path: str, source: str) -> None:
         """Write a module with a time of its own: bytecode is found by time and size, and a mutant has its size."""
         (copy / path).write_text(source)
         self._time += 1
         os.utime(copy / path, (self._time, self._time))
-
-    def restore(self, copy: Path, path: str) -> None:
-        """Undo the change of a module."""
-        self.write(copy, path, (self._root / path).read_text())
 
 
 def _copy(source: Path, to: Path) -> None:
@@ -168,23 +165,23 @@ def seconds_without_mutant(copies: Copies, paths: Sequence[str]) -> dict[str, fl
     return seconds
 
 
-def run(root: Path, copies: Copies, mutants: Sequence[Mutant], seconds: dict[str, float]) -> Iterator[Result]:
+def run(copies: Copies, mutants: Sequence[Mutant], seconds: dict[str, float]) -> Iterator[Result]:
     """Run the mutants, as many at a time as there are copies; results come as they are ready."""
     waiting, jobs = [*mutants], list[Job]()
     while waiting or jobs:
         while waiting and copies.free:
             mutant, copy = waiting.pop(0), copies.free.pop()
-            copies.write(copy, mutant.path, mutant.source((root / mutant.path).read_text()))
+            copies.write(copy, mutant.path, mutant.source(copies.sources[mutant.path]))
             limit = _MARGIN_SECONDS + _TIMES * seconds[Path(mutant.path).parts[1]]
             jobs.append(start(copy, mutant.path, limit, mutant))
         job, code = ended(jobs)
         jobs.remove(job)
         assert job.mutant
-        copies.restore(job.copy, job.mutant.path)
+        original = copies.sources[job.mutant.path]
+        copies.write(job.copy, job.mutant.path, original)
         copies.free.append(job.copy)
         outcome: Outcome = "timeout" if code is None else "survived" if code == 0 else "killed"
-        diff = job.mutant.diff((root / job.mutant.path).read_text())
-        yield Result(job.mutant, outcome, round(time.monotonic() - job.started, 1), diff)
+        yield Result(job.mutant, outcome, round(time.monotonic() - job.started, 1), job.mutant.diff(original))
 
 
 def read_results(path: Path) -> dict[tuple[str, str], Result]:

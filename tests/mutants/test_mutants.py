@@ -121,8 +121,8 @@ from tests.mutants.running import Copies, run, seconds_without_mutant
 root, folder = map(Path, sys.argv[1:])
 path = "distill/toy/sums.py"
 mutants = [group[0] for group in by_place(path, (root / path).read_text())]
-copies = Copies(root, folder, 2)
-for result in run(root, copies, mutants, seconds_without_mutant(copies, [path])):
+copies = Copies(root, folder, 2, [path])
+for result in run(copies, mutants, seconds_without_mutant(copies, [path])):
     print(result.mutant.line, result.outcome)
 """
 
@@ -143,6 +143,6 @@ def test_a_mutant_that_no_test_looks_at_survives_and_the_repository_is_unchanged
 
 def test_tests_that_do_not_end_are_stopped(tmp_path: Path) -> None:
     make_repository(tmp_path / "repository")
-    copies = Copies(tmp_path / "repository", tmp_path / "out", 1)
+    copies = Copies(tmp_path / "repository", tmp_path / "out", 1, [])
     job = Job(forked(lambda: time.sleep(60) or 0), -1e9, 1.0, copies.free[0], None)
     assert ended([job]) == (job, None)
