@@ -13,10 +13,10 @@ from distill.app.config import Config
 from distill.exports import example
 from distill.lessons.join import AnswerMode
 from distill.prompts.cues import Prompts
+from distill.prompts.pieces import CONTEXTS
 from distill.records import Example, Span
 
 PLACE = "{question}"
-_CONTEXTS = ("\n", ".", "a", "0", "é")  # texts after which a piece of a prompt is tokenized
 _SHORT = Example("?", None)
 
 
@@ -110,4 +110,4 @@ def _contexts(prompts: Prompts, questions: Sequence[Example]) -> tuple[str, ...]
     """Texts after which a piece is tokenized; none if it is tokenized as a text of its own."""
     pieces = ["\n", *(f" {question.question}" for question in (*questions, _SHORT))]
     is_alone = all(tuple(example.text_ids(prompts.tokenizer, (), piece)) == prompts.encode(piece) for piece in pieces)
-    return () if is_alone else _CONTEXTS
+    return () if is_alone else CONTEXTS

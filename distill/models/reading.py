@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill.losses.head import Shape
 from distill.models.body import Body, Way
 from distill.models.rows import GroupedRows, PaddedRows, Rows
-from distill.models.verification import read_whole, verified_way
+from distill.models.verification import check_right_padding, read_whole, verified_way
 
 _HEAD_ROWS, _CPU_ROWS = 256, 32
 ChooseToken = Callable[[Tensor, int], Tensor]  # logits [B, V], index of the new token -> tokens [B, 1]
@@ -93,6 +93,12 @@ class PrefixedReader:
     def _head(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
         head: nn.Module = self._model.get_output_embeddings()
         return self._shape(head(hidden)[..., : self.vocabulary_size])
+
+
+def check_student_reading(model: Any, vocabulary_size: int) -> None:
+    """Raise ConfigError unless a student can be read, and computes with padding on the right what it does without."""
+    reader = PrefixedReader(model, (), vocabulary_size)
+    check_right_padding(model, reader.logits, vocabulary_size)
 
 
 @final

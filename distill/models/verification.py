@@ -33,7 +33,7 @@ def verified_way(model: Any, to_logits: ToLogits, vocabulary_size: int) -> Way:
     `to_logits` is the head with which the reader turns hidden states into logits.
     """
     texts = _texts(vocabulary_size)
-    tolerance = max(_MIN_TOLERANCE, torch.finfo(model.dtype).eps ** 0.5)
+    tolerance = _tolerance(model)
     expected = [_plain_logits(model, text, vocabulary_size) for text in texts]
     _check_causal(model, expected, tolerance)
     gaps: dict[Way, float] = {}
@@ -43,18 +43,46 @@ def verified_way(model: Any, to_logits: ToLogits, vocabulary_size: int) -> Way:
         if gaps[way] <= tolerance:
             if way == "plain":
                 say(
-                    f"{type(model).__name__} is read one prompt at a time without a cache, which is slow: its batched "
-                    f"and cached reading differs from its plain forward passes {_size(gaps['batched'])}"
+                    f"{type(model).__name__} is read one prompt at a time without a cache, which is slow: reading it "
+                    f"in batches with a cache {_result(gaps['grouped'])}"
                 )
             return way
     raise ConfigError(
-        f"{type(model).__name__} is not supported: even one prompt at a time, without a cache, its body and head "
-        f"differ from its own forward pass {_size(gaps['plain'])}"
+        f"{type(model).__name__} is not supported: reading it with its body and head apart, even one prompt at a time "
+        f"without a cache, {_result(gaps['plain'])}"
     )
 
 
-def _size(gap: float) -> str:
-    return "or fails" if math.isinf(gap) else f"by {100 * gap:.2g} % of its logits"
+@torch.inference_mode()
+def check_right_padding(model: Any, to_logits: ToLogits, vocabulary_size: int) -> None:
+    """Raise ConfigError unless texts of unlike length, padded on the right as in training, are read as if alone."""
+    texts = _texts(vocabulary_size)[: len(_PROMPTS)]
+    longest = max(map(len, texts))
+    ids_BT = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
+    mask_BT = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=model.device)
+    try:
+        hidden_BTH = model.base_model(ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        pairs = [
+            (to_logits(h[: len(t)]), _plain_logits(model, t, vocabulary_size))
+            for h, t in zip(hidden_BTH, texts, strict=True)
+        ]
+        gap = max(_difference(found, expected, is_exact=True) for found, expected in pairs)
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:
+        gap = math.inf
+    if not gap <= _tolerance(model):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be a student: reading a batch that is padded on the right {_result(gap)}"
+        )
+
+
+def _tolerance(model: Any) -> float:
+    return float(max(_MIN_TOLERANCE, torch.finfo(model.dtype).eps ** 0.5))
+
+
+def _result(gap: float) -> str:
+    return "fails" if math.isinf(gap) else f"changes its logits by {100 * gap:.2g} %"
 
 
 def _texts(vocabulary_size: int) -> list[list[int]]:
@@ -91,8 +119,8 @@ def _check_causal(model: Any, expected: list[Tensor], tolerance: float) -> None:
         gap = _difference(expected[k][:common], expected[num_prompts + k][:common], is_exact=True)
         if not gap <= tolerance:
             raise ConfigError(
-                f"{type(model).__name__} is not supported: its logits at a token differ {_size(gap)} with the text "
-                "after it, so it does not read from left to right; use a causal language model"
+                f"{type(model).__name__} is not supported: its logits at a token differ by {100 * gap:.2g} % with the "
+                "text after it, so it does not read from left to right; use a causal language model"
             )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import ConfigError
 
 Ids = tuple[int, ...]
-_BEFORE = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
+CONTEXTS = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
 _NORMAL = "A b  C ² é"  # changed by tokenizers that fold case, spaces, compatibility characters or accents
 
 
@@ -33,7 +33,7 @@ class Pieces:
         self.first = self._as_text  # encodes the text with which a prompt begins
         text, decoded = "".join(samples), self._joined(samples)
         if not same_text(decoded, text):
-            self._before = tuple((before, self._as_text(before)) for before in _BEFORE)
+            self._before = tuple((before, self._as_text(before)) for before in CONTEXTS)
             if self._joined(samples) == f" {text}":  # decoding keeps the space that encoding added
                 self.first = self
             if not same_text(self._joined(samples), text):

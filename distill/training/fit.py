@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,
+        open_uncut=_uncut(job),
         make_optimizer=configuration.build(config.optim.optimizer),
         batch_size=config.batch_size,
         microbatch_size=config.microbatch_size,
@@ -189,6 +190,16 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         run_dir=job.run_dir,
         device=trainer.strategy.root_device,
         precision=trainer.precision_plugin.forward_context,
+    )
+
+
+def _uncut(job: Job) -> Callable[[], Any] | None:
+    """Return how to open the model that the student was cut from, if it has trained weights and more layers."""
+    settings = job.config.student
+    if settings.keep_layers is None or settings.from_scratch:
+        return None
+    return lambda: open_student(
+        job.student_folder, keep_layers=None, freeze=[], from_scratch=False, lora=None, gradient_checkpointing=False
     )
 
 

@@ -28,6 +28,7 @@ from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.loader import BatchLimit
+from distill.models.reading import check_student_reading
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -187,11 +188,12 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
 
 def _check_student(job: Job) -> None:
-    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, or saved and reopened."""
+    """Raise ConfigError, before the teacher is asked, if the student cannot be opened, read, or saved and reopened."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
         try:
-            _save(job, open_job_student(job), Path(folder) / "student")
+            saved = _save(job, open_job_student(job), Path(folder) / "student")
+            check_student_reading(saved.model.eval(), job.prompts.vocabulary_size)
         except SavedStudentError as error:
             raise ConfigError(str(error)) from None
 

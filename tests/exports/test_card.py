@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData
 
+from distill.exports import example
 from distill.exports.card import card, is_taught
 from distill.exports.folder import export
 from distill.exports.recipe import make_recipe, num_literal
@@ -19,7 +22,7 @@ from distill.records import Example
 from distill.reports.runs import Run, read_run
 from tests.conftest import compose
 from tests.exports.conftest import MakeRun
-from tests.exports.test_export import joining_full_stop_and_newline
+from tests.exports.test_export import QUESTIONS, joining_full_stop_and_newline, with_a_leading_space, with_start
 
 FACTS = {
     "name": "answer-seed0",
@@ -111,6 +114,18 @@ def test_a_prompt_that_must_be_tokenized_in_pieces_is_said_to_be() -> None:
     assert "```text\nQ: {question}\nAnswer:\n```" in text
     assert "tokenized one by one, as `example.py` does" in text
     assert "other tokens for 1 of 4 test questions" in text
+
+
+@pytest.mark.parametrize("make", [with_start, with_a_leading_space])
+def test_the_example_reads_the_tokens_of_training(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    layout = Layout(instruction="Judge.", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
+    prompts = Prompts(make(tmp_path), layout, (), max_length=256, too_long="drop")
+    config = compose("task=jsonl", "task.path=none.jsonl", "student=causal_lm", "student.model=none")
+    recipe = asdict(make_recipe(prompts, config, QUESTIONS))
+    for question in QUESTIONS:
+        learned = prompts.answer_prompt(question, "negative")
+        start, _ = learned.spans["answer"]
+        assert tuple(example.prompt_ids(prompts.tokenizer, recipe, question.question)) == learned.ids[:start]
 
 
 def test_fences_in_the_layout_do_not_end_the_prompt() -> None:

@@ -13,15 +13,21 @@ import pytest
 
 from distill.errors import ConfigError
 from distill.lessons.join import Lesson
-from distill.lessons.loader import Arrangement, StepSampler
+from distill.lessons.loader import Arrangement, BatchLimit, DistillData, StepSampler
 from distill.prompts.cues import Prompts
-from tests.conftest import lessons
+from tests.conftest import lessons, read
 
 
 def sampler(all_lessons: list[Lesson], **settings: Any) -> StepSampler:
     """A sampler with four examples per step, with changed settings."""
     defaults = {"batch_size": 4, "batch_unit": "examples", "num_microbatches": 1, "num_steps": 1, "seed": 0}
     return StepSampler(all_lessons, **defaults | settings)
+
+
+def distill_data(validation: list[Lesson], **settings: Any) -> DistillData:
+    """The data of a run that validates on these lessons."""
+    defaults = {"train": validation, "read": read, "batch_size": 8, "arrangement": Arrangement(), "num_steps": 1}
+    return DistillData(validation=validation, seed=0, padding_id=0, num_workers=0, **defaults | settings)
 
 
 @pytest.mark.parametrize(("num_microbatches", "world_size"), [(1, 1), (4, 1), (8, 1), (2, 2), (1, 4), (3, 2)])
@@ -61,6 +67,48 @@ def test_a_step_has_the_same_examples_for_any_number_of_processes(
     num_uses = Counter(index for (step,) in undivided for index in step.indices)
     assert set(num_uses) == set(range(11))
     assert max(num_uses.values()) - min(num_uses.values()) <= 1
+
+
+def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(prompts: Prompts) -> None:
+    all_lessons = lessons(prompts, 36)
+
+    def epochs(seed: int) -> list[list[list[int]]]:
+        steps = list(itertools.islice(sampler(all_lessons, batch_size=2, seed=seed).steps(), 72))
+        return [steps[start : start + 18] for start in range(0, 72, 18)]
+
+    first, *others = epochs(0)
+    for number, epoch in enumerate([first, *others]):
+        assert sorted(itertools.chain(*epoch)) == list(range(36)), number
+    assert all(epoch != first for epoch in others)
+    assert len({tuple(map(tuple, epoch)) for epoch in (first, *others)}) == 4
+    assert epochs(0) == [first, *others]
+    assert all(left != right for left, right in zip(epochs(1), epochs(0), strict=True))
+
+
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_batches_hold_as_much_as_the_limit_allows_and_no_more(unit: Any) -> None:
+    lengths, size = [7, 3, 9, 3, 5, 8, 2, 40], {"examples": 3, "tokens": 20}[unit]
+    batches = BatchLimit(size, unit).batches(lengths)
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    sizes = [
+        len(batch) * max(lengths[index] for index in batch) if unit == "tokens" else len(batch) for batch in batches
+    ]
+    assert all(taken <= size or len(batch) == 1 for taken, batch in zip(sizes, batches, strict=True))
+    expected = {"examples": [[6, 1, 3], [4, 0, 5], [2, 7]], "tokens": [[6, 1, 3, 4], [0, 5], [2], [7]]}
+    assert batches == expected[unit]
+    assert BatchLimit(size, unit).batches([]) == []
+
+
+def test_validation_reads_no_more_at_once_than_training(prompts: Prompts) -> None:
+    validation = lessons(prompts, 23)
+    for unit, size in (("examples", 4), ("tokens", 300)):
+        data = distill_data(validation, microbatch_size=size, batch_unit=unit)
+        batches = list(data.val_dataloader())
+        shapes = [batch.input_ids_BT.numel() if unit == "tokens" else len(batch.example_ids) for batch in batches]
+        assert max(shapes) <= size
+        assert sorted(name for batch in batches for name in batch.example_ids) == sorted(
+            x.example_id for x in validation
+        )
 
 
 def test_another_seed_is_another_order(prompts: Prompts) -> None:

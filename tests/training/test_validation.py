@@ -18,7 +18,9 @@ from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson, TrainingSequence
+from distill.lessons.loader import BatchLimit
 from distill.losses.head import head_loss, predicted_ids
+from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.teachers import Calibration
@@ -196,6 +198,27 @@ def test_a_loss_without_validation_positions_is_not_logged(
     weighted = {name: objectives()[name].weight * float(logged_values[f"val/{name}"]) for name in ("answer", "kl")}
     assert float(logged_values["val/loss"]) == pytest.approx(sum(weighted.values()))
     assert all(math.isfinite(value) for value in logged_values.values())
+
+
+@pytest.mark.parametrize("limit", [BatchLimit(1), BatchLimit(3), BatchLimit(60, "tokens")])
+def test_evaluation_reads_no_more_at_once_than_allowed(
+    limit: BatchLimit, prompts: Prompts, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, questions = open_whole_student(student_folder, torch.float32).eval(), examples(11)
+    expected = Evaluation(model, prompts, SevensTask(), "direct", 6)
+    limited = Evaluation(model, prompts, SevensTask(), "direct", 6, limit)
+    sizes: list[int] = []
+    original_read = PrefixedReader.read
+
+    def recording_read(reader: PrefixedReader, texts: Sequence[Sequence[int]]) -> Any:
+        longest = max(map(len, texts)) + 6
+        sizes.append(len(texts) if limit.unit == "examples" or len(texts) == 1 else len(texts) * longest)
+        return original_read(reader, texts)
+
+    before = [p.written_answer for p in expected.predict(questions, {})], expected.rationales(questions)
+    monkeypatch.setattr(PrefixedReader, "read", recording_read)
+    assert ([p.written_answer for p in limited.predict(questions, {})], limited.rationales(questions)) == before
+    assert max(sizes) <= limit.size
 
 
 def test_evaluation_uses_the_current_weights(prompts: Prompts, student_folder: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from distill.lessons.join import Lesson, TrainingSequence
 from distill.prompts.pieces import same_text
 from distill.records import SPANS, Batch, Prompt, Span
-from distill.training.preflight.inputs import Finding, PreflightInput, Sample, spans_of
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain_prompts, spans_of
 
 _ROUNDING = 1e-3  # tolerance of log-probabilities above 0
 _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
@@ -37,6 +39,36 @@ def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[F
         "losses that need soft targets: loss=[answer,rationale]",
         True,
     )
+
+
+def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+    """A model has no positions behind its last one, and with a window it does not see the beginning of a text."""
+    limits = _limits(inputs.module.model)
+    longest = max(
+        len(prompt.ids)
+        for lesson in inputs.lessons
+        for sequence in lesson.sequences
+        for prompt in plain_prompts(sequence)
+    )
+    listed = ", ".join(f"{name} {limit}" for name, limit in limits.items()) or "no limit"
+    yield Finding(
+        "length",
+        all(longest <= limit for limit in limits.values()),
+        f"the longest text has {longest} tokens",
+        f"at most {listed}",
+        "The student cannot read its longest texts: lower prompt.max_length, or choose a student for longer texts",
+        True,
+    )
+
+
+def _limits(model: Any) -> dict[str, int]:
+    """Return the limits of the length of a text by the name of the setting in the model's configuration."""
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = {"max_position_embeddings": positions, "sliding_window": min(windows, default=None)}
+    return {name: limit for name, limit in limits.items() if isinstance(limit, int)}
 
 
 def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -217,4 +249,4 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_vocabulary, _finite, _labels, _shift, _template, _text, _end, _mass)
+CHECKS = (_vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)

@@ -64,6 +64,7 @@ class PreflightInput:
     prompts: Prompts
     is_vocabulary_shared: bool
     is_from_scratch: bool
+    open_uncut: Callable[[], Any] | None  # the model with all its layers, if the student lacks some
     make_optimizer: MakeOptimizer
     batch_size: int
     microbatch_size: int
@@ -119,7 +120,7 @@ def longest(inputs: PreflightInput) -> list[Lesson]:
     return ordered[:count]
 
 
-def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
+def plain_prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
     """Yield a plain prompt for each branch of a sequence."""
     prompt = sequence.prompt
     shared = prompt.ids[: prompt.branches[0]] if prompt.branches else ()
@@ -132,6 +133,6 @@ def _prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
 def spans_of(lessons: Sequence[Lesson]) -> Iterator[tuple[TrainingSequence, Prompt, Span, int, int]]:
     """Yield every span of the lessons, in batch order."""
     for sequence in (sequence for lesson in lessons for sequence in lesson.sequences):
-        for prompt in _prompts(sequence):
+        for prompt in plain_prompts(sequence):
             for span, (start, stop) in sorted(prompt.spans.items(), key=lambda item: item[1]):
                 yield sequence, prompt, span, start, stop

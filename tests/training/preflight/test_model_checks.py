@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from distill.records import SoftTargets, SoftTargetsKey
 from distill.training.preflight import PreflightInput
-from distill.training.preflight.inputs import collated
-from tests.conftest import objectives
-from tests.training.preflight.conftest import findings_by_check, with_losses
+from distill.training.preflight.data_checks import _length
+from distill.training.preflight.inputs import collated, plain_prompts, samples_of
+from tests.conftest import objectives, student_module
+from tests.training.preflight.conftest import LOSSES, findings_by_check, with_losses
 
 
 def test_a_student_worse_than_guessing_is_a_warning(valid_input: PreflightInput) -> None:
@@ -20,6 +24,59 @@ def test_a_student_worse_than_guessing_is_a_warning(valid_input: PreflightInput)
         valid_input.module.model.get_output_embeddings().weight *= 20
     finding = findings_by_check(valid_input)["loss at start"]
     assert (finding.passed, finding.is_fatal) == (False, False)
+
+
+def test_a_cut_student_is_judged_by_the_model_with_all_layers(valid_input: PreflightInput) -> None:
+    def spoiled(scale: float) -> Any:
+        model = copy.deepcopy(valid_input.module.model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight *= scale
+        return model
+
+    cut = replace(valid_input, module=student_module(spoiled(200), valid_input.prompts, *LOSSES))
+    finding = findings_by_check(replace(cut, open_uncut=lambda: spoiled(1)))["loss at start"]
+    assert finding.passed
+    assert "with all layers" in finding.found
+    # A model whose head does not belong to its tokenizer has all its layers, and warns nevertheless.
+    finding = findings_by_check(replace(cut, open_uncut=lambda: spoiled(200)))["loss at start"]
+    assert (finding.passed, finding.is_fatal) == (False, False)
+    assert findings_by_check(cut)["loss at start"].passed is False
+
+
+def test_a_wrong_tokenizer_is_a_warning_at_once(valid_input: PreflightInput) -> None:
+    """A trained model is worse than guessing with another tokenizer, by less than a half."""
+    model, batch = valid_input.module.model, samples_of(valid_input)[0].batch
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(batch.input_ids_BT, attention_mask=batch.mask_BT, labels=batch.input_ids_BT).loss.backward()
+        optimizer.step()
+    assert findings_by_check(valid_input)["loss at start"].passed
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight.copy_(layer.weight.roll(7, 0))
+    assert findings_by_check(valid_input)["loss at start"].passed is False
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit"), [("max_position_embeddings", 0), ("sliding_window", 0), ("max_position_embeddings", -1)]
+)
+def test_texts_longer_than_the_student_can_read_stop_the_run(
+    setting: str, limit: int, valid_input: PreflightInput
+) -> None:
+    longest = max(
+        len(prompt.ids)
+        for lesson in valid_input.lessons
+        for sequence in lesson.sequences
+        for prompt in plain_prompts(sequence)
+    )
+    config = valid_input.module.model.config
+    config.update({"max_position_embeddings": 10_000, "layer_types": ["sliding_attention"] * config.num_hidden_layers})
+    config.update({"sliding_window": 10_000} | {setting: longest + limit})
+    finding = next(iter(_length(valid_input, [])))
+    assert finding.passed == (limit == 0)
+    assert f"{setting} {longest + limit}" in finding.expected
+    assert f"{longest} tokens" in finding.found
 
 
 def test_an_untrained_student_starts_near_the_uniform_loss(valid_input: PreflightInput) -> None:

@@ -42,7 +42,7 @@ def train_two_steps(valid_input: PreflightInput, folder: Path, *, with_preflight
     modes = [part.training for part in module.modules()]
     random_states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     if with_preflight:
-        assert len(preflight(replace(valid_input, module=module))) == 17
+        assert len(preflight(replace(valid_input, module=module))) == 18
     assert [part.training for part in module.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_states[0])
     assert np.random.get_state()[1].tolist() == random_states[1]
@@ -98,6 +98,7 @@ def test_preflight_does_not_change_training(valid_input: PreflightInput, tmp_pat
 
 def test_gradient_checkpointing_is_checked_too(valid_input: PreflightInput, student_folder: Path) -> None:
     model = open_student(student_folder, **WHOLE_STUDENT | {"gradient_checkpointing": True})
+    model.load_state_dict(valid_input.module.model.state_dict())
     with_checkpointing = replace(valid_input, module=student_module(model, valid_input.prompts, *LOSSES))
     assert failed_checks(with_checkpointing) == set()
     assert findings_by_check(with_checkpointing)["gradients"].found == findings_by_check(valid_input)["gradients"].found
