@@ -20,11 +20,11 @@ AREAS = {
     "codecs": ("distill/cache/codecs/*.py",),
     "store": ("distill/cache/store.py",),
     "prompts": ("distill/prompts/*.py",),
-    "generation": ("distill/models/reading.py",),
+    "generation": ("distill/models/reading.py", "distill/models/rows.py", "distill/models/shared_prefix.py"),
     "teachers": ("distill/teachers/*.py",),
     "lessons": ("distill/lessons/join.py", "distill/lessons/collate.py", "distill/lessons/loader.py"),
     "metrics": ("distill/evaluation/metrics.py",),
-    "statistics": ("distill/reports/statistics.py",),
+    "statistics": tuple(f"distill/reports/{name}.py" for name in ("statistics", "proportions", "differences")),
     "verdicts": ("distill/reports/verdicts.py",),
     "costs": ("distill/reports/costs.py",),
 }
