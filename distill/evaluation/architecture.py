@@ -20,7 +20,7 @@ def architecture(model: Any, work: Any) -> str:
     """
     parameters = list(model.parameters())
     device = parameters[0].device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    place = (is_gpu(device) and gpu_name()) or platform.processor() or platform.machine()
     content = {
         "config": {key: value for key, value in model.config.to_dict().items() if key not in _NAMES},
         "num_parameters": sum(parameter.numel() for parameter in parameters),

@@ -23,7 +23,7 @@ from distill.lessons.curriculum import examples_to_annotate, prepare
 from distill.models import loading, placement
 from distill.prompts.cues import Prompts
 from distill.records import Example
-from tests.conftest import arithmetic
+from tests.conftest import LAYOUT, arithmetic
 from tests.teachers.conftest import answer_requests, is_close, make_teacher
 
 Configured = Callable[..., DictConfig]
@@ -107,6 +107,7 @@ def test_a_trainer_that_moves_its_module_does_not_move_the_teacher(teacher_folde
 
 
 def test_readers_are_made_anew_after_their_model_has_moved(teacher_folder: Path, prompts: Prompts) -> None:
+    prompts = Prompts(prompts.tokenizer, LAYOUT, arithmetic().shots(), max_length=256, too_long="drop")
     teacher = make_teacher(teacher_folder, prompts, *QUESTIONS, constrain=True)
     model = teacher.load()
     requests = answer_requests(prompts, QUESTIONS)
