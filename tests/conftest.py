@@ -141,11 +141,10 @@ def make_model(folder: Path, *, seed: int, num_layers: int = 2, **settings: Any)
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
         initializer_range=0.25,
         bos_token_id=0,
         eos_token_id=1,
-        **{"tie_word_embeddings": False} | settings,
+        **{"tie_word_embeddings": False, "max_position_embeddings": 1024} | settings,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     make_tokenizer(folder)

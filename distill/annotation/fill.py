@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +22,19 @@ from distill.annotation.requests import AnnotationRequests, collect_requests, gr
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import preemption
 from distill.app.console import say
-from distill.app.machine import median_milliseconds
+from distill.app.machine import median_milliseconds, paused_collector
 from distill.app.progress import progress
 from distill.cache.store import Store, Writer, nearest_difference
 from distill.errors import PreemptedError
 from distill.models import placement
+from distill.models.body import check_length
 from distill.records import SPANS, Example, FilteredRationale, Group, Request, Span
 from distill.teachers import Teacher
 
 _NUM_LATENCY_REQUESTS = 6
 _POLL_SECONDS = 1.0
+_REFRESH_SECONDS = 5.0  # between readings of the cache's folder while no other process is seen
+_SHARED_SECONDS = 60.0  # after a claim of another process was seen, the folder is read for every group
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def fill(
     return replace(filled, num_reused=num_reused, num_annotated=len(missing), seconds=seconds)
 
 
+@paused_collector()
 def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[FilteredRationale]:
     """Filter the teacher's rationales of train examples; a rejected rationale has the reason.
 
@@ -100,6 +105,7 @@ def loaded(teacher: Teacher) -> Iterator[nn.Module]:
 def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_devices: int) -> None:
     start = time.monotonic()
     with loaded(job.teacher) as model:
+        check_length(model, _longest(job, _requests_of(groups)))
         record_cost = partial(_record_cost, writer, sum(p.numel() for p in model.parameters()), start)
         del model  # the teacher alone keeps it
         module = TeacherModule(job.teacher, job.batch_size)
@@ -112,6 +118,11 @@ def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_d
         except (KeyboardInterrupt, PreemptedError):  # record the cost so far
             record_cost(None)
             raise
+
+
+def _longest(job: AnnotationJob, requests: Sequence[Request]) -> int:
+    """Number of tokens of the longest text that the teacher will be given, with its demonstrations."""
+    return max(len(job.prompts.prefix(r.span)) + len(r.question_ids) + len(r.given_ids) for r in requests)
 
 
 def _annotate_spans(
@@ -178,17 +189,35 @@ class _UnclaimedGroups(IterableDataset[Group]):
 
     def __init__(self, store: Store, groups: Sequence[Group]) -> None:
         self._store, self._groups = store, groups
+        self._refreshed = self._others_seen = -math.inf
 
     def __iter__(self) -> Iterator[Group]:
         for group in self._groups:
-            if not self._store.missing(group.requests) or not self._store.claims.take(group.name):
+            if not self._store.missing(group.requests):
                 continue
-            self._store.refresh()  # another process may have annotated it just before the claim
+            if not self._store.claims.take(group.name):
+                self._others_seen = time.monotonic()
+                continue
+            self._refresh_if_due()
             missing = self._store.missing(group.requests)
             if missing:
                 yield replace(group, requests=tuple(missing))
             else:
                 self._store.claims.release(group.name)
+
+    def _refresh_if_due(self) -> None:
+        """Read what others have written: one of them may have annotated the group just before it was claimed.
+
+        It lists the whole folder, so a process that has met no other claim does so only every few seconds. It might
+        then annotate a group that another process has just finished: the same shard, written twice.
+        """
+        now = time.monotonic()
+        if self._store.claims.has_others():
+            self._others_seen = now
+        is_shared = now - self._others_seen < _SHARED_SECONDS
+        if is_shared or now - self._refreshed > _REFRESH_SECONDS:
+            self._store.refresh()
+            self._refreshed = now
 
 
 class _WriteGroups(Callback):

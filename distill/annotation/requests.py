@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.annotation.annotation_job import AnnotationJob
+from distill.app.machine import paused_collector
 from distill.prompts.cues import Prompts
 from distill.records import SPANS, Example, Group, Request, Span, unique_requests
 
@@ -29,6 +30,7 @@ class AnnotationRequests:
         return unique_requests([*self.requests.values(), *samples])
 
 
+@paused_collector()
 def collect_requests(
     job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], *, use_given_rationales: bool = False
 ) -> AnnotationRequests:

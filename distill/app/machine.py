@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +26,21 @@ class Timing(NamedTuple):
     median: float
     fastest: float
     slowest: float
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running inside the block, which makes many objects and no cycles.
+
+    It would walk all objects again and again: the time per object would grow with their number.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def median_milliseconds(

@@ -275,6 +275,6 @@ def _hash_of(lessons: Sequence[Lesson], ids: Mapping[str, str]) -> str:
     for lesson in lessons:
         for sequence in lesson.sequences:
             spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((ids[lesson.example_id], *spans)).encode())
+            content.update(repr((ids.get(lesson.example_id, lesson.example_id), *spans)).encode())
             content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
     return content.hexdigest()[:16]

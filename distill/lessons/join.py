@@ -11,6 +11,7 @@ from typing import Literal, final
 import numpy as np
 
 from distill.annotation.reader import AnnotationReader
+from distill.app.machine import paused_collector
 from distill.errors import CacheError
 from distill.prompts.cues import Prompts
 from distill.prompts.vocabularies import Pairing
@@ -128,6 +129,7 @@ class Join:
         self.skipped: dict[str, str] = {}
         self.lost: dict[str, str] = {}
 
+    @paused_collector()
     def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
         """Return lessons of the examples that the losses can learn from.
 

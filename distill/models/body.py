@@ -132,12 +132,17 @@ class Body:
             self._blocks = []
 
     def _check_length(self, num_tokens: int) -> None:
-        if self.max_positions is not None and num_tokens > self.max_positions:
-            raise ConfigError(
-                f"a text of {num_tokens} tokens, demonstrations included, exceeds the {self.max_positions} positions "
-                f"of {type(self._model).__name__}; lower prompt.num_shots or prompt.max_length, or use a model with "
-                "more positions"
-            )
+        check_length(self._model, num_tokens)
+
+
+def check_length(model: Any, num_tokens: int) -> None:
+    """Raise ConfigError if a text of this length exceeds the positions of a model."""
+    limit = max_positions(model.config) if hasattr(model, "config") else None
+    if limit is not None and num_tokens > limit:
+        raise ConfigError(
+            f"a text of {num_tokens} tokens, demonstrations included, exceeds the {limit} positions of "
+            f"{type(model).__name__}; lower prompt.num_shots or prompt.max_length, or use a model with more positions"
+        )
 
 
 def max_positions(config: Any) -> int | None:

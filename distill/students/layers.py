@@ -18,9 +18,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from distill.errors import ConfigError
+from distill.models.loading import MODEL_ERRORS
 
 _DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")  # or the names that attribute_map has for them
 _INDICES = re.compile(r"(layers|idxs?|indices|indexes|layer_ids)$")  # mlp_only_layers, attn_layer_indices
@@ -31,8 +31,8 @@ _POSITIONS = ("layer_idx", "layer_id")  # of a module, which finds its layer's p
 _NO_COMPUTATION = re.compile(r"^_|idx|index|layer_(id|number)|name|^training$")  # attributes, such as a module's place
 _NUM_PROBED = 24  # tokens of the text on which two models are compared
 _ROUNDING = 1e-5  # relative to the largest logit: float32 error of another order of summation
-# What transformers raises for a configuration without a meaning, or a model for inputs that it cannot compute with.
-BROKEN_MODEL = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, StrictDataclassError)
+# What a model raises that cannot be built from its configuration, or that cannot compute.
+BROKEN_MODEL = (*MODEL_ERRORS, StrictDataclassError)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -94,7 +94,7 @@ def _lists(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
     body = model.base_model
     own = list(_lists_of(body, _depth(model)))
     below = (place for child in body.children() for place in _lists_of(child, _depth(model)))
-    language = model.get_decoder()
+    language = model.get_decoder() or body
     yield from own or _lists_of(language, _depth(model)) or below
 
 
@@ -161,15 +161,15 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
         model.config.save_pretrained(folder)
         config = AutoConfig.from_pretrained(Path(folder), trust_remote_code=False)
     config._attn_implementation = model.config._attn_implementation  # not saved, and there is no public setter
-    with torch.random.fork_rng(devices=[]), no_init_weights():
+    with torch.random.fork_rng(devices=[]):
         rebuilt = type(model)(config)
-    rebuilt.tie_weights()
     missing, unused = rebuilt.load_state_dict(model.state_dict(), strict=False)
     if missing or unused:
         raise ValueError(
             f"{len(missing)} weights are missing and {len(unused)} unused, such as {[*missing, *unused][0]}"
         )
     rebuilt.generation_config = model.generation_config
+    rebuilt.base_model_prefix = model.base_model_prefix  # that of some families is set when they are opened
     rebuilt.train(model.training)
     return rebuilt
 

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
+from distill.app.console import say
 from distill.app.files import sha256
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec
@@ -83,6 +84,8 @@ class RecordedTeacher:
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{place}: {error}")
             raise_problems(table.name, problems, "a question and texts in every row")
+        num_rows = sum(map(len, self._rows.values()))
+        say(f"recorded: {num_rows} answers to {len(self._rows)} questions in {len(self._files)} files")
         return nn.Module()
 
     def close(self) -> None:

@@ -170,6 +170,7 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         module=training.module,
         objectives=job.objectives,
         lessons=training.curriculum.train,
+        rows=training.curriculum.rows,
         read=training.curriculum.read,
         annotation=lambda key: (job.pairing or Pairing()).annotation(store.read(key)),
         has_second_teacher=job.soft_annotation_job is not None,

@@ -1,11 +1,12 @@
 """Every causal family of the installed transformers works as teacher and student, or is refused in one sentence.
 
-`python -m tests.models.test_families` prints the table of docs/families.md.
+`python -m tests.models.test_families` prints what docs/families.md holds.
 """
 
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,19 +155,36 @@ def test_the_lists_of_families_are_of_this_version() -> None:
     assert {*NOT_BUILT, *WORKS} <= set(FAMILIES)
 
 
+def summary(outcomes: dict[str, Outcome]) -> str:
+    """Families that work in every way in one line, the others in a table."""
+    working = [family for family, outcome in outcomes.items() if set(vars(outcome).values()) == {"works"}]
+    lines = [f"{len(working)} of {len(FAMILIES)} work in every way: {', '.join(working)}.", ""]
+    lines += ["| family | teacher | student | cut student |", "|---|---|---|---|"]
+    for family, outcome in outcomes.items():
+        if family not in working:
+            teacher, student, cut = vars(outcome).values()
+            cells = [teacher, "the same" if student == teacher else student, "the same" if cut == student else cut]
+            lines.append(f"| {family} | {' | '.join(textwrap.shorten(cell, 160) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def outcome_of(family: str, folder: Path) -> Outcome:
+    """The outcome of a family, or the error for which it has no small model."""
+    try:
+        make_tiny(family, folder)
+    except MODEL_ERRORS as error:
+        return Outcome(*[f"no small model ({type(error).__name__})"] * 3)
+    told = (cell.replace(str(folder), "the folder").replace("|", "/") for cell in vars(try_family(folder)).values())
+    return Outcome(*told)
+
+
 def main() -> None:
-    """Print the outcome of every family as a table."""
-    print("| family | teacher | student | cut student |\n|---|---|---|---|")
+    """Print the outcome of every family."""
+    outcomes = {}
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                make_tiny(family, Path(folder))
-            except MODEL_ERRORS as error:
-                print(f"| {family} | no small model: {type(error).__name__} | | |", flush=True)
-                continue
-            outcome = try_family(Path(folder))
-            cells = (cell.replace(folder, "it").replace("|", "/") for cell in vars(outcome).values())
-            print(f"| {family} | {' | '.join(cells)} |", flush=True)
+            outcomes[family] = outcome_of(family, Path(folder))
+    print(summary(outcomes))
 
 
 if __name__ == "__main__":

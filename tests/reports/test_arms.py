@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distill.reports.arms import COLUMNS, cell
+from distill.reports.arms import COLUMNS, PEAK, SEED_COLUMNS, cell
 from tests.reports.conftest import CONFIG, Make, summary_of
 
 
@@ -101,3 +101,13 @@ def test_settings_of_the_teacher_do_not_split_the_baseline(make_run: Make) -> No
     summary = summary_of(make_run(("answer",), config=CONFIG), make_run(("answer",), seed=1, config=other))
     (arm,) = (arm for arm in summary.trained if arm.runs)
     assert len(arm.rows) == 2
+
+
+def test_units_and_columns_are_these() -> None:
+    units = {column.key: [size for size, _ in column.units] for column in (*COLUMNS, PEAK)}
+    assert units["parameters"] == [1e9, 1e6, 1e3, 1.0]
+    assert units["size_bytes"] == units["peak_bytes"] == [1e9, 1e6, 1e3, 1.0]
+    assert units["training_seconds"] == [3600.0, 60.0, 1.0]
+    assert units["accuracy"] == [0.01]
+    of_seeds = ["accuracy", "generated_accuracy", "agreement", "kl", "ece", "training_seconds", "num_unreadable"]
+    assert [column.key for column in SEED_COLUMNS] == of_seeds

@@ -46,6 +46,7 @@ def test_t_quantiles_match_printed_tables(level: float, freedom: int, quantile: 
     assert statistics.student_t(level, freedom) == pytest.approx(quantile, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_seeds", [3, 10])
 @pytest.mark.parametrize("seed_spread", [0.0, 0.3])
 def test_the_interval_covers_the_true_difference_at_its_level(num_seeds: int, seed_spread: float) -> None:

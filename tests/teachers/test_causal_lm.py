@@ -30,8 +30,10 @@ from tests.conftest import (
     LAYOUT,
     WHOLE_STUDENT,
     CountingTeacher,
+    counted,
     examples,
     grid,
+    make_model,
 )
 from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teacher
 
@@ -340,3 +342,13 @@ def test_only_kept_rationales_reach_the_student(configured: Callable[..., DictCo
     taught_by_teacher = taught & {e.id for e in unlabelled}
     assert taught_by_teacher == {i for i, case in cases.items() if case == "good"}
     assert taught - taught_by_teacher == {e.id for e in job.annotation_job.splits.train if e.rationale is not None}
+
+
+def test_a_request_longer_than_the_positions_of_the_teacher_stops_before_the_first_annotation(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    config = configured(f"teacher.model={make_model(tmp_path / 'short', seed=1, max_position_embeddings=60)}")
+    source, teacher = counted(config)
+    with pytest.raises(ConfigError, match=r"a text of \d+ tokens, .* exceeds the 60 positions of LlamaForCausalLM"):
+        fill(source, {"answer": source.splits.train})
+    assert not teacher.asked

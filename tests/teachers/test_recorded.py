@@ -146,3 +146,34 @@ def test_two_teachers_in_one_run(recorded: Configured, tmp_path: Path, teacher_f
     assert rows["student"]["peak_bytes"] > rows["student"]["parameters"]
     rationales = [json.loads(line) for line in (tmp_path / "run" / "rationales.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rationales} == {None}
+
+
+def test_questions_without_a_recorded_answer_are_counted(
+    recorded: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = recorded("loss=[answer,teacher_answer,rationale]"), tmp_path / "recorded.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:7] + lines[8:]))  # the eighth is of an example without label
+    curriculum = build_curriculum(prepare(config, tmp_path))
+    said = capsys.readouterr().err
+    assert "9 of 10 questions have a recorded answer" in said
+    assert "recorded: 18 answers to 18 questions in 1 files" in said
+    assert curriculum.rows["train"].lost == {"unmatched": 1}
+    assert curriculum.rows["rationales"].lost == {"unmatched": 1}
+    assert (curriculum.rows["train"].read, len(curriculum.train)) == (12, 11)
+
+
+def test_a_recording_of_other_questions_is_refused_now_and_when_it_is_cached(
+    recorded: Configured, tmp_path: Path
+) -> None:
+    config = recorded("loss=[answer,teacher_answer]")
+    path = tmp_path / "recorded.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps(row | {"question": f"To {i}: {row['question']}"}) + "\n" for i, row in enumerate(rows))
+    )
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"no recorded answer belongs to any of the \d+ questions.*task\.question"
+        ):
+            build_curriculum(prepare(config, tmp_path))

@@ -117,3 +117,18 @@ def test_torchrun_gives_every_process_the_same_accuracy_and_one_folder(root: Pat
     assert len(accuracies) == 2
     assert len(set(accuracies)) == 1
     assert (root / "runs" / "by-torchrun" / "report.html").is_file()
+
+
+@pytest.mark.enable_socket
+def test_spawned_processes_keep_the_best_student_and_tell_the_time(root: Path, overrides: list[str]) -> None:
+    facts = {}
+    for name, more in (("one", ["microbatch_size=2"]), ("spawned", [*TWO_PROCESSES, "trainer.strategy=ddp_spawn"])):
+        folder = RunFolder(root, name, [*overrides, *more, "keep=best", "validate_every=2", "trainer.max_steps=6"])
+        code, output = wait_for(folder.start())
+        assert code == 0, output
+        facts[name] = json.loads((folder.path / "run.json").read_text())["training"]
+        results = json.loads((folder.path / "results.json").read_text())["rows"]["student"]
+        assert results["training_seconds"] > 0
+    assert facts["spawned"]["steps"] == 6
+    assert facts["spawned"]["kept_step"] == facts["one"]["kept_step"] == facts["spawned"]["best_step"]
+    assert facts["spawned"]["best"] == pytest.approx(facts["one"]["best"], rel=1e-4)

@@ -62,7 +62,7 @@ def test_the_figures_are_those_of_the_student_on_disk(
     trained: list[Any] = []
     fit = training_job.fit
 
-    def keep_trained(job: Job, training: Any) -> float:
+    def keep_trained(job: Job, training: Any) -> Any:
         trained.append(training.module.model)
         return fit(job, training)
 
@@ -86,10 +86,10 @@ def test_a_run_whose_student_is_another_one_on_disk_stops_and_keeps_its_checkpoi
     job = prepare(configured(*SHORT), tmp_path / "run")
     fit = training_job.fit
 
-    def fit_and_change(job: Job, training: Any) -> float:
-        seconds = fit(job, training)
+    def fit_and_change(job: Job, training: Any) -> Any:
+        trained = fit(job, training)
         training.module.model.model.layers[0].self_attn.scaling *= 1.5
-        return seconds
+        return trained
 
     monkeypatch.setattr(training_job, "fit", fit_and_change)
     with pytest.raises(SavedStudentError, match=r"logits differ by up to \d"):

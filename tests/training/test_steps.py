@@ -232,7 +232,7 @@ def test_early_stopping_stops_when_validation_stops_improving(
         "callback.early_stopping.patience=2",
     ]
     for delta, steps in ((100.0, 3), (0.0, 9)):
-        stopping = [*common, f"callback.early_stopping.min_delta={delta}", "loss=[answer]"]
+        stopping = [*common, f"callback.early_stopping.min_delta={delta}", "loss=[answer]", "loss.answer.weight=0.1"]
         folder = root / f"stopped-{delta}"
         trained(compose(*tiny_overrides(root, teacher_folder, student_folder), *SHORT_RUN[1:], *stopping), folder)
         assert sum("val/answer" in row for row in logged_losses(folder)) == steps

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from distill.lessons.join import Lesson, TrainingSequence
+from distill.models.body import max_positions
 from distill.prompts.pieces import same_text
-from distill.records import SPANS, Batch, Prompt, Span
+from distill.records import SPANS, AnswerDefect, Batch, Prompt, Span
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain_prompts, spans_of
 
 _ROUNDING = 1e-3  # tolerance of log-probabilities above 0
 _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
 _MIN_MASS = 0.5
+_DEFECTS: tuple[AnswerDefect, ...] = ("unmatched", "empty", "truncated", "unreadable")
+_MIN_LOST = 20  # texts
+_REMEDIES = {
+    "truncated": "The teacher's texts end at the token limit: increase teacher.kind.max_new_tokens, and with it "
+    "prompt.max_length (annotates again)",
+    "unmatched": "Set teacher.kind.question so that it gives the same texts as task.question",
+}
 
 
 def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -42,33 +48,22 @@ def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[F
 
 
 def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
-    """A model has no positions behind its last one, and with a window it does not see the beginning of a text."""
-    limits = _limits(inputs.module.model)
+    """The model has a position for every token of the longest text."""
+    limit = max_positions(inputs.module.model.config)
     longest = max(
         len(prompt.ids)
         for lesson in inputs.lessons
         for sequence in lesson.sequences
         for prompt in plain_prompts(sequence)
     )
-    listed = ", ".join(f"{name} {limit}" for name, limit in limits.items()) or "no limit"
     yield Finding(
         "length",
-        all(longest <= limit for limit in limits.values()),
+        limit is None or longest <= limit,
         f"the longest text has {longest} tokens",
-        f"at most {listed}",
+        "no limit" if limit is None else f"at most {limit} positions",
         "The student cannot read its longest texts: lower prompt.max_length, or choose a student for longer texts",
         True,
     )
-
-
-def _limits(model: Any) -> dict[str, int]:
-    """Return the limits of the length of a text by the name of the setting in the model's configuration."""
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = {"max_position_embeddings": positions, "sliding_window": min(windows, default=None)}
-    return {name: limit for name, limit in limits.items() if isinstance(limit, int)}
 
 
 def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -82,6 +77,35 @@ def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Findi
         f"weights not finite: {', '.join(bad_weights[:3]) or 'none'}; invalid soft targets: {num_bad}",
         "none",
         "Replace the student's weights with an intact copy; annotate again if the cache is damaged",
+        True,
+    )
+
+
+def _lost(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+    """Most of what the teacher wrote can be learned."""
+    sequences = [sequence for lesson in inputs.lessons for sequence in lesson.sequences]
+    num_taught = sum("answer" in s.prompt.spans and "answer" not in s.labelled for s in sequences)
+    spans = {objective.span for objective in inputs.objectives.values()}
+    train, rationales = inputs.rows["train"], inputs.rows["rationales"]
+    yield _lost_texts("answers", train.lost, num_taught, train.kept)
+    if "rationale" in spans:
+        yield _lost_texts("rationales", rationales.lost, rationales.kept, train.kept)
+
+
+def _lost_texts(check: str, reasons: Mapping[str, int], num_taught: int, num_examples: int) -> Finding:
+    lost = {reason: number for reason, number in reasons.items() if reason in _DEFECTS}
+    num_lost = sum(lost.values())
+    # A few texts say little about a setting, unless hardly anything else is left to learn.
+    are_too_many = num_lost >= 9 * num_examples or (num_lost >= _MIN_LOST and num_lost >= 9 * num_taught)
+    reason = max(lost, key=lost.__getitem__, default="")
+    return Finding(
+        f"lost {check}",
+        not (num_lost and are_too_many),
+        f"{num_taught} {check} of the teacher are learned; " + ", ".join(f"{n} {why}" for why, n in lost.items() if n)
+        if lost
+        else f"{num_taught} {check} of the teacher are learned, none is lost",
+        "less than nine tenths lost",
+        _REMEDIES.get(reason, "Look at what the teacher writes: python -m distill.annotate show=<a question>"),
         True,
     )
 
@@ -249,4 +273,4 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)
+CHECKS = (_lost, _vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)

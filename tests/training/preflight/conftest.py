@@ -31,6 +31,7 @@ def shared_input(
         module=student_module(open_student(student_folder, **WHOLE_STUDENT), job.prompts, *LOSSES),
         objectives=objectives(*LOSSES),
         lessons=curriculum.train,
+        rows=curriculum.rows,
         read=curriculum.read,
         annotation=job.annotation_job.store.read,
         has_second_teacher=False,

@@ -15,7 +15,7 @@ import torch
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson
-from distill.records import Annotation, Batch, SoftTargets, SoftTargetsKey
+from distill.records import Annotation, Batch, RowCounts, SoftTargets, SoftTargetsKey
 from distill.training import module as modules
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.module import StudentModule
@@ -28,7 +28,7 @@ from tests.training.preflight.conftest import failed_checks, findings_by_check, 
 def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
     findings = preflight(valid_input)
     assert [finding.check for finding in findings if finding.passed is not True] == []
-    assert len(findings) == 18
+    assert len(findings) == 21
 
 
 def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
@@ -257,3 +257,29 @@ def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_i
 
 def _sequences(preflight_input: PreflightInput) -> list[Any]:
     return [sequence for lesson in preflight_input.lessons for sequence in lesson.sequences]
+
+
+@pytest.mark.parametrize(
+    ("kept", "lost", "is_fatal"),
+    [
+        (1, {"empty": 59}, True),
+        (100, {"truncated": 200}, True),  # labelled rows are learned, no answer of the teacher is
+        (100, {"truncated": 10}, False),
+        (100, {"too long": 2000}, False),
+        (12, {"unreadable": 6}, False),
+    ],
+)
+def test_a_run_stops_if_nearly_all_answers_of_the_teacher_are_lost(
+    kept: int, lost: dict[str, int], is_fatal: bool, valid_input: PreflightInput
+) -> None:
+    labelled = [
+        replace(lesson, sequences=tuple(replace(s, labelled=frozenset(s.prompt.spans)) for s in lesson.sequences))
+        for lesson in valid_input.lessons
+    ]
+    rows = valid_input.rows | {"train": RowCounts(kept + sum(lost.values()), lost, kept)}
+    finding, *_ = data_checks._lost(replace(valid_input, lessons=labelled, rows=rows), [])
+    assert finding.stops == is_fatal
+    assert ("teacher.kind.max_new_tokens" in finding.remedy) == ("truncated" in lost)
+    rationales = {"rationales": RowCounts(60, {"truncated": 58, "disagrees": 1}, 1)}
+    _, finding = data_checks._lost(replace(valid_input, rows=valid_input.rows | rationales), [])
+    assert finding.stops

@@ -42,7 +42,7 @@ def train_two_steps(valid_input: PreflightInput, folder: Path, *, with_preflight
     modes = [part.training for part in module.modules()]
     random_states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     if with_preflight:
-        assert len(preflight(replace(valid_input, module=module))) == 18
+        assert len(preflight(replace(valid_input, module=module))) == 21
     assert [part.training for part in module.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_states[0])
     assert np.random.get_state()[1].tolist() == random_states[1]
