@@ -17,6 +17,7 @@ from distill.errors import ConfigError
 from distill.models.loading import MODEL_ERRORS
 from distill.models.shared_prefix import Blocks, causal_mask, shared_attention
 
+_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # a family has one of these names
 # How texts are read, fastest first. Which one a model allows is a matter of its architecture, see `verification`.
 #   batched   rows padded on the left, one cache
 #   grouped   rows of equal length together, without padding, a cache for each length
@@ -148,8 +149,9 @@ def check_length(model: Any, num_tokens: int) -> None:
 def max_positions(config: Any) -> int | None:
     """Number of positions that a model supports, None if its configuration has no limit."""
     settings = config.get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_seq_len", None)
-    if not isinstance(limit, int) or limit <= 0:
+    limits = [getattr(settings, name, None) for name in _POSITIONS]
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+    if limit is None:
         return None
     rope = getattr(settings, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # positions beyond those of the configuration

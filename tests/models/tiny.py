@@ -32,7 +32,10 @@ _RULES: list[tuple[str, int]] = [
     (r"_period$", 2),
     (r"_offset$", 1),
     (r"n_groups?$|topk_group|expert_group|ngroups", 1),
-    (r"max_position|n_positions|n_ctx|max_seq|context_length|max_(source|target)?_?length|seq_len|chunksize", 512),
+    (
+        r"max_position|n_positions|n_ctx|max_seq|context_length|max_(source|target)?_?(length|positions)|seq_len|chunksize",
+        512,
+    ),
     (r"sliding_window|window_(len|size)|attention_chunk", 8),
     (r"chunk_size", 16),
     (r"index_topk|budget", 64),
