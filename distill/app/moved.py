@@ -1,4 +1,4 @@
-"""Renamed classes: the `_target_` names in configurations of earlier versions, and their present names."""
+"""Configurations of earlier versions: the present names of their classes, and the arguments that these have gained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ MOVED: Mapping[str, str] = {
     "distill.tracking.WandbTracking": "distill.app.tracking.WandbTracking",
 }
 
+# Arguments that a configuration saved before does not have, and their present defaults.
+ADDED: Mapping[str, Mapping[str, Any]] = {"distill.tasks.files.FileTask": {"conflicts": None}}
+
 
 def current(value: Any) -> Any:
-    """A configuration, or a part of one, in which every renamed `_target_` has its present name."""
+    """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
-        return {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
+        present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
+        return {**ADDED.get(str(present.get("_target_")), {}), **present}
     return [current(item) for item in value] if isinstance(value, list) else value
 
 

@@ -43,8 +43,8 @@ class Student:
 
     def __init__(self, folder: Path) -> None:
         self.prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def reply(self, question: str) -> dict[str, Any]:

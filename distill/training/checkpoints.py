@@ -186,7 +186,7 @@ def last(folder: Path) -> Path:
 
 def restore_callbacks(path: Path, callbacks: Sequence[Callback]) -> None:
     """Restore the states of callbacks from a checkpoint."""
-    states = WholeFiles().load_checkpoint(path)["callbacks"]
+    states = WholeFiles().load_checkpoint(path, weights_only=True)["callbacks"]
     for callback in callbacks:
         callback.load_state_dict(states[callback.state_key])
 

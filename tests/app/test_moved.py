@@ -54,3 +54,9 @@ def test_a_moved_class_name_is_no_difference_to_a_saved_configuration(tmp_path: 
     assert configuration.differences(config, saved, ignored=()) == []
     config.batch_size += 1
     assert len(configuration.differences(config, saved, ignored=())) == 1
+
+
+def test_a_part_saved_before_it_gained_an_argument_has_its_default() -> None:
+    part = "distill.tasks.files.FileTask"
+    assert current({"_target_": part, "path": "a"}) == {"_target_": part, "path": "a", "conflicts": None}
+    assert current({"_target_": part, "conflicts": "drop"})["conflicts"] == "drop"
