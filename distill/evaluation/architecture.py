@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from distill.app.machine import gpu_name, is_gpu
+
 # Names and places, which a model of the same architecture has of its own.
 _NAMES = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "id2label", "label2id")
 
