@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +32,6 @@ from distill.teachers import Teacher
 
 _NUM_LATENCY_REQUESTS = 6
 _POLL_SECONDS = 1.0
-_REFRESH_SECONDS = 5.0  # between readings of the cache's folder while no other process is seen
-_SHARED_SECONDS = 60.0  # after a claim of another process was seen, the folder is read for every group
 
 
 @dataclass(frozen=True)
@@ -189,35 +186,17 @@ class _UnclaimedGroups(IterableDataset[Group]):
 
     def __init__(self, store: Store, groups: Sequence[Group]) -> None:
         self._store, self._groups = store, groups
-        self._refreshed = self._others_seen = -math.inf
 
     def __iter__(self) -> Iterator[Group]:
         for group in self._groups:
-            if not self._store.missing(group.requests):
+            if not self._store.missing(group.requests) or not self._store.claims.take(group.name):
                 continue
-            if not self._store.claims.take(group.name):
-                self._others_seen = time.monotonic()
-                continue
-            self._refresh_if_due()
+            self._store.refresh()  # another process may have annotated it just before the claim
             missing = self._store.missing(group.requests)
             if missing:
                 yield replace(group, requests=tuple(missing))
             else:
                 self._store.claims.release(group.name)
-
-    def _refresh_if_due(self) -> None:
-        """Read what others have written: one of them may have annotated the group just before it was claimed.
-
-        It lists the whole folder, so a process that has met no other claim does so only every few seconds. It might
-        then annotate a group that another process has just finished: the same shard, written twice.
-        """
-        now = time.monotonic()
-        if self._store.claims.has_others():
-            self._others_seen = now
-        is_shared = now - self._others_seen < _SHARED_SECONDS
-        if is_shared or now - self._refreshed > _REFRESH_SECONDS:
-            self._store.refresh()
-            self._refreshed = now
 
 
 class _WriteGroups(Callback):

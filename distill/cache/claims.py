@@ -46,10 +46,6 @@ class Claims:
         self._held.discard(name)
         (self._folder / name).unlink(missing_ok=True)
 
-    def has_others(self) -> bool:
-        """Whether another process holds a claim, live or stale."""
-        return any(path.name not in self._held for path in self._folder.glob("[!.]*"))
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the claims of this process alive inside the block, and release them at its end.

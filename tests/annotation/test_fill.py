@@ -17,10 +17,9 @@ from omegaconf import DictConfig
 
 from distill.annotate import main
 from distill.annotation.annotation_job import open_annotation_job
-from distill.annotation.fill import Part, _UnclaimedGroups, fill
+from distill.annotation.fill import Part, fill
 from distill.annotation.inspection import estimate, rescore
 from distill.annotation.requests import group_requests
-from distill.cache.store import Store
 from distill.errors import CacheError, ConfigError
 from tests.annotation.conftest import annotate_options
 from tests.conftest import CountingTeacher, compose, counted, grid, run, shards, start
@@ -199,28 +198,3 @@ def test_an_interrupted_annotation_records_its_cost(configured: Callable[..., Di
     assert cost["seconds"] > 0
     assert cost["parameters"] > 0
     assert cost["ms_per_example"] is None
-
-
-def test_the_folder_is_not_listed_for_every_group(
-    configured: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, _ = counted(configured("teacher.group_size=1"))
-    calls: list[Store] = []
-    refresh = Store.refresh
-
-    def counting(store: Store) -> None:
-        calls.append(store)
-        refresh(store)
-
-    monkeypatch.setattr(Store, "refresh", counting)
-    groups = group_requests([job.prompts.request(example, "answer") for example in job.splits.train], 1)
-    with job.store.writing():
-        calls.clear()
-        assert len(list(_UnclaimedGroups(job.store, groups))) == len(groups) == 12
-        assert len(calls) == 1
-        calls.clear()
-        for group in groups:
-            job.store.claims.release(group.name)
-        (job.store.folder / "claims" / groups[0].name).write_text("")  # of another process
-        assert len(list(_UnclaimedGroups(job.store, groups))) == 11
-        assert len(calls) == 11
