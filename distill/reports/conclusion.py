@@ -12,7 +12,7 @@ from distill.reports.classes import confusion
 from distill.reports.differences import percent
 from distill.reports.verdicts import Status, Summary, Verdict
 
-NOTHING = "No distilled student was evaluated, so there is nothing to judge."
+_NOTHING = "No distilled student was evaluated, so there is nothing to judge."
 ONE_SEED = "Only one seed was trained, and another seed may turn the result round; train more (-m seed=0,1,2)."
 # From the verdict that is preferred to the one that is not.
 RANKS: tuple[Status, ...] = ("better", "all right", "not shown", "not learned", "not compared", "no baseline", "worse")
@@ -40,7 +40,7 @@ def conclude(summary: Summary) -> Conclusion:
     """Judge the report as a whole by its best distilled arm."""
     best = best_verdict(summary.verdicts)
     if best is None:
-        return Conclusion("no baseline", "There is nothing to judge.", (NOTHING,))
+        return Conclusion("no baseline", _NOTHING, ())
     headline = HEADLINES[best.status]
     if best.is_preliminary:
         headline = "Distillation may have helped, but only one seed was trained."

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from distill.app.files import Json
 from distill.reports.charts import Effect, effects
-from distill.reports.conclusion import NOTHING
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
@@ -16,7 +15,7 @@ from distill.reports.verdicts import Summary
 def remarks(summary: Summary) -> list[str]:
     """Return the verdicts with their caveats, then rows that were lost and the notes."""
     verdicts = [" ".join((verdict.sentence, *verdict.caveats)) for verdict in summary.verdicts]
-    return [*(verdicts or [NOTHING]), *notes(summary)]
+    return [*verdicts, *notes(summary)]
 
 
 def notes(summary: Summary) -> list[str]:

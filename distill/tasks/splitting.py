@@ -73,10 +73,14 @@ def _refusal(name: str, groups: Sequence[Mapping[str, Example]], value: Value) -
         shown.append(" but ".join(list(places.values())[:2]))
     more = f"; and {len(groups) - _MAX_SHOWN} more" if len(groups) > _MAX_SHOWN else ""
     return (
-        f"{name}: {len(groups)} questions have rows with different answers: {'; '.join(shown)}{more}. Correct "
+        f"{name}: rows with different answers for {_counted(len(groups))}: {'; '.join(shown)}{more}. Correct "
         "the rows, or set task.conflicts=drop to leave these questions out, or task.conflicts=majority to keep the "
         "answer of most rows"
     )
+
+
+def _counted(number: int) -> str:
+    return f"{number} question{'s' if number != 1 else ''}"
 
 
 def cut(examples: Sequence[Example], sizes: Iterable[int]) -> list[list[Example]]:

@@ -38,7 +38,7 @@ def contradicting(tmp_path: Path) -> Path:
 
 def test_rows_with_different_answers_are_refused_with_their_number_and_places(tmp_path: Path) -> None:
     error = error_of(task(contradicting(tmp_path)))
-    assert "30 questions have rows with different answers: line 1 says 'yes' but line 3 says 'no'; line 4" in error
+    assert "rows with different answers for 30 questions: line 1 says 'yes' but line 3 says 'no'; line 4" in error
     assert "and 27 more" in error
     assert "task.conflicts=drop" in error
     assert "task.conflicts=majority" in error
@@ -69,7 +69,7 @@ def test_contradicting_rows_of_held_out_files_are_refused_and_dropped_too(name: 
     held_out = write(tmp_path / "held_out.csv", [*rows("yes", "no"), *rows("no", question="Was it?")])
     path = jsonl(tmp_path, *rows("yes", question="Will it?"))
     file = {f"{name}_path": str(held_out)}
-    assert "held_out.csv: 1 questions have rows with different answers: line 2 says 'yes'" in error_of(
+    assert "held_out.csv: rows with different answers for 1 question: line 2 says 'yes'" in error_of(
         task(path, **file)
     )
     splits = task(path, conflicts="drop", **file).splits()
