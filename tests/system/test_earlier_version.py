@@ -105,7 +105,7 @@ def test_an_earlier_run_is_reported_beside_its_repetition_on_a_new_cache(
 
 @pytest.mark.slow
 @needs_history
-def test_an_earlier_student_is_evaluated_as_it_was(material: Material, tmp_path: Path) -> None:
+def test_an_earlier_student_writes_the_answers_that_it_wrote(material: Material, tmp_path: Path) -> None:
     kept = [o for o in material.overrides if o.startswith(("task", "max_new_tokens"))]
     named = ["task.layout._target_=distill.prompts.Layout", f"hydra.run.dir={tmp_path / 'out'}"]
     done = run(tmp_path, f"model={material.finished / 'student'}", *kept, *named, command="evaluate")
@@ -113,9 +113,9 @@ def test_an_earlier_student_is_evaluated_as_it_was(material: Material, tmp_path:
     assert "distill.prompts.Layout has moved to distill.prompts.cues.Layout" in done.stderr
     row = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     before = results(material.finished)["student"]
-    for key in ("accuracy", "generated_accuracy", "num_examples", "parameters"):
+    # Its choices are scored with their end token now, so the accuracy by choice and its calibration may be others.
+    for key in ("generated_accuracy", "num_examples", "parameters"):
         assert row[key] == before[key], key
-    assert row["ece"] == pytest.approx(before["ece"], abs=1e-6)  # was computed in float32, is in float64
 
 
 @pytest.mark.slow
