@@ -69,9 +69,7 @@ def test_contradicting_rows_of_held_out_files_are_refused_and_dropped_too(name: 
     held_out = write(tmp_path / "held_out.csv", [*rows("yes", "no"), *rows("no", question="Was it?")])
     path = jsonl(tmp_path, *rows("yes", question="Will it?"))
     file = {f"{name}_path": str(held_out)}
-    assert "held_out.csv: rows with different answers for 1 question: line 2 says 'yes'" in error_of(
-        task(path, **file)
-    )
+    assert "held_out.csv: rows with different answers for 1 question: line 2 says 'yes'" in error_of(task(path, **file))
     splits = task(path, conflicts="drop", **file).splits()
     assert splits.counts[name] == RowCounts(3, {"contradicting": 2}, 1)
 
