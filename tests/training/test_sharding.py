@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import tiny_overrides
 from tests.training.conftest import RunFolder, launch, wait_for
