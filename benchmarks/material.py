@@ -22,11 +22,12 @@ from distill.annotation.teacher_module import TeacherModule
 from distill.app import config as configuration
 from distill.cache import Codec
 from distill.cache.store import Store
+from distill.models.placement import place
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Layout, Prompts
 from distill.records import Example, Request, Span, Splits
 from distill.students.causal_lm import open_student
-from distill.teachers import Calibration
+from distill.teachers import Calibration, Teacher
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.training.module import StudentModule
 
@@ -62,16 +63,19 @@ class Workload:
     """A loaded teacher with its requests, in the order of the data."""
 
     module: TeacherModule
+    model: Any
     prompts: Prompts
     codec: Codec
     requests: tuple[Request, ...]
     batch_size: int
     group_size: int
 
-    @property
-    def model(self) -> Any:
-        """The teacher's weights."""
-        return self.module.model
+    @classmethod
+    def of(
+        cls, teacher: Teacher, prompts: Prompts, codec: Codec, requests: tuple[Request, ...], sizes: tuple[int, int]
+    ) -> Workload:
+        """Load the teacher; `sizes` are those of a batch and of a group."""
+        return cls(TeacherModule(teacher, sizes[0]), place(teacher.load()), prompts, codec, requests, *sizes)
 
     def prompt(self, request: Request) -> tuple[int, ...]:
         """Everything before the target: the input of a reader that shares no prefix."""
@@ -142,8 +146,7 @@ def default_source(folder: Path) -> AnnotationJob:
 def default_workload(source: AnnotationJob, number: int, batch_size: int) -> Workload:
     """Labelled examples of the default task."""
     requests = tuple(source.prompts.request(example, "answer") for example in source.splits.train[:number])
-    module = TeacherModule(source.teacher, batch_size)
-    return Workload(module, source.prompts, source.codec, requests, batch_size, source.group_size)
+    return Workload.of(source.teacher, source.prompts, source.codec, requests, (batch_size, source.group_size))
 
 
 def solutions_workload(source: AnnotationJob, examples: Sequence[Example], cache: str, batch_size: int) -> Workload:
@@ -176,7 +179,7 @@ def _workload(
         max_new_tokens=1,  # a free answer is always generated; here it ends after one token
     )
     requests = tuple(prompts.request(example, "answer") for example in examples)
-    return Workload(TeacherModule(teacher, batch_size), prompts, cache_codec, requests, batch_size, source.group_size)
+    return Workload.of(teacher, prompts, cache_codec, requests, (batch_size, source.group_size))
 
 
 def read_solutions(path: Path) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import importlib.util
 import itertools
 import json
@@ -133,7 +134,7 @@ def test_a_job_that_fails_in_another_process_is_listed_and_the_rest_reported(
     assert "job 3, exit code 2: student.freeze=[model,lm_head]\n" in told
     assert "Traceback" not in done.stderr
     (page,) = root.glob("sweeps/*/report.html")
-    assert page.read_text().count("answer + kl") > 3
+    assert html.unescape(page.read_text()).count("labels + teacher's soft targets") > 3
 
 
 @pytest.mark.slow
