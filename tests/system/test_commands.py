@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import subprocess
@@ -145,7 +146,7 @@ def test_a_sweep_ends_in_its_report(tmp_path: Path, teacher_folder: Path, studen
     process = run(tmp_path, "-m", *tiny, "loss=[answer],[answer,teacher_answer]", "evaluate_before=false")
     assert process.returncode == 0, process.stderr
     (page,) = tmp_path.glob("sweeps/*/report.html")
-    assert "answer + teacher_answer" in page.read_text()
+    assert "labels + teacher's answers" in html.unescape(page.read_text())
     assert f"report  {page}" in process.stdout
     assert "over hard labels" in process.stdout
 
