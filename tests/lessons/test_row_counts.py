@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from distill.annotation.requests import AnnotationRequests
+from distill.annotation.row_counts import rationale_counts
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.records import Annotation, Example, FilteredRationale, RejectionReason, Request, RowCounts
 from tests.conftest import compose, tiny_overrides
 
 WHYS = (
@@ -78,3 +81,11 @@ def test_rows_read_are_rows_left_out_and_rows_kept(
     said = capsys.readouterr().err
     for name, part in counts.items():
         assert f"{name:12} {part.read:>9,} {part.kept:>9,}" in said
+
+
+def test_rationales_that_were_requested_and_not_annotated_are_counted() -> None:
+    samples = [Request(key, "rationale", Example("How many?"), ()) for key in ("a", "b", "c")]
+    requests = AnnotationRequests({}, {"id": samples}, {}, 0, 0, 0.0)
+    reasons: tuple[RejectionReason | None, ...] = (None, "too long")
+    rationales = [FilteredRationale("id", Annotation("a", {}, None), "teacher", reason) for reason in reasons]
+    assert rationale_counts(requests, rationales) == RowCounts(3, {"too long": 1, "not annotated": 1}, 1)
