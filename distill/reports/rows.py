@@ -9,6 +9,7 @@ from distill.app.files import Json
 from distill.reports.runs import Run, mapping, number
 
 MANY = 0.1  # share of the rows of a stage; a larger loss is named in a sentence
+_BY_CHOICE = ("over ", "no label", "no loss on")  # beginnings of reasons that are settings, not losses
 
 
 class Rows(NamedTuple):
@@ -42,22 +43,25 @@ def _count(value: object) -> int:
 
 
 def losses_of_rows(runs: Sequence[Run]) -> list[str]:
-    """State each loss of more than a tenth of the rows read, with its reasons, the largest first."""
+    """State each loss of more than a tenth of the rows that settings leave, with its reasons, the largest first."""
     return list(dict.fromkeys(_sentence(entry) for entry in row_counts(runs) if _is_large(entry)))
 
 
 def _is_large(entry: Rows) -> bool:
-    return entry.read > 0 and entry.read - entry.kept > MANY * entry.read
+    missing = sum(_losses(entry).values())
+    return missing > MANY * (entry.kept + missing)
+
+
+def _losses(entry: Rows) -> dict[str, int]:
+    return {reason: count for reason, count in entry.lost.items() if count and not reason.startswith(_BY_CHOICE)}
 
 
 def _sentence(entry: Rows) -> str:
-    missing = entry.read - entry.kept
-    ranked = sorted(entry.lost.items(), key=lambda item: -item[1])
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in ranked if count)
-    return (
-        f"{missing:,} of {entry.read:,} {entry.kind} rows ({100 * missing / entry.read:.0f} %) were not used"
-        f"{': ' + reasons if reasons else ''}."
-    )
+    losses = _losses(entry)
+    missing, kind = sum(losses.values()), entry.kind if entry.kind == "rationales" else f"{entry.kind} rows"
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(losses.items(), key=lambda item: -item[1]))
+    total = entry.kept + missing
+    return f"{missing:,} of {total:,} {kind} ({100 * missing / total:.0f} %) were not used: {reasons}."
 
 
 def rows_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

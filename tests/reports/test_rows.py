@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill.reports.page import to_html
-from distill.reports.rows import row_counts
+from distill.reports.rows import losses_of_rows, row_counts
 from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import Make, Page, prediction, summary_of
 
@@ -67,3 +67,14 @@ def test_samples_are_of_the_arm_to_prefer(make_run: Make) -> None:
     best = make_run(("answer", "kl"), 0.8)
     html = Page(to_html(summary_of(make_run(("answer",), 0.6), more_losses, best))).text
     assert "Test examples of answer+kl-seed0" in html
+
+
+def test_rows_that_a_setting_leaves_out_are_no_loss(make_run: Make) -> None:
+    lost = {"over num_unlabelled": 900, "no label": 20, "too long": 12}
+    rows = {
+        "train": {"read": 1000, "lost": lost, "kept": 68},
+        "rationales": {"read": 9, "lost": {"over 1": 9}, "kept": 0},
+    }
+    assert losses_of_rows(summary_of(make_run(rows=rows)).runs) == [
+        "12 of 80 train rows (15 %) were not used: too long 12."
+    ]
