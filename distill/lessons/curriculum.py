@@ -27,7 +27,7 @@ from distill.models import loading, naming
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
-from distill.records import SPLITS, Example, FilteredRationale, RowCounts, Span, folded_id
+from distill.records import Example, FilteredRationale, RowCounts, Span
 from distill.tasks.splitting import require_examples
 
 
@@ -255,26 +255,24 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
     """
     config = configuration.without_labels(configuration.plain(job.config))
     splits = job.annotation_job.splits
-    # The hashes that ids once were, so that a run of an earlier version can be resumed.
-    ids = {example.id: folded_id(example.question) for part in SPLITS for example in getattr(splits, part)}
     return {
         "cache": job.annotation_job.store.digest,
         "soft_cache": job.soft_annotation_job.store.digest if job.soft_annotation_job else None,
-        "train": _hash_of(curriculum.train, ids),
-        "validation": _hash_of(curriculum.validation, ids),
-        "test": hashlib.sha256("".join(ids[example.id] for example in splits.test).encode()).hexdigest()[:16],
+        "train": _hash_of(curriculum.train),
+        "validation": _hash_of(curriculum.validation),
+        "test": hashlib.sha256("".join(example.id for example in splits.test).encode()).hexdigest()[:16],
         "student": student,
         **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
         "optimizer": config["optim"]["optimizer"],
     }
 
 
-def _hash_of(lessons: Sequence[Lesson], ids: Mapping[str, str]) -> str:
+def _hash_of(lessons: Sequence[Lesson]) -> str:
     """Hash everything that is learned except the soft targets, which the cache's fingerprint identifies."""
     content = hashlib.sha256()
     for lesson in lessons:
         for sequence in lesson.sequences:
             spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((ids.get(lesson.example_id, lesson.example_id), *spans)).encode())
+            content.update(repr((lesson.example_id, *spans)).encode())
             content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
     return content.hexdigest()[:16]
