@@ -57,7 +57,7 @@ def median_milliseconds(
 def timings(
     answering: Mapping[str, Callable[[T], object]], questions: Sequence[T], *, num_rounds: int, max_seconds: float
 ) -> dict[str, Timing]:
-    """Time each on the same questions in several rounds, one question at a time, in an order that changes by round.
+    """Time models on the same questions in several rounds, one question at a time, in an order that changes by round.
 
     Rounds have equal work, so they differ by noise alone. After three rounds, no further one starts once
     `max_seconds` have passed. The caller has answered each question once before, so that nothing is done first here.
@@ -69,9 +69,9 @@ def timings(
         shift = len(rounds) % len(names)
         order = names[shift:] + names[:shift]
         spent = [{name: _milliseconds(answering[name], question) for name in order} for question in questions]
-        rounds.append({name: statistics.fmean(each[name] for each in spent) for name in names})
-    means = {name: [each[name] for each in rounds] for name in answering}
-    return {name: Timing(statistics.median(each), min(each), max(each)) for name, each in means.items()}
+        rounds.append({name: statistics.fmean(times[name] for times in spent) for name in names})
+    means = {name: [times[name] for times in rounds] for name in answering}
+    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in means.items()}
 
 
 def _milliseconds(answer: Callable[[T], object], question: T) -> float:

@@ -26,8 +26,8 @@ _NOT_IN_PROJECT = "/\\#?%:"
 
 
 def _is_project(name: str) -> bool:
-    if found := sorted(set(name) & set(_NOT_IN_PROJECT)):
-        raise ValueError(f"W&B takes no {' '.join(_NOT_IN_PROJECT)} in a project, found {' '.join(found)}")
+    if refused := sorted(set(name) & set(_NOT_IN_PROJECT)):
+        raise ValueError(f"W&B takes no {' '.join(_NOT_IN_PROJECT)} in a project, found {' '.join(refused)}")
     return True
 
 

@@ -77,5 +77,5 @@ class Student:
 
 if __name__ == "__main__":
     student = Student(Path(__file__).parent)
-    for asked in sys.argv[1:] or [student.prompt["example"]]:
-        print(json.dumps({"question": asked} | student.reply(asked), ensure_ascii=False))
+    for question in sys.argv[1:] or [student.prompt["example"]]:
+        print(json.dumps({"question": question} | student.reply(question), ensure_ascii=False))

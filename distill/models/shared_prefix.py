@@ -71,7 +71,7 @@ def _attend(
 
     Raises TypeError for an argument that may change the attention, such as a soft cap or sinks.
     """
-    if unknown := [name for name, given in others.items() if given is not None and name not in _WITHOUT_EFFECT]:
+    if unknown := [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]:
         raise TypeError(f"shared attention does not support {unknown}")
     num_rows, num_groups, num_new = len(query), key.shape[1], query.shape[2]
     key_GPD, value_GPD = shared_prefix[module.layer_idx]

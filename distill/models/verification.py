@@ -66,7 +66,7 @@ def check_right_padding(model: Any, to_logits: ToLogits, vocabulary_size: int) -
             (to_logits(h[: len(t)]), _plain_logits(model, t, vocabulary_size))
             for h, t in zip(hidden_BTH, texts, strict=True)
         ]
-        gap = max(_difference(found, expected, is_exact=True) for found, expected in pairs)
+        gap = max(_difference(logits, expected, is_exact=True) for logits, expected in pairs)
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS:
@@ -174,13 +174,13 @@ def _tensor(body: Body, rows: list[list[int]]) -> Tensor:
     return torch.tensor(rows, device=body.device)
 
 
-def _difference(found_TV: Tensor, expected_TV: Tensor, *, is_exact: bool) -> float:
+def _difference(logits_TV: Tensor, expected_TV: Tensor, *, is_exact: bool) -> float:
     """Length of the difference of two logit vectors, relative to how far those expected vary over the vocabulary.
 
     The largest of all positions; in half precision their median, since there one that is routed to another expert
     may differ by rounding alone.
     """
     spread_T = (expected_TV - expected_TV.mean(-1, keepdim=True)).norm(dim=-1)
-    gap_T = (found_TV - expected_TV).norm(dim=-1) / spread_T.clamp(min=torch.finfo(torch.float32).tiny)
+    gap_T = (logits_TV - expected_TV).norm(dim=-1) / spread_T.clamp(min=torch.finfo(torch.float32).tiny)
     gap = float(gap_T.max() if is_exact else gap_T.median())
     return math.inf if math.isnan(gap) else gap

@@ -19,8 +19,8 @@ RUN_FOLDER = re.compile(r"(hydra\.(?:run|sweep)\.dir)=(.*)")
 def baseline_command(runs: Sequence[Run]) -> str:
     """Return a shell command that repeats the runs of one arm with all their settings, but on labels alone."""
     command = runs[-1].facts.get("command") if runs else None
-    given = [str(part) for part in command[1:]] if isinstance(command, list) else []
-    overrides = [_elsewhere(part) for part in given if not OF_LOSSES.match(part)]
+    parts = [str(part) for part in command[1:]] if isinstance(command, list) else []
+    overrides = [_elsewhere(part) for part in parts if not OF_LOSSES.match(part)]
     seeds = list(dict.fromkeys(run.seed for run in runs))
     if len(seeds) > 1 and not set(MULTIRUN) & set(overrides):
         overrides = ["-m", *(part for part in overrides if not part.startswith("seed=")), f"seed={','.join(seeds)}"]

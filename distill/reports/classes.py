@@ -93,12 +93,12 @@ def confusion(arm: Arm) -> Confusion | None:
 
 
 def _answer(line: Mapping[str, object], names: Sequence[str]) -> tuple[str, str]:
-    """Return the gold and the given class; another text that is right counts as the gold one."""
+    """Return the gold class and that of the answer; another text that is right counts as the gold one."""
     gold, answer = str(line["gold"]), str(line.get("student_answer"))
     return gold, gold if line.get("is_correct") is True else answer if answer in names and answer != gold else OTHER
 
 
 def _class_row(name: str, columns: Sequence[str], counts: Mapping[tuple[str, str], int]) -> ClassRow:
     answers = tuple(counts.get((name, column), 0) for column in columns)
-    right, given = counts.get((name, name), 0), sum(counts.get((gold, name), 0) for gold in columns)
-    return ClassRow(name, sum(answers), answers, right / sum(answers), right / given if given else None)
+    right, num_answered = counts.get((name, name), 0), sum(counts.get((gold, name), 0) for gold in columns)
+    return ClassRow(name, sum(answers), answers, right / sum(answers), right / num_answered if num_answered else None)

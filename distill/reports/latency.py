@@ -44,10 +44,10 @@ def share_latencies(runs: Sequence[Run]) -> list[Run]:
 
 
 def _joined(times: Sequence[Spread], factor: float) -> Spread:
-    low, high = min(each.low for each in times), max(each.high for each in times)
+    low, high = min(spread.low for spread in times), max(spread.high for spread in times)
     if len(times) == 1:
         low, high = low / factor, high * factor
-    return Spread(statistics.median(each.value for each in times), low, high)
+    return Spread(statistics.median(spread.value for spread in times), low, high)
 
 
 def _with_shared(row: Json, shared: Mapping[str, Spread]) -> Json:
@@ -59,16 +59,16 @@ def _with_shared(row: Json, shared: Mapping[str, Spread]) -> Json:
 
 def joint(spreads: Iterable[Spread | None]) -> Spread | None:
     """Return the mean of several spreads with the ends of all; None without any."""
-    known = [each for each in spreads if each]
+    known = [spread for spread in spreads if spread]
     if not known:
         return None
-    mean = statistics.fmean(each.value for each in known)
-    return Spread(mean, min(each.low for each in known), max(each.high for each in known))
+    mean = statistics.fmean(spread.value for spread in known)
+    return Spread(mean, min(spread.low for spread in known), max(spread.high for spread in known))
 
 
 def ranks(spreads: Sequence[Spread | None]) -> list[float]:
     """Rank from the least; spreads that overlap, at once or by way of others, share a rank. What is missing is last."""
-    order = sorted((each.low, each.high, index) for index, each in enumerate(spreads) if each)
+    order = sorted((spread.low, spread.high, index) for index, spread in enumerate(spreads) if spread)
     ranked, reach, rank = [math.inf] * len(spreads), -math.inf, 0.0
     for low, high, index in order:
         rank += low > reach

@@ -64,9 +64,9 @@ def _filled(text: str) -> str:
 
 
 def _recalls(summary: Summary) -> list[str]:
-    found = confusions(summary)
-    titles = recall_titles(found)[: 1 + MAX_COLUMNS]
-    rows = [recall_row(table, titles[1:]) for table in found]
+    confusion_tables = confusions(summary)
+    titles = recall_titles(confusion_tables)[: 1 + MAX_COLUMNS]
+    rows = [recall_row(table, titles[1:]) for table in confusion_tables]
     return _aligned([visible(title, 14) for title in titles], rows)
 
 

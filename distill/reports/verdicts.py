@@ -106,8 +106,8 @@ class Summary:
         for arm in self.trained:
             tests.setdefault(tuple(arm.settings.get(key) for key in ("task", "test")), []).append(arm)
         names = [f"{test[0]}: " if len(tests) > 1 else "" for test in tests]
-        found = [(name, guess) for name, arms in zip(names, tests.values(), strict=True) for guess in guesses(arms)]
-        return tuple(Guess(f"{name}{guess.label}", guess.accuracy) for name, guess in found)
+        named = [(name, guess) for name, arms in zip(names, tests.values(), strict=True) for guess in guesses(arms)]
+        return tuple(Guess(f"{name}{guess.label}", guess.accuracy) for name, guess in named)
 
     @property
     def seeds(self) -> tuple[Arm, ...]:

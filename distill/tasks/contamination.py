@@ -90,8 +90,8 @@ class _Index:
         places = np.full(len(hashes), -1)
         candidates = np.flatnonzero(self._has_bits[hashes >> _SHIFT])
         if len(candidates):
-            found = np.searchsorted(self._hashes, hashes[candidates]).clip(max=len(self._hashes) - 1)
-            places[candidates] = np.where(self._hashes[found] == hashes[candidates], found, -1)
+            nearest = np.searchsorted(self._hashes, hashes[candidates]).clip(max=len(self._hashes) - 1)
+            places[candidates] = np.where(self._hashes[nearest] == hashes[candidates], nearest, -1)
         return places
 
     def shared(self, hashes: np.ndarray) -> np.ndarray:

@@ -91,11 +91,11 @@ class BestValidation(Callback):
         metric, value = self._measure.metric, self.value
         if value is None:
             return f"no validation had a finite {metric}; the last student is kept" if self.keeps_weights else None
-        found = f"{metric} {value:.4g}, {self.last_value:.4g} at the last validation"
+        values = f"{metric} {value:.4g}, {self.last_value:.4g} at the last validation"
         if self.keeps_weights:
-            return f"keeping the student of step {self.step} of {steps}, the best on validation: {found}"
+            return f"keeping the student of step {self.step} of {steps}, the best on validation: {values}"
         is_worse = abs(self.last_value - value) > _CLEARLY * abs(value)
-        return f"validation was best at step {self.step} of {steps}: {found}; keep=best keeps it" if is_worse else None
+        return f"validation was best at step {self.step} of {steps}: {values}; keep=best keeps it" if is_worse else None
 
     def restore(self, student: nn.Module) -> None:
         """Put the kept weights into the student."""

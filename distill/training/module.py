@@ -203,11 +203,11 @@ class StudentModule(lightning.LightningModule):
             names = ", ".join(bad_weights[:3]) or "of another process"
             return f"the weights are not finite at step {step}: {names}. {_NOT_SAVED} {SMALLER_STEPS}"
         if not is_fine_everywhere(value is None):
-            found = "not finite in another process"
+            problem = "not finite in another process"
             if value is not None:
-                found = f"{value.item()} on the examples {', '.join(example_ids)}"
+                problem = f"{value.item()} on the examples {', '.join(example_ids)}"
             return (
-                f"the loss at step {step} is {found}, although the weights are finite. {_NOT_SAVED} Inspect these "
+                f"the loss at step {step} is {problem}, although the weights are finite. {_NOT_SAVED} Inspect these "
                 "examples, or lower optim.optimizer.lr"
             )
         return (
