@@ -28,19 +28,23 @@ def inspected(folder: str, *options: str) -> list[Any]:
     return [json.loads(line) for line in ([done.stdout] if options else done.stdout.splitlines())]
 
 
+def exit_code(work: Callable[[DictConfig], Any]) -> Any:
+    """Run the train command with the arguments of this process and work of a test's own."""
+    GlobalHydra.instance().clear()
+    try:
+        command("train", work)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
 @pytest.fixture
 def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Sweep over the train configuration with work of a test's own; return the exit code and what was printed."""
 
     def swept(work: Callable[[DictConfig], Any], *arguments: str) -> tuple[Any, str]:
-        GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["train", "-m", *WHOLE, f"root={tmp_path}", *arguments])
-        code: Any = 0
-        try:
-            command("train", work)
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, capsys.readouterr().err
+        return exit_code(work), capsys.readouterr().err
 
     for name in MADE_RANKS:
         monkeypatch.delenv(name, raising=False)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from distill.app import config as configuration
-from distill.app.command import command
 from distill.errors import ConfigError
 from distill.lessons.curriculum import prepare
+from tests.app.conftest import exit_code
 from tests.conftest import compose, conf_names
 
 WHOLE = ("task=arithmetic", "teacher=causal_lm", "student=causal_lm", "teacher.model=x", "student.model=x")
@@ -112,14 +111,8 @@ def train_command(
     def work(config: DictConfig) -> None:
         configuration.check(config)
 
-    GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    code: Any = 0
-    try:
-        command("train", work)
-    except SystemExit as stopped:
-        code = stopped.code
-    return code, capsys.readouterr().err
+    return exit_code(work), capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

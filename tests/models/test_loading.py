@@ -76,18 +76,24 @@ def test_a_model_with_a_tied_head_or_without_weights_of_its_own_is_complete(tmp_
     loading.load(tied, torch.float32, from_scratch=True)
 
 
+def assert_refused_before_annotation(
+    role: str, model: Path, message: str, configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    added = ["teacher@soft_teacher=causal_lm"] if role == "soft_teacher" else []
+    config = configured("loss=[kl]", *added, f"{role}.model={model}")
+    source, teacher = counted(config)
+    with pytest.raises(ConfigError, match=message):
+        fill(source, examples_to_annotate(prepare(config, tmp_path / "run")))
+    assert not teacher.asked
+
+
 @pytest.mark.parametrize("role", ["teacher", "soft_teacher", "student"])
 def test_an_incomplete_model_of_any_role_stops_before_anything_is_annotated(
     role: str, configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     change, message = INCOMPLETE["of a compiled model"]
     folder = changed(make_model(tmp_path / "model", seed=1), change)
-    added = ["teacher@soft_teacher=causal_lm"] if role == "soft_teacher" else []
-    config = configured("loss=[kl]", *added, f"{role}.model={folder}")
-    source, teacher = counted(config)
-    with pytest.raises(ConfigError, match=message):
-        fill(source, examples_to_annotate(prepare(config, tmp_path / "run")))
-    assert not teacher.asked
+    assert_refused_before_annotation(role, folder, message, configured, tmp_path)
 
 
 def test_an_incomplete_model_is_not_evaluated(incomplete: tuple[Path, str], tmp_path: Path) -> None:
@@ -133,12 +139,7 @@ def test_a_quantized_model_whose_package_is_missing_is_refused_in_one_sentence(m
 def test_a_quantized_model_of_any_role_stops_before_anything_is_annotated(
     role: str, message: str, configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    added = ["teacher@soft_teacher=causal_lm"] if role == "soft_teacher" else []
-    config = configured("loss=[kl]", *added, f"{role}.model={quantized(tmp_path / 'model', 'gptq')}")
-    source, teacher = counted(config)
-    with pytest.raises(ConfigError, match=message):
-        fill(source, examples_to_annotate(prepare(config, tmp_path / "run")))
-    assert not teacher.asked
+    assert_refused_before_annotation(role, quantized(tmp_path / "model", "gptq"), message, configured, tmp_path)
 
 
 @pytest.mark.parametrize(
