@@ -25,7 +25,7 @@ from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.errors import ConfigError
-from distill.prompts.pieces import Pieces
+from distill.prompts.pieces import Pieces, same_text
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
@@ -151,7 +151,7 @@ class Prompts:
     def choice_ids(self, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token ids of choices as targets: whole answers, which exclude each other.
 
-        Raises ConfigError if two of them have the same tokens.
+        Raises ConfigError if two of them have the same tokens, or one has tokens of another text.
         """
         by_ids: dict[tuple[int, ...], str] = {}
         for choice in choices:
@@ -160,6 +160,11 @@ class Prompts:
                 raise ConfigError(
                     f"the choices {by_ids[ids]!r} and {choice!r} have the same tokens in the tokenizer of "
                     f"{self.tokenizer.name_or_path}, which cannot tell them apart; rename one of them"
+                )
+            if not same_text(decoded := self.text(ids[:-1]), choice):
+                raise ConfigError(
+                    f"the tokenizer of {self.tokenizer.name_or_path} reads the choice {choice!r} back as {decoded!r}; "
+                    "rename it, or choose a model whose tokenizer has these characters"
                 )
             by_ids[ids] = choice
         return tuple(by_ids)

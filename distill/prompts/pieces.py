@@ -7,8 +7,10 @@ keep at all, such as upper case or line breaks, is found by a comparison when it
 
 from __future__ import annotations
 
+import re
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +19,8 @@ from distill.errors import ConfigError
 
 Ids = tuple[int, ...]
 CONTEXTS = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
-_NORMAL = "A b  C ² é"  # changed by tokenizers that fold case, spaces, compatibility characters or accents
+# Changed by tokenizers that fold case, spaces, compatibility characters or accents, or delete characters.
+_NORMAL = ("A b  C ² é", "a\tb", string.digits, string.punctuation)
 
 
 @final
@@ -28,6 +31,10 @@ class Pieces:
         """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order."""
         self._tokenizer = tokenizer
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special.pop(tokenizer.unk_token_id, None)  # unknown text is a part of a text
+        self._special_ids = special.keys()
+        self._inside_special = _inside(special.values())
         self._check_normalizer()
         self._before: tuple[tuple[str, Ids], ...] = ()  # none: pieces are encoded as texts
         self.first = self._as_text  # encodes the text with which a prompt begins
@@ -59,10 +66,21 @@ class Pieces:
         )
 
     def _as_text(self, text: str) -> Ids:
-        """Token ids of a text on its own."""
+        """Token ids of a text on its own, without special tokens."""
         if not text:
             return ()
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        # Where the name of a special token is also an entry of the vocabulary, as in Unigram, it is encoded in parts.
+        return ids if self._special_ids.isdisjoint(ids) else self._in_parts(text)
+
+    def _in_parts(self, text: str) -> Ids:
+        first, *others = self._inside_special.split(text)
+        if not others:
+            raise ConfigError(
+                f"the tokenizer of {self._name} has a special token that is ordinary text, in {text[:60]!r}; choose "
+                "another end token (eos_token), which texts do not contain"
+            )
+        return sum((self(part) for part in others), self._as_text(first))
 
     def _joined(self, pieces: Sequence[str]) -> str:
         """The text of pieces that were encoded one by one."""
@@ -77,16 +95,24 @@ class Pieces:
     def _check_normalizer(self) -> None:
         """Compare without the vocabulary, which may lack these characters; NFC keeps a text what it is."""
         normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
-        if normalizer is not None:
-            changed = str(normalizer.normalize_str(_NORMAL)).replace("▁", " ").removeprefix(" ")
-            if not same_text(changed, _NORMAL):
-                raise self._lossy(_NORMAL, changed)
+        if normalizer is None:
+            return
+        for text in _NORMAL:
+            changed = str(normalizer.normalize_str(text)).replace("▁", " ").removeprefix(" ")
+            if not same_text(changed, text):
+                raise self._lossy(text, changed)
 
     def _lossy(self, text: str, decoded: str) -> ConfigError:
         return ConfigError(
             f"the tokenizer of {self._name} does not keep texts as they are: {text!r} is read back as {decoded!r}; "
-            "choose a model whose tokenizer keeps upper case, spaces and line breaks"
+            "choose a model whose tokenizer keeps upper case, spaces, line breaks, digits and punctuation"
         )
+
+
+def _inside(names: Iterable[str]) -> re.Pattern[str]:
+    """Match between the first and the second character of each of these names."""
+    cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    return re.compile("|".join(cuts) or r"\Z\A.")
 
 
 def same_text(left: str, right: str) -> bool:

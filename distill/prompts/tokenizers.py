@@ -21,9 +21,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if backend := getattr(tokenizer, "backend_tokenizer", None):  # as saved, it may cut and pad until its first use
-        backend.no_truncation()
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()  # as saved, it may cut and pad until its first use
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # with it, equal texts get different tokens
     return tokenizer
 
 

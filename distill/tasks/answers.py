@@ -38,11 +38,13 @@ class AnswerFormat:
         `expression` the arithmetic at the start of the first line, `line` the first line, `pattern` the only group of
         a regular expression, matched anywhere in the text. Letters are compared in their composed form, NFC.
         """
-        self.choices = tuple(_composed(text_of(choice)) for choice in choices)
+        self.choices = tuple(_composed(text_of(choice)).strip() for choice in choices)
         self.kind: Kind = kind or ("pattern" if pattern is not None else "choice" if choices else "line")
         folded = {choice.casefold(): choice for choice in self.choices}
         if len(folded) < len(choices) or "" in folded:
-            raise ConfigError(f"task.choices={list(choices)}: choices must not be empty or differ only in case")
+            raise ConfigError(
+                f"task.choices={list(choices)}: choices must not be empty, or differ only in case or outer spaces"
+            )
         if self.kind == "choice" and not choices:
             raise ConfigError("task.read.kind=choice needs choices, such as task.choices=[yes,no]")
         if pattern is not None and self.kind != "pattern":
@@ -56,6 +58,11 @@ class AnswerFormat:
             "pattern": lambda: partial(_read_group, _compile_pattern(_composed(pattern or ""))),
         }
         self._read = readers[self.kind]()
+        if unread := [choice for choice in self.choices if not self._reads_back(choice)]:
+            raise ConfigError(
+                f"task.choices: {unread[0]!r} is not what task.read.kind={self.kind} reads from it; write each choice as "
+                "it is read, such as 1000 for 1,000 with kind=number, or set task.read.kind=choice"
+            )
 
     def read(self, text: str) -> str:
         """Read the canonical answer from a text; AnswerError if it has none."""
@@ -117,7 +124,7 @@ def _read_group(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
 def _choice_pattern(choices: Iterable[str]) -> re.Pattern[str]:
     """Match a leading choice: the longest, and none that is only the start of a longer word or number."""
     words = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
-    return re.compile(rf"[{re.escape(_MARKS)}]*?({words})(?!\w|[-.,/]\w)")
+    return re.compile(rf"[{re.escape(_MARKS)}]*?({words})(?!\w|[-‐‑.,/⁄]\w|[:'’^][0-9])")
 
 
 def _read_choice(pattern: re.Pattern[str], choices: Mapping[str, str], text: str) -> tuple[str, str]:

@@ -140,6 +140,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "accents": lambda: normalizing(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
     "T5": lambda: unigram("always", normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")),
     "spaces": lambda: normalizing(normalizers.Replace(Regex(" {2,}"), " ")),
+    "tabs": lambda: normalizing(normalizers.Replace("\t", " ")),
+    "digits": lambda: normalizing(normalizers.Replace(Regex("[0-9]"), "")),
+    "punctuation": lambda: normalizing(normalizers.Replace("?", "")),
 }
 
 

@@ -65,6 +65,47 @@ def test_a_choice_begins_with_its_word_as_in_the_whole_text(kind: str) -> None:
     assert list(ids[:-1]) == prompts.tokenizer.encode(prompts.decode(ids))
 
 
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_name_of_a_special_token_in_a_text_is_ordinary_text(kind: str) -> None:
+    tokenizer = KEPT[kind]()
+    prompts = prompts_of(tokenizer)
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for text in ("</s>", " yes</s>no", " <s></s> </s>"):
+        assert special.isdisjoint(prompts.encode(text))
+        assert special.isdisjoint(prompts.answer_ids(text)[:-1])
+        ids = prompts.answer_prompt(Example(text.strip(), "yes"), "yes").ids
+        assert [index for index in ids if index in special] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_an_end_token_that_is_ordinary_text_is_not_taken_from_a_text() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["\n\n", "!"])
+    tokenizer.eos_token = "\n\n"
+    prompts = prompts_of(tokenizer)
+    assert prompts.end not in prompts.encode("one\n\ntwo")
+    assert prompts.decode(prompts.encode("one\n\ntwo")) == "one\n\ntwo"
+    tokenizer.eos_token = "!"
+    with pytest.raises(ConfigError, match="has a special token that is ordinary text, in 'Ah! So'"):
+        prompts_of(tokenizer).encode("Ah! So")
+
+
+def test_a_tokenizer_that_draws_its_tokens_at_random_is_made_deterministic(tmp_path: Path) -> None:
+    random = byte_level()
+    random.backend_tokenizer.model.dropout = 0.5
+    random.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len({tuple(tokenizer.encode(QUESTION.question)) for _ in range(9)}) == 1
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(byte_level())
+
+
+@pytest.mark.parametrize("choice", ["5 ¢", "naïve"])
+def test_a_choice_that_the_tokenizer_cannot_write_is_refused(choice: str) -> None:
+    prompts = prompts_of(KEPT["metaspace first"]())
+    assert prompts.choice_ids(["yes", "no, thanks"])
+    with pytest.raises(ConfigError, match=f"reads the choice '{choice}' back as '"):
+        prompts.choice_ids(["yes", choice])
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_tokenizer_that_changes_texts_is_refused_by_name(kind: str) -> None:
     tokenizer = REFUSED[kind]()

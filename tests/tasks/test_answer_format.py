@@ -80,6 +80,29 @@ def test_a_gold_answer_with_more_text_is_refused(kind: Any, text: str) -> None:
         answer_format(kind, choices=["no", "yes"] if kind == "choice" else None).read_gold(text)
 
 
+@pytest.mark.parametrize("text", ["10:30", "10^3", "10'000", "10’000", "10⁄3", "no‑one", "no‐one"])
+def test_a_choice_is_not_read_from_the_beginning_of_a_longer_value_or_word(text: str) -> None:
+    with pytest.raises(AnswerError, match="does not begin with any of"):
+        answer_format(choices=["10", "no"]).read(text)
+
+
+def test_outer_spaces_are_no_part_of_a_choice() -> None:
+    answers = answer_format(choices=["yes ", "\tno", "not sure\N{NO-BREAK SPACE}"])
+    assert answers.choices == ("yes", "no", "not sure")
+    assert [answers.read_gold(choice) for choice in answers.choices] == ["yes", "no", "not sure"]
+    with pytest.raises(ConfigError, match="differ only in case or outer spaces"):
+        answer_format(choices=["yes", " Yes"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice"), [("number", "1,000"), ("number", "1.0"), ("number", "many"), ("line", "a\nb"), ("pattern", "no")]
+)
+def test_a_choice_that_is_never_read_is_refused(kind: Any, choice: str) -> None:
+    pattern = "####(.+)" if kind == "pattern" else None
+    with pytest.raises(ConfigError, match=r"task\.choices: .* is not what task\.read\.kind=\w+ reads from it"):
+        answer_format(kind, pattern, [choice])
+
+
 def test_a_pattern_must_match_the_bare_answer_which_a_student_generates() -> None:
     assert answer_format("pattern", "(?s)(?:.*####)?(.+)").read_gold("Three\nand two. #### 5") == "5"
     with pytest.raises(AnswerError, match="does not read back unchanged"):
