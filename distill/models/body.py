@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, final
 
 import torch
@@ -18,6 +20,7 @@ from distill.models.loading import MODEL_ERRORS
 from distill.models.shared_prefix import Blocks, causal_mask, shared_attention
 
 _POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # a family has one of these names
+_WINDOW = re.compile(r"(window|attention_chunk)(_size|_len|_length)?$")
 # How texts are read, fastest first. Which one a model allows is a matter of its architecture, see `verification`.
 #   batched   rows padded on the left, one cache
 #   grouped   rows of equal length together, without padding, a cache for each length
@@ -147,25 +150,43 @@ def check_length(model: Any, num_tokens: int) -> None:
 
 
 def max_positions(config: Any) -> int | None:
-    """Number of positions that a model supports, None if its configuration has no limit."""
+    """Number of positions that a model supports, None if its configuration has no limit.
+
+    Dynamic and long rotary embeddings turn all positions of a text by its length once it is longer than their original
+    length, so a token's logits would depend on the tokens after it and on the other rows; such texts are not supported.
+    """
     settings = config.get_text_config()
     limits = [getattr(settings, name, None) for name in _POSITIONS]
     limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
     if limit is None:
         return None
     rope = getattr(settings, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # positions beyond those of the configuration
-        original = rope.get("original_max_position_embeddings") or limit
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    return min((_rotary_limit(kind, settings, limit) for kind in kinds), default=limit)
+
+
+def _rotary_limit(rope: Mapping[str, Any], settings: Any, limit: int) -> int:
+    """Number of positions with a rotary embedding, which may be more or fewer than those of the configuration."""
+    own = rope.get("original_max_position_embeddings")
+    original = int(own or getattr(settings, "original_max_position_embeddings", None) or limit)
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return original
+    if rope.get("rope_type") in ("linear", "yarn"):
         return max(limit, int(original * float(rope.get("factor") or 1)))
     return limit
 
 
 def _attention_window(config: Any) -> int | None:
-    try:
+    """The smallest number of tokens that a layer attends to, None if all attend to all.
+
+    The cache knows most windows. Where it does not, as of GPT-Neo, the configuration's numbers of that name count.
+    """
+    named = [value for name, value in config.get_text_config(decoder=True).to_dict().items() if _WINDOW.search(name)]
+    windows = {value for value in named if type(value) is int and value > 0}
+    with suppress(*MODEL_ERRORS):
         layers = DynamicCache(config=config).layers
-    except MODEL_ERRORS:
-        return None
-    return min((layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)), default=None)
+        windows |= {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
+    return min(windows, default=None)
 
 
 def _empty_cache(config: Any) -> DynamicCache:

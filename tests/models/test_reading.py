@@ -14,8 +14,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -49,10 +51,20 @@ CONFIGS = {
     "absolute": GPT2Config(vocab_size=VOCABULARY + 32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25),
 }
 
+LOCAL = GPTNeoConfig(
+    vocab_size=VOCABULARY + 32,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    attention_types=[[["global", "local"], 1]],
+    window_size=20,  # more than the check at opening reads, and not known to the cache
+    initializer_range=0.25,
+)
+
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config({**CONFIGS, "local": LOCAL}[name], dtype=dtype).eval()
 
 
 def random_ids(number: int, seed: int) -> list[int]:
@@ -192,9 +204,10 @@ def test_sampling_stops_at_the_stop_token_and_more_tokens_can_be_fed() -> None:
     assert torch.allclose(reading.feed(fed), reader.read(questions).feed(fed), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [30, 60])
-def test_a_text_may_grow_longer_than_an_attention_window(length: int) -> None:
-    loaded, prefix = make_model("windowed"), random_ids(length, 1)
+@pytest.mark.parametrize("length", [12, 30, 60])
+@pytest.mark.parametrize("name", ["windowed", "local"])
+def test_a_text_may_grow_longer_than_an_attention_window(name: str, length: int) -> None:
+    loaded, prefix = make_model(name), random_ids(length, 1)
     reader, prompts = PrefixedReader(loaded, prefix, VOCABULARY), [random_ids(10, 2), random_ids(3, 3)]
     reading, fed = reader.read(prompts), [random_ids(4, 4), random_ids(4, 5)]
     reading.feed(torch.tensor(fed))
@@ -231,7 +244,7 @@ def replace_positions(config: Any, number: int) -> Any:
     [
         ({"rope_type": "default"}, 64),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
-        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, 64),
     ],
     ids=str,
@@ -239,6 +252,40 @@ def replace_positions(config: Any, number: int) -> Any:
 def test_positions_that_a_scaled_rotation_adds_count(rope: dict[str, Any], positions: int) -> None:
     config = LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
     assert max_positions(config) == positions
+
+
+LENGTH_DEPENDENT = [
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 40},
+    {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": 40,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", LENGTH_DEPENDENT, ids=lambda rope: f"{rope['rope_type']} {len(rope)}")
+def test_a_rotation_that_depends_on_the_length_is_used_up_to_its_original_length(rope: dict[str, Any]) -> None:
+    """Beyond it, tokens that were read before would have been rotated otherwise in the whole text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters={"rope_theta": 1e4} | rope)
+    limit = rope.get("original_max_position_embeddings", 64)
+    assert max_positions(config) == limit
+    config.rope_parameters = {"full_attention": config.rope_parameters, "sliding_attention": {"rope_type": "default"}}
+    assert max_positions(config) == limit
+    config.rope_parameters = {"rope_theta": 1e4} | rope
+    loaded, prefix = LlamaForCausalLM(config).eval(), random_ids(9, 1)
+    reader = PrefixedReader(loaded, prefix, VOCABULARY)
+    question = random_ids(limit - 9 - 5, 2)
+    (written,) = reader.read([question]).greedy(max_new_tokens=20, stop=-1)
+    assert len(written) == 6  # the last one is not read
+    whole = plain(loaded, prefix, question, written[:-1])
+    assert [int(logprobs_V.argmax()) for logprobs_V in whole[-6:]] == written
+    with pytest.raises(ConfigError, match=f"exceeds the {limit} positions"):
+        reader.read([random_ids(limit - 8, 3)])
 
 
 def test_a_model_with_a_different_attention_gets_copies_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
