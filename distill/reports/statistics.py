@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 
 NUM_DRAWS, BLOCK_SIZE = 10_000, 1_000
 POWER = 0.8  # of the test in `detectable`
-FEW = 25  # examples that differ; below, a bootstrap of them is too narrow and an exact test is used too
+FEW = 25  # examples unlike the others; below, a bootstrap is too narrow and exact intervals are used too
 
 
 class Interval(NamedTuple):
@@ -66,8 +66,8 @@ def paired_interval(
     pigeonhole bootstrap"): seeds and examples are resampled independently, and a cell counts as often as its seed
     and its example are drawn together. Second, Student's t over the seeds' mean differences, because resampling a
     few seeds underestimates their spread by sqrt((s - 1)/s) and has the tails of the normal distribution. With one
-    seed only examples are resampled, and the interval does not include the spread between seeds. Where fewer than
-    `FEW` examples differ, it is at least as wide as exact intervals.
+    seed only examples are resampled, and the interval does not include the spread between seeds. Where all
+    but fewer than `FEW` examples have the same difference, such as none, it is at least as wide as exact intervals.
     """
     values_SE = np.asarray(left, np.float64) - np.asarray(right, np.float64)
     draws = _draws(values_SE[..., None], num_draws, seed)[:, 0]
@@ -77,16 +77,17 @@ def paired_interval(
 
 
 def few_differences(values_SE: Matrix, level: float) -> tuple[float, float] | None:
-    """Return ends of the mean difference from few examples that differ; None if there are at least `FEW`.
+    """Return ends of the mean difference where all but fewer than `FEW` examples have the same one; else None.
 
-    At each end the wider of two. Given the examples that differ, the sign of their means over seeds is binomial:
-    with one seed, these ends exclude 0 just where the exact McNemar test rejects equality. They have no width if no
-    example differs, hence the score interval at the seeds' mean counts.
+    At each end the wider of two. Given the examples that differ, the sign of their means over seeds is binomial: with
+    one seed, these ends exclude 0 just where the exact McNemar test rejects equality. They have no width if no example
+    differs, hence the score interval at the seeds' mean counts.
     """
     mean_E, num_examples = values_SE.mean(0), values_SE.shape[1]
-    gains, number = int((mean_E > 0).sum()), int((mean_E != 0).sum())
-    if number >= FEW:
+    most_alike = int(np.unique(mean_E, return_counts=True)[1].max())
+    if num_examples - most_alike >= FEW:
         return None
+    gains, number = int((mean_E > 0).sum()), int((mean_E != 0).sum())
     size = float(np.abs(mean_E).sum()) / num_examples
     exact = [(2 * end - 1) * size for end in exact_interval(gains, number, level)]
     left, right = (float((sign * values_SE > 0).sum(1).mean()) for sign in (1, -1))

@@ -77,6 +77,21 @@ def test_four_pairs_that_all_favour_one_side_show_nothing() -> None:
     assert interval.low == pytest.approx(4 / 150 * (2 * 0.025 ** (1 / 4) - 1))  # Clopper and Pearson of 4 in 4
 
 
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("gains", [150, 149, 126])
+def test_where_nearly_all_pairs_favour_one_side_the_interval_has_a_width(gains: int, num_seeds: int) -> None:
+    """At 150 of 150 the score interval ends at (n - z²)/(n + z²), and a bootstrap has no width at all."""
+    left, right = (np.repeat(side, num_seeds, 0) for side in pairs(gains, 0))
+    for sign, interval in ((1, paired_interval(left, right)), (-1, paired_interval(right, left))):
+        near, far = sorted((sign * interval.low, sign * interval.high))
+        assert near < gains / 150
+        assert near <= paired_score_interval(gains, 0, 150)[0] + 1e-12
+        assert far >= paired_score_interval(gains, 0, 150)[1] - 1e-12
+        assert interval.error > 0.005
+    unanimous = paired_interval(*pairs(150, 0))
+    assert unanimous[:3] == pytest.approx((1, (150 - 1.959964**2) / (150 + 1.959964**2), 1), abs=1e-6)
+
+
 def test_the_recovered_share_of_no_gain_has_a_width() -> None:
     zeros, ones = np.zeros((1, 150)), np.ones((1, 150))
     share = recovered(zeros, zeros, ones)
