@@ -206,7 +206,7 @@ def _read_parquet(file: Path) -> Rows:
                     "columns that repeat the same value, or convert the table to JSON lines"
                 )
             rows += _rows_of(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:  # Python has no dates after the year 9999
         raise ConfigError(f"{file} is not readable as Parquet: {error}") from None
     return {f"row {number}": row for number, row in enumerate(rows, start=1)}
 
@@ -229,10 +229,9 @@ def _read_saved(folder: Path) -> dict[str, Table]:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+        return _tables(str(folder), datasets.load_from_disk(str(folder)))
+    except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"{folder} was not saved by datasets.save_to_disk: {error}") from None
-    return _tables(str(folder), loaded)
 
 
 def _download(name: str, root: Path) -> dict[str, Table]:

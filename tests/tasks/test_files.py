@@ -249,6 +249,19 @@ def test_a_broken_file_is_refused_with_its_name_and_place(
     assert error in message
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.folder"])
+def test_a_date_that_python_cannot_hold_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"question": ["Q"], "answer": pyarrow.array([2**52], pyarrow.timestamp("ms"))})
+    path = tmp_path / name
+    if name == "a.parquet":
+        parquet.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(str(path))
+    error = error_of(task(path))
+    assert error.startswith(str(path))
+    assert "out of range" in error
+
+
 def test_only_the_first_problems_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     rows = [{"question": f"Q{i}", "answer": f"perhaps{i}"} for i in range(9)]
     error = error_of(task(jsonl(tmp_path, *rows)))
