@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from datetime import timedelta
 from typing import Any, get_args
 
 import lightning
@@ -76,6 +77,8 @@ _REFUSED_CALLBACKS = {
     callbacks.Timer: "trainer.max_steps",
     callbacks.ProgressBar: "2> log: only a terminal shows a bar, a file gets lines",
 }
+# How long a process waits for another: the first one evaluates, saves and reports alone. By default 10 or 30 minutes.
+_PATIENCE = timedelta(days=7)
 _MINIMA = {
     "batch_size": 1,
     "microbatch_size": 1,
@@ -120,6 +123,9 @@ def build_trainer(config: Config, **arguments: Any) -> lightning.Trainer:
         enable_checkpointing=False,
         **arguments,
     )
+    if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):
+        # Private: in public, a time is taken only with a strategy object, not with its name.
+        trainer.strategy._timeout = max(trainer.strategy._timeout or _PATIENCE, _PATIENCE)
     return trainer
 
 

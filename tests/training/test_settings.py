@@ -6,6 +6,7 @@ import copy
 import inspect
 import typing
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,16 @@ def test_all_problems_of_the_settings_are_listed_together(configured: Configured
         "trainer.max_epochs",
         "trainer.precision",
     ]
+
+
+@pytest.mark.parametrize("strategy", ["trainer.strategy=ddp", "trainer.strategy=ddp_spawn", "trainer=fsdp2"])
+def test_processes_wait_for_the_first_one_for_days(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process evaluates alone, which can take longer than the minutes after which torch gives up."""
+    waits = list[timedelta]()
+    for module in (lightning.pytorch.strategies.ddp, lightning.pytorch.strategies.model_parallel):
+        monkeypatch.setattr(module, "_init_dist_connection", lambda *_, timeout, **__: waits.append(timeout))
+    config = compose("task=arithmetic", strategy, "trainer.devices=2", "trainer.accelerator=cpu")
+    trainer = build_trainer(config, logger=False, callbacks=[], enable_progress_bar=False)
+    name = "setup_distributed" if isinstance(trainer.strategy, DDPStrategy) else "_setup_distributed"
+    getattr(trainer.strategy, name)()
+    assert waits == [timedelta(days=7)]
