@@ -166,6 +166,12 @@ def _check_seam(model: Any) -> None:
     logits_V = model(ids_BT).logits[0, -1].float()
     hidden_H = model.base_model(ids_BT).last_hidden_state[0, -1]
     model.train(was_training)
+    if not logits_V.isfinite().all():
+        broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        raise ConfigError(
+            f"{type(model).__name__} has logits that are not finite; weights that are not finite: "
+            f"{_listed(broken) or 'none'}. Replace them with an intact copy"
+        )
     gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
     if not gap <= min(_MAX_GAP, torch.finfo(model.dtype).eps ** 0.5) * logits_V.abs().max():  # NaN is refused as well
         raise ConfigError(

@@ -60,8 +60,8 @@ class AnswerFormat:
         self._read = readers[self.kind]()
         if unread := [choice for choice in self.choices if not self._reads_back(choice)]:
             raise ConfigError(
-                f"task.choices: {unread[0]!r} is not what task.read.kind={self.kind} reads from it; write each choice as "
-                "it is read, such as 1000 for 1,000 with kind=number, or set task.read.kind=choice"
+                f"task.choices: {unread[0]!r} is not what task.read.kind={self.kind} reads from it; write every choice "
+                "as it is read, such as 1000 for 1,000 with kind=number, or set task.read.kind=choice"
             )
 
     def read(self, text: str) -> str:

@@ -245,6 +245,7 @@ def check_monitored(config: Config, parts: Mapping[str, Any], measured: Set[str]
         for key, metric in monitored.items()
         if metric not in measured
     ]
+    problems += _turned_round(parts)
     if monitored and not problems and config.validate_every > config.trainer.max_steps:
         problems.append(
             f"{' and '.join(monitored)} needs a validation, but validate_every={config.validate_every} is more than "
@@ -252,6 +253,18 @@ def check_monitored(config: Config, parts: Mapping[str, Any], measured: Set[str]
         )
     if problems:
         raise ConfigError(*problems)
+
+
+def _turned_round(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Find early stopping that would keep the worst student."""
+    for name, part in parts.items():
+        if isinstance(part, callbacks.EarlyStopping):
+            mode = "max" if part.monitor == "val/accuracy" else "min"
+            if part.mode != mode:
+                yield (
+                    f"callback.{name}.mode={part.mode} keeps the worst student by {part.monitor}; set "
+                    f"callback.{name}.mode={mode}"
+                )
 
 
 def _value(config: Config, key: str) -> Any:

@@ -95,7 +95,8 @@ def test_outer_spaces_are_no_part_of_a_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "choice"), [("number", "1,000"), ("number", "1.0"), ("number", "many"), ("line", "a\nb"), ("pattern", "no")]
+    ("kind", "choice"),
+    [("number", "1,000"), ("number", "1.0"), ("number", "many"), ("line", "a\nb"), ("pattern", "no")],
 )
 def test_a_choice_that_is_never_read_is_refused(kind: Any, choice: str) -> None:
     pattern = "####(.+)" if kind == "pattern" else None

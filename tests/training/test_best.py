@@ -171,6 +171,11 @@ def test_a_checkpoint_that_kept_nothing_is_not_resumed_to_keep_the_best(run: Any
         (["keep=best", "validate_every=100"], "keep needs a validation, but validate_every=100 is more than"),
         ([*STOPPING, "loss=[kl]"], "callback.early_stopping compares validations by val/answer"),
         ([*STOPPING, "callback.early_stopping.monitor=val/typo"], "val/typo, which is not measured"),
+        (
+            [*STOPPING, "callback.early_stopping.monitor=val/accuracy"],
+            "mode=min keeps the worst student by val/accuracy; set callback.early_stopping.mode=max",
+        ),
+        ([*STOPPING, "callback.early_stopping.mode=max"], "mode=max keeps the worst student by val/answer"),
     ],
 )
 def test_a_choice_without_its_measurement_is_refused_before_the_teacher_is_asked(
