@@ -79,12 +79,13 @@ def paired_interval(
 def few_differences(values_SE: Matrix, level: float) -> tuple[float, float] | None:
     """Return ends of the mean difference where all but fewer than `FEW` examples have the same one; else None.
 
-    At each end the wider of two. Given the examples that differ, the sign of their means over seeds is binomial: with
-    one seed, these ends exclude 0 just where the exact McNemar test rejects equality. They have no width if no example
-    differs, hence the score interval at the seeds' mean counts.
+    That one difference is -1, 0 or 1 on average over seeds. At each end the wider of two. Given the examples that
+    differ, the sign of their means over seeds is binomial: with one seed, these ends exclude 0 just where the exact
+    McNemar test rejects equality. They have no width if no example differs, hence the score interval at the seeds'
+    mean counts.
     """
     mean_E, num_examples = values_SE.mean(0), values_SE.shape[1]
-    most_alike = int(np.unique(mean_E, return_counts=True)[1].max())
+    most_alike = max(int((mean_E == alike).sum()) for alike in (-1, 0, 1))
     if num_examples - most_alike >= FEW:
         return None
     gains, number = int((mean_E > 0).sum()), int((mean_E != 0).sum())
