@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill.reports.classes import OTHER, classes, confusion, guesses
+from distill.reports.classes import OTHER, best_guess, classes, confusion, guesses
 from distill.reports.conclusion import conclude
 from distill.reports.page import to_html
 from distill.reports.text import to_markdown, to_text
@@ -55,6 +55,7 @@ def test_guessing_is_the_most_frequent_answer_or_a_random_one(make_run: Make) ->
     summary = summary_of(make_run(("kl",), 0.59, predictions=LINES, student=FEW))
     assert [guess.label for guess in summary.guesses] == ["always answering “no”", "a random one of 2 answers"]
     assert [guess.accuracy for guess in summary.guesses] == [0.6, 0.5]
+    assert best_guess(summary.trained) == summary.guesses[0]  # the one to beat
     for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text):
         assert "always answering “no”" in text
         assert "60.0" in text
@@ -72,6 +73,8 @@ def test_free_text_and_a_single_answer_have_no_classes(make_run: Make) -> None:
     assert classes([arm]) == ()
     assert [guess.accuracy for guess in guesses([arm])] == [1 / 40]
     assert confusion(arm) is None
+    (seeds,) = summary_of(*(make_run(("kl",), 0.025, seed, predictions=free) for seed in (0, 1, 2))).trained
+    assert classes([seeds]) == ()  # an answer to the same question in three seeds is no class
     (same,) = summary_of(make_run(("kl",), predictions=[line(k, "yes", "yes") for k in range(40)])).trained
     assert guesses([same]) == []
     assert confusion(same) is None

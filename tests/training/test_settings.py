@@ -22,7 +22,7 @@ from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.training.fit import build_training, fit
 from distill.training.job import train
-from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings
+from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings, precision
 from tests.conftest import compose, tiny_overrides
 from tests.training.conftest import logged_losses, open_whole_student
 
@@ -113,6 +113,23 @@ def test_a_parameter_without_effect_is_refused_with_what_to_use(name: str, confi
     assert problem.endswith(f"use {REFUSED[name]}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accumulate_grad_batches", 2),
+        ("reload_dataloaders_every_n_epochs", 1),
+        ("fast_dev_run", 1),
+        ("overfit_batches", 0.5),
+        ("overfit_batches", 2),
+    ],
+)
+def test_the_first_value_beyond_the_one_without_effect_is_refused(
+    name: str, value: float, configured: Configured
+) -> None:
+    (problem,) = problems_of(configured(f"trainer.{name}={value}"))
+    assert problem == f"trainer.{name}={value} is not supported; use {REFUSED[name]}"
+
+
 def test_a_refused_setting_stops_before_the_teacher_is_asked(configured: Configured, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use microbatch_size"):
         train(configured("+trainer.accumulate_grad_batches=4", "+trainer.max_epochs=1"))
@@ -163,6 +180,21 @@ def test_every_precision_trains_or_is_refused_with_the_supported_ones(value: Any
     check_settings(config)
     trainer = build_trainer(config, callbacks=[], logger=False, enable_progress_bar=False)
     assert trainer.precision == PRECISIONS[value]
+
+
+@pytest.mark.parametrize(("native", "expected"), [(torch.bfloat16, "bf16-mixed"), (torch.float32, "32-true")])
+def test_the_precision_is_by_default_the_one_that_the_machine_is_fast_in(
+    native: torch.dtype, expected: str, configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.models.placement.native_dtype", lambda: native)
+    assert precision(configured("trainer.precision=auto")) == expected
+
+
+def test_a_schedule_that_depends_on_a_metric_is_refused(configured: Configured) -> None:
+    config = configured()
+    config.optim.schedule = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "_partial_": True}
+    (problem,) = problems_of(config)
+    assert problem.startswith("optim.schedule: ReduceLROnPlateau depends on a metric")
 
 
 RUN = [
@@ -247,6 +279,8 @@ def test_an_impossible_value_is_refused_before_the_teacher_is_asked(override: st
 CALLBACKS = {
     "ModelCheckpoint": "checkpoint_every and keep",
     "GradientAccumulationScheduler, scheduling: {0: 2}": "microbatch_size",
+    "StochasticWeightAveraging, swa_lrs: 0.1": "callback=[ema]",
+    "BatchSizeFinder": "microbatch_size",
     "LearningRateFinder": "optim.optimizer.lr",
     "Timer": "trainer.max_steps",
     "RichProgressBar": "2> log",
