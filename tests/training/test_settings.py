@@ -7,13 +7,14 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,7 @@ from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.training.fit import build_training, fit
 from distill.training.job import train
-from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings, precision
+from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings, keeps_best, precision
 from tests.conftest import compose, tiny_overrides
 from tests.training.conftest import logged_losses, open_whole_student
 
@@ -241,6 +242,7 @@ INVALID = {
     "num_samples=-1": "num_samples=-1: expected",
     "trainer.max_steps=0": "trainer.max_steps=0: expected",
     "trainer.max_steps=-1": "trainer.max_steps=-1: expected",
+    "+trainer.min_steps=0": "trainer.min_steps=0: expected a number of at least 1",
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0: expected",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val=-1: expected a number of at least 0",
     "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val=nan: expected",
@@ -291,6 +293,39 @@ CALLBACKS = {
 def test_a_callback_that_would_break_the_training_is_refused(name: str, configured: Configured) -> None:
     (problem,) = problems_of(configured(f"callback.other={{_target_: lightning.pytorch.callbacks.{name}}}"))
     assert problem.startswith("callback.other is not supported; use " + CALLBACKS[name])
+
+
+def test_a_strategy_of_which_the_step_is_not_known_to_be_exact_is_refused(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured()
+    trainer = build_trainer(config, callbacks=[], logger=False, enable_progress_bar=False)
+    other = SimpleNamespace(strategy=object(), world_size=trainer.world_size)  # Lightning builds those only on a GPU
+    monkeypatch.setattr("distill.training.settings.build_trainer", lambda *_, **__: other)
+    (problem,) = problems_of(config)
+    assert problem.startswith("trainer.strategy=auto is not supported; expected auto, ddp, ddp_spawn or trainer=fsdp2")
+
+
+@pytest.mark.parametrize("setting", ["student.compile=true", "callback.ema=EMA"])
+def test_what_a_sharded_student_does_not_support_is_refused(setting: str, configured: Configured) -> None:
+    ema = "callback.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"
+    config = configured(ema if "ema" in setting else setting)
+    config.trainer.strategy = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    (problem,) = problems_of(config)
+    assert problem == f"trainer=fsdp2 does not support {setting.removesuffix('=EMA')}; remove one"
+
+
+@pytest.mark.parametrize(
+    ("setting", "stops_early", "expected"),
+    [("best", False, True), ("last", True, False), (None, True, True), (None, False, False)],
+)
+def test_the_best_student_is_kept_if_chosen_or_with_early_stopping(
+    setting: str | None, stops_early: bool, expected: bool, configured: Configured
+) -> None:
+    config = configured()
+    config.keep = setting
+    parts = {"stop": EarlyStopping("val/answer")} if stops_early else {}
+    assert keeps_best(config, parts) == expected
 
 
 def test_all_problems_of_the_settings_are_listed_together(configured: Configured) -> None:
