@@ -38,6 +38,7 @@ FACTS = {
 LOSSES = {
     "answer": {"source": "labels", "span": "answer", "label": "labels"},
     "rationale": {"source": "labels", "span": "rationale", "label": "rationales"},
+    "teacher_answer": {"source": "teacher", "span": "answer", "label": "teacher's answers"},
     "kl": {"source": "soft", "span": "answer", "label": "teacher's distributions"},
 }
 
@@ -93,7 +94,13 @@ def test_a_base_that_is_not_on_the_hub_is_named_in_the_text_alone(name: str) -> 
 
 @pytest.mark.parametrize(
     ("losses", "num_kept", "is_named"),
-    [(["answer"], 9, False), (["answer", "kl"], 0, True), (["rationale"], 9, True), (["rationale"], 0, False)],
+    [
+        (["answer"], 9, False),
+        (["answer", "kl"], 0, True),
+        (["teacher_answer"], 0, True),
+        (["rationale"], 9, True),
+        (["rationale"], 0, False),
+    ],
 )
 def test_the_teacher_is_named_where_something_of_it_was_learned(
     losses: list[str], num_kept: int, is_named: bool
@@ -101,6 +108,12 @@ def test_the_teacher_is_named_where_something_of_it_was_learned(
     run = run_with(losses=losses, counts=FACTS["counts"] | {"rationales_kept": num_kept})
     assert is_taught(run) == is_named
     assert ("some/teacher" in card(run, None, 0, "").partition("\n\n|")[0].partition("## ")[0]) == is_named
+
+
+def test_student_and_teacher_have_the_licenses_of_their_own_weights() -> None:
+    lines = card(run_with(losses=["answer", "kl"]), None, 0, "").splitlines()
+    assert "- Base model: some/base (license: apache-2.0)" in lines
+    assert "- Teacher: some/teacher (license: Llama 3 Community License)" in lines
 
 
 def test_a_prompt_that_must_be_tokenized_in_pieces_is_said_to_be() -> None:

@@ -9,6 +9,7 @@ import pytest
 from distill.reports.classes import OTHER, best_guess, classes, confusion, guesses
 from distill.reports.conclusion import conclude
 from distill.reports.page import to_html
+from distill.reports.tables import class_rows, class_titles
 from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import Make, Page, prediction, summary_of
 
@@ -37,6 +38,22 @@ def test_a_confusion_table_counts_answers_by_class_over_all_seeds(make_run: Make
     assert [row[:3] for row in table.rows] == [("no", 120, (114, 6, 0)), ("yes", 80, (74, 4, 2))]
     assert [row.recall for row in table.rows] == pytest.approx([0.95, 0.05])
     assert [row.precision for row in table.rows] == pytest.approx([114 / 188, 4 / 10])
+
+
+def test_the_columns_of_a_class_say_what_they_hold(make_run: Make) -> None:
+    (arm,) = summary_of(make_run(("kl",), 0.59, predictions=LINES, student=FEW)).trained
+    table = confusion(arm)
+    assert table is not None
+    yes = dict(zip(class_titles(table), class_rows(table)[1], strict=True))
+    assert yes == {
+        "right answer": "yes",
+        "answers": "40",
+        "recall": "5.0 %",
+        "precision": "40.0 %",
+        "as “no”": "37",
+        "as “yes”": "2",
+        f"as “{OTHER}”": "1",
+    }
 
 
 def test_a_class_that_is_hardly_ever_answered_right_is_named_in_every_report(make_run: Make) -> None:
@@ -80,6 +97,15 @@ def test_free_text_and_a_single_answer_have_no_classes(make_run: Make) -> None:
     assert confusion(same) is None
     (unknown,) = summary_of(make_run(("kl",), without=("predictions.jsonl",))).trained
     assert guesses([unknown]) == []
+
+
+def test_the_right_answers_are_those_of_all_seeds(make_run: Make) -> None:
+    folders = [
+        make_run(("kl",), 0.59, 0, without=("predictions.jsonl",)),
+        make_run(("kl",), 0.59, 1, predictions=LINES),
+    ]
+    (arm,) = summary_of(*folders).trained
+    assert classes([arm]) == ("no", "yes")
 
 
 def test_guessing_is_named_by_task_where_there_are_several(make_run: Make) -> None:
