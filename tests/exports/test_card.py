@@ -135,7 +135,7 @@ def test_the_example_reads_the_tokens_of_training(make: Callable[[Path], Any], t
     prompts = Prompts(make(tmp_path), layout, (), max_length=256, too_long="drop")
     config = compose("task=jsonl", "task.path=none.jsonl", "student=causal_lm", "student.model=none")
     recipe = asdict(make_recipe(prompts, config, QUESTIONS))
-    for question in QUESTIONS:
+    for question in (*QUESTIONS, Example("It ends with </s> here", "negative")):
         learned = prompts.answer_prompt(question, "negative")
         start, _ = learned.spans["answer"]
         assert tuple(example.prompt_ids(prompts.tokenizer, recipe, question.question)) == learned.ids[:start]

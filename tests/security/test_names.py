@@ -79,6 +79,12 @@ def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def test_a_second_teacher_has_a_folder_beside_that_of_the_first(tmp_path: Path) -> None:
+    config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": str(tmp_path / "mine")}})
+    folders = [annotation_job.cache_location(config, tmp_path, {}, name)[0] for name in ("teacher", "soft_teacher")]
+    assert folders == [tmp_path / "mine", tmp_path / "mine-soft_teacher"]
+
+
 @given(url=NAMES)
 @QUICK
 def test_a_copy_of_a_cache_stays_in_the_copies_folder_for_any_url(url: str, tmp_path: Path) -> None:
