@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 
 from distill.annotation import job as annotate_job
 from distill.annotation.annotation_job import open_annotation_job
+from distill.annotation.fill import fill
 from distill.annotation.reader import AnswerCounts
 from distill.annotation.requests import collect_requests, without_labels
 from distill.errors import ConfigError
 from distill.lessons.curriculum import examples_to_annotate, prepare
 from distill.records import Example
-from tests.conftest import compose, tiny_overrides
+from tests.conftest import compose, make_model, tiny_overrides
 
 Configured = Callable[..., DictConfig]
 
@@ -66,6 +67,14 @@ def test_a_rationale_of_the_data_is_scored_only_where_it_was_asked_for(configure
     example = Example("How many?", "7", "Since it is so.")
     (request,) = collect_requests(job, {"rationale": [example]}, use_given_rationales=use_given).all_requests
     assert bool(request.given_ids) == use_given
+
+
+def test_a_teacher_that_cannot_read_the_longest_text_annotates_nothing(configured: Configured, tmp_path: Path) -> None:
+    teacher = make_model(tmp_path / "short", seed=1, max_position_embeddings=64)
+    job = open_annotation_job(configured(f"teacher.model={teacher}", "teacher.calibrate=0"))
+    with pytest.raises(ConfigError, match="exceeds the 64 positions"):
+        fill(job, {"answer": job.splits.train})
+    assert len(job.store) == 0
 
 
 def test_recorded_answers_are_counted_without_those_that_are_missing() -> None:

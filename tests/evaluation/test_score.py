@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from distill.app.config import build
+from distill.evaluation.answers import _comparison
 from distill.evaluation.metrics import Prediction, score
+from distill.records import Annotation, Example
 from distill.reports.proportions import wilson_interval
+from tests.conftest import compose
 
 CHOICES = ("no", "yes")
 ONE = Prediction(
@@ -38,6 +42,18 @@ FIVE = [
     replace(ONE, is_written_correct=False, written_answer="no"),
     replace(ONE, is_correct=False, answer="no", is_written_correct=None, written_answer=None),
 ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "teacher", "agrees", "is_teacher_right"),
+    [("7", "7", True, False), ("8", "7", False, False), ("7", "8", False, True), (None, "8", False, True)],
+)
+def test_agreement_is_with_the_teacher_whether_it_is_right_or_not(
+    answer: str | None, teacher: str, agrees: bool, is_teacher_right: bool
+) -> None:
+    task = build(compose("task=arithmetic").task.examples)
+    compared = _comparison(task, Example("How many?", "8"), answer, Annotation("", {}, teacher))
+    assert (compared["agrees"], compared["is_teacher_correct"]) == (agrees, is_teacher_right)
 
 
 def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:

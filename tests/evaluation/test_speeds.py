@@ -48,6 +48,16 @@ def test_speeds_have_a_spread_and_equal_keys_for_equal_models(
     assert other["architecture"] != rows["one"]["architecture"]  # other questions
 
 
+def test_models_that_write_answers_of_other_lengths_are_timed_apart(
+    student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.evaluation.answers._LATENCY_ROUNDS", 3)
+    job, model = prepare(configured(), tmp_path / "run"), loading.load(student_folder, torch.float32)
+    short, long = (Evaluation(model, job.prompts, job.annotation_job.task, "direct", limit) for limit in (2, 5))
+    rows = speeds({"short": short, "long": long}, job.annotation_job.splits.test[:1])
+    assert rows["short"]["architecture"] != rows["long"]["architecture"]
+
+
 def test_the_row_of_a_model_counts_its_parameters(
     student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:

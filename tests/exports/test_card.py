@@ -141,6 +141,15 @@ def test_the_example_reads_the_tokens_of_training(make: Callable[[Path], Any], t
         assert tuple(example.prompt_ids(prompts.tokenizer, recipe, question.question)) == learned.ids[:start]
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("direct", "a space and its answer"), ("reasoned", "its reasoning")])
+def test_the_card_says_what_follows_the_prompt(mode: str, expected: str) -> None:
+    layout = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
+    prompts = Prompts(joining_full_stop_and_newline(), layout, (), max_length=256, too_long="drop")
+    config = compose("task=jsonl", "task.path=none.jsonl", "student.model=none", f"task.answer_mode={mode}")
+    text = card(run_with(), make_recipe(prompts, config, []), 4, "")
+    assert f"The student goes on with {expected}, and ends it with `</s>`." in text
+
+
 def test_fences_in_the_layout_do_not_end_the_prompt() -> None:
     layout = Layout(instruction="```\n# Not a heading", question_cue="Q:", rationale_cue="R:", answer_cue="A:")
     prompts = Prompts(joining_full_stop_and_newline(), layout, (), max_length=256, too_long="drop")
