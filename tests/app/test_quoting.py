@@ -66,6 +66,7 @@ def test_the_form_is_the_one_that_a_shell_takes() -> None:
         ("[да,'нет, нет',3]", ["да", "нет, нет", 3]),
         ("[[é],{a:ß}]", [["é"], {"a": "ß"}]),
         ("{größe}", "{größe}"),
+        ("{a:größe,b:2}", {"a": "größe", "b": 2}),
     ],
 )
 def test_in_a_list_only_the_items_are_quoted(value: str, expected: Any) -> None:

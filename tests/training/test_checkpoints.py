@@ -57,6 +57,20 @@ def test_a_resumed_run_takes_the_same_steps_to_the_same_weights(
     assert resumed.logged(0) == whole.logged(2)
 
 
+def test_what_is_drawn_in_a_step_depends_on_seed_step_and_microbatch(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as dropout: a resumed run draws as the uninterrupted one does, and no two microbatches draw the same."""
+    drawn: dict[str, list[int]] = {}
+    for name, overrides in {"zero": [], "same": [], "one": ["seed=1"]}.items():
+        run = start(*overrides, "trainer.max_steps=2", name=name)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", drawn.setdefault(name, []).append)
+            run.fit()
+    assert drawn["zero"] == drawn["same"]
+    assert len({*drawn["zero"], *drawn["one"]}) == 8  # two runs of two steps of two microbatches
+
+
 def test_the_newest_two_checkpoints_are_kept_and_the_last_step_is_one(start: Start, tmp_path: Path) -> None:
     start().fit()
     assert files(tmp_path / "run") == [f"step-0000000{step}.{end}" for step in (3, 4) for end in ("ckpt", "json")]
