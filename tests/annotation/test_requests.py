@@ -39,6 +39,14 @@ def test_the_answers_of_test_reach_no_teacher(configured: Configured, tmp_path: 
     assert {(example.answer, example.rationale) for example in asked} == {(None, None)}
 
 
+def test_as_many_questions_are_explained_as_configured(configured: Configured, tmp_path: Path) -> None:
+    job = prepare(configured("loss=[answer,rationale]", "teacher.num_rationales=8", "num_samples=0"), tmp_path / "run")
+    train = job.annotation_job.splits.train
+    explained = [example for example in train[:8] if example.rationale is None]  # others have one of their own
+    assert 0 < len(explained) < sum(example.rationale is None for example in train)
+    assert list(examples_to_annotate(job)["rationale"]) == explained
+
+
 def test_the_annotate_command_sends_no_answers_of_test_either(configured: Configured) -> None:
     job = open_annotation_job(configured())
     questions = {example.question for example in job.splits.test}

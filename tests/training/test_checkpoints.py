@@ -12,9 +12,12 @@ import torch
 
 from distill.app import preemption
 from distill.errors import ConfigError, PreemptedError
+from distill.lessons.loader import Arrangement
 from distill.training import checkpoints as checkpoints_module
 from distill.training.checkpoints import Checkpoints, WholeFiles, checked, last, newest, step_of
 from distill.training.curves import Curves
+from distill.training.fit import run_preflight
+from distill.training.preflight import Finding
 from tests.conftest import tiny_overrides
 from tests.training.test_resume import Run, weights_equal
 
@@ -46,12 +49,12 @@ def test_a_resumed_run_takes_the_same_steps_to_the_same_weights(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints_module, "NUM_KEPT", 9)
-    whole = start(name="whole")
+    whole = start("validate_every=3", name="whole")
     weights = whole.fit()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for file in (tmp_path / "whole" / "checkpoints").glob("step-00000002.*"):
         shutil.copy(file, tmp_path / "run" / "checkpoints")
-    resumed = start()
+    resumed = start("validate_every=3")
     assert weights_equal(resumed.fit(), weights)
     assert resumed.steps_seen == [seen for seen in whole.steps_seen if seen[0] >= 2]
     assert resumed.logged(0) == whole.logged(2)
@@ -62,13 +65,41 @@ def test_what_is_drawn_in_a_step_depends_on_seed_step_and_microbatch(
 ) -> None:
     """Such as dropout: a resumed run draws as the uninterrupted one does, and no two microbatches draw the same."""
     drawn: dict[str, list[int]] = {}
+    seen: dict[str, list[tuple[str, ...]]] = {}
     for name, overrides in {"zero": [], "same": [], "one": ["seed=1"]}.items():
         run = start(*overrides, "trainer.max_steps=2", name=name)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "manual_seed", drawn.setdefault(name, []).append)
             run.fit()
+        seen[name] = [ids for _, ids in run.steps_seen]
     assert drawn["zero"] == drawn["same"]
+    assert seen["zero"] == seen["same"] != seen["one"]  # the order, too
     assert len({*drawn["zero"], *drawn["one"]}) == 8  # two runs of two steps of two microbatches
+
+
+def test_a_check_that_failed_ends_the_run_before_training(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start("trainer.max_steps=1")
+    failed = Finding("shift", False, "found", "expected", "Do this", True)
+    monkeypatch.setattr("distill.training.fit.preflight", lambda _: [failed])
+    with pytest.raises(ConfigError, match="shift: found"):
+        run_preflight(run.job, run.training)
+
+
+def test_training_and_validation_read_their_own_split(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start("trainer.max_steps=3", "validate_every=3")
+    module, validation_step = run.training.module, run.training.module.validation_step
+    validated: list[str] = []
+    monkeypatch.setattr(module, "validation_step", lambda b: (validated.extend(b.example_ids), validation_step(b))[1])
+    run.fit()
+    splits = run.job.annotation_job.splits
+    assert set(validated) == {example.id for example in splits.validation}
+    trained = {id_ for _, ids in run.steps_seen for id_ in ids}
+    assert trained <= {example.id for example in splits.train}
+
+
+def test_the_order_and_the_balance_of_the_configuration_are_those_of_the_lessons(start: Start) -> None:
+    run = start("order=short_first", "balance=answer", "trainer.max_steps=1")
+    assert run.training.data._arrangement == Arrangement("short_first", "answer")
 
 
 def test_the_newest_two_checkpoints_are_kept_and_the_last_step_is_one(start: Start, tmp_path: Path) -> None:

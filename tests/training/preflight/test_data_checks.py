@@ -263,6 +263,8 @@ def _sequences(preflight_input: PreflightInput) -> list[Any]:
     ("kept", "lost", "is_fatal"),
     [
         (1, {"empty": 59}, True),
+        (1, {"unmatched": 59}, True),
+        (1, {"empty": 9}, True),  # few texts, but hardly anything else is left
         (100, {"truncated": 200}, True),  # labelled rows are learned, no answer of the teacher is
         (100, {"truncated": 10}, False),
         (100, {"too long": 2000}, False),
