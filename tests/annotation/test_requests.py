@@ -34,9 +34,9 @@ def test_questions_without_labels_are_the_questions_alone() -> None:
 def test_the_answers_of_test_reach_no_teacher(configured: Configured, tmp_path: Path) -> None:
     job = prepare(configured("loss=[answer,kl,rationale]", "num_samples=4"), tmp_path / "run")
     questions = {example.question for example in job.annotation_job.splits.test}
-    asked = [e for examples in examples_to_annotate(job).values() for e in examples if e.question in questions]
-    assert len(asked) == 2 * len(questions)  # for an answer, and for the reasoning that the report shows
-    assert {(example.answer, example.rationale) for example in asked} == {(None, None)}
+    annotated = [e for examples in examples_to_annotate(job).values() for e in examples if e.question in questions]
+    assert len(annotated) == 2 * len(questions)  # for an answer, and for the reasoning that the report shows
+    assert {(example.answer, example.rationale) for example in annotated} == {(None, None)}
 
 
 def test_as_many_questions_are_explained_as_configured(configured: Configured, tmp_path: Path) -> None:
@@ -51,9 +51,9 @@ def test_the_annotate_command_sends_no_answers_of_test_either(configured: Config
     job = open_annotation_job(configured())
     questions = {example.question for example in job.splits.test}
     config = compose("task=arithmetic", "teacher=causal_lm", "teacher.model=x", name="annotate")
-    asked = [e for e in annotate_job._examples_by_span(config, job)["answer"] if e.question in questions]
-    assert len(asked) == len(questions)
-    assert {example.answer for example in asked} == {None}
+    annotated = [e for e in annotate_job._examples_by_span(config, job)["answer"] if e.question in questions]
+    assert len(annotated) == len(questions)
+    assert {example.answer for example in annotated} == {None}
 
 
 @pytest.mark.parametrize("part", ["0/4", "5/4", "1", "-1/4", "1/0", "a/b"])
@@ -70,7 +70,7 @@ def test_as_many_rationales_are_sampled_as_configured(configured: Configured, nu
 
 
 @pytest.mark.parametrize("use_given", [False, True])
-def test_a_rationale_of_the_data_is_scored_only_where_it_was_asked_for(configured: Configured, use_given: bool) -> None:
+def test_a_rationale_of_the_data_is_scored_only_where_that_is_wanted(configured: Configured, use_given: bool) -> None:
     job = open_annotation_job(configured())
     example = Example("How many?", "7", "Since it is so.")
     (request,) = collect_requests(job, {"rationale": [example]}, use_given_rationales=use_given).all_requests
@@ -79,9 +79,10 @@ def test_a_rationale_of_the_data_is_scored_only_where_it_was_asked_for(configure
 
 def test_a_teacher_that_cannot_read_the_longest_text_annotates_nothing(configured: Configured, tmp_path: Path) -> None:
     teacher = make_model(tmp_path / "short", seed=1, max_position_embeddings=64)
-    job = open_annotation_job(configured(f"teacher.model={teacher}", "teacher.calibrate=0"))
+    alone = ["teacher.calibrate=0", "prompt.num_shots=0", "teacher.group_size=1", "teacher.batch_size=1"]
+    job = open_annotation_job(configured(f"teacher.model={teacher}", *alone))
     with pytest.raises(ConfigError, match="exceeds the 64 positions"):
-        fill(job, {"answer": job.splits.train})
+        fill(job, {"answer": [Example("Short?"), Example("A long one, " * 12)]})
     assert len(job.store) == 0
 
 

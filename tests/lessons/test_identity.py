@@ -51,7 +51,7 @@ def other_test(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
 def without_labels(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
     lesson = next(lesson for lesson in curriculum.train if lesson.sequences[0].labelled)
     unlabelled = replace(lesson, sequences=tuple(replace(s, labelled=frozenset()) for s in lesson.sequences))
-    return job, replace(curriculum, train=[unlabelled if each is lesson else each for each in curriculum.train])
+    return job, replace(curriculum, train=[unlabelled if item is lesson else item for item in curriculum.train])
 
 
 CHANGES: dict[str, Change] = {

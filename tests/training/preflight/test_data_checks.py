@@ -146,6 +146,14 @@ def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_inpu
     assert "self-KL" not in findings
 
 
+def test_the_first_id_behind_the_vocabulary_is_beyond_it(valid_input: PreflightInput) -> None:
+    def read_with_one_larger_id(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
+        soft = valid_input.read(keys)
+        return replace(soft, ids_E=np.append(soft.ids_E[:-1], valid_input.prompts.vocabulary_size))
+
+    assert findings_by_check(replace(valid_input, read=read_with_one_larger_id))["vocabulary"].stops
+
+
 def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(valid_input: PreflightInput) -> None:
     unshared = replace(valid_input, is_vocabulary_shared=False)
     assert findings_by_check(unshared)["vocabulary"].stops
