@@ -57,7 +57,7 @@ def check(config: DictConfig) -> None:
         problems = [f"{key} must be given: {key}=…" for key in sorted(OmegaConf.missing_keys(config))]
         values = OmegaConf.to_container(config, resolve=not problems, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else str(error)) from None
     problems += [f"{path}: {problem}" for path, node in nodes(values) for problem in problems_of(node)]
     if problems:
         raise ConfigError(*problems)

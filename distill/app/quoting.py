@@ -8,13 +8,20 @@ from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError
 
 _KEY = re.compile(r"(?P<key>[~+]{0,2}[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL | re.ASCII)
 _ITEM = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{}:,'"]+""")
 
 
+def literal(text: str) -> str:
+    """The text as a value of a configuration, in which `${` would begin a reference."""
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text)
+
+
 def problems_of_grammar(words: list[str]) -> list[str]:
-    """A problem for each override that Hydra cannot read, with the form that it reads."""
+    """A problem for each override that Hydra or OmegaConf cannot read, with the form that they read."""
     return [problem for word in words if (problem := _problem(word))]
 
 
@@ -29,12 +36,33 @@ def several_values(word: str) -> str:
 
 def _problem(word: str) -> str:
     if not (error := _error(word)):
-        return ""
-    for candidate in _quoted(word):
-        if not _error(candidate):
+        return _problem_of_reference(word)
+    for candidate in (*_quoted(word), *_quoted(literal(word))):
+        if _is_readable(candidate):
             remedy = "quote it" if _are_closed(word) else "close its brackets, or quote it"
             return f"{word}: Hydra does not read this value ({error}); {remedy}: {shlex.quote(candidate)}"
     return f"{word}: {error}. Write overrides as group=option or key=value"
+
+
+def _problem_of_reference(word: str) -> str:
+    """The problem of a value that Hydra reads, but in which `${` begins no reference that OmegaConf reads."""
+    if _is_readable(word):
+        return ""
+    return (
+        f"{word}: ${{ begins a reference to another key, such as ${{seed}}, and this one is incomplete; if it is text, "
+        f"write {shlex.quote(literal(word))}"
+    )
+
+
+def _is_readable(word: str) -> bool:
+    """Whether Hydra reads the override, and OmegaConf the references in its value."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override():
+            OmegaConf.create({"value": override.value()})
+    except (HydraException, GrammarParseError):
+        return False
+    return True
 
 
 def _are_closed(word: str) -> bool:

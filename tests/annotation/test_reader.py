@@ -180,6 +180,14 @@ def test_empty_truncated_and_unreadable_answers_are_counted_and_not_taught(
     assert build_curriculum(job).rows["train"].lost == {"empty": 1, "unreadable": 1}
 
 
+def test_scored_answers_of_the_data_are_no_answers_of_the_teacher(questions: Any) -> None:
+    job, _ = counted(questions("line"))
+    filled = fill(job, {"answer": job.splits.train})
+    num_unlabelled = sum(example.answer is None for example in job.splits.train)
+    assert 0 < num_unlabelled < len(filled.all_requests)
+    assert count_answers(job.reader(filled.requests), filled.all_requests).num_answers == num_unlabelled
+
+
 def test_a_model_marks_answers_that_reach_the_token_limit(questions: Any) -> None:
     job, _ = counted(questions("line", "teacher.kind.max_new_tokens=3"))
     filled = fill(job, {"answer": [e for e in job.splits.train if e.answer is None]})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 
 from distill.app import config as configuration
+from tests.app.conftest import exit_code
 from tests.conftest import compose, conf_names
 
 TASKS = [name for name in conf_names("task") if name != "movie_reviews"]
@@ -68,6 +71,15 @@ def test_an_agent_of_a_wandb_sweep_does_not_choose_by_test(
     code, err = swept(lambda config: 0.5, "objective=test", "seed=0")
     assert code == 2
     assert "objective=test under an agent of a W&B sweep" in err
+
+
+def test_a_single_run_of_such_an_agent_does_not_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s3")
+    monkeypatch.setattr(sys, "argv", ["train", "task=arithmetic", f"root={tmp_path}", "objective=test"])
+    assert exit_code(lambda _: 0.5) == 2
+    assert "objective=test under an agent of a W&B sweep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["validation", "test"])

@@ -10,10 +10,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from distill.app.config import check
 from distill.app.overrides import check_command_line
-from distill.app.quoting import _quoted, problems_of_grammar
+from distill.app.quoting import _quoted, literal, problems_of_grammar
 from distill.errors import ConfigError
+from tests.conftest import compose
+from tests.security.conftest import ANY_TEXT
 
 PATHS = ["d/größe/p.csv", "вопрос.csv", "问.csv", "d/é.csv", "😀", "ＡＢ", 'é\\"', "é\\", "é\\\\"]
 PATHS += [
@@ -62,6 +66,7 @@ def test_the_form_is_the_one_that_a_shell_takes() -> None:
         ("[да,'нет, нет',3]", ["да", "нет, нет", 3]),
         ("[[é],{a:ß}]", [["é"], {"a": "ß"}]),
         ("{größe}", "{größe}"),
+        ("{a:größe,b:2}", {"a": "größe", "b": 2}),
     ],
 )
 def test_in_a_list_only_the_items_are_quoted(value: str, expected: Any) -> None:
@@ -97,8 +102,31 @@ def test_a_sweep_takes_several_values(flags: list[str]) -> None:
     check_command_line("train", [*flags, "seed=0,1", "task.examples.num_test=range(4,8)"])
 
 
+REFERENCES = ["${", "${0", "a ${ b", "}${", "${}", "\\\\${", "${seed", "[${]"]
+
+
+@pytest.mark.parametrize("text", REFERENCES)
+@pytest.mark.parametrize("form", ["task.name={}", "task.name='{}'", 'task.name="{}"'])
+def test_a_reference_without_end_is_shown_as_the_text_that_it_may_be(form: str, text: str) -> None:
+    (shown,) = shlex.split(
+        message("task=arithmetic", form.format(text)).rpartition(": " if form[-1] == "}" else "write ")[2]
+    )
+    assert compose("task=arithmetic", shown).task.name == text
+
+
+def test_a_reference_to_an_unknown_key_names_the_setting_that_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"^task\.name: Interpolation key 'nothing' not found"):
+        check(compose("task=arithmetic", "task.name=${nothing}"))
+
+
+@given(ANY_TEXT)
+def test_a_literal_text_is_read_as_itself(text: str) -> None:
+    config = OmegaConf.create({"name": literal(text)})
+    assert OmegaConf.to_container(config, resolve=True) == {"name": text}
+
+
 @given(st.text(min_size=1))
 def test_quotes_keep_any_text(text: str) -> None:
     *_, whole = _quoted(f"task.path={text}")
     assert OverridesParser.create().parse_override(whole).value() == text
-    assert problems_of_grammar([whole]) == []
+    assert problems_of_grammar(["task.path=" + literal(whole.partition("=")[2])]) == []

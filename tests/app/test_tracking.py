@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distill.app import config as configuration
-from distill.app.tracking import NoTracking
+from distill.app.tracking import NoTracking, _settings
 from distill.errors import ConfigError
 from tests.app.conftest import inspected
 from tests.conftest import compose
@@ -46,6 +46,12 @@ for seed in (0, 1):
 print("no more", file=sys.stderr)
 print(json.dumps(ended))
 """
+
+
+def test_wandb_reads_no_git_remote_and_no_output_of_the_run() -> None:
+    settings = _settings()  # a remote's URL may hold a token, and so may what a run prints
+    assert settings.disable_git
+    assert settings.console == "off"
 
 
 CANARY = "c0ffee" * 6 + "cafe"

@@ -56,6 +56,14 @@ def test_a_cache_of_another_backend_stops_and_can_be_accepted(
         Store(tmp_path, FINGERPRINT | {"codec": {"k": 5}}, CODEC, backend=NEW, accepts_backend=True)
 
 
+def test_a_cache_of_another_task_is_refused(configured: Configured, tmp_path: Path) -> None:
+    folder = f"cache.dir={tmp_path / 'mine'}"
+    with open_annotation_job(configured(folder, "task.name=one")).store.writing():
+        pass
+    with pytest.raises(CacheError, match="annotated with other settings"):
+        open_annotation_job(configured(folder, "task.name=two"))
+
+
 def test_the_backend_is_not_in_the_folders_name(configured: Configured) -> None:
     job, _ = counted(configured())
     fill(job, {"answer": job.splits.validation})

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill.cache.sealed import read_lines, seal
 from distill.errors import CacheError
 from tests.cache.conftest import (
     FINGERPRINT,
@@ -23,6 +24,17 @@ from tests.cache.conftest import (
     write_files,
     write_records,
 )
+
+
+def test_a_last_line_with_a_wrong_end_is_damage_and_half_a_line_is_none() -> None:
+    line = seal({"a": 1})
+    assert read_lines(Path("manifest"), line * 2) == ([{"a": 1}] * 2, 2 * len(line))
+    assert read_lines(Path("manifest"), line + line[:-5]) == ([{"a": 1}], len(line))  # an interrupted write
+    with pytest.raises(CacheError, match="its last line has no line end"):
+        read_lines(Path("manifest"), line + line[:-1] + b"x")
+    with pytest.raises(CacheError, match="line 1 has a wrong checksum"):
+        read_lines(Path("manifest"), line.replace(b"1}", b"2}") + line)
+
 
 NUMBERS = (257, 677, 5, 6, 8)  # the first two have files of equal sizes
 

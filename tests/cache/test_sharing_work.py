@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +36,14 @@ def test_a_wrong_system_clock_affects_no_claim(days: int, tmp_path: Path, monkey
     claims = Claims(tmp_path, seconds=30.0)
     assert not claims.take("young")
     assert claims.take("old")
+
+
+def test_the_claim_of_a_process_that_has_ended_is_taken_at_once(tmp_path: Path) -> None:
+    for name, pid in (("ended", 2**22 + 1), ("running", os.getppid())):
+        (tmp_path / name).write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+    claims = Claims(tmp_path, seconds=600.0)
+    assert claims.take("ended")
+    assert not claims.take("running")
 
 
 class ObservedTeacher(CountingTeacher):

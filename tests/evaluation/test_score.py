@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from distill.app.config import build
+from distill.evaluation.answers import _comparison, _divergence, _prediction
 from distill.evaluation.metrics import Prediction, score
+from distill.records import Annotation, Example, SoftTargets, Target
 from distill.reports.proportions import wilson_interval
+from tests.conftest import compose
 
 CHOICES = ("no", "yes")
 ONE = Prediction(
@@ -38,6 +45,35 @@ FIVE = [
     replace(ONE, is_written_correct=False, written_answer="no"),
     replace(ONE, is_correct=False, answer="no", is_written_correct=None, written_answer=None),
 ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "teacher", "agrees", "is_teacher_right"),
+    [("7", "7", True, False), ("8", "7", False, False), ("7", "8", False, True), (None, "8", False, True)],
+)
+def test_agreement_is_with_the_teacher_whether_it_is_right_or_not(
+    answer: str | None, teacher: str, agrees: bool, is_teacher_right: bool
+) -> None:
+    task = build(compose("task=arithmetic").task.examples)
+    compared = _comparison(task, Example("How many?", "8"), answer, Annotation("", {}, teacher))
+    assert (compared["agrees"], compared["is_teacher_correct"]) == (agrees, is_teacher_right)
+
+
+def test_a_written_answer_is_judged_beside_the_chosen_one() -> None:
+    task = build(compose("task=arithmetic").task.examples)
+    prediction = _prediction(task, Example("How many?", "8"), "8", "7")
+    assert (prediction.is_correct, prediction.is_written_correct) == (True, False)
+    prediction = _prediction(task, Example("How many?", "8"), "7", "8")
+    assert (prediction.is_correct, prediction.is_written_correct) == (False, True)
+
+
+def test_the_divergence_from_the_teacher_is_a_mean_over_positions() -> None:
+    """The teacher says (0.5, 0.25, rest 0.25) at both positions, the student (0.25, 0.5, rest 0.25)."""
+    kept = np.log(np.array([0.5, 0.25] * 2, np.float32))
+    ids, tail, numbers = np.array([0, 1] * 2), np.array([0.25] * 2, np.float32), np.array([2, 2])
+    target = Target((5, 6), SoftTargets(ids, kept, tail, numbers))
+    logprobs_NV = torch.tensor([[0.25, 0.5, 0.125, 0.125]] * 2).log()
+    assert _divergence(logprobs_NV, target) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)
 
 
 def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.evaluation.answers import Evaluation, saved_type, speeds
+from distill.evaluation.answers import Evaluation, model_row, saved_type, speeds
 from distill.evaluation.architecture import architecture
 from distill.lessons.curriculum import prepare
 from distill.models import loading
@@ -45,6 +46,28 @@ def test_speeds_have_a_spread_and_equal_keys_for_equal_models(
         assert 0 < row["ms_fastest"] <= row["ms_per_example"] <= row["ms_slowest"]
     other = speeds({"one": evaluation}, job.annotation_job.splits.test[:1])["one"]
     assert other["architecture"] != rows["one"]["architecture"]  # other questions
+
+
+def test_models_that_write_answers_of_other_lengths_are_timed_apart(
+    student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.evaluation.answers._LATENCY_ROUNDS", 3)
+    job, model = prepare(configured(), tmp_path / "run"), loading.load(student_folder, torch.float32)
+    short, long = (Evaluation(model, job.prompts, job.annotation_job.task, "direct", limit) for limit in (2, 5))
+    rows = speeds({"short": short, "long": long}, job.annotation_job.splits.test[:1])
+    assert rows["short"]["architecture"] != rows["long"]["architecture"]
+
+
+def test_the_row_of_a_model_counts_its_parameters(
+    student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    job, model = prepare(configured(), tmp_path / "run"), loading.load(student_folder, torch.float32)
+    predictions = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 6).predict(
+        job.annotation_job.splits.test[:1], {}
+    )
+    row = model_row(predictions, job.annotation_job.task, model)
+    weights = load_file(student_folder / "model.safetensors").values()
+    assert (row["parameters"], row["dtype"]) == (sum(weight.numel() for weight in weights), "float32")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ FACTS = {
 LOSSES = {
     "answer": {"source": "labels", "span": "answer", "label": "labels"},
     "rationale": {"source": "labels", "span": "rationale", "label": "rationales"},
+    "teacher_answer": {"source": "teacher", "span": "answer", "label": "teacher's answers"},
     "kl": {"source": "soft", "span": "answer", "label": "teacher's distributions"},
 }
 
@@ -93,7 +94,13 @@ def test_a_base_that_is_not_on_the_hub_is_named_in_the_text_alone(name: str) -> 
 
 @pytest.mark.parametrize(
     ("losses", "num_kept", "is_named"),
-    [(["answer"], 9, False), (["answer", "kl"], 0, True), (["rationale"], 9, True), (["rationale"], 0, False)],
+    [
+        (["answer"], 9, False),
+        (["answer", "kl"], 0, True),
+        (["teacher_answer"], 0, True),
+        (["rationale"], 9, True),
+        (["rationale"], 0, False),
+    ],
 )
 def test_the_teacher_is_named_where_something_of_it_was_learned(
     losses: list[str], num_kept: int, is_named: bool
@@ -101,6 +108,12 @@ def test_the_teacher_is_named_where_something_of_it_was_learned(
     run = run_with(losses=losses, counts=FACTS["counts"] | {"rationales_kept": num_kept})
     assert is_taught(run) == is_named
     assert ("some/teacher" in card(run, None, 0, "").partition("\n\n|")[0].partition("## ")[0]) == is_named
+
+
+def test_student_and_teacher_have_the_licenses_of_their_own_weights() -> None:
+    lines = card(run_with(losses=["answer", "kl"]), None, 0, "").splitlines()
+    assert "- Base model: some/base (license: apache-2.0)" in lines
+    assert "- Teacher: some/teacher (license: Llama 3 Community License)" in lines
 
 
 def test_a_prompt_that_must_be_tokenized_in_pieces_is_said_to_be() -> None:
@@ -122,10 +135,19 @@ def test_the_example_reads_the_tokens_of_training(make: Callable[[Path], Any], t
     prompts = Prompts(make(tmp_path), layout, (), max_length=256, too_long="drop")
     config = compose("task=jsonl", "task.path=none.jsonl", "student=causal_lm", "student.model=none")
     recipe = asdict(make_recipe(prompts, config, QUESTIONS))
-    for question in QUESTIONS:
+    for question in (*QUESTIONS, Example("It ends with </s> here", "negative")):
         learned = prompts.answer_prompt(question, "negative")
         start, _ = learned.spans["answer"]
         assert tuple(example.prompt_ids(prompts.tokenizer, recipe, question.question)) == learned.ids[:start]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("direct", "a space and its answer"), ("reasoned", "its reasoning")])
+def test_the_card_says_what_follows_the_prompt(mode: str, expected: str) -> None:
+    layout = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
+    prompts = Prompts(joining_full_stop_and_newline(), layout, (), max_length=256, too_long="drop")
+    config = compose("task=jsonl", "task.path=none.jsonl", "student.model=none", f"task.answer_mode={mode}")
+    text = card(run_with(), make_recipe(prompts, config, []), 4, "")
+    assert f"The student goes on with {expected}, and ends it with `</s>`." in text
 
 
 def test_fences_in_the_layout_do_not_end_the_prompt() -> None:

@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from distill.app import config as configuration
+from distill.exports import example
 from distill.exports.folder import export
 from distill.prompts.cues import build_prompts
 from distill.records import Example
@@ -142,6 +145,24 @@ def test_template_and_sampling_of_the_source_are_not_exported(make_run: MakeRun,
     assert generation.max_new_tokens == 40
     assert generation.temperature in (None, 1.0)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_an_answer_is_the_most_likely_continuation_each_time(make_run: MakeRun, tmp_path: Path) -> None:
+    export(make_run(), tmp_path / "out")
+    student = example_of(tmp_path / "out").Student(tmp_path / "out")
+    for weight in student.model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)  # an untaught student is sure of nothing, so that draws would differ
+    assert len({student.write([5, 6, 7]) for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize(("second", "expected"), [((0.2, 0.2, 0.6, 0.0), "short"), ((0.1, 0.1, 0.8, 1.0), "long")])
+def test_a_choice_is_scored_as_a_whole_and_without_padding_rows(second: tuple[float, ...], expected: str) -> None:
+    """One token of probability 0.4 against two: 0.6 times 0.6 or 0.8. The last row of the head is padding."""
+    rows = torch.tensor([(0.4, 0.6, 0.0, 0.0), second]).log()
+    student = object.__new__(example.Student)
+    student.prompt = {"choices": {"short": [0], "long": [1, 2]}, "vocabulary_size": 3}
+    student.model = lambda ids_BT: SimpleNamespace(logits=rows[: ids_BT.shape[1]].unsqueeze(0))
+    assert student.choose([9]) == expected
 
 
 def test_a_question_that_is_too_long_is_refused_by_the_example(make_run: MakeRun, tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_the_harness_reads_the_tokens_of_training(
     assert task.caution == ""
 
 
+def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_path: Path) -> None:
+    harness_task("any", prompts, CHOICES, QUESTIONS).write(tmp_path)
+    task = yaml.safe_load((tmp_path / "lm_eval" / "distill_any.yaml").read_text())
+    assert (task["output_type"], task["num_fewshot"]) == ("multiple_choice", 0)
+    assert task["metric_list"] == [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    rows = lines(tmp_path / task["dataset_kwargs"]["data_files"][task["test_split"]])
+    for example, row in zip(QUESTIONS, rows, strict=True):
+        answer = task["doc_to_choice"][row[task["doc_to_target"]]]
+        text = row[task["doc_to_text"]] + task["target_delimiter"] + answer
+        assert tuple(prompts.tokenizer.encode(text)) == prompts.answer_prompt(example, str(example.answer)).ids
+
+
 def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
     with_stop, without_stop = Example("It is dull.", "negative"), Example("A fine film", "positive")
     tokenizer = joining_full_stop_and_newline()

@@ -57,6 +57,34 @@ def test_a_seed_run_twice_counts_once_and_is_noted(make_run: Make) -> None:
     assert any(str(first) in note and "same seed" in note for note in summary.notes)
 
 
+def test_every_run_that_another_one_replaces_is_noted(make_run: Make) -> None:
+    started = [f"2026-11-22T0{hour}:00:00+00:00" for hour in range(3)]
+    folders = [make_run(started=time) for time in started]
+    assert [note.split()[0] for note in summary_of(*folders).notes] == [str(folder) for folder in folders[:2]]
+
+
+@pytest.mark.parametrize("student", [{"lora": {"r": 4}}, {"from_scratch": True}])
+def test_students_that_draw_weights_by_seed_are_one_arm(make_run: Make, student: dict[str, Any]) -> None:
+    folders = [make_run(seed=seed, start=f"weights{seed}", config={"student": student}) for seed in (0, 1)]
+    assert [len(arm.runs) for arm in summary_of(*folders).trained] == [2]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (("teacher_answer",), True),
+        (("answer", "teacher_answer"), True),
+        (("answer", "kl", "teacher_answer"), False),
+        (("answer",), False),
+    ],
+)
+def test_an_arm_has_hard_labels_alone_if_it_learns_nothing_else_of_the_teacher(
+    make_run: Make, losses: tuple[str, ...], expected: bool
+) -> None:
+    (arm,) = summary_of(make_run(losses)).trained
+    assert arm.has_hard_labels == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from distill.reports.classes import OTHER, classes, confusion, guesses
+from distill.reports.classes import OTHER, best_guess, classes, confusion, guesses
 from distill.reports.conclusion import conclude
 from distill.reports.page import to_html
+from distill.reports.tables import class_rows, class_titles
 from distill.reports.text import to_markdown, to_text
 from tests.reports.conftest import Make, Page, prediction, summary_of
 
@@ -39,6 +40,22 @@ def test_a_confusion_table_counts_answers_by_class_over_all_seeds(make_run: Make
     assert [row.precision for row in table.rows] == pytest.approx([114 / 188, 4 / 10])
 
 
+def test_the_columns_of_a_class_say_what_they_hold(make_run: Make) -> None:
+    (arm,) = summary_of(make_run(("kl",), 0.59, predictions=LINES, student=FEW)).trained
+    table = confusion(arm)
+    assert table is not None
+    yes = dict(zip(class_titles(table), class_rows(table)[1], strict=True))
+    assert yes == {
+        "right answer": "yes",
+        "answers": "40",
+        "recall": "5.0 %",
+        "precision": "40.0 %",
+        "as “no”": "37",
+        "as “yes”": "2",
+        f"as “{OTHER}”": "1",
+    }
+
+
 def test_a_class_that_is_hardly_ever_answered_right_is_named_in_every_report(make_run: Make) -> None:
     summary = summary_of(make_run(("answer",), 0.59, predictions=LINES, student=FEW))
     summary_with_arm = summary_of(
@@ -55,6 +72,7 @@ def test_guessing_is_the_most_frequent_answer_or_a_random_one(make_run: Make) ->
     summary = summary_of(make_run(("kl",), 0.59, predictions=LINES, student=FEW))
     assert [guess.label for guess in summary.guesses] == ["always answering “no”", "a random one of 2 answers"]
     assert [guess.accuracy for guess in summary.guesses] == [0.6, 0.5]
+    assert best_guess(summary.trained) == summary.guesses[0]  # the one to beat
     for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text):
         assert "always answering “no”" in text
         assert "60.0" in text
@@ -72,11 +90,22 @@ def test_free_text_and_a_single_answer_have_no_classes(make_run: Make) -> None:
     assert classes([arm]) == ()
     assert [guess.accuracy for guess in guesses([arm])] == [1 / 40]
     assert confusion(arm) is None
+    (seeds,) = summary_of(*(make_run(("kl",), 0.1, seed, predictions=free[:12]) for seed in (0, 1, 2))).trained
+    assert classes([seeds]) == ()  # an answer to the same question in three seeds is no class
     (same,) = summary_of(make_run(("kl",), predictions=[line(k, "yes", "yes") for k in range(40)])).trained
     assert guesses([same]) == []
     assert confusion(same) is None
     (unknown,) = summary_of(make_run(("kl",), without=("predictions.jsonl",))).trained
     assert guesses([unknown]) == []
+
+
+def test_the_right_answers_are_those_of_all_seeds(make_run: Make) -> None:
+    folders = [
+        make_run(("kl",), 0.59, 0, without=("predictions.jsonl",)),
+        make_run(("kl",), 0.59, 1, predictions=LINES),
+    ]
+    (arm,) = summary_of(*folders).trained
+    assert classes([arm]) == ("no", "yes")
 
 
 def test_guessing_is_named_by_task_where_there_are_several(make_run: Make) -> None:

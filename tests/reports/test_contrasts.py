@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def test_arms_that_differ_in_one_section_are_compared(make_run: Make) -> None:
         assert "changed setting" in text
         assert "97.5 % interval" in text
         assert contrast.change in re.sub(r"[\\\s]+", " ", text).replace(" _", "_").replace(" =", "=")
+
+
+def changes(*folders: Path) -> list[str]:
+    return [contrast.change for contrast in summary_of(*folders).contrasts]
+
+
+def test_several_settings_of_one_section_are_one_change(make_run: Make) -> None:
+    settings = ({"arithmetic": True, "min_words": 3}, {"arithmetic": False, "min_words": 5})
+    folders = [make_run(config=CONFIG | {"rationales": rationales}) for rationales in settings]
+    assert changes(*folders) == ["rationales.arithmetic=True, not False; rationales.min_words=3, not 5"]
+
+
+def test_arms_on_other_tests_are_not_contrasted(make_run: Make) -> None:
+    orders = [{"config": CONFIG | {"order": order}} for order in ("shuffled", "short_first")]
+    counts = {"train": 2100, "labelled": 100, "test": 400}
+    assert len(changes(*(make_run(**order) for order in orders))) == 1
+    assert changes(make_run(**orders[0]), make_run(**orders[1], counts=counts)) == []
 
 
 def test_a_verdict_is_never_cut_however_long_the_labels_of_its_arms(make_run: Make) -> None:

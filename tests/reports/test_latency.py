@@ -103,6 +103,7 @@ def test_break_even_needs_times_that_do_not_overlap(
 def test_overlapping_spreads_share_a_rank() -> None:
     spreads = [Spread(5, 4, 6), None, Spread(1, 1, 2), Spread(3, 2, 3), Spread(9, 6.5, 9)]
     assert ranks(spreads) == [2, math.inf, 1, 1, 3]
+    assert ranks([Spread(5, 0, 10), Spread(1.5, 1, 2), Spread(5.5, 5, 6)]) == [1, 1, 1]  # the first overlaps both
     assert joint([None, Spread(1, 0, 2), Spread(3, 2.5, 4)]) == Spread(2, 0, 4)
     assert joint([None]) is None
 

@@ -117,6 +117,17 @@ def test_hostile_text_stays_text_in_every_format(make_run: Make) -> None:
     assert len({line.count("|") - line.count("\\|") for line in markdown.splitlines() if line.startswith("| ")}) == 3
 
 
+def test_a_sentence_counts_the_rationales_that_were_kept(make_run: Make) -> None:
+    text = " ".join(to_text(summary_of(make_run())).split())
+    assert "150 of 193 kept (78 %); rejected: disagrees 40, truncated 3." in text
+
+
+def test_contamination_is_counted_beyond_the_pairs_that_are_listed(make_run: Make) -> None:
+    finding = {"n": 8, "num_train": 500, "num_dropped": 0, "found": [{"train_id": "1"}] * 200}
+    text = " ".join(to_text(summary_of(make_run(contamination=finding))).split())
+    assert "500 training questions share 8 consecutive words with validation or test; 0 of them were dropped." in text
+
+
 def test_text_is_cut_to_500_characters_and_the_rest_is_counted(make_run: Make) -> None:
     long = prediction(1, True, True) | {"question": "x" * 800}
     html = to_html(summary_of(make_run(predictions=[long])))
@@ -152,6 +163,12 @@ def test_recorded_correctness_takes_precedence_over_equality_of_texts(make_run: 
     ]
 
 
+def test_a_test_example_is_right_or_wrong_by_the_students_answer(make_run: Make) -> None:
+    folder = make_run(predictions=[prediction(1, True, False), prediction(2, False, False)])  # the teacher's is reverse
+    _, shown = reasoning(summary_of(folder))
+    assert {line["is_correct"]: marks for marks, line in shown} == {True: ["right"], False: ["wrong"]}
+
+
 def test_rationales_are_filtered_by_correctness_and_by_rejection(make_run: Make) -> None:
     written = [
         rationale_line(100, "positive", None),
@@ -165,8 +182,11 @@ def test_rationales_are_filtered_by_correctness_and_by_rejection(make_run: Make)
     marks_by_id = {line["id"]: marks for marks, line in shown}
     assert marks_by_id[written[0]["id"]] == ["right", "kept"]
     assert marks_by_id[written[1]["id"]] == ["wrong", "rejected: disagrees"]
+    assert marks_by_id[written[2]["id"]] == ["right", f"rejected: {HOSTILE}"]
     assert sum(marks == ["right"] for marks in marks_by_id.values()) == 12  # of twenty
     assert sum(marks == ["wrong"] for marks in marks_by_id.values()) == 10
+    lines = {line["id"]: line for _, line in shown}
+    assert lines[written[1]["id"]]["teacher_answer"] == "negative"  # what the rationale led to, not the right answer
     html = to_html(summary)
     assert "script" not in Page(html).tags
     assert html.count('type="radio"') == 1 + len(filters)

@@ -37,6 +37,18 @@ def test_runs_with_different_rows_are_named(make_run: Make) -> None:
     assert "| train: answer-seed0 | 9 |" in markdown
 
 
+def test_runs_with_equal_rows_share_a_line_that_names_them(make_run: Make) -> None:
+    runs = summary_of(make_run(("kl",), rows=ROWS), make_run(("answer",), rows=ROWS)).runs
+    assert [entry.runs for entry in row_counts(runs)] == [("kl-seed0", "answer-seed0")] * 2
+
+
+def test_rationales_without_an_answer_to_compare_with_are_a_loss(make_run: Make) -> None:
+    rows = {"rationales": {"read": 10, "lost": {"no reference": 6}, "kept": 4}}
+    assert losses_of_rows(summary_of(make_run(rows=rows)).runs) == [
+        "6 of 10 rationales (60 %) were not used: no reference 6."
+    ]
+
+
 def test_runs_without_counts_have_no_table(make_run: Make) -> None:
     for rows in ({}, {"rows": None}, {"rows": {"train": 3}}):
         assert to_html(summary_of(make_run(**rows)))

@@ -11,6 +11,7 @@ from distill.reports.classes import best_guess
 from distill.reports.conclusion import best_verdict, conclude
 from distill.reports.page import to_html
 from distill.reports.statistics import family_level
+from distill.reports.tables import difference_row, tables
 from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import Summary
 from tests.reports.conftest import Make, answers, prediction, summary_of, two_classes
@@ -77,6 +78,18 @@ def test_arms_that_answer_everything_right_are_not_told_apart(make_run: Make) ->
     assert "too easy" in conclude(summary).headline
     almost = [make_run(losses, p, 0, **few) for losses, p in ((("answer",), 0.95), (("kl",), 1.0))]
     assert summary_of(*almost).verdicts[0].status == "not shown"
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_no_share_of_the_teachers_advantage_is_said_where_nothing_was_compared(make_run: Make, accuracy: float) -> None:
+    more: dict[str, Any] = NONE_RIGHT if accuracy == 0 else {"student": {"num_examples": 20}}
+    (verdict,) = summary_of(make_run(("answer",), accuracy, **more), make_run(("kl",), accuracy, **more)).verdicts
+    assert difference_row(verdict)[3] == "-"
+
+
+def test_the_plain_table_names_both_sides_of_a_difference(make_run: Make) -> None:
+    (row,) = tables(summary_of(make_run(("answer",), 0.6), make_run(("kl",), 0.8)))["differences"]
+    assert (row["arm"], row["against"]) == ("kl", "student on labels alone")
 
 
 def test_an_advantage_in_one_seed_is_never_green(make_run: Make) -> None:

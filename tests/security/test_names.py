@@ -19,6 +19,7 @@ from distill.annotation import annotation_job
 from distill.annotation.annotation_job import open_annotation_job
 from distill.app import config as configuration
 from distill.app.files import atomic_write
+from distill.app.quoting import literal
 from distill.app.tracking import artifact_name
 from distill.cache.claims import Claims
 from distill.errors import ConfigError
@@ -72,16 +73,22 @@ def test_a_package_name_is_accepted_only_with_version_and_hashes(name: str, tmp_
 @given(name=NAMES)
 @QUICK
 def test_a_cache_stays_in_the_cache_folder_for_any_task_name(name: str, tmp_path: Path) -> None:
-    config = OmegaConf.create({"root": str(tmp_path), "task": {"name": name}, "cache": {"dir": None}})
+    config = OmegaConf.create({"root": str(tmp_path), "task": {"name": literal(name)}, "cache": {"dir": None}})
     folder, url = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, url) == (tmp_path / "cache", None)
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def test_a_second_teacher_has_a_folder_beside_that_of_the_first(tmp_path: Path) -> None:
+    config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": str(tmp_path / "mine")}})
+    folders = [annotation_job.cache_location(config, tmp_path, {}, name)[0] for name in ("teacher", "soft_teacher")]
+    assert folders == [tmp_path / "mine", tmp_path / "mine-soft_teacher"]
+
+
 @given(url=NAMES)
 @QUICK
 def test_a_copy_of_a_cache_stays_in_the_copies_folder_for_any_url(url: str, tmp_path: Path) -> None:
-    config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{url}"}})
+    config = OmegaConf.create({"root": "x", "task": {"name": "x"}, "cache": {"dir": f"s3://{literal(url)}"}})
     folder, cache_url = annotation_job.cache_location(config, tmp_path, {"a": 1}, "teacher")
     assert (folder.parent, cache_url) == (tmp_path / "copies", f"s3://{url}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill.app import config as configuration
+from distill.app.credentials import looks_secret
 from distill.errors import ConfigError
 from tests.conftest import environment, tiny_overrides
 from tests.security.conftest import TrainCommand
@@ -26,6 +27,28 @@ CANARIES = {
     "GITHUB_TOKEN": "ghp_Zx81cnRb27QwLk39TtYu56",
     "SERVICE_PASSWORD": "correct-horse-battery-canary",
 }
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *("sk-ant-api03-Zx81cnRb27QwLk39TtYu56", "hf_QwErTyUiOpAsDfGhJkLz", "wandb_v1_Zx81cnRb27QwLk39Tt"),
+        *(
+            "ghp_Zx81cnRb27QwLk39TtYu56",
+            "github_pat_11ABCDEFG0Zx81cnRb27QwLk39",
+            "AIzaSyZx81cnRb27QwLk39TtYu56AbCdEfGhI",
+        ),
+        *("xoxb-123456789012-abcdef", "ASIAZX81CNRB27QWLK39", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+        *("8f3c" * 10, "s3://user:word@host/folder"),
+    ],
+)
+def test_the_formats_of_known_services_are_recognised(secret: str) -> None:
+    assert looks_secret(f"see {secret} here")
+
+
+@pytest.mark.parametrize("text", ["a model@" + "8f3c" * 10, "sk-learn", "github.com/a/b", "s3://bucket/folder", "hf_x"])
+def test_a_plain_text_is_no_secret(text: str) -> None:
+    assert not looks_secret(text)
 
 
 GIT_SECRETS = {"user": "ghp_UserCanary81cnRb27QwLk", "password": "PasswordCanary81cnRb27", "edit": "EditCanary81cnRb27"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill.errors import ConfigError
@@ -54,6 +54,12 @@ def test_a_student_is_saved_in_the_type_of_its_source(dtype: torch.dtype, prompt
     assert torch.equal(saved.model.lm_head.weight, trained.to(dtype).float())  # it is evaluated as it is on disk
     assert (saved.rounding == 0) == (dtype == FLOAT32)
     assert saved.rounding < 0.05
+
+
+def test_the_type_of_a_source_is_that_of_most_of_its_weights(tmp_path: Path) -> None:
+    few, most = torch.zeros(3, dtype=torch.float32), torch.zeros(9, dtype=torch.bfloat16)
+    save_file({"norm": few, "other_norm": few.clone(), "layer": most}, tmp_path / "model.safetensors")
+    assert saved_dtype(None, tmp_path) == torch.bfloat16
 
 
 def test_the_type_can_be_set_and_unknown_types_are_refused(student_folder: Path) -> None:

@@ -113,6 +113,21 @@ def test_a_separate_test_file_is_used_whole_and_excluded_from_training(tmp_path:
     assert len(task(path, test_path=str(test), num_test=3).splits().test) == 3
 
 
+def test_a_test_file_needs_no_column_of_rationales(tmp_path: Path) -> None:
+    train = jsonl(tmp_path, *({"question": f"Q{k}", "answer": "yes", "why": "So it is."} for k in range(4)))
+    held_out = write(tmp_path / "test.jsonl", [{"question": "T", "answer": "no"}])
+    splits = task(train, rationale="why", test_path=str(held_out), num_validation=1).splits()
+    assert [example.rationale for example in splits.test] == [None]
+    assert {example.rationale for example in splits.train} == {"So it is."}
+
+
+def test_another_split_seed_holds_out_other_examples(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *({"question": f"Q{k}", "answer": "yes"} for k in range(40)))
+    first, same, other = (task(path, split_seed=seed, num_test=10).splits().test for seed in (0, 0, 1))
+    assert first == same
+    assert set(first) != set(other)
+
+
 def test_held_out_examples_depend_on_content_and_not_on_row_order(tmp_path: Path) -> None:
     sizes = {"num_labelled": 10, "num_unlabelled": 5, "num_validation": 5, "num_test": 5}
     first = task(write(tmp_path / "a.csv", ROWS), **sizes).splits()

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import DictConfig
 
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.students.causal_lm import open_student
 from distill.training import checkpoints as checkpoints_module
-from distill.training.best import Measure
+from distill.training.best import Measure, measure_of
 from distill.training.fit import Trained, build_training, fit
 from distill.training.settings import check_settings
 from tests.conftest import WHOLE_STUDENT, compose, lessons, read, tiny_overrides
@@ -192,6 +193,12 @@ def test_a_choice_without_validation_lessons_is_refused(
     curriculum = replace(build_curriculum(job), validation=[])
     with pytest.raises(ConfigError, match=r"keep compares validations by val/loss, which is not measured; measured: -"):
         build_training(job, curriculum, open_student(job.student_folder, **WHOLE_STUDENT), [])
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_validations_are_compared_as_early_stopping_compares_them(mode: Any) -> None:
+    assert measure_of({}) == Measure("val/loss", "min")
+    assert measure_of({"stop": EarlyStopping("val/accuracy", mode=mode)}) == Measure("val/accuracy", mode)
 
 
 @pytest.mark.parametrize(

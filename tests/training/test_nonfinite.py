@@ -14,6 +14,7 @@ import torch
 
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.losses.head import head_loss
 from distill.records import SoftTargets, SoftTargetsKey
 from distill.training.fit import build_training, fit
 from distill.training.module import NonFiniteLossError
@@ -119,6 +120,19 @@ def test_an_example_with_a_nonfinite_loss_is_named_alone(train: Any) -> None:
             change=lambda student: student.model.register_forward_hook(spoil_second_call),
         )
     assert len(named(str(raised.value))) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_also_where_its_gradient_is(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_infinite_total(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, sums_L = head_loss(*arguments)
+        return total + math.inf, sums_L
+
+    monkeypatch.setattr("distill.training.module.head_loss", with_infinite_total)
+    with pytest.raises(NonFiniteLossError, match="the loss at step 0 is inf on the examples"):
+        train("preflight=false")
+    assert not checkpoints(tmp_path)
 
 
 def test_soft_targets_that_are_not_finite_stop_before_the_step(train: Any, tmp_path: Path) -> None:

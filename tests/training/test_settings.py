@@ -8,13 +8,14 @@ import typing
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.training.fit import build_training, fit
 from distill.training.job import train
-from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings
+from distill.training.settings import PRECISIONS, REFUSED, build_trainer, check_settings, keeps_best, precision
 from tests.conftest import compose, tiny_overrides
 from tests.training.conftest import logged_losses, open_whole_student
 
@@ -114,6 +115,23 @@ def test_a_parameter_without_effect_is_refused_with_what_to_use(name: str, confi
     assert problem.endswith(f"use {REFUSED[name]}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accumulate_grad_batches", 2),
+        ("reload_dataloaders_every_n_epochs", 1),
+        ("fast_dev_run", 1),
+        ("overfit_batches", 0.5),
+        ("overfit_batches", 2),
+    ],
+)
+def test_the_first_value_beyond_the_one_without_effect_is_refused(
+    name: str, value: float, configured: Configured
+) -> None:
+    (problem,) = problems_of(configured(f"trainer.{name}={value}"))
+    assert problem == f"trainer.{name}={value} is not supported; use {REFUSED[name]}"
+
+
 def test_a_refused_setting_stops_before_the_teacher_is_asked(configured: Configured, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use microbatch_size"):
         train(configured("+trainer.accumulate_grad_batches=4", "+trainer.max_epochs=1"))
@@ -166,6 +184,21 @@ def test_every_precision_trains_or_is_refused_with_the_supported_ones(value: Any
     assert trainer.precision == PRECISIONS[value]
 
 
+@pytest.mark.parametrize(("native", "expected"), [(torch.bfloat16, "bf16-mixed"), (torch.float32, "32-true")])
+def test_the_precision_is_by_default_the_one_that_the_machine_is_fast_in(
+    native: torch.dtype, expected: str, configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.models.placement.native_dtype", lambda: native)
+    assert precision(configured("trainer.precision=auto")) == expected
+
+
+def test_a_schedule_that_depends_on_a_metric_is_refused(configured: Configured) -> None:
+    config = configured()
+    config.optim.schedule = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "_partial_": True}
+    (problem,) = problems_of(config)
+    assert problem.startswith("optim.schedule: ReduceLROnPlateau depends on a metric")
+
+
 RUN = [
     "trainer.log_every_n_steps=1",
     "trainer.max_steps=3",
@@ -210,6 +243,7 @@ INVALID = {
     "num_samples=-1": "num_samples=-1: expected",
     "trainer.max_steps=0": "trainer.max_steps=0: expected",
     "trainer.max_steps=-1": "trainer.max_steps=-1: expected",
+    "+trainer.min_steps=0": "trainer.min_steps=0: expected a number of at least 1",
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0: expected",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val=-1: expected a number of at least 0",
     "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val=nan: expected",
@@ -248,6 +282,8 @@ def test_an_impossible_value_is_refused_before_the_teacher_is_asked(override: st
 CALLBACKS = {
     "ModelCheckpoint": "checkpoint_every and keep",
     "GradientAccumulationScheduler, scheduling: {0: 2}": "microbatch_size",
+    "StochasticWeightAveraging, swa_lrs: 0.1": "callback=[ema]",
+    "BatchSizeFinder": "microbatch_size",
     "LearningRateFinder": "optim.optimizer.lr",
     "Timer": "trainer.max_steps",
     "RichProgressBar": "2> log",
@@ -258,6 +294,39 @@ CALLBACKS = {
 def test_a_callback_that_would_break_the_training_is_refused(name: str, configured: Configured) -> None:
     (problem,) = problems_of(configured(f"callback.other={{_target_: lightning.pytorch.callbacks.{name}}}"))
     assert problem.startswith("callback.other is not supported; use " + CALLBACKS[name])
+
+
+def test_a_strategy_of_which_the_step_is_not_known_to_be_exact_is_refused(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured()
+    trainer = build_trainer(config, callbacks=[], logger=False, enable_progress_bar=False)
+    other = SimpleNamespace(strategy=object(), world_size=trainer.world_size)  # Lightning builds those only on a GPU
+    monkeypatch.setattr("distill.training.settings.build_trainer", lambda *_, **__: other)
+    (problem,) = problems_of(config)
+    assert problem.startswith("trainer.strategy=auto is not supported; expected auto, ddp, ddp_spawn or trainer=fsdp2")
+
+
+@pytest.mark.parametrize("setting", ["student.compile=true", "callback.ema=EMA"])
+def test_what_a_sharded_student_does_not_support_is_refused(setting: str, configured: Configured) -> None:
+    ema = "callback.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"
+    config = configured(ema if "ema" in setting else setting)
+    config.trainer.strategy = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    (problem,) = problems_of(config)
+    assert problem == f"trainer=fsdp2 does not support {setting.removesuffix('=EMA')}; remove one"
+
+
+@pytest.mark.parametrize(
+    ("setting", "stops_early", "expected"),
+    [("best", False, True), ("last", True, False), (None, True, True), (None, False, False)],
+)
+def test_the_best_student_is_kept_if_chosen_or_with_early_stopping(
+    setting: str | None, stops_early: bool, expected: bool, configured: Configured
+) -> None:
+    config = configured()
+    config.keep = setting
+    parts = {"stop": EarlyStopping("val/answer")} if stops_early else {}
+    assert keeps_best(config, parts) == expected
 
 
 def test_all_problems_of_the_settings_are_listed_together(configured: Configured) -> None:

@@ -6,6 +6,7 @@ Run as a script, this file is one process of a training run: `test_steps.py <fol
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import signal
 import subprocess
@@ -259,6 +260,9 @@ def test_losses_are_logged_every_n_steps(
     trained(compose(*overrides, f"trainer.log_every_n_steps={every}"), root / f"logged-{every}")
     assert sum("answer" in values for values in calls) == 6 // every
     assert sum("train/answer" in row for row in logged_losses(root / f"logged-{every}")) == 6 // every
+    rows = csv.DictReader((root / f"logged-{every}" / "metrics.csv").read_text().splitlines())
+    steps = [int(row["step"]) for row in rows if row["train/answer"]]
+    assert steps == [step for step in range(6) if (step + 1) % every == 0]  # the last step of each `every`
 
 
 if __name__ == "__main__":

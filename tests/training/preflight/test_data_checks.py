@@ -146,6 +146,14 @@ def test_ids_beyond_the_vocabulary_are_detected_before_the_model_runs(valid_inpu
     assert "self-KL" not in findings
 
 
+def test_the_first_id_behind_the_vocabulary_is_beyond_it(valid_input: PreflightInput) -> None:
+    def read_with_one_larger_id(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
+        soft = valid_input.read(keys)
+        return replace(soft, ids_E=np.append(soft.ids_E[:-1], valid_input.prompts.vocabulary_size))
+
+    assert findings_by_check(replace(valid_input, read=read_with_one_larger_id))["vocabulary"].stops
+
+
 def test_an_unshared_vocabulary_fails_if_a_loss_reads_soft_targets(valid_input: PreflightInput) -> None:
     unshared = replace(valid_input, is_vocabulary_shared=False)
     assert findings_by_check(unshared)["vocabulary"].stops
@@ -263,6 +271,8 @@ def _sequences(preflight_input: PreflightInput) -> list[Any]:
     ("kept", "lost", "is_fatal"),
     [
         (1, {"empty": 59}, True),
+        (1, {"unmatched": 59}, True),
+        (1, {"empty": 9}, True),  # few texts, but hardly anything else is left
         (100, {"truncated": 200}, True),  # labelled rows are learned, no answer of the teacher is
         (100, {"truncated": 10}, False),
         (100, {"too long": 2000}, False),

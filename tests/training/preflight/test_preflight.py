@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from distill.errors import ConfigError
 from distill.lessons.loader import Arrangement, DistillData
 from distill.students.causal_lm import open_student
+from distill.training.fit import stop_on_failures
 from distill.training.preflight import Finding, PreflightInput, _state_restored, preflight, table
 from tests.conftest import WHOLE_STUDENT, make_model, student_module
 from tests.training.preflight.conftest import LOSSES, failed_checks, findings_by_check
@@ -102,6 +104,18 @@ def test_gradient_checkpointing_is_checked_too(valid_input: PreflightInput, stud
     with_checkpointing = replace(valid_input, module=student_module(model, valid_input.prompts, *LOSSES))
     assert failed_checks(with_checkpointing) == set()
     assert findings_by_check(with_checkpointing)["gradients"].found == findings_by_check(valid_input)["gradients"].found
+
+
+@pytest.mark.parametrize(
+    ("passed", "is_fatal", "stops"),
+    [(False, True, True), (False, False, False), (None, True, False), (True, True, False)],
+)
+def test_a_run_stops_on_a_fatal_check_that_failed_and_on_nothing_else(
+    passed: bool | None, is_fatal: bool, stops: bool
+) -> None:
+    finding = Finding("shift", passed, "found", "expected", "Do this", is_fatal)
+    with pytest.raises(ConfigError, match=r"shift: found; expected: expected\. Do this") if stops else nullcontext():
+        stop_on_failures([finding])
 
 
 def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(valid_input: PreflightInput) -> None:
