@@ -10,11 +10,13 @@ model whose hashes were kept. The tokenizer is part of the prompts' fingerprint 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill.app.console import say
@@ -32,8 +34,29 @@ def fingerprint(folder: Path, hashes: Path) -> dict[str, str]:
     `hashes` is the folder in which the hashes of files are kept.
     """
     kept_at = hashes / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    kept = _read(kept_at)
     config = _config_hash(folder)
+    with _locked(kept_at.with_suffix(".lock")):
+        files = _files(folder, config, kept_at)
+    joined = "".join(files[name]["sha256"] for name in sorted(files))
+    return {"weights": hashlib.sha256(joined.encode()).hexdigest(), "config": config}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process hash a model while the others of this run wait for its hashes.
+
+    On a file system without locks every process hashes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _files(folder: Path, config: str, kept_at: Path) -> dict[str, Json]:
+    """Return the entries of the weights, and keep them."""
+    kept = _read(kept_at)
     files = {name: _listed_entry(listed) for name, listed in hub.weight_hashes(folder).items()}
     if not files:
         weights = sorted(folder.glob("*.safetensors"))
@@ -44,8 +67,7 @@ def fingerprint(folder: Path, hashes: Path) -> dict[str, str]:
     present = {"folder": str(folder), "config": config, "files": files}
     if present != kept and all(_is_settled(entry) for entry in files.values()):
         write_json(kept_at, present)
-    joined = "".join(files[name]["sha256"] for name in sorted(files))
-    return {"weights": hashlib.sha256(joined.encode()).hexdigest(), "config": config}
+    return files
 
 
 def _entry(file: Path, kept: Mapping[str, object]) -> Json:
