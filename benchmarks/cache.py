@@ -309,7 +309,7 @@ def _make_million(folder: Path, codec: Codec) -> None:
     store = Store(folder, {"made for": "a benchmark"}, codec)
     with store.writing() as writer:
         writer.add(shard)
-    (manifest,) = folder.glob("manifest-*.jsonl")
+    (manifest,) = folder.glob("manifests/*/*.jsonl")
     line = json.loads(manifest.read_bytes())["line"]
     with manifest.open("ab") as file:
         for number in range(1, _RECORDS // _PER_SHARD):

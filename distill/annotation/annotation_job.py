@@ -64,7 +64,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
     splits, overlaps = screen_splits(task.splits(), config.overlap.words, config.overlap.action)
-    folder = naming.resolve(settings.model, root)
+    folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
     build_teacher = partial(

@@ -16,6 +16,8 @@ from typing import Any, final
 import fsspec
 
 from distill.app.files import atomic_write
+from distill.cache.manifests import FOLDER as MANIFESTS
+from distill.cache.manifests import manifest_name, manifest_paths
 from distill.errors import ConfigError
 
 
@@ -31,19 +33,24 @@ class Remote:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{url} cannot be opened: {error}. For S3: pip install 'distill[s3]'") from None
 
-    def sizes(self) -> dict[str, int]:
-        """Return the names and sizes in bytes of the remote files."""
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the names and sizes in bytes of the remote files, or of those in a folder."""
         with self._connection_errors():
             self._fs.invalidate_cache()
             try:
-                entries: list[dict[str, Any]] = self._fs.ls(self._path, detail=True)
+                entries: dict[str, dict[str, Any]] = self._fs.find(f"{self._path}/{folder}".rstrip("/"), detail=True)
             except FileNotFoundError:
                 return {}
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+        prefix = f"{self._path.strip('/')}/"
+        return {name.lstrip("/").removeprefix(prefix): entry["size"] for name, entry in entries.items()}
 
-    def pull_manifests(self) -> None:
-        """Download manifests that are new or longer than the local ones, the cache's header first."""
-        for name, size in sorted(self.sizes().items(), key=lambda item: item[0] != "manifest.jsonl"):
+    def pull_manifests(self, *, with_header: bool = True) -> None:
+        """Download manifests that are new or longer than the local ones, the cache's header first.
+
+        Without the header, which is beside the shards and the manifests of earlier versions, no shard is listed.
+        """
+        sizes = self.sizes("" if with_header else MANIFESTS)
+        for name, size in sorted(sizes.items(), key=lambda item: item[0] != "manifest.jsonl"):
             local = self._folder / name
             if name.startswith("manifest") and (not local.is_file() or local.stat().st_size < size):
                 self.get(name)
@@ -56,15 +63,17 @@ class Remote:
     def put(self, *names: str) -> None:
         """Upload files in order."""
         with self._connection_errors():
-            self._fs.makedirs(self._path, exist_ok=True)
+            for folder in {f"{self._path}/{name}".rpartition("/")[0] for name in names}:
+                self._fs.makedirs(folder, exist_ok=True)
             for name in names:
                 self._fs.put_file(str(self._folder / name), f"{self._path}/{name}")
 
     def put_missing(self) -> None:
         """Upload what a killed process did not: shards first, then the manifests that name them."""
         sizes = self.sizes()
-        paths = [path for pattern in ("[0-9a-f]*.*", "manifest*") for path in sorted(self._folder.glob(pattern))]
-        self.put(*(path.name for path in paths if path.stat().st_size > sizes.get(path.name, -1)))
+        paths = [*sorted(self._folder.glob("[0-9a-f]*.*")), *sorted(self._folder.glob("manifest*.json*"))]
+        local = {manifest_name(self._folder, path): path for path in [*paths, *manifest_paths(self._folder)]}
+        self.put(*(name for name, path in local.items() if path.stat().st_size > sizes.get(name, -1)))
 
     @contextmanager
     def _connection_errors(self) -> Iterator[None]:

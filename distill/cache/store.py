@@ -4,7 +4,7 @@ A cache is a folder:
 
     manifest.jsonl              one line: {"format": 3, "fingerprint": {...}, "backend": {...}}
     manifest.<name>.json        what all records share and was made once, such as a teacher's calibration
-    manifest-<writer>.jsonl     of one writer: a line per shard (see `shard`); {"cost": {...}};
+    manifests/                  of each writer (see `manifests`): a line per shard (see `shard`); {"cost": {...}};
                                 {"struck": <manifest>, "shard": <shard>}: ignore that line of that manifest
     <shard>.safetensors, .parquet
     claims/<group>              which process annotates which group (see `claims`)
@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,10 +30,11 @@ from typing import Any, final
 import numpy as np
 
 from distill.app.console import say
-from distill.app.files import Json, atomic_write, sync_folder
+from distill.app.files import Json, atomic_write
 from distill.cache import Codec
 from distill.cache.claims import Claims
 from distill.cache.index import KEY_BYTES, Index
+from distill.cache.manifests import Manifests, OwnManifests, manifest_name, manifest_paths
 from distill.cache.remote import Remote
 from distill.cache.sealed import create_once, read_lines, seal, unseal
 from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
@@ -45,7 +44,6 @@ from distill.records import Annotation, Group, Request, SoftTargets, SoftTargets
 FORMAT = 3
 _DAY_SECONDS = 86_400
 _MAX_OPEN_SHARDS = 4096
-_MAX_MANIFEST_LINES = 256
 
 
 @final
@@ -84,7 +82,7 @@ class Store:
         self._num_rows = 0
         self._starts: list[int] = []  # the number of each shard's first record
         self._open = OrderedDict[str, Shard]()
-        self._read_bytes: dict[Path, int] = {}
+        self._manifests, self._has_read_header = Manifests(folder), False
         self.costs: list[dict[str, Any]] = []  # of each annotation run
         self._is_writing = False
         self.refresh()
@@ -164,25 +162,27 @@ class Store:
         return shard, number - self._starts[shard_number]
 
     def refresh(self) -> None:
-        """Read what other processes have written since."""
+        """Read what other processes have written since; after the first time, shards are not listed."""
         if self._remote:
-            self._remote.pull_manifests()
+            self._remote.pull_manifests(with_header=not self._has_read_header)
         header = self.folder / "manifest.jsonl"
         if not self.has_header:
             # Writers create the header first; it may have been created since the first look.
-            if any(self.folder.glob("manifest-*.jsonl")) and not self.has_header:
+            if manifest_paths(self.folder) and not self.has_header:
                 raise CacheError(
                     f"{header} is missing, so the fingerprint of the records beside it is unknown. Restore it, or "
                     f"delete {self.folder}"
                 )
             return
-        if header not in self._read_bytes:
+        if not self._has_read_header:
             self._check_header(header)
-        self.read_manifests(*sorted(self.folder.glob("manifest-*.jsonl")))
+            self._has_read_header = True
+        self.read_manifests(*self._manifests.unread())
 
     def read_manifests(self, *manifests: Path) -> None:
         """Read the lines that were appended to these manifests since."""
-        lines = [(path.name, line) for path in manifests for line in self._new_lines(path)]
+        new_lines = {manifest_name(self.folder, path): self._manifests.new_lines(path) for path in manifests}
+        lines = [(name, line) for name, of_manifest in new_lines.items() for line in of_manifest]
         self._struck |= {(str(line["struck"]), str(line.get("shard"))) for _, line in lines if "struck" in line}
         for name, line in lines:
             if "struck" not in line and (name, str(line.get("shard"))) not in self._struck:
@@ -194,6 +194,9 @@ class Store:
         It is kept only inside `writing`. Raises CacheError if it is damaged, or missing beside records.
         """
         path = self.folder / f"manifest.{name}.json"
+        if self._remote and not path.is_file():
+            with suppress(FileNotFoundError):
+                self._remote.get(path.name)
         if not path.is_file():
             if len(self):
                 raise CacheError(f"{path} is missing, which the records share. Restore it, or delete {self.folder}")
@@ -249,15 +252,6 @@ class Store:
                 self._is_writing = False
             writer.flush()
 
-    def _new_lines(self, path: Path) -> list[dict[str, Any]]:
-        if path.is_symlink():
-            raise CacheError(f"{path} is a symbolic link; replace it by a regular file")
-        with path.open("rb") as file:
-            file.seek(self._read_bytes.get(path, 0))
-            lines, num_bytes = read_lines(path, file.read())
-        self._read_bytes[path] = self._read_bytes.get(path, 0) + num_bytes
-        return lines
-
     def _apply(self, line: Mapping[str, Any]) -> None:
         if "cost" in line:
             if not isinstance(line["cost"], dict) or not {"seconds", "ms_per_example"} <= line["cost"].keys():
@@ -276,7 +270,7 @@ class Store:
     def _check_header(self, path: Path) -> None:
         if path.read_bytes()[:12] == b'{"format": 1':
             raise CacheError(self._unknown_format(1))
-        lines = self._new_lines(path)
+        lines = self._manifests.new_lines(path)
         if not lines:
             raise CacheError(f"{path} is damaged: it has no complete line. Restore it, or delete {self.folder}")
         if lines[0].get("format") != FORMAT:
@@ -315,7 +309,7 @@ class Writer:
     def __init__(self, store: Store, codec: Codec, remote: Remote | None) -> None:
         """Created by `Store.writing` only."""
         self._store, self._codec, self._remote = store, codec, remote
-        self._manifest, self._num_lines = _new_manifest(store.folder), 0
+        self._manifests = OwnManifests(store.folder)
         self._buffer: list[Annotation] = []
         self.num_written = 0
 
@@ -344,20 +338,12 @@ class Writer:
         self._append({"cost": cost | {"backend": self._store.backend}})
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if not self._store.has_header or (self._num_lines and not self._manifest.exists()):
+        if not self._store.has_header or self._manifests.is_lost:
             raise CacheError(f"{self._store.folder} no longer exists; annotate again")
-        if self._num_lines == _MAX_MANIFEST_LINES:  # a manifest is uploaded as a whole after each line
-            self._manifest, self._num_lines = _new_manifest(self._store.folder), 0
-        with self._manifest.open("ab") as file:
-            file.write(seal(line))
-            file.flush()
-            os.fsync(file.fileno())
-        if not self._num_lines:
-            sync_folder(self._manifest.parent)
-        self._num_lines += 1
+        path = self._manifests.append(line)
         if self._remote:
-            self._remote.put(self._manifest.name)
-        self._store.read_manifests(self._manifest)
+            self._remote.put(manifest_name(self._store.folder, path))
+        self._store.read_manifests(path)
 
 
 def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
@@ -369,23 +355,17 @@ def drop_shard(folder: Path, name: str, *, url: str | None = None) -> None:
     if remote:
         remote.pull_manifests()
     listing_manifests = [
-        path
-        for path in sorted(folder.glob("manifest-*.jsonl"))
+        manifest_name(folder, path)
+        for path in manifest_paths(folder)
         if any(line.get("shard") == name for line in read_lines(path, path.read_bytes())[0])
     ]
     if not listing_manifests:
         raise CacheError(f"no manifest in {folder} lists a shard {name!r}")
-    manifest = _new_manifest(folder)
-    with atomic_write(manifest) as temporary:
-        temporary.write_bytes(b"".join(seal({"struck": path.name, "shard": name}) for path in listing_manifests))
+    manifest = OwnManifests(folder).append(*({"struck": listing, "shard": name} for listing in listing_manifests))
     if remote:
-        remote.put(manifest.name)
+        remote.put(manifest_name(folder, manifest))
     for suffix in SUFFIXES:
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-
-
-def _new_manifest(folder: Path) -> Path:
-    return folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl"
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:

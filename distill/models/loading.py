@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar, get_logger
 
 from distill.errors import ConfigError
 from distill.losses.head import Shape
+from distill.models import hub
 
 disable_progress_bar()
 
@@ -70,9 +71,9 @@ def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> Pre
 def check_weights(folder: Path) -> None:
     """Raise ConfigError unless the files hold exactly the weights of the model; no weight is read.
 
-    A folder without weights passes: a complete cache needs none.
+    A folder without weights, or one whose weights are still on the hub, passes: a complete cache needs none.
     """
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) or hub.lacks_weights(folder):
         return
     try:
         from_files(folder, device_map="meta")

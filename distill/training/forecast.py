@@ -36,7 +36,7 @@ from distill.lessons.curriculum import (
     texts_to_score,
 )
 from distill.lessons.join import Lesson, Read
-from distill.models import placement
+from distill.models import hub, placement
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
@@ -343,6 +343,7 @@ def _tokens(work: TeacherWork) -> Finding:
 
 
 def _weights(work: TeacherWork) -> Finding:
+    hub.download_weights(work.annotation_job.folder)  # they are about to be measured
     size, dtype = 0, work.annotation_job.store.backend.get("dtype", "float32")
     for file in work.annotation_job.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:

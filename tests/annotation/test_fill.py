@@ -52,7 +52,7 @@ def test_several_processes_write_the_same_shards_as_one(
         _, errors = process.communicate(timeout=150)
         assert process.returncode == 0, errors
     assert shards(tmp_path / "cache") == undisturbed
-    manifests = list((tmp_path / "cache").glob("manifest-*"))
+    manifests = list((tmp_path / "cache").glob("manifests/*/*"))
     # Of two concurrent processes one may finish before the other has started.
     assert len(manifests) in {"devices": (2,), "parts": (3,), "at once": (1, 2)}[how]
     lines = [line for path in manifests for line in path.read_text().splitlines() if '"shard"' in line]

@@ -77,7 +77,7 @@ def test_failures_of_an_earlier_attempt_are_not_listed(swept: Callable[..., Any]
 
 def manifests(cache: Path) -> list[dict[str, Any]]:
     """Lines of all manifests on shards."""
-    lines = [json.loads(line)["line"] for path in cache.glob("manifest-*") for line in path.read_text().splitlines()]
+    lines = [json.loads(line)["line"] for path in cache.glob("manifests/*/*") for line in path.read_text().splitlines()]
     return [line for line in lines if "shard" in line]
 
 

@@ -52,16 +52,15 @@ def unsealed(manifest: bytes) -> list[Any]:
 
 
 class Files(dict[str, bytes]):
-    """The files of a folder by name."""
+    """The files of a cache by their path in its folder."""
 
     def __repr__(self) -> str:
         return f"{len(self)} files"
 
 
 def files_of(folder: Path) -> Files:
-    return Files(
-        {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
-    )
+    paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file() and path.parent.name != "claims")
+    return Files({str(path.relative_to(folder)): path.read_bytes() for path in paths})
 
 
 def write_files(folder: Path, files: Files) -> None:
@@ -69,12 +68,13 @@ def write_files(folder: Path, files: Files) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def replace_arrays(folder: Path, content: bytes) -> None:
     """Replace the arrays of the only shard, with matching size and checksums in the manifest."""
-    (shard,), (manifest,) = folder.glob("*.safetensors"), folder.glob("manifest-*")
+    (shard,), (manifest,) = folder.glob("*.safetensors"), folder.glob("manifests/*/*")
     shard.write_bytes(content)
     (line,) = unsealed(manifest.read_bytes())
     line["bytes"]["safetensors"] = len(content)

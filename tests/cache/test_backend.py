@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,22 @@ def test_weights_are_hashed_once_and_again_if_they_change(settled: Path, hashed:
         (kept,) = hashes.glob("*.json")
         kept.write_text(damage)
         assert identity.fingerprint(settled, hashes) == changed
+
+
+def test_of_several_processes_one_hashes_the_weights(
+    settled: Path, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = identity.sha256
+
+    def slow(path: Path) -> str:
+        time.sleep(0.2)
+        return counting(path)
+
+    monkeypatch.setattr(identity, "sha256", slow)
+    with ThreadPoolExecutor(4) as pool:  # the lock is of an open file, so threads stand for processes
+        futures = [pool.submit(identity.fingerprint, settled, tmp_path / "hashes") for _ in range(4)]
+    assert len({json.dumps(future.result()) for future in futures}) == 1
+    assert hashed == ["model.safetensors"]
 
 
 def test_a_file_of_the_hubs_cache_is_named_by_its_hash(settled: Path, hashed: list[str], tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_damaged_file_never_yields_another_value(intact: Files, tmp_path: Path
 def is_cut_off(number: int, before: Files, after: Files) -> bool:
     """Whether the line that listed a record is after the last complete line of its manifest."""
     encoded_key = base64.b64encode(bytes.fromhex(key(number)))
-    (name,) = (name for name, content in before.items() if name.startswith("manifest-") and encoded_key in content)
+    (name,) = (name for name, content in before.items() if name.startswith("manifests/") and encoded_key in content)
     complete = after[name][: after[name].rfind(b"\n") + 1]
     return before[name].startswith(complete) and before[name].index(encoded_key) > len(complete)
 

@@ -147,28 +147,29 @@ def test_a_writer_reports_that_its_folder_is_gone(replacement: str, tmp_path: Pa
 
 def test_a_shard_is_durable_before_the_manifest_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Survives a power cut: contents are synced before names, names of shards before the manifest."""
-    folder, synced, is_unsynced, listed = tmp_path / "cache", set[int](), dict[str, int](), list[str]()
-    sync, originals = os.fsync, {name: getattr(os, name) for name in ("replace", "rename", "link")}
+    folder, synced, unsynced, listed = tmp_path / "cache", set[int](), set[Path](), list[str]()
+    known, sync, originals = set[Path](), os.fsync, {name: getattr(os, name) for name in ("replace", "rename", "link")}
 
     def fsync(handle: int) -> None:
         path = Path(f"/proc/self/fd/{handle}").resolve()
-        if path.name.startswith("manifest-"):
+        if path.parent.parent.name == "manifests":
             for line in unsealed(path.read_bytes()):
-                assert {f"{line['shard']}.safetensors", f"{line['shard']}.parquet"} <= set(is_unsynced)
-                assert all(number == 0 for number in is_unsynced.values())
+                assert all((folder / f"{line['shard']}.{suffix}").exists() for suffix in ("safetensors", "parquet"))
+                assert not unsynced
                 listed.append(line["shard"])
-            is_unsynced[path.name] = is_unsynced.get(path.name, 1)
+            if path not in known:
+                known.add(path)
+                unsynced.update((path, path.parent, path.parent.parent))
         sync(handle)
         synced.add(path.stat().st_ino)
-        if path == folder:
-            is_unsynced.update(dict.fromkeys(is_unsynced, 0))
+        unsynced.difference_update([name for name in unsynced if name.parent == path])
 
     def renaming(how: str) -> Callable[..., None]:
         def name(source: Any, target: Any, **options: Any) -> None:
             originals[how](source, target, **options)
             if Path(target).suffix in {".safetensors", ".parquet", ".jsonl"}:
                 assert Path(target).stat().st_ino in synced
-                is_unsynced[Path(target).name] = 1  # until the folder is synced
+                unsynced.add(Path(target))  # until the folder is synced
 
         return name
 
@@ -180,7 +181,7 @@ def test_a_shard_is_durable_before_the_manifest_lists_it(tmp_path: Path, monkeyp
         for number in (1, 2, 3):
             writer.add([annotation(number)])
             writer.flush()
-            assert not any(is_unsynced.values())
+            assert not unsynced
     assert set(listed) == {path.stem for path in folder.glob("*.parquet")}
     assert len(set(listed)) == 3
 

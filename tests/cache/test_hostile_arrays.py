@@ -173,7 +173,7 @@ def test_arrays_of_any_form_give_a_record_or_a_cache_error(
 
 def test_texts_with_other_keys_are_refused(single_shard: Files, tmp_path: Path) -> None:
     write_files(tmp_path / "cache", single_shard)
-    (manifest,) = tmp_path.glob("cache/manifest-*")
+    (manifest,) = tmp_path.glob("cache/manifests/*/*")
     (line,) = unsealed(manifest.read_bytes())
     line["keys"] = base64.b64encode(bytes.fromhex(key(8) + key(5))).decode()
     manifest.write_bytes(sealed(line))

@@ -50,7 +50,7 @@ def test_an_invalid_shard_name_opens_no_other_file(trick: str, single_shard: Fil
     """The files that the name leads to exist and are valid."""
     folder, outside = tmp_path / "cache", tmp_path / "outside"
     write_files(folder, single_shard)
-    (manifest,) = folder.glob("manifest-*")
+    (manifest,) = folder.glob("manifests/*/*")
     (line,) = unsealed(manifest.read_bytes())
     outside.mkdir()
     for suffix in ("safetensors", "parquet"):
@@ -63,11 +63,11 @@ def test_an_invalid_shard_name_opens_no_other_file(trick: str, single_shard: Fil
         read_all(folder, 5)
 
 
-@pytest.mark.parametrize("name", ["manifest.jsonl", "manifest-", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("name", ["manifest.jsonl", "manifests", "000000.jsonl", ".safetensors", ".parquet"])
 def test_symbolic_links_are_not_followed(name: str, single_shard: Files, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     write_files(folder, single_shard)
-    (file,) = (path for path in folder.iterdir() if name in path.name)
+    (file,) = (path for path in folder.rglob("*") if path.name.endswith(name))
     file.rename(tmp_path / "outside")
     file.symlink_to(tmp_path / "outside")
     with pytest.raises(CacheError, match=rf"{file.name} is .*(symbolic link|not a regular file)"):
@@ -115,7 +115,7 @@ ENTRIES: dict[str, Any] = {
 def test_a_hostile_line_of_a_manifest_is_refused(kind: str, single_shard: Files, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     write_files(folder, single_shard)
-    (manifest,) = folder.glob("manifest-*")
+    (manifest,) = folder.glob("manifests/*/*")
     (line,) = unsealed(manifest.read_bytes())
     manifest.write_bytes(sealed(LINES[kind] if kind in LINES else line | ENTRIES[kind]))
     with pytest.raises(CacheError, match=r"damaged|invalid line for a shard"):
@@ -145,7 +145,7 @@ def test_a_changed_line_gives_a_record_or_a_cache_error(
 ) -> None:
     folder = tmp_path / "cache"
     write_files(folder, single_shard)
-    (manifest,) = folder.glob("manifest-*")
+    (manifest,) = folder.glob("manifests/*/*")
     (line,) = unsealed(manifest.read_bytes())
     manifest.write_bytes(sealed({name: value for name, value in (line | changes).items() if name not in missing}))
     with suppress(CacheError):

@@ -23,7 +23,7 @@ from tests.conftest import shards
 
 def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     write_records(tmp_path, 1, 2, size=1)
-    (manifest,) = tmp_path.glob("manifest-*")
+    (manifest,) = tmp_path.glob("manifests/*/*")
     complete = manifest.read_bytes()
     for length in (len(complete) - 1, len(complete) - 20, complete.index(b"\n") + 2):
         manifest.write_bytes(complete[:length])
@@ -35,7 +35,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
 
 def test_every_flipped_bit_is_detected_and_its_file_named(tmp_path: Path) -> None:
     write_records(tmp_path, *range(1, 9))
-    files = sorted(path for path in tmp_path.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in tmp_path.rglob("[!.]*") if path.is_file() and path.parent.name != "claims")
     rng = np.random.default_rng(0)
     for number in range(1000):
         path = files[number % len(files)]
@@ -87,7 +87,7 @@ def missing_from(folder: Path, numbers: Iterable[int]) -> list[int]:
 def test_a_shard_must_be_a_regular_file_of_the_folder(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     write_records(folder, 1, 2, 3)
-    (shard,), (manifest,) = folder.glob("*.parquet"), folder.glob("manifest-*")
+    (shard,), (manifest,) = folder.glob("*.parquet"), folder.glob("manifests/*/*")
     other = shutil.copy(shard, tmp_path / "other.parquet")
     (line,) = lines_of(manifest)
     if how in {"symlink", "missing", "directory"}:
@@ -131,7 +131,7 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_hostile_file_with_correct_checksums_is_refused(name: str, tmp_path: Path) -> None:
     write_records(tmp_path, 1)
-    (shard,), (manifest,) = tmp_path.glob("*.safetensors"), tmp_path.glob("manifest-*")
+    (shard,), (manifest,) = tmp_path.glob("*.safetensors"), tmp_path.glob("manifests/*/*")
     length, header = HEADERS[name]
     content = (length or len(header)).to_bytes(8, "little") + header + bytes(16)
     shard.write_bytes(content)

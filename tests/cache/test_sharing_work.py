@@ -76,7 +76,7 @@ def test_groups_annotated_by_another_process_meanwhile_are_skipped(configured: C
 
     fill(replace(job, teacher=ObservedTeacher(job.teacher, meanwhile)), {"answer": job.splits.train})
     assert 0 < len(annotated) < len(groups)
-    lines = [line for path in folder.glob("manifest-*") for line in unsealed(path.read_bytes()) if "shard" in line]
+    lines = [line for path in folder.glob("manifests/*/*") for line in unsealed(path.read_bytes()) if "shard" in line]
     assert len(lines) == len(groups) == 6
     assert len({line["keys"] for line in lines}) == 6
 
@@ -97,7 +97,7 @@ def test_a_group_annotated_just_before_its_claim_is_skipped(
     monkeypatch.setattr(Claims, "take", annotate_then_take)
     fill(job, {"answer": job.splits.train})
     assert annotated
-    manifests = job.store.folder.glob("manifest-*")
+    manifests = job.store.folder.glob("manifests/*/*")
     lines = [line for path in manifests for line in unsealed(path.read_bytes()) if "shard" in line]
     assert len(lines) == len({line["keys"] for line in lines}) == 6
     assert not list(job.store.folder.glob("claims/[0-9a-f]*"))

@@ -149,9 +149,9 @@ def test_concurrent_writers_write_each_group_once_despite_a_stale_claim(tmp_path
     run_this_file("writers", str(tmp_path / "cache"), "4", "40")
     fill_with_claims(tmp_path / "single", 40)
     assert shards(tmp_path / "cache") == shards(tmp_path / "single")
-    lines = [line for path in (tmp_path / "cache").glob("manifest-*") for line in path.read_bytes().splitlines()]
+    lines = [line for path in (tmp_path / "cache").glob("manifests/*/*") for line in path.read_bytes().splitlines()]
     assert len(lines) == 40  # no group was written twice
-    assert len(list((tmp_path / "cache").glob("manifest-*"))) > 1
+    assert len(list((tmp_path / "cache").glob("manifests/*/*"))) > 1
 
 
 def test_a_claim_of_another_machine_is_respected_until_it_is_stale(tmp_path: Path) -> None:
