@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from distill.annotation.fill import loaded
 from distill.app import config as configuration
 from distill.app.config import Config
-from distill.app.console import is_first_process, say
+from distill.app.console import is_first_process, say, terminal_width
 from distill.app.files import Json, write_json, write_json_lines
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
@@ -113,7 +113,7 @@ def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) ->
         beside = "" if validated is None else f", {100 * validated:.1f} % on validation"
         print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples{beside}")
     else:
-        print(f"\n{to_text(summary)}\n")
+        print(f"\n{to_text(summary, width=terminal_width())}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}\n")
 
