@@ -80,11 +80,12 @@ def train(config: Config) -> float:
         return accuracy
     if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))
-    plain = configuration.save(config, run_dir / "config.yaml")
     job = prepare(config, run_dir)
+    _check_student(job)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
     run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **settings(config), **provenance()}
     tracking: Tracking = configuration.build(config.tracking)
+    plain = configuration.save(config, run_dir / "config.yaml")  # from here on the folder holds a run
     exit_code = 1
     try:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
@@ -154,8 +155,6 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
-    if is_first_process():
-        _check_student(job)
     curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_job_student(job)
