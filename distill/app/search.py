@@ -6,10 +6,10 @@ from pathlib import Path
 
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
-from distill.app.sweeps import FAILED
+from distill.app.files import FAILED
 
 
-class Search(OptunaSweeper):  # type: ignore[misc]
+class Search(OptunaSweeper):
     """A search that may find nothing: then Optuna has no best trial, and the callbacks list the failures."""
 
     def sweep(self, arguments: list[str]) -> None:

@@ -18,11 +18,10 @@ from omegaconf import DictConfig
 from distill.app import preemption
 from distill.app.command import report_error
 from distill.app.console import visible
-from distill.app.files import write_json
+from distill.app.files import FAILED, write_json
 from distill.app.overrides import check_objective, check_searched
 from distill.errors import ConfigError
 
-FAILED = "failed.json"  # in the folder of a failed job
 _OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 
 

@@ -81,7 +81,7 @@ def train(config: Config) -> float:
     if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))
     job = prepare(config, run_dir)
-    _check_student(job)
+    check_student(job)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
     run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **settings(config), **provenance()}
     tracking: Tracking = configuration.build(config.tracking)
@@ -186,7 +186,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     return shared
 
 
-def _check_student(job: Job) -> None:
+def check_student(job: Job) -> None:
     """Raise ConfigError, before the teacher is asked, if the student cannot be opened, read, or saved and reopened."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
