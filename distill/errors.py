@@ -41,3 +41,10 @@ class PreemptedError(DistillError):
 
 class AnswerError(DistillError):
     """A text that contains no readable answer to the task."""
+
+
+def in_one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an error in one line, with its type where the text alone says too little."""
+    text = " ".join(str(error).split())[:limit]
+    says_little = not text or isinstance(error, LookupError | AttributeError | TypeError)
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if says_little else text

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from distill.app.command import command
 from distill.app.config import Config
+from distill.app.console import terminal_width
 
 
 def main(config: Config) -> None:
@@ -20,7 +21,7 @@ def main(config: Config) -> None:
     out = Path(config.out or folders[0]).resolve()
     prices = mapping(OmegaConf.to_container(config.cost))
     summary = write_report(find_runs(folders), out, level=config.confidence_level, prices=prices)
-    print(f"{to_text(summary, prices)}\n\nreport  {out / 'report.html'}")
+    print(f"{to_text(summary, prices, width=terminal_width())}\n\nreport  {out / 'report.html'}")
 
 
 if __name__ == "__main__":

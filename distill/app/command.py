@@ -30,7 +30,7 @@ from distill.app.config import CONF, check, register, renamed, run_dir
 from distill.app.console import is_first_process, say, visible
 from distill.app.help import help_text
 from distill.app.overrides import check_command_line, check_objective, check_processes
-from distill.errors import ConfigError, DistillError, OutOfMemoryError, PreemptedError
+from distill.errors import CacheError, ConfigError, DistillError, OutOfMemoryError, PreemptedError
 
 _MAX_MESSAGE_CHARACTERS = 10_000
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -93,10 +93,10 @@ def _run(name: str, work: Work, config: DictConfig) -> float | None:
     config = renamed(config)
     try:
         check(config)
-    except ConfigError:
+        return work(config)
+    except (ConfigError, CacheError):
         _remove_if_unused(run_dir())
         raise
-    return work(config)
 
 
 def _remove_if_unused(folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 MAX_CHARACTERS = 500
 _MAX_LINE_CHARACTERS = 10_000
+_WIDTH_OF_FILES = 110  # columns, where output goes to no terminal
 KEPT = "\n\t\u00a0\u200c\u200d\u202f\u3000"  # not printable to Python, yet part of ordinary text
 
 
@@ -19,6 +21,11 @@ def say(text: str) -> None:
     """Print a progress line to standard error; results go to standard output."""
     if is_first_process():
         print(visible(text, _MAX_LINE_CHARACTERS), file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int:
+    """Number of columns of the terminal that standard output goes to, or of $COLUMNS."""
+    return shutil.get_terminal_size((_WIDTH_OF_FILES, 24)).columns
 
 
 def visible(text: str, limit: int = MAX_CHARACTERS) -> str:

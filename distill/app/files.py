@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+FAILED = "failed.json"  # in the folder of a failed job of a sweep
 
 
 def sha256(path: Path) -> str:

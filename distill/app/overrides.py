@@ -126,6 +126,18 @@ def check_objective(config: DictConfig, hydra: Any) -> None:
         )
 
 
+def check_searched(config: DictConfig) -> None:
+    """Raise ConfigError for each key that the sweeper's own configuration searches and this configuration lacks."""
+    known = dict(walk(OmegaConf.to_container(config, resolve=False), ""))
+    searched = config.hydra.sweeper.get("params") or {}
+    missing = [str(key) for key in searched if str(key)[0] not in "+~" and key not in known and not _is_group(str(key))]
+    if missing:
+        raise ConfigError(
+            f"hydra.sweeper.params varies {' and '.join(missing)}, which this configuration does not have; add it, or "
+            "set hydra.sweeper.params=null and name what to vary: 'optim.optimizer.lr=tag(log,interval(1e-5,1e-3))'"
+        )
+
+
 def _num_devices(devices: Any, accelerator: Any) -> int:
     """How many devices a Trainer uses: a number, a list, either as a string, or all devices (auto, -1)."""
     if isinstance(devices, ListConfig):

@@ -1,4 +1,4 @@
-"""How to write an override that Hydra's grammar does not read, or reads as several values."""
+"""How to write an override that Hydra's grammar does not read, or reads as several values, or a line break."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from omegaconf.errors import GrammarParseError
 
 _KEY = re.compile(r"(?P<key>[~+]{0,2}[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL | re.ASCII)
 _ITEM = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\]{}:,'"]+""")
+# A line break or tab that was left as two characters; not the beginning of a LaTeX command such as \nabla or \text.
+_ESCAPE = re.compile(r"\\n(?!abla|e\b|eq|eg|ew|i\b|o(?:t|n)|u\b)|\\[tr](?![a-z])")
+
+
+def escape_problem(key: str, text: str) -> str:
+    """The problem of a text with a backslash and a letter instead of a line break or tab; empty if there is none."""
+    if not (escape := _ESCAPE.search(text)):
+        return ""
+    name = key.rpartition(".")[2]
+    return (
+        f"{key}={text!r} contains a backslash and a letter, {escape[0]}, where a line break or tab was probably meant. "
+        f'Write the character itself: in bash $\'{key}="…{escape[0]}…"\', in a YAML file {name}: "…{escape[0]}…"'
+    )
 
 
 def literal(text: str) -> str:

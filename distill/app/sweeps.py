@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -17,11 +18,11 @@ from omegaconf import DictConfig
 from distill.app import preemption
 from distill.app.command import report_error
 from distill.app.console import visible
-from distill.app.files import write_json
-from distill.app.overrides import check_objective
+from distill.app.files import FAILED, write_json
+from distill.app.overrides import check_objective, check_searched
 from distill.errors import ConfigError
 
-FAILED = "failed.json"  # in the folder of a failed job
+_OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 
 
 class FailedJobs(Callback):
@@ -47,10 +48,12 @@ class FailedJobs(Callback):
         """Check what a search goes by, and create the sweep folder, in which it may store its study."""
         try:
             check_objective(config, config.hydra)
+            check_searched(config)
         except ConfigError as error:
             sys.exit(report_error(error))
         _create(config.hydra.sweep.dir)
         self._earlier = _failures(config)
+        _use_own_search(config.hydra.sweeper._target_)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Remove the record of an earlier failure of this job."""
@@ -70,9 +73,10 @@ class FailedJobs(Callback):
         """List the jobs that failed in this sweep, and exit with their largest exit code."""
         failures = [json.loads(path.read_text()) for path, _ in _failures(config) - self._earlier]
         if failures:
-            paths = Path(config.hydra.sweep.dir).rglob(".hydra/overrides.yaml")
+            paths = list(Path(config.hydra.sweep.dir).rglob(".hydra/overrides.yaml"))
             overrides = [set(yaml.safe_load(path.read_text())) for path in paths]
-            print(_summary(failures, overrides), file=sys.stderr)
+            is_any_complete = not all((path.parent.parent / FAILED).is_file() for path in paths)
+            print(_summary(failures, overrides, is_any_complete=is_any_complete), file=sys.stderr)
             sys.exit(max(failure["exit_code"] for failure in failures))
 
 
@@ -80,6 +84,14 @@ def _in_job_process() -> FailedJobs:
     """Make the callback, and record stop signals in this process too."""
     preemption.watch()
     return FailedJobs()
+
+
+def _use_own_search(target: str) -> None:
+    """Let Hydra instantiate `Search` for Optuna's sweeper; it accepts no class of another package by its name."""
+    if target == _OPTUNA:
+        from distill.app.search import Search  # here, because the plugin is optional
+
+        Plugins.instance().class_name_to_class[_OPTUNA] = Search
 
 
 def _create(folder: str) -> None:
@@ -98,10 +110,11 @@ def _failures(config: DictConfig) -> set[tuple[Path, int]]:
     return {(path, path.stat().st_mtime_ns) for path in Path(config.hydra.sweep.dir).rglob(FAILED)}
 
 
-def _summary(failures: Sequence[Mapping[str, Any]], overrides: Sequence[set[str]]) -> str:
+def _summary(failures: Sequence[Mapping[str, Any]], overrides: Sequence[set[str]], *, is_any_complete: bool) -> str:
     """Two lines for each failed job: the overrides that not all jobs share, and the reason."""
     shared = set.intersection(*overrides) if len(overrides) > 1 else set()
-    lines = [f"\n{len(failures)} {'job' if len(failures) == 1 else 'jobs'} failed; the others are complete:"]
+    number = f"{len(failures)} {'job' if len(failures) == 1 else 'jobs'}"
+    lines = [f"\n{number} failed; {'the others are complete' if is_any_complete else 'no job succeeded'}:"]
     for failure in sorted(failures, key=lambda failure: int(failure["job"])):
         own = " ".join(override for override in failure["overrides"] if override not in shared)
         lines += [f"  job {failure['job']}, exit code {failure['exit_code']}: {own}", f"    {failure['reason']}"]

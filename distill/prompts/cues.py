@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.fingerprint import arguments_of, fingerprint_of
+from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
 from distill.prompts.pieces import Pieces, same_text
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
@@ -41,6 +42,12 @@ class Layout:
     question_cue: str
     rationale_cue: str
     answer_cue: str
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for texts in which a line break stayed two characters, as on most command lines."""
+        texts = {f"task.layout.{field.name}": getattr(self, field.name) for field in fields(self)}
+        if problems := [problem for key, text in texts.items() if (problem := escape_problem(key, text))]:
+            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True)

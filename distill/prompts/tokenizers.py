@@ -6,18 +6,34 @@ import hashlib
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, in_one_line
+
+# What transformers raises for a damaged or unknown file of a tokenizer or for the model's configuration beside it.
+_TOKENIZER_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, without running code from the folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{folder} has no tokenizer that loads without custom code: {reason}") from None
+        tokenizer.encode("a")  # which reads settings that loading does not
+    except Exception as error:
+        # The Rust library behind it raises plain `Exception` for a file that it cannot read.
+        if not isinstance(error, _TOKENIZER_ERRORS) and type(error) is not Exception:
+            raise
+        raise ConfigError(f"{folder} has no tokenizer that loads without custom code: {in_one_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

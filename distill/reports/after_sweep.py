@@ -9,6 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from distill.app.config import Config
+from distill.app.console import terminal_width
 from distill.errors import ConfigError
 
 
@@ -27,4 +28,4 @@ class AfterSweep(Callback):
         except ConfigError as error:
             print(f"\nno report: {error}", file=sys.stderr)
             return
-        print(f"\n{to_text(summary)}\n\nreport  {out / 'report.html'}")
+        print(f"\n{to_text(summary, width=terminal_width())}\n\nreport  {out / 'report.html'}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from distill.app.console import visible
 from distill.app.files import Json
@@ -33,55 +34,82 @@ from distill.reports.verdicts import TO_RUN, Summary
 
 TEXT_WIDTH = 110
 MAX_SENTENCE = 1500  # characters
-MAX_COLUMNS = 6  # of classes on a terminal
+_LABEL_WIDTH = 20  # least width of the first column of a table that is split
+_CELL_WIDTH = 40  # largest width of any other column
+_TITLE_WIDTH = 18  # a longer title is wrapped unless its cells are as long
 
 
-def to_text(summary: Summary, prices: Json = NO_PRICES) -> str:
-    """Format the conclusion, tables and verdicts for a terminal, at most 110 columns wide but for a command."""
+def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WIDTH) -> str:
+    """Format the conclusion, tables and verdicts for a terminal of `width` columns; only a command may be longer."""
+    width = max(_LABEL_WIDTH + _CELL_WIDTH, min(width, TEXT_WIDTH))
     results = [[arm.label, *(cell(arm, column, is_narrow=True) for column in COLUMNS)] for arm in summary.arms]
     results += guess_rows(summary, len(COLUMNS), is_narrow=True)
     differences = [difference_row(verdict) for verdict in summary.verdicts if verdict.difference]
     contrasts = [contrast_row(contrast) for contrast in summary.contrasts]
     costs = [cost_row(cost(arm, prices)) for arm in summary.trained]
+    costs = [[row[0], *(text.replace("not measured", "-") for text in row[1:])] for row in costs]
+    confusion_tables = confusions(summary)
+    recalls = recall_titles(confusion_tables)
     conclusion = conclude(summary)
     parts = (
-        [_filled(" ".join((conclusion.headline, *conclusion.sentences)))],
-        _aligned(["model", *(column.short for column in COLUMNS)], results),
-        _aligned(difference_titles(summary), differences),
-        _aligned(contrast_titles(summary), contrasts),
-        _recalls(summary),
-        [_filled(text) for text in remarks(summary)],
-        _aligned(COST_TITLES, [[row[0], *(text.replace("not measured", "-") for text in row[1:])] for row in costs]),
-        [_filled(text) for text in facts(summary, prices)],
+        [_filled(" ".join((conclusion.headline, *conclusion.sentences)), width)],
+        _aligned(["model", *(column.short for column in COLUMNS)], results, width),
+        _aligned(difference_titles(summary), differences, width),
+        _aligned(contrast_titles(summary), contrasts, width),
+        _aligned(recalls, [recall_row(table, recalls[1:]) for table in confusion_tables], width),
+        [_filled(text, width) for text in remarks(summary)],
+        _aligned(COST_TITLES, costs, width),
+        [_filled(text, width) for text in facts(summary, prices)],
     )
     return "\n".join(line for part in parts if part for line in (*part, ""))
 
 
-def _filled(text: str) -> str:
+def _filled(text: str, width: int) -> str:
     """Wrap a sentence; a command after it stays on one line, so that it can be copied."""
     sentence, _, command = visible(text, MAX_SENTENCE).partition(TO_RUN)
-    return "\n".join(filter(None, (textwrap.fill(sentence, TEXT_WIDTH), command and f"{TO_RUN}\n{command}")))
+    return "\n".join(filter(None, (textwrap.fill(sentence, width), command and f"{TO_RUN}\n{command}")))
 
 
-def _recalls(summary: Summary) -> list[str]:
-    confusion_tables = confusions(summary)
-    titles = recall_titles(confusion_tables)[: 1 + MAX_COLUMNS]
-    rows = [recall_row(table, titles[1:]) for table in confusion_tables]
-    return _aligned([visible(title, 14) for title in titles], rows)
+def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Align columns right, with every title and cell wrapped; no rows, no lines.
 
-
-def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns right, and wrap the first column to the remaining width; no rows, no lines."""
+    Columns that do not fit beside the labels follow in a further table with the same labels.
+    """
     if not rows:
         return []
-    lines = [titles[1:], *([visible(text, 60) for text in row[1:]] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    room = max(12, TEXT_WIDTH - sum(widths) - 2 * len(widths))
-    table = []
-    for label, cells in zip([titles[0], *(visible(row[0]) for row in rows)], lines, strict=True):
-        first, *rest = textwrap.wrap(label, room) or [""]
-        table += [f"{first:{room}}  " + "  ".join(t.rjust(w) for t, w in zip(cells, widths, strict=True)), *rest]
-    return table
+    labels, *columns = zip(*([visible(text) for text in row] for row in (titles, *rows)), strict=True)
+    widths = [_width(column) for column in columns]
+    lines: list[str] = []
+    for part in _parts(widths, width - _LABEL_WIDTH):
+        shown = [widths[index] for index in part]
+        room = min(max(map(len, labels)), width - sum(shown) - 2 * len(shown))
+        for texts in zip(labels, *(columns[index] for index in part), strict=True):
+            lines += _wrapped(texts, [room, *shown])
+        lines.append("")
+    return lines[:-1]
+
+
+def _width(column: Sequence[str]) -> int:
+    title, *cells = map(len, column)
+    return min(_CELL_WIDTH, max(min(_TITLE_WIDTH, title), *cells))
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Distribute columns over tables: each takes as many of the next columns as fit."""
+    parts: list[list[int]] = [[]]
+    for index, width in enumerate(widths):
+        if parts[-1] and sum(widths[i] + 2 for i in parts[-1]) + width + 2 > room:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+def _wrapped(texts: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """Yield the lines of a row: the first column is aligned left, the others right."""
+    columns = [textwrap.wrap(text, width) or [""] for text, width in zip(texts, widths, strict=True)]
+    for label, *cells in zip_longest(*columns, fillvalue=""):
+        aligned = (text.rjust(width) for text, width in zip(cells, widths[1:], strict=True))
+        yield "  ".join((label.ljust(widths[0]), *aligned)).rstrip()
 
 
 def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:

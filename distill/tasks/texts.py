@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -11,14 +10,13 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
 from distill.tasks.numerals import plain_decimal
 from distill.tasks.tables import Table, check_columns, columns_of
 
 _MAX_CHARACTERS = 1_000_000  # of a value
 _SPACE = " \t\r\n"
-# A line break or tab that was left as two characters; not the beginning of a LaTeX command such as \nabla or \text.
-_ESCAPE = re.compile(r"\\n(?!abla|e\b|eq|eg|ew|i\b|o(?:t|n)|u\b)|\\[tr](?![a-z])")
 
 Template = Sequence[tuple[str, str | None]]  # a literal text and a column behind it, repeatedly
 
@@ -87,12 +85,8 @@ def _parse(table: Table, question: str) -> Template:
         raise ConfigError(f"task.question={question!r}: {error}; expected text and {{columns}}") from None
     if any(format_spec or conversion for _, _, format_spec, conversion in parsed):
         raise ConfigError(f"task.question={question!r}: expected only columns in braces, as in {{{names[0]}}}")
-    if escape := next((found for literal, *_ in parsed if (found := _ESCAPE.search(literal))), None):
-        raise ConfigError(
-            f"task.question={question!r} contains a backslash and a letter, {escape.group()}, where a line break "
-            "or tab was probably meant. Write the character itself: in bash $'task.question=\"{title}\\n{text}\"', in "
-            'a YAML file question: "{title}\\n{text}"'
-        )
+    if problem := escape_problem("task.question", question):
+        raise ConfigError(problem)
     check_columns(table, [name for _, name, _, _ in parsed if name is not None])
     return [(literal, name) for literal, name, _, _ in parsed]
 

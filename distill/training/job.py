@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from distill.annotation.fill import loaded
 from distill.app import config as configuration
 from distill.app.config import Config
-from distill.app.console import is_first_process, say
+from distill.app.console import is_first_process, say, terminal_width
 from distill.app.files import Json, write_json, write_json_lines
 from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
@@ -80,11 +80,12 @@ def train(config: Config) -> float:
         return accuracy
     if not is_first_process():
         return _accuracy(config, distill(prepare(config, run_dir), [], {}))
-    plain = configuration.save(config, run_dir / "config.yaml")
     job = prepare(config, run_dir)
+    check_student(job)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
     run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **settings(config), **provenance()}
     tracking: Tracking = configuration.build(config.tracking)
+    plain = configuration.save(config, run_dir / "config.yaml")  # from here on the folder holds a run
     exit_code = 1
     try:
         tracking.start(run_dir, name=name, group=configuration.sweep_name(), job_type="train", config=plain)
@@ -113,7 +114,7 @@ def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) ->
         beside = "" if validated is None else f", {100 * validated:.1f} % on validation"
         print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples{beside}")
     else:
-        print(f"\n{to_text(summary)}\n")
+        print(f"\n{to_text(summary, width=terminal_width())}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
     print(f"tracking    {run['tracking']['upload'] or run['tracking']['where'] or 'off'}\n")
 
@@ -154,8 +155,6 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
 
     Returns {} for preflight=true. With several processes, the first evaluates and writes; all return its results.
     """
-    if is_first_process():
-        _check_student(job)
     curriculum = build_curriculum(job)
     lightning.seed_everything(job.config.seed, workers=True, verbose=False)
     student = open_job_student(job)
@@ -187,7 +186,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     return shared
 
 
-def _check_student(job: Job) -> None:
+def check_student(job: Job) -> None:
     """Raise ConfigError, before the teacher is asked, if the student cannot be opened, read, or saved and reopened."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:

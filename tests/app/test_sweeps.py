@@ -227,6 +227,36 @@ def test_a_search_counts_a_failed_job_as_a_failed_trial(
     assert "1 job failed" in err
 
 
+@pytest.mark.usefixtures("study")
+def test_a_search_in_which_every_trial_fails_lists_them(swept: Callable[..., Any]) -> None:
+    def work(config: DictConfig) -> float:
+        raise ConfigError(f"wrong on {config.task.name}")
+
+    for _ in range(2):  # the second goes on with the study
+        code, err = swept(work, *SEARCH, "hydra.sweeper.n_trials=2")
+        assert code == 2
+        assert "Record does not exist" not in err  # Optuna's traceback
+        assert "2 jobs failed; no job succeeded" in err
+        assert err.count("    ConfigError: wrong on ") == 2
+
+
+@pytest.mark.usefixtures("study")
+def test_another_error_of_a_search_is_not_hidden(swept: Callable[..., Any]) -> None:
+    code, err = swept(lambda config: 0.5, *SEARCH, "hydra.sweeper.direction=sideways")
+    assert code == 1
+    assert "either 'minimize' or 'maximize'" in err
+
+
+@pytest.mark.usefixtures("study")
+def test_a_search_of_a_loss_that_is_not_chosen_is_refused(swept: Callable[..., Any], tmp_path: Path) -> None:
+    code, err = swept(lambda config: 0.5, *SEARCH, "loss=[answer,kl]")
+    assert code == 2
+    assert "hydra.sweeper.params varies loss.rationale.weight, which this configuration does not have" in err
+    assert not (tmp_path / "sweeps").exists()
+    instead = "optim.optimizer.lr=tag(log,interval(1e-5,1e-3))"
+    assert swept(lambda config: 0.5, *SEARCH, "loss=[answer,kl]", "hydra.sweeper.params=null", instead)[0] == 0
+
+
 @pytest.mark.slow
 def test_a_resumed_study_overwrites_no_job(
     swept: Callable[..., Any], study: Callable[[Path], Any], tmp_path: Path

@@ -102,6 +102,12 @@ def test_an_incomplete_model_is_not_evaluated(incomplete: tuple[Path, str], tmp_
         evaluate(compose(f"model={folder}", "task=arithmetic", f"root={tmp_path}", name="evaluate"))
 
 
+def test_a_gguf_file_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ConfigError, match="cannot convert the GGUF file: "):
+        naming._convert_gguf(tmp_path / "model.gguf", tmp_path / "converted")
+
+
 def test_weights_that_a_gguf_file_lacks_stop_its_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers reads the file; here the folder that it reads instead lacks a head."""
     folder = changed(make_model(tmp_path / "model", seed=1), INCOMPLETE["without the head"][0])

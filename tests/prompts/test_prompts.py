@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Prompt
-from tests.conftest import LAYOUT, arithmetic, examples, make_model, make_tokenizer
+from tests.conftest import LAYOUT, arithmetic, compose, examples, make_model, make_tokenizer
 
 SHOTS = arithmetic().shots()
 QUESTION = Example("Ann has 3 pens. How many pens does Ann have?", "3", "Nothing is added to 3.")
@@ -150,6 +152,17 @@ def test_a_reply_is_split_at_the_answer_cue(prompts: Prompts) -> None:
 
 def test_the_vocabulary_has_all_tokens_and_no_padding_rows(prompts: Prompts) -> None:
     assert sorted(prompts.tokenizer.get_vocab().values()) == list(range(prompts.vocabulary_size))
+
+
+@pytest.mark.parametrize("name", ["instruction", "question_cue", "rationale_cue", "answer_cue"])
+def test_a_line_break_that_stayed_two_characters_in_a_layout_is_refused(name: str) -> None:
+    override = f"task.layout.{name}="
+    with pytest.raises(ConfigError, match=rf"{override}.* contains a backslash and a letter") as caught:
+        configuration.build(compose("task=arithmetic", rf'{override}"Answer:\n"').task.layout)
+    remedy = re.search(r"in bash \$'(.*?)…\\n…(.*?)'", str(caught.value))
+    assert remedy is not None
+    written = f"{remedy[1]}Answer:\n{remedy[2]}"  # as bash passes it
+    assert getattr(configuration.build(compose("task=arithmetic", written).task.layout), name) == "Answer:\n"
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from distill.errors import ConfigError
 from distill.prompts.cues import Layout, Prompts
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example
+from tests.conftest import make_model
 from tests.prompts.kinds import KEPT, REFUSED, byte_level, with_template
 
 LAYOUT = Layout(instruction="", question_cue="Question:", rationale_cue="Reason:", answer_cue="Answer:")
@@ -170,3 +172,28 @@ def test_the_ids_of_start_end_and_padding_are_in_the_fingerprint(role: str) -> N
     setattr(other, role, "<unk>")
     assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(other)
     assert prompts_of(plain).fingerprint() != prompts_of(other).fingerprint()
+
+
+DAMAGED = {
+    "configuration": ("config.json", {"hidden_size": "64"}),
+    "type of the configuration": ("config.json", []),
+    "dtype": ("config.json", {"dtype": "nonsense"}),
+    "special token": ("tokenizer_config.json", {"eos_token": 7}),
+    "class": ("tokenizer_config.json", {"tokenizer_class": 7}),
+    "length": ("tokenizer_config.json", {"model_max_length": "long"}),
+    "model": ("tokenizer.json", {"model": {"type": "Unknown"}}),
+    "version": ("tokenizer.json", {"version": "9"}),
+    "content": ("tokenizer.json", None),
+    "added tokens": ("added_tokens.json", [7]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_refused_in_a_line(case: str, tmp_path: Path) -> None:
+    name, damage = DAMAGED[case]
+    file = make_model(tmp_path, seed=0) / name
+    content = json.loads(file.read_text()) | damage if isinstance(damage, dict) else damage
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="no tokenizer that loads") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

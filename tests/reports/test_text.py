@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from distill.app.console import terminal_width
 from distill.reports.text import to_text
-from tests.reports.conftest import Make, answers, summary_of, with_latency
+from tests.reports.conftest import Make, answers, prediction, summary_of, with_latency
 
 
 def test_terminal_table_fits_in_110_columns(make_run: Make) -> None:
@@ -34,3 +39,37 @@ def test_terminal_tables_of_differences_and_costs_fit_in_110_columns(make_run: M
     text = to_text(summary_of(*priced), prices)
     assert max(map(len, text.splitlines())) <= 110
     assert "[unbounded]" in text
+
+
+LABELS = ("refund or exchange of a damaged item", "where is my order", "delivery", "account", "payment", "returns", "x")
+
+
+@pytest.mark.parametrize("width", [80, 110, 200])
+def test_titles_are_whole_and_every_class_is_shown(make_run: Make, width: int) -> None:
+    lines = [line | {"gold": LABELS[k % 7], "student_answer": LABELS[k % 7]} for k, line in enumerate(perfect(70))]
+    run = make_run(("answer",), 1.0, student={"num_examples": 70}, predictions=lines)
+    text = to_text(summary_of(run), width=width)
+    assert max(len(line) for line in text.splitlines() if not line.startswith("python -m")) <= min(width, 110)
+    assert "…" not in text
+    words = set(text.split())
+    for title in (*LABELS, "acc. % [95 %]", "params", "ms/ex.", "recall by class", "1000 to teacher", "evaluate"):
+        assert set(title.split()) <= words, title
+
+
+def test_a_split_table_repeats_its_labels(make_run: Make) -> None:
+    text = to_text(summary_of(make_run(("answer",))), width=80)
+    tables = [table for table in text.split("\n\n") if table.startswith("model")]
+    assert len(tables) == 2
+    for label in ("teacher", "student before training", "student on labels alone"):
+        assert all(set(label.split()) <= set(table.split()) for table in tables)
+    columns = ("acc. % [95 %]", "gen. %", "agree %", "KL", "ECE", "params", "size", "ms/ex.", "train")
+    assert [sum(title in table.splitlines()[0] for table in tables) for title in columns] == [1] * 9
+
+
+def test_the_width_is_that_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "87")
+    assert terminal_width() == 87
+
+
+def perfect(number: int) -> list[dict[str, Any]]:
+    return [prediction(k, is_correct=True, agrees=True) for k in range(number)]

@@ -177,7 +177,7 @@ def test_a_line_break_that_stayed_two_characters_is_refused(escape: str, tmp_pat
     path = jsonl(tmp_path, *rows("yes"))
     error = error_of(task(path, question=f"{{question}}{escape}{{answer}}"))
     assert rf"contains a backslash and a letter, {escape[:2]}," in error
-    assert r"""in bash $'task.question="{title}\n{text}"'""" in error
+    assert f'in bash $\'task.question="…{escape[:2]}…"\', in a YAML file question: "…{escape[:2]}…"' in error
     (example,) = task(path, question="{question}\n{answer}", **ALL).splits().train
     assert example.question == "Is it?\nyes"
     (example,) = task(path, question=r"Simplify $\nabla \neq \theta$: {question}", **ALL).splits().train

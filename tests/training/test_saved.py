@@ -33,8 +33,9 @@ SHORT += (
 
 
 def distilled(job: Job) -> tuple[Any, Any]:
-    """The facts and results of a run in this process."""
+    """The facts and results of a run in this process, whose student is checked first as in the command."""
     facts: dict[str, Any] = {}
+    training_job.check_student(job)
     return facts, training_job.distill(job, [], facts)
 
 
