@@ -32,7 +32,7 @@ def evaluate(config: Config) -> float:
     prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
-    row: dict[str, Any] = model_row(evaluation.predict(examples, {}), task, model)
+    row: dict[str, Any] = model_row(evaluation.predict(examples, {}), model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
     write_json(out, row)

@@ -169,7 +169,7 @@ class Join:
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
         """Return the probability of the teacher's choice, or the share of its samples that agree."""
         if annotation and annotation.choice_logprobs:
-            return max(annotation.choice_probabilities)
+            return annotation.confidence
         rationales = self._rationales.get(example.id)
         return rationales[0].confidence if rationales else None
 
@@ -204,7 +204,7 @@ class Join:
     def _reason(
         self, example: Example, text: str, conclusion: str | None, scored: Annotation | None
     ) -> Iterator[TrainingSequence]:
-        answer = example.answer or conclusion
+        answer = self._right_conclusion(example, conclusion)
         soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
@@ -214,6 +214,12 @@ class Join:
                 soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
+
+    def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
+        """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""
+        value = self._teacher.task.value
+        same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
+        return next(same, example.answer or conclusion)
 
     def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
         """Return the annotation whose soft targets belong to the learned text, None if no loss reads any."""

@@ -127,6 +127,20 @@ def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Pat
     assert sequence.labelled == {"answer", "rationale"}
 
 
+@pytest.mark.parametrize(("conclusion", "learned"), [("8", "8"), ("7", "7"), ("9", "7")])
+def test_a_rationale_is_followed_by_the_right_answer_that_it_leads_to(
+    conclusion: str, learned: str, prompts: Prompts, tmp_path: Path
+) -> None:
+    example = Example("How many?", "7", accepted=("8",))
+    rationale = Annotation("", {}, conclusion, "By the teacher.")
+    filtered = {example.id: [FilteredRationale(example.id, rationale, "gold", None)]}
+    words = frozenset((span, "labels") for span in SPANS)
+    join = make_join(prompts, tmp_path, [example], {}, rationales=filtered, needed=words, answer="reasoned")
+    ((sequence,),) = (lesson.sequences for lesson in join.lessons([example]))
+    assert sequence.prompt == prompts.rationale_prompt(example, "By the teacher.", learned)
+    assert sequence.labelled == {"answer", "rationale"}
+
+
 def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts: Prompts, tmp_path: Path) -> None:
     short, long = Example("Why?"), Example("why " * 300, "3")
     annotations = {short.id: annotation(prompts, "8")}
