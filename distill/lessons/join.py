@@ -103,6 +103,25 @@ class Lesson:
         return sum((sequence.counts() for sequence in self.sequences), Counter())
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The lessons that the losses can learn from `num_examples` examples.
+
+    `lost` has the reason of every example without a lesson, `too_long` the details of those that are too long.
+    """
+
+    num_examples: int
+    lessons: Sequence[Lesson]
+    lost: Mapping[str, str]
+    too_long: Mapping[str, str]
+
+    @property
+    def counts(self) -> RowCounts:
+        """Count the examples that have become lessons, and the others by their reason."""
+        lost = Counter(self.lost.values())
+        return RowCounts(self.num_examples, dict(lost.most_common()), len({le.example_id for le in self.lessons}))
+
+
 @final
 class Join:
     """Makes lessons from examples: gold targets where they exist, else the teacher's."""
@@ -117,46 +136,40 @@ class Join:
         answer: AnswerMode,
         needed: Needed,
         pairing: Pairing,
+        too_long: Mapping[str, str],
     ) -> None:
         """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
 
-        With a `soft_teacher`, which scored the same texts, all soft targets are its own; else they are the teacher's.
-        `pairing` is that of its vocabulary and the student's.
+        `too_long` has the examples, by id, that are too long for a teacher. With a `soft_teacher`, which scored the
+        same texts, all soft targets are its own; else they are the teacher's. `pairing` is that of its vocabulary and
+        the student's.
         """
         self._pairing = pairing
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
-        self.skipped: dict[str, str] = {}
-        self.lost: dict[str, str] = {}
+        self._too_long = too_long
 
     @paused_collector()
-    def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
-        """Return lessons of the examples that the losses can learn from.
-
-        `lost` has the reason of every other example, and `skipped` the details of those that are too long.
-        """
-        lessons = []
+    def join(self, examples: Sequence[Example]) -> Joined:
+        """Return the lessons of the examples, and why others have none."""
+        lessons, lost, too_long = list[Lesson](), dict[str, str](), dict[str, str]()
         for example in examples:
             annotation = self._teacher.find_words(example.id, "answer")
             try:
                 sequences = [s for s in self._sequences(example, annotation) if self._is_needed(s)]
             except ValueError as error:
-                self.skipped[example.id] = str(error)
-                self.lost[example.id] = "too long"
+                too_long[example.id], lost[example.id] = str(error), "too long"
                 continue
             if not sequences:
-                self.lost[example.id] = self._reason_to_lose(example, annotation)
+                lost[example.id] = self._reason_to_lose(example, annotation)
             confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
             lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
-        return lessons
-
-    def row_counts(self, examples: Sequence[Example]) -> RowCounts:
-        """Count the examples that have become lessons, and the others by their reason."""
-        lost = Counter(self.lost[example.id] for example in examples if example.id in self.lost)
-        return RowCounts(len(examples), dict(lost.most_common()), len(examples) - lost.total())
+        return Joined(len(examples), lessons, lost, too_long)
 
     def _reason_to_lose(self, example: Example, annotation: Annotation | None) -> str:
         """Return why no loss can learn from an example."""
+        if example.id in self._too_long:
+            return "too long"
         sources = {source for _, source in self._needed}
         if self._answer == "reasoned" or {span for span, _ in self._needed} == {"rationale"}:
             return "no rationale"
