@@ -28,6 +28,7 @@ from distill.records import (
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
+Scored = tuple[str, Mapping[Span, tuple[int, ...]]]  # the key of a record, and its tokens that have soft targets
 Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]
 
 
@@ -164,7 +165,19 @@ class Join:
                 lost[example.id] = self._reason_to_lose(example, annotation)
             confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
             lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
+        self._check_soft_ids(lessons)
         return Joined(len(examples), lessons, lost, too_long)
+
+    def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
+        """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
+        sequences = (sequence for lesson in lessons for sequence in lesson.sequences)
+        places = [soft.place for sequence in sequences for soft in sequence.soft.values()]
+        largest = (self._soft_teacher or self._teacher).largest_soft_id(places)
+        if self._pairing.id_V is None and largest >= self._prompts.vocabulary_size:
+            raise CacheError(
+                f"the cache has soft targets for token id {largest}, the student has "
+                f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"
+            )
 
     def _reason_to_lose(self, example: Example, annotation: Annotation | None) -> str:
         """Return why no loss can learn from an example."""
@@ -215,7 +228,7 @@ class Join:
                 )
 
     def _reason(
-        self, example: Example, text: str, conclusion: str | None, scored: Annotation | None
+        self, example: Example, text: str, conclusion: str | None, scored: Scored | None
     ) -> Iterator[TrainingSequence]:
         answer = self._right_conclusion(example, conclusion)
         soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
@@ -234,19 +247,21 @@ class Join:
         same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
         return next(same, example.answer or conclusion)
 
-    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
-        """Return the annotation whose soft targets belong to the learned text, None if no loss reads any."""
+    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Scored | None:
+        """Return the tokens with soft targets that belong to the learned text, None if no loss reads any."""
         if all(source != "soft" for _, source in self._needed):
             return None
-        if self._soft_teacher:
-            return self._soft_teacher.find(example_id, span)
-        return own if own is None or own.targets else self._teacher.read(own.key)
+        annotation = self._soft_teacher.find_words(example_id, span) if self._soft_teacher else own
+        if annotation is None:
+            return None
+        known = {name: target.token_ids for name, target in annotation.targets.items() if target.soft is not None}
+        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key)
 
-    def _soft_places(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
-        target = annotation.targets.get(span) if annotation else None
-        if (span, "soft") not in self._needed or annotation is None or target is None or target.soft is None:
+    def _soft_places(self, scored: Scored | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
+        key, scored_ids = scored or ("", {})
+        if (span, "soft") not in self._needed or span not in scored_ids:
             return {}
-        paired_ids = self._pairing.ids(target.token_ids)
+        paired_ids = self._pairing.ids(scored_ids[span])
         if paired_ids != ids and (-1 in paired_ids or not self._pairing.has(ids)):
             return {}  # one of the two has a token for a part of this text that the other lacks
         if paired_ids != ids:
@@ -254,12 +269,7 @@ class Join:
                 f"the {span} is {paired_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
                 "student tokenize this target differently, so its soft targets cannot be used"
             )
-        if self._pairing.id_V is None and target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
-            raise CacheError(
-                f"the cache has soft targets for token id {target.soft.ids_E.max()}, the student has "
-                f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"
-            )
-        return {span: SoftPlace((annotation.key, span), len(ids))}
+        return {span: SoftPlace((key, span), len(ids))}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(count and key in self._needed for key, count in sequence.counts().items())

@@ -39,7 +39,17 @@ from distill.lessons.join import Lesson, Read
 from distill.models import placement
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import tokenizer_fingerprint
-from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
+from distill.records import (
+    SPANS,
+    Annotation,
+    Example,
+    FilteredRationale,
+    Request,
+    SoftTargets,
+    SoftTargetsKey,
+    Span,
+    Target,
+)
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
 
@@ -151,12 +161,12 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     join = join_for(job, annotations, soft_annotations, kept, too_long)
     train, validation = join.join(job.annotation_job.splits.train), join.join(job.annotation_job.splits.validation)
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
-    rows = row_counts(job, first, rationales, train, validation)
-    require_lessons(job, rows)
+    counts = row_counts(job, first, rationales, train, validation)
+    require_lessons(job, counts)
     lessons = train.lessons, validation.lessons
     read = _reader([*lessons[0], *lessons[1]], largest)
     too_long = {**too_long, **train.too_long, **validation.too_long}
-    return work, Curriculum(first, None, *lessons, read, rationales, too_long, rows)
+    return work, Curriculum(first, None, *lessons, read, rationales, too_long, counts)
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,10 @@ class LongestAnnotations(AnnotationReader):
         return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
 
     find_words = find
+
+    def largest_soft_id(self, places: Sequence[SoftTargetsKey]) -> int:
+        """Return the largest id of the soft targets that the teacher would leave."""
+        return int(self.rows(1).ids_E.max(initial=-1)) if places else -1
 
 
 def _longest(

@@ -87,8 +87,11 @@ def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path
     explained = replace(explained, rationale="Gold.")
     annotations = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
     ids = prompts.rationale_ids("By the teacher.")
-    reasoned = Annotation("", {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
-    filtered = {kept.id: [FilteredRationale(kept.id, reasoned, "gold", None)]}
+    key = prompts.request(kept, "rationale").key
+    reasoned = Annotation(key, {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
+    with Store(tmp_path, {"for": "test"}, TopK(k=3, temperature=1.0)).writing() as writer:
+        writer.add([reasoned])
+    filtered = {kept.id: [FilteredRationale(kept.id, replace(reasoned, targets={}), "gold", None)]}
     join = make_join(prompts, tmp_path, [kept, rejected, explained], annotations, rationales=filtered)
     sequences_by_example = {
         lesson.example_id: lesson.sequences for lesson in join.join([kept, rejected, explained]).lessons
