@@ -264,9 +264,9 @@ def data_wait(source: AnnotationJob, store: Store, requests: Sequence[Request], 
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
-    settings["pairing"] = Pairing()
+    settings |= {"pairing": Pairing(), "too_long": {}}
     join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span, source.task, prompts), **settings)
-    lessons = join.lessons([request.example for request in requests])
+    lessons = join.join([request.example for request in requests]).lessons
     sampler = StepSampler(
         lessons, batch_size=config.batch_size, batch_unit="examples", num_microbatches=1, num_steps=20, seed=0
     )

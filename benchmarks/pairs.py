@@ -155,9 +155,10 @@ def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Seq
         prompts=wide_prompts,
         teacher=AnnotationReader(store, by_example_and_span, material.Solutions(), prompts),
         pairing=Pairing(),
+        too_long={},
         **settings,
     )
-    return join.lessons([request.example for request in requests])
+    return join.join([request.example for request in requests]).lessons
 
 
 PAIRS: Mapping[str, Callable[[Path, Path], Pair]] = {

@@ -66,7 +66,7 @@ def _digest(text: str) -> str:
 class Example:
     """A question of a task with its gold `answer` and `rationale`, None where unlabelled.
 
-    A student is trained on `answer`; in evaluation the other `accepted` answers are right as well.
+    A student is trained on `answer`; the other `accepted` answers are right as well.
     """
 
     question: str
@@ -373,10 +373,10 @@ class Annotation:
         return None if self.is_truncated else self.answer
 
     @property
-    def choice_probabilities(self) -> tuple[float, ...]:
-        """Probabilities of the task's choices, normalized over the choices."""
+    def confidence(self) -> float | None:
+        """Probability of the answer among the task's choices, of which it is the most likely; None without choices."""
         scores = np.exp(self.choice_logprobs)
-        return tuple((scores / scores.sum()).tolist())
+        return float(scores.max() / scores.sum()) if self.choice_logprobs else None
 
 
 @dataclass(frozen=True)

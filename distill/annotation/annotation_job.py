@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -67,17 +67,18 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
+    questions = [Example(example.question) for example in splits.train[: settings.calibrate]]
+    # The teacher calibrates after the store is open, which needs the teacher's fingerprint.
+    calibration = Calibration(settings.calibrate, questions, lambda name, make: store.recall(name, make))
     build_teacher = partial(
         configuration.build(settings.kind),
         folder=folder,
         hashes=root / "hashes",
         prompts=prompts,
         task=task,
+        calibration=calibration,
     )
-    calibration = Calibration(
-        settings.calibrate, [Example(example.question) for example in splits.train[: settings.calibrate]]
-    )
-    teacher: Teacher = build_teacher(codec=codec, calibration=calibration)
+    teacher: Teacher = build_teacher(codec=codec)
     fingerprint = {
         "task": config.task.name,
         "teacher": teacher.fingerprint(),
@@ -88,8 +89,6 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
         drop_shard(cache_dir, str(config.rebuild), url=url)
     accepted = _accepted(config.cache.accept)
     store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
-    build_teacher = partial(build_teacher, calibration=replace(calibration, recall=store.recall))
-    teacher = build_teacher(codec=codec)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
     sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
     parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter

@@ -8,13 +8,15 @@ has other tokens, they are left out, and the example teaches its words alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.cache.store import Store
 from distill.prompts.cues import Prompts
-from distill.records import Annotation, AnswerDefect, Request, Span
+from distill.records import Annotation, AnswerDefect, Request, SoftTargetsKey, Span
 from distill.tasks import Task, with_reading
+
+_CHUNK = 1024  # records whose soft targets are decoded together
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ class AnnotationReader:
         if own and (present.answer is None or self.prompts.answer_ids(present.answer) != own.token_ids):
             return replace(present, targets={span: t for span, t in stored.targets.items() if span != "answer"})
         return present
+
+    def scored_ids(self, key: str) -> dict[Span, tuple[int, ...]]:
+        """Return the tokens that have soft targets, by span, as in `read`; nothing is decoded."""
+        scored_ids, stored = self.store.scored_ids(key), self.store.words(key)
+        present, own = with_reading(stored, self.task), scored_ids.get("answer")
+        if present.answer == stored.answer or not own:
+            return scored_ids
+        if present.answer is not None and self.prompts.answer_ids(present.answer) == own:
+            return scored_ids
+        return {span: ids for span, ids in scored_ids.items() if span != "answer"}
+
+    def largest_soft_id(self, places: Sequence[SoftTargetsKey]) -> int:
+        """Return the largest id that soft targets have an entry for; raises CacheError if some cannot be decoded."""
+        chunks = (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
+        return max((int(self.store.soft_targets(chunk).ids_E.max(initial=-1)) for chunk in chunks), default=-1)
 
 
 @dataclass(frozen=True)

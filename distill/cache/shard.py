@@ -156,6 +156,12 @@ class Shard:
         }
         return replace(record, targets=targets)
 
+    def scored_ids(self, row: int) -> dict[Span, tuple[int, ...]]:
+        """Return the tokens of one record's targets that have soft targets, which are not decoded."""
+        arrays = self.arrays()
+        token_ids = arrays.token_ids(row) if any(map(len, arrays.soft(row))) else ()
+        return {span: token_ids[rows] for span, rows in arrays.spans(row).items()} if token_ids else {}
+
     def words(self, row: int) -> Annotation:
         """Return one record without its targets, whose arrays are not read."""
         if self._records is None:

@@ -39,7 +39,7 @@ from distill.cache.remote import Remote
 from distill.cache.sealed import create_once, read_lines, seal, unseal
 from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
-from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, unique_requests
+from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, Span, unique_requests
 
 FORMAT = 3
 _DAY_SECONDS = 86_400
@@ -124,6 +124,11 @@ class Store:
         """Return a record without its targets; raises CacheError like `read`."""
         shard, row = self._locate(key, self._number(key))
         return shard.words(row)
+
+    def scored_ids(self, key: str) -> dict[Span, tuple[int, ...]]:
+        """Return the tokens of a record that have soft targets, by span; raises CacheError like `read`."""
+        shard, row = self._locate(key, self._number(key))
+        return shard.scored_ids(row)
 
     def soft_targets(self, places: Sequence[SoftTargetsKey]) -> SoftTargets:
         """Return the concatenated soft targets of many (key, span), decoded together.

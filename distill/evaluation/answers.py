@@ -168,12 +168,12 @@ class Evaluation:
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
         answers = [readable_answer(self._task, text) for text in texts]
-        best, probabilities = self._choose(reading, answers)
+        best, confidence = self._choose(reading, answers)
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
                 _prediction(self._task, example, best[k], answers[k], annotation),
-                choice_probabilities=probabilities[k],
+                confidence=confidence[k],
                 kl=kls[k],
                 rationale=rationales[k],
             )
@@ -184,15 +184,12 @@ class Evaluation:
         """Token ids of the model's rationale, after which its answer is scored."""
         return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.separator_ids())
 
-    def _choose(
-        self, reading: Reading, answers: Sequence[str | None]
-    ) -> tuple[list[str | None], list[tuple[float, ...]]]:
-        """Return the most likely choices and all probabilities; without choices the generated answers."""
+    def _choose(self, reading: Reading, answers: Sequence[str | None]) -> tuple[list[str | None], list[float | None]]:
+        """Return the most likely choices and their probabilities; without choices the generated answers."""
         if not self._choices:
-            return list(answers), [()] * len(answers)
-        scores_BC = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1)
-        best: list[str | None] = [self._task.choices[k] for k in scores_BC.argmax(-1).tolist()]
-        return best, [tuple(row) for row in scores_BC.tolist()]
+            return list(answers), [None] * len(answers)
+        probability_B, choice_B = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1).max(-1)
+        return [self._task.choices[k] for k in choice_B.tolist()], probability_B.tolist()
 
     def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
         """Return the KL to the teacher over the tokens of its direct answer; both share a vocabulary."""
@@ -223,11 +220,13 @@ def _prediction(
         example_id=example.id,
         question=example.question,
         gold=example.answer or "",
+        accepted=example.accepted,
+        right_values=tuple(dict.fromkeys(map(task.value, example.right_answers))),
         answer=answer,
         written_answer=written,
         is_correct=is_right(task, answer, example),
         is_written_correct=is_right(task, written, example),
-        choice_probabilities=(),
+        confidence=None,
         kl=None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),
     )
@@ -237,7 +236,7 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     """Return the teacher's answer to the same question and whether the two agree."""
     return {
         "teacher_answer": annotation.answer,
-        "teacher_confidence": max(annotation.choice_probabilities, default=None),
+        "teacher_confidence": annotation.confidence,
         "is_teacher_correct": is_right(task, annotation.answer, example),
         "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
     }
@@ -294,9 +293,9 @@ def _peak_bytes(evaluation: Evaluation, answer: Callable[[], object]) -> int | N
     return None if extra is None else extra + evaluation.weights_bytes
 
 
-def model_row(predictions: Sequence[Prediction], task: Task, model: nn.Module) -> dict[str, Any]:
+def model_row(predictions: Sequence[Prediction], model: nn.Module) -> dict[str, Any]:
     """Return a model's row of results, from its predictions and parameters."""
-    row = score(predictions, task.choices)
+    row = score(predictions)
     parameters = list(model.parameters())
     row |= {"parameters": sum(p.numel() for p in parameters), "training_seconds": None}
     return row | {"dtype": str(parameters[0].dtype).removeprefix("torch.")}
@@ -318,7 +317,7 @@ def teacher_row(
         replace(
             _prediction(task, example, annotation.answer, None),
             is_written_correct=None,
-            choice_probabilities=annotation.choice_probabilities,
+            confidence=annotation.confidence,
         )
         for example in examples
         if (annotation := annotations.get(example.id))
@@ -328,4 +327,4 @@ def teacher_row(
     measured = {key: cost.get(key) for key in ("parameters", "ms_per_example")}
     measured |= {"size_bytes": (size_bytes(folder) or None) if folder else None, "training_seconds": None}
     measured |= {"dtype": saved_type(folder) if folder else None}
-    return score(predictions, task.choices) | measured
+    return score(predictions) | measured

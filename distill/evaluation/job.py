@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -11,6 +11,7 @@ from distill.app.config import Config
 from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
+from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
 from distill.prompts.cues import build_prompts
 from distill.records import SPLITS
@@ -22,6 +23,7 @@ from distill.tasks.splitting import require_examples
 def evaluate(config: Config) -> float:
     """Evaluate a model folder, print and write its results, and return its accuracy."""
     loading.flush_denormals()
+    limit = _batch_limit(config)
     folder = naming.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
     if config.split not in SPLITS:
@@ -31,8 +33,8 @@ def evaluate(config: Config) -> float:
     examples = getattr(splits, config.split)
     prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
-    evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens)
-    row: dict[str, Any] = model_row(evaluation.predict(examples, {}), task, model)
+    evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens, limit)
+    row: dict[str, Any] = model_row(evaluation.predict(examples, {}), model)
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
     write_json(out, row)
@@ -42,3 +44,11 @@ def evaluate(config: Config) -> float:
     )
     print(f"generated accuracy {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nresults  {out}")
     return float(row["accuracy"])
+
+
+def _batch_limit(config: Config) -> BatchLimit:
+    if config.batch_unit not in get_args(BatchUnit):
+        raise ConfigError(f"batch_unit={config.batch_unit}: expected {' or '.join(get_args(BatchUnit))}")
+    if config.microbatch_size < 1:
+        raise ConfigError(f"microbatch_size={config.microbatch_size}: expected at least 1")
+    return BatchLimit(config.microbatch_size, config.batch_unit)

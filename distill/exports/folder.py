@@ -72,7 +72,9 @@ def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
     configuration.check(config)
     if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
         raise ConfigError(*damaged)
-    examples = [Example(row["question"], row["gold"]) for row in run.predictions]
+    examples = [
+        Example(row["question"], row["gold"], accepted=tuple(row.get("accepted") or ())) for row in run.predictions
+    ]
     return build_prompts(config, run.folder / "student"), config, examples
 
 
@@ -80,7 +82,7 @@ def _task(run: Run) -> HarnessTask:
     prompts, config, examples = _parts(run)
     if config.task.answer_mode != "direct":
         raise ConfigError("the student reasons before it answers, and the harness only scores direct answers")
-    return harness_task(config.task.name, prompts, configuration.build(config.task.examples).choices, examples)
+    return harness_task(config.task.name, prompts, configuration.build(config.task.examples), examples)
 
 
 def _usage(task: HarnessTask) -> str:

@@ -20,6 +20,7 @@ import yaml
 from distill.errors import ConfigError
 from distill.prompts.cues import Prompts
 from distill.records import Example
+from distill.tasks import Task, is_right
 
 FOLDER = "lm_eval"
 _MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 255 bytes
@@ -29,6 +30,7 @@ _MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 
 class HarnessTask:
     """A multiple-choice task: prompts and their choices; the model's answer is the most likely choice.
 
+    `gold` of a row has the places of all choices that are right.
     `num_differing` counts the prompts that the harness tokenizes differently from the student's training.
     """
 
@@ -75,19 +77,21 @@ class HarnessTask:
         }
 
 
-def harness_task(name: str, prompts: Prompts, choices: Sequence[str], examples: Sequence[Example]) -> HarnessTask:
+def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Example]) -> HarnessTask:
     """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers."""
-    if not choices:
+    if not (choices := task.choices):
         raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
-    if unknown := [example.answer for example in examples if example.answer not in choices]:
-        raise ConfigError(f"a test question has the answer {unknown[0]!r}; expected one of {', '.join(choices)}")
+    right = [[k for k, choice in enumerate(choices) if is_right(task, choice, example)] for example in examples]
+    if not all(right):
+        answer = examples[right.index([])].answer
+        raise ConfigError(f"a test question has the answer {answer!r}; expected one of {', '.join(choices)}")
     ids_of_choices = zip(choices, prompts.choice_ids(choices), strict=True)
     answers = {_continuation(prompts, choice): ids for choice, ids in ids_of_choices}
     rows, num_differing = [], 0
-    for example in examples:
+    for example, gold in zip(examples, right, strict=True):
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
         text = prompts.decode(ids)
-        rows.append({"id": example.id, "prompt": text, "gold": choices.index(str(example.answer))})
+        rows.append({"id": example.id, "prompt": text, "gold": gold})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
     safe_name = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]

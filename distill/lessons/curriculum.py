@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill.app.config import Config
 from distill.app.console import say
 from distill.cache.codecs.dense import Dense
 from distill.errors import ConfigError
-from distill.lessons.join import Join, Lesson, Read
+from distill.lessons.join import Join, Joined, Lesson, Read
 from distill.losses import Objective
 from distill.models import loading, naming
 from distill.prompts.cues import Prompts
@@ -148,6 +149,7 @@ def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJ
 
 def build_curriculum(job: Job) -> Curriculum:
     """Fill the cache with what the losses and the evaluation read, and join it with the examples."""
+    check_lessons(job)
     annotation_job, splits = job.annotation_job, job.annotation_job.splits
     filled = fill(annotation_job, examples_to_annotate(job))
     say_answers(annotation_job, filled)
@@ -158,33 +160,91 @@ def build_curriculum(job: Job) -> Curriculum:
     if job.soft_annotation_job:
         soft_filled = fill(job.soft_annotation_job, texts_to_score(job, annotations, kept), use_given_rationales=True)
         soft_annotations = job.soft_annotation_job.reader(soft_filled.requests)
-    join = join_for(job, annotations, soft_annotations, kept)
-    train, validation = join.lessons(splits.train), join.lessons(splits.validation)
-    rows = row_counts(job, filled, rationales, join)
+    too_long = {**filled.too_long, **(soft_filled.too_long if soft_filled else {})}
+    join = join_for(job, annotations, soft_annotations, kept, too_long)
+    train, validation = join.join(splits.train), join.join(splits.validation)
+    rows = row_counts(job, filled, rationales, train, validation)
     say(table(rows))
-    if problems := [no_lessons(job, name, rows[name]) for name in ("train", "validation") if not rows[name].kept]:
-        raise ConfigError(*problems)
+    require_lessons(job, rows)
     store = (job.soft_annotation_job or annotation_job).store
     read = partial(job.pairing.read, store.soft_targets) if job.pairing else store.soft_targets
-    too_long = {**filled.too_long, **join.skipped}
-    return Curriculum(filled, soft_filled, train, validation, read, rationales, too_long, rows)
+    too_long = {**too_long, **train.too_long, **validation.too_long}
+    return Curriculum(filled, soft_filled, train.lessons, validation.lessons, read, rationales, too_long, rows)
 
 
 def row_counts(
-    job: Job, filled: AnnotationRequests, rationales: Sequence[FilteredRationale], join: Join
+    job: Job, filled: AnnotationRequests, rationales: Sequence[FilteredRationale], train: Joined, validation: Joined
 ) -> dict[str, RowCounts]:
-    """Count what became of the rows of each split, and of the rationales; `join` has made the lessons."""
-    splits = job.annotation_job.splits
-    join.lost |= dict.fromkeys(filled.too_long.keys() & join.lost.keys(), "too long")  # for the teacher
-    rows = dict(splits.counts)
-    rows |= {name: rows[name].then(join.row_counts(getattr(splits, name))) for name in ("train", "validation")}
-    return rows | {"rationales": rationale_counts(filled, rationales)}
+    """Count what became of the rows of each split, and of the teacher's rationales of train."""
+    rows = dict(job.annotation_job.splits.counts)
+    rows |= {"train": rows["train"].then(train.counts), "validation": rows["validation"].then(validation.counts)}
+    return rows | {"rationales": rationale_counts(filled, rationales).then(_learned_rationales(rationales, train))}
 
 
-def no_lessons(job: Job, split: str, counts: RowCounts) -> str:
-    """Say that there is nothing to learn or to measure in this split, and why."""
-    lost = ", ".join(f"{number} {reason}" for reason, number in counts.lost.items())
-    return f"no {split} example has targets for the losses {sorted(job.objectives)}; rows left out: {lost}"
+def _learned_rationales(rationales: Sequence[FilteredRationale], train: Joined) -> RowCounts:
+    """Count the kept rationales that are in lessons, and the others by their reason."""
+    kept = Counter(rationale.example_id for rationale in rationales if rationale.reason is None)
+    sequences = ((lesson.example_id, sequence) for lesson in train.lessons for sequence in lesson.sequences)
+    learned = Counter(id_ for id_, sequence in sequences if "rationale" in sequence.prompt.spans and id_ in kept)
+    lost = Counter[str]()
+    for id_, number in (kept - learned).items():
+        lost["too long" if id_ in train.too_long else "no soft targets"] += number
+    return RowCounts(kept.total(), dict(lost.most_common()), learned.total())
+
+
+def require_lessons(job: Job, rows: Mapping[str, RowCounts]) -> None:
+    """Raise ConfigError if a split, of those in `rows`, has nothing to learn from or to validate on."""
+    problems = []
+    for split in ("train", "validation"):
+        if split in rows and not rows[split].kept:
+            lost = ", ".join(f"{number} {reason}" for reason, number in rows[split].lost.items())
+            losses = sorted(job.objectives)
+            problems.append(f"no {split} example has targets for the losses {losses}; rows left out: {lost}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def check_lessons(job: Job) -> None:
+    """Raise ConfigError if no example of a split can become a lesson, whatever the teachers answer; asks none of them.
+
+    Stops at the first example that can, so it takes no time on data that can be learned.
+    """
+    splits, rows = job.annotation_job.splits, dict[str, RowCounts]()
+    rationale_ids = {example.id for example in examples_to_annotate(job).get("rationale", ())}
+    unannotated = job.annotation_job.reader({})
+    without_teacher = join_for(job, unannotated, None, {}, {})
+    for name in ("train", "validation"):
+        examples = getattr(splits, name)
+        if not any(without_teacher.join([e]).lessons or _awaits_teacher(job, e, rationale_ids) for e in examples):
+            too_long = {example.id: "" for example in examples if not _can_be_read(job, example, "answer")}
+            joined = join_for(job, unannotated, None, {}, too_long).join(examples)
+            rows[name] = splits.counts[name].then(joined.counts)
+    require_lessons(job, rows)
+
+
+def _awaits_teacher(job: Job, example: Example, rationale_ids: Set[str]) -> bool:
+    """Whether what a teacher writes or scores could make a lesson of an example."""
+    needed, spans = _needed(job), list[Span]()
+    is_answered = ("answer", "soft") in needed or (example.answer is None and ("answer", "teacher") in needed)
+    if is_answered and job.config.task.answer_mode == "direct":
+        spans.append("answer")
+    is_scored = job.soft_annotation_job and ("rationale", "soft") in needed and example.rationale is not None
+    if is_scored or example.id in rationale_ids:
+        spans.append("rationale")
+    return any(_can_be_read(job, example, span) for span in spans)
+
+
+def _can_be_read(job: Job, example: Example, span: Span) -> bool:
+    """Whether the student and a teacher can read the question."""
+    teachers = [part.prompts for part in (job.annotation_job, job.soft_annotation_job) if part]
+    return _fits(job.prompts, example, span) and any(_fits(prompts, example, span) for prompts in teachers)
+
+
+def _fits(prompts: Prompts, example: Example, span: Span) -> bool:
+    try:
+        return bool(prompts.question(example, span))
+    except ValueError:
+        return False
 
 
 def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[FilteredRationale]]:
@@ -201,8 +261,9 @@ def join_for(
     annotations: AnnotationReader,
     soft_annotations: AnnotationReader | None,
     kept: Mapping[str, Sequence[FilteredRationale]],
+    too_long: Mapping[str, str],
 ) -> Join:
-    """Return the join of the teachers' annotations with the examples."""
+    """Return the join of the teachers' annotations with the examples, of which some are `too_long` for a teacher."""
     return Join(
         prompts=job.prompts,
         teacher=annotations,
@@ -211,6 +272,7 @@ def join_for(
         answer=job.config.task.answer_mode,
         needed=_needed(job),
         pairing=job.pairing or Pairing(),
+        too_long=too_long,
     )
 
 

@@ -28,6 +28,7 @@ from distill.records import (
 
 AnswerMode = Literal["direct", "reasoned"]
 Needed = frozenset[tuple[Span, str]]
+Scored = tuple[str, Mapping[Span, tuple[int, ...]]]  # the key of a record, and its tokens that have soft targets
 Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]
 
 
@@ -103,6 +104,25 @@ class Lesson:
         return sum((sequence.counts() for sequence in self.sequences), Counter())
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The lessons that the losses can learn from `num_examples` examples.
+
+    `lost` has the reason of every example without a lesson, `too_long` the details of those that are too long.
+    """
+
+    num_examples: int
+    lessons: Sequence[Lesson]
+    lost: Mapping[str, str]
+    too_long: Mapping[str, str]
+
+    @property
+    def counts(self) -> RowCounts:
+        """Count the examples that have become lessons, and the others by their reason."""
+        lost = Counter(self.lost.values())
+        return RowCounts(self.num_examples, dict(lost.most_common()), len({le.example_id for le in self.lessons}))
+
+
 @final
 class Join:
     """Makes lessons from examples: gold targets where they exist, else the teacher's."""
@@ -117,46 +137,52 @@ class Join:
         answer: AnswerMode,
         needed: Needed,
         pairing: Pairing,
+        too_long: Mapping[str, str],
     ) -> None:
         """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
 
-        With a `soft_teacher`, which scored the same texts, all soft targets are its own; else they are the teacher's.
-        `pairing` is that of its vocabulary and the student's.
+        `too_long` has the examples, by id, that are too long for a teacher. With a `soft_teacher`, which scored the
+        same texts, all soft targets are its own; else they are the teacher's. `pairing` is that of its vocabulary and
+        the student's.
         """
         self._pairing = pairing
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
-        self.skipped: dict[str, str] = {}
-        self.lost: dict[str, str] = {}
+        self._too_long = too_long
 
     @paused_collector()
-    def lessons(self, examples: Sequence[Example]) -> list[Lesson]:
-        """Return lessons of the examples that the losses can learn from.
-
-        `lost` has the reason of every other example, and `skipped` the details of those that are too long.
-        """
-        lessons = []
+    def join(self, examples: Sequence[Example]) -> Joined:
+        """Return the lessons of the examples, and why others have none."""
+        lessons, lost, too_long = list[Lesson](), dict[str, str](), dict[str, str]()
         for example in examples:
             annotation = self._teacher.find_words(example.id, "answer")
             try:
                 sequences = [s for s in self._sequences(example, annotation) if self._is_needed(s)]
             except ValueError as error:
-                self.skipped[example.id] = str(error)
-                self.lost[example.id] = "too long"
+                too_long[example.id], lost[example.id] = str(error), "too long"
                 continue
             if not sequences:
-                self.lost[example.id] = self._reason_to_lose(example, annotation)
+                lost[example.id] = self._reason_to_lose(example, annotation)
             confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
             lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
-        return lessons
+        self._check_soft_ids(lessons)
+        return Joined(len(examples), lessons, lost, too_long)
 
-    def row_counts(self, examples: Sequence[Example]) -> RowCounts:
-        """Count the examples that have become lessons, and the others by their reason."""
-        lost = Counter(self.lost[example.id] for example in examples if example.id in self.lost)
-        return RowCounts(len(examples), dict(lost.most_common()), len(examples) - lost.total())
+    def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
+        """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
+        sequences = (sequence for lesson in lessons for sequence in lesson.sequences)
+        places = [soft.place for sequence in sequences for soft in sequence.soft.values()]
+        largest = (self._soft_teacher or self._teacher).largest_soft_id(places)
+        if self._pairing.id_V is None and largest >= self._prompts.vocabulary_size:
+            raise CacheError(
+                f"the cache has soft targets for token id {largest}, the student has "
+                f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"
+            )
 
     def _reason_to_lose(self, example: Example, annotation: Annotation | None) -> str:
         """Return why no loss can learn from an example."""
+        if example.id in self._too_long:
+            return "too long"
         sources = {source for _, source in self._needed}
         if self._answer == "reasoned" or {span for span, _ in self._needed} == {"rationale"}:
             return "no rationale"
@@ -169,7 +195,7 @@ class Join:
     def _confidence(self, example: Example, annotation: Annotation | None) -> float | None:
         """Return the probability of the teacher's choice, or the share of its samples that agree."""
         if annotation and annotation.choice_logprobs:
-            return max(annotation.choice_probabilities)
+            return annotation.confidence
         rationales = self._rationales.get(example.id)
         return rationales[0].confidence if rationales else None
 
@@ -202,9 +228,9 @@ class Join:
                 )
 
     def _reason(
-        self, example: Example, text: str, conclusion: str | None, scored: Annotation | None
+        self, example: Example, text: str, conclusion: str | None, scored: Scored | None
     ) -> Iterator[TrainingSequence]:
-        answer = example.answer or conclusion
+        answer = self._right_conclusion(example, conclusion)
         soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
@@ -215,19 +241,27 @@ class Join:
             labelled |= {"answer"} if example.answer is not None else set()
             yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
 
-    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Annotation | None:
-        """Return the annotation whose soft targets belong to the learned text, None if no loss reads any."""
+    def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
+        """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""
+        value = self._teacher.task.value
+        same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
+        return next(same, example.answer or conclusion)
+
+    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Scored | None:
+        """Return the tokens with soft targets that belong to the learned text, None if no loss reads any."""
         if all(source != "soft" for _, source in self._needed):
             return None
-        if self._soft_teacher:
-            return self._soft_teacher.find(example_id, span)
-        return own if own is None or own.targets else self._teacher.read(own.key)
+        annotation = self._soft_teacher.find_words(example_id, span) if self._soft_teacher else own
+        if annotation is None:
+            return None
+        known = {name: target.token_ids for name, target in annotation.targets.items() if target.soft is not None}
+        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key)
 
-    def _soft_places(self, annotation: Annotation | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
-        target = annotation.targets.get(span) if annotation else None
-        if (span, "soft") not in self._needed or annotation is None or target is None or target.soft is None:
+    def _soft_places(self, scored: Scored | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
+        key, scored_ids = scored or ("", {})
+        if (span, "soft") not in self._needed or span not in scored_ids:
             return {}
-        paired_ids = self._pairing.ids(target.token_ids)
+        paired_ids = self._pairing.ids(scored_ids[span])
         if paired_ids != ids and (-1 in paired_ids or not self._pairing.has(ids)):
             return {}  # one of the two has a token for a part of this text that the other lacks
         if paired_ids != ids:
@@ -235,12 +269,7 @@ class Join:
                 f"the {span} is {paired_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
                 "student tokenize this target differently, so its soft targets cannot be used"
             )
-        if self._pairing.id_V is None and target.soft.ids_E.max(initial=-1) >= self._prompts.vocabulary_size:
-            raise CacheError(
-                f"the cache has soft targets for token id {target.soft.ids_E.max()}, the student has "
-                f"{self._prompts.vocabulary_size} tokens: the cache is damaged or of another vocabulary; annotate again"
-            )
-        return {span: SoftPlace((annotation.key, span), len(ids))}
+        return {span: SoftPlace((key, span), len(ids))}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(count and key in self._needed for key, count in sequence.counts().items())

@@ -50,6 +50,13 @@ def gold_answers(arms: Sequence[Arm]) -> dict[str, str]:
     return {str(line.get("id")): str(line["gold"]) for line in lines if line.get("gold") not in (None, "")}
 
 
+def _right_values(arms: Sequence[Arm]) -> list[set[str]]:
+    """Return the values of all right answers to each test example; earlier runs recorded the gold answer alone."""
+    lines = {str(line.get("id")): line for arm in arms for run in arm.runs for line in run.predictions}
+    recorded = {id_: line["right_values"] for id_, line in lines.items() if isinstance(line.get("right_values"), list)}
+    return [set(map(str, recorded.get(id_) or [gold])) for id_, gold in gold_answers(arms).items()]
+
+
 def classes(arms: Sequence[Arm]) -> tuple[str, ...]:
     """Return the classes of a task, the most frequent first; none if answers are free text or all are the same."""
     counts = Counter(gold_answers(arms).values())
@@ -58,15 +65,18 @@ def classes(arms: Sequence[Arm]) -> tuple[str, ...]:
 
 
 def guesses(arms: Sequence[Arm]) -> list[Guess]:
-    """Return the most frequent answer and, with classes, a random one; none if all gold answers are the same."""
-    counts = Counter(gold_answers(arms).values())
+    """Return the answer that is most often right and, with classes, a random one; none if only one is ever right."""
+    right = _right_values(arms)
+    counts = Counter(value for values in right for value in values)
     if len(counts) < 2:
         return []
-    names = classes(arms)
-    top = names[0] if names else min(counts, key=lambda name: (-counts[name], name))
-    majority = Guess(f"always answering “{top}”", counts[top] / counts.total())
-    num_choices = max(len(names), *(len(_choices(arm)) for arm in arms))
-    return [majority, Guess(f"a random one of {num_choices} answers", 1 / num_choices)] if names else [majority]
+    top = min(counts, key=lambda value: (-counts[value], value))
+    majority = Guess(f"always answering “{top}”", counts[top] / len(right))
+    if not (names := classes(arms)):
+        return [majority]
+    answers = max([names, *map(_choices, arms)], key=len)
+    num_right = sum(max(1, len(values.intersection(answers))) for values in right)
+    return [majority, Guess(f"a random one of {len(answers)} answers", num_right / len(right) / len(answers))]
 
 
 def best_guess(arms: Sequence[Arm]) -> Guess | None:

@@ -72,9 +72,11 @@ def _sampled(summary: Summary) -> Run | None:
 
 
 def _outcome(line: Json) -> list[str]:
-    is_right = line.get("answer") is not None and line.get("answer") == line.get("gold")
-    reason = line.get("reason")
-    return ["right" if is_right else "wrong", "kept" if reason is None else f"rejected: {reason}"]
+    """Marks of a training example's rationale; whether an answer is right is known for labelled examples only."""
+    gold, answer, reason = line.get("gold"), line.get("answer"), line.get("reason")
+    is_right = line.get("is_correct", answer is not None and answer == gold)  # earlier runs did not record it
+    correctness = [] if gold is None else ["right" if is_right is True else "wrong"]
+    return [*correctness, "kept" if reason is None else f"rejected: {reason}"]
 
 
 def _as_prediction(line: Json) -> Json:

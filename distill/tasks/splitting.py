@@ -49,12 +49,14 @@ def _agree(examples: Iterable[Example], value: Value) -> bool:
 
 
 def _of_most(examples: Sequence[Example], value: Value) -> list[Example]:
-    """The examples with the most frequent answer; none if two answers are equally frequent."""
-    votes = Counter(value(example.answer) for example in examples if example.answer is not None)
-    (first, most), (_, second) = votes.most_common(2)
-    if most == second:
-        return []
-    return [example for example in examples if example.answer is not None and value(example.answer) == first]
+    """The examples in which the most frequent answer is right; none if as many others have another one."""
+    places = defaultdict[str, list[int]](list)
+    for place, example in enumerate(examples):
+        for answer in set(map(value, example.right_answers)):
+            places[answer].append(place)
+    most = max(map(len, places.values()))
+    first, *others = {tuple(members) for members in places.values() if len(members) == most}
+    return [] if others else [examples[place] for place in first]
 
 
 def _preference(example: Example) -> tuple[bool, bool, int, str, tuple[str, ...], str]:

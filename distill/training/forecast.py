@@ -24,7 +24,6 @@ from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
 from distill.cache.shard import pack_annotation
-from distill.errors import ConfigError
 from distill.lessons.curriculum import (
     Curriculum,
     Job,
@@ -32,6 +31,7 @@ from distill.lessons.curriculum import (
     examples_to_annotate,
     join_for,
     kept_rationales,
+    require_lessons,
     row_counts,
     texts_to_score,
 )
@@ -39,7 +39,17 @@ from distill.lessons.join import Lesson, Read
 from distill.models import hub, placement
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import tokenizer_fingerprint
-from distill.records import SPANS, Annotation, Example, FilteredRationale, Request, SoftTargets, Span, Target
+from distill.records import (
+    SPANS,
+    Annotation,
+    Example,
+    FilteredRationale,
+    Request,
+    SoftTargets,
+    SoftTargetsKey,
+    Span,
+    Target,
+)
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
 
@@ -147,18 +157,16 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         soft_annotations = _longest(job.soft_annotation_job, second, _texts_by_key(scored_texts), rows)
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
-    join = join_for(job, annotations, soft_annotations, kept)
-    train, validation = (
-        join.lessons(job.annotation_job.splits.train),
-        join.lessons(job.annotation_job.splits.validation),
-    )
-    if not train:
-        raise ConfigError(f"no training example has targets for the losses {sorted(job.objectives)}")
+    too_long = {id_: why for teacher in work for id_, why in teacher.filled.too_long.items()}
+    join = join_for(job, annotations, soft_annotations, kept, too_long)
+    train, validation = join.join(job.annotation_job.splits.train), join.join(job.annotation_job.splits.validation)
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
-    too_long = {**first.too_long, **join.skipped}
-    read = _reader([*train, *validation], largest)
-    counts = row_counts(job, first, rationales, join)
-    return work, Curriculum(first, None, train, validation, read, rationales, too_long, counts)
+    counts = row_counts(job, first, rationales, train, validation)
+    require_lessons(job, counts)
+    lessons = train.lessons, validation.lessons
+    read = _reader([*lessons[0], *lessons[1]], largest)
+    too_long = {**too_long, **train.too_long, **validation.too_long}
+    return work, Curriculum(first, None, *lessons, read, rationales, too_long, counts)
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,10 @@ class LongestAnnotations(AnnotationReader):
         return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
 
     find_words = find
+
+    def largest_soft_id(self, places: Sequence[SoftTargetsKey]) -> int:
+        """Return the largest id of the soft targets that the teacher would leave."""
+        return int(self.rows(1).ids_E.max(initial=-1)) if places else -1
 
 
 def _longest(

@@ -240,10 +240,10 @@ def _results(
     say(f"evaluating the student on {len(test)} test examples ...")
     start = time.monotonic()
     predictions = evaluation.predict(test, teacher)
-    rows["student"] = model_row(predictions, job.annotation_job.task, student) | {"training_seconds": seconds}
+    rows["student"] = model_row(predictions, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
-        on_validation = model_row(evaluation.predict(validation, {}), job.annotation_job.task, student)
+        on_validation = model_row(evaluation.predict(validation, {}), student)
         rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed

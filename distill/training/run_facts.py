@@ -9,6 +9,7 @@ from distill.app.config import Config
 from distill.app.files import Json
 from distill.lessons.curriculum import Curriculum, Job
 from distill.models.naming import license_of
+from distill.tasks import is_right
 
 _MAX_LISTED = 200
 _MAX_LABELS = 20
@@ -95,6 +96,7 @@ def rationales(job: Job, curriculum: Curriculum) -> list[Json]:
             "gold": examples[c.example_id].answer,
             "gold_rationale": examples[c.example_id].rationale,
             "answer": c.annotation.answer,
+            "is_correct": is_right(job.annotation_job.task, c.annotation.answer, examples[c.example_id]),
             "rationale": c.annotation.rationale,
             "is_sampled": c.annotation.is_sampled,
             "confidence": c.confidence,

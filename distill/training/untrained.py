@@ -30,7 +30,7 @@ def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annota
         say("the student before training was evaluated by an earlier run")
     else:
         say(f"evaluating the student before training on {len(test)} test examples ...")
-        row = model_row(evaluation.predict(test, teacher), job.annotation_job.task, evaluation.model)
+        row = model_row(evaluation.predict(test, teacher), evaluation.model)
         write_json(path, row)
     known: Json = json.loads(path.read_text())
     return known

@@ -13,8 +13,9 @@ import torch
 
 from distill.annotation.fill import fill, filter_rationales
 from distill.annotation.reader import count_answers
+from distill.annotation.requests import collect_requests
 from distill.annotation.row_counts import say_answers
-from distill.lessons.curriculum import build_curriculum, prepare
+from distill.lessons.curriculum import build_curriculum, examples_to_annotate, prepare
 from distill.records import Annotation, Request, SoftTargets, Target
 from distill.tasks import with_reading
 from distill.tasks.files import AnswerFormat
@@ -123,6 +124,21 @@ def test_soft_targets_of_other_words_are_not_learned(questions: Any) -> None:
     assert soft("number") | {"How many?": True} == soft("number")
     after = soft("last_number")
     assert {question for question, has_soft in after.items() if not has_soft} == {"Which sum?", "How many?"}
+
+
+def test_the_tokens_that_have_soft_targets_are_known_without_decoding_any(questions: Any) -> None:
+    build_curriculum(written(questions("number"))[0])
+    for kind, num_targets in (("number", 42), ("last_number", 40)):
+        job, _ = written(questions(kind))
+        filled = collect_requests(job.annotation_job, examples_to_annotate(job))
+        reader, scored_ids = job.annotation_job.reader(filled.requests), dict[str, Any]()
+        for request in filled.all_requests:
+            targets = reader.read(request.key).targets
+            scored_ids[request.key] = reader.scored_ids(request.key)
+            assert scored_ids[request.key] == {span: t.token_ids for span, t in targets.items() if t.soft is not None}
+        assert sum(map(bool, scored_ids.values())) == num_targets
+        ids = [int(reader.read(key).targets["answer"].soft.ids_E.max()) for key, ids in scored_ids.items() if ids]
+        assert reader.largest_soft_id([(key, "answer") for key, ids in scored_ids.items() if ids]) == max(ids)
 
 
 def test_rationales_are_judged_by_the_present_reading(questions: Any) -> None:

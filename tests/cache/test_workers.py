@@ -37,7 +37,9 @@ class StepBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         batch_examples = self._examples[4 * number : 4 * number + 4]
-        return collate(self._join.lessons(batch_examples), {("answer", "soft"): number}, 0, self._store.soft_targets)
+        return collate(
+            self._join.join(batch_examples).lessons, {("answer", "soft"): number}, 0, self._store.soft_targets
+        )
 
 
 def lesson_prompts(folder: Path) -> Prompts:
@@ -51,7 +53,7 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
     settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
-    settings["pairing"] = Pairing()
+    settings |= {"pairing": Pairing(), "too_long": {}}
     join = Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
     loaders = [
         DataLoader(StepBatches(join, store, all_examples), batch_size=None, num_workers=number) for number in (2, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill.evaluation.answers import Evaluation
+from distill.evaluation.metrics import score
 from distill.prompts.cues import Prompts
 from distill.records import Example
 from tests.teachers.conftest import Verbs
@@ -45,7 +47,13 @@ def trained(folder: Path, prompts: Prompts, examples: Sequence[Example]) -> Any:
 def test_the_chosen_answer_is_the_written_one(choices: tuple[str, ...], prompts: Prompts, student_folder: Path) -> None:
     examples = [Example(f"Case {index}?", choices[index % len(choices)]) for index in range(2 * len(choices))]
     model = trained(student_folder, prompts, examples)
-    predictions = Evaluation(model, prompts, task_of(choices), "direct", 6).predict(examples, {})
+    evaluation = Evaluation(model, prompts, task_of(choices), "direct", 6)
+    predictions = evaluation.predict(examples, {})
     assert [p.written_answer for p in predictions] == [e.answer for e in examples]
     assert [p.answer for p in predictions] == [e.answer for e in examples]
-    assert min(p.choice_probabilities[choices.index(p.gold)] for p in predictions) > 0.6
+    assert min(p.confidence or 0 for p in predictions) > 0.6
+    wrong = [replace(e, answer=choices[(index + 1) % len(choices)]) for index, e in enumerate(examples)]
+    accepting = [replace(e, accepted=(str(example.answer),)) for e, example in zip(wrong, examples, strict=True)]
+    figures = [score(evaluation.predict(part, {})) for part in (examples, wrong, accepting)]
+    assert [figure["accuracy"] for figure in figures] == [1, 0, 1]
+    assert figures[2]["ece"] == figures[0]["ece"] < 0.4 < 0.6 < figures[1]["ece"]

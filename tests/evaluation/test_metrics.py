@@ -18,38 +18,40 @@ def test_the_score_test_is_just_passed_at_the_ends_of_the_wilson_interval(right:
         assert score is None if is_at_bound else score == pytest.approx(1.959964, abs=1e-6)
 
 
-def prediction(gold: str, answer: str, *probabilities: float) -> Prediction:
+def prediction(gold: str, answer: str, confidence: float | None, *accepted: str) -> Prediction:
     return Prediction(
         example_id="",
         question="",
         gold=gold,
+        accepted=accepted,
+        right_values=(gold, *accepted),
         answer=answer,
         written_answer=None,
-        is_correct=answer == gold,
+        is_correct=answer in (gold, *accepted),
         is_written_correct=None,
-        choice_probabilities=probabilities,
+        confidence=confidence,
         kl=None,
     )
 
 
 def test_calibration_is_the_gap_between_confidence_and_accuracy_in_each_bin() -> None:
     predictions = [
-        prediction("no", "no", 0.75, 0.25),
-        prediction("yes", "no", 0.71, 0.29),  # same bin as the first: accuracy 1/2, confidence 0.73
-        prediction("yes", "yes", 0.2, 0.8),  # on an edge: upper bin
-        prediction("yes", "yes", 0.0, 1.0),
-        prediction("no", "yes", 0.05, 0.95),  # same bin as certainty: accuracy 1/2, confidence 0.975
-        prediction("maybe", "no", 0.55, 0.45),  # gold is not a choice: wrong, not in the ECE
-        prediction("yes", "yes", 0.62, 0.38),  # its answer is not the most likely choice
-        prediction("yes", "yes"),
+        prediction("no", "no", 0.75),
+        prediction("yes", "no", 0.71),  # same bin as the first: accuracy 1/2, confidence 0.73
+        prediction("yes", "yes", 0.8),  # on an edge: upper bin
+        prediction("yes", "yes", 1.0),
+        prediction("no", "yes", 0.95),  # same bin as certainty: accuracy 1/2, confidence 0.975
+        prediction("maybe", "no", 0.55),  # gold is not a choice: any confidence is too much
+        prediction("yes", "no", 0.62, "no"),  # not the gold answer, but accepted
+        prediction("yes", "yes", None),
     ]
-    row = score(predictions, ("no", "yes"))
-    assert row["ece"] == pytest.approx((2 * 0.23 + 0.2 + 2 * 0.475 + 0.62) / 6)
+    row = score(predictions)
+    assert row["ece"] == pytest.approx((2 * 0.23 + 0.2 + 2 * 0.475 + 0.55 + 0.38) / 7)
     assert [(part["confidence"], part["accuracy"], part["num"]) for part in row["reliability"]] == [
         pytest.approx(values) for values in ((0.55, 0, 1), (0.62, 1, 1), (0.73, 0.5, 2), (0.8, 1, 1), (0.975, 0.5, 2))
     ]
 
 
 def test_answers_without_probabilities_have_no_calibration() -> None:
-    row = score([prediction("yes", "yes")], ("no", "yes"))
+    row = score([prediction("yes", "yes", None)])
     assert (row["ece"], row["reliability"]) == (None, [])

@@ -16,28 +16,29 @@ from distill.records import Annotation, Example, SoftTargets, Target
 from distill.reports.proportions import wilson_interval
 from tests.conftest import compose
 
-CHOICES = ("no", "yes")
 ONE = Prediction(
     example_id="a",
     question="Is it?",
     gold="yes",
+    accepted=(),
+    right_values=("yes",),
     answer="yes",
     written_answer="yes",
     is_correct=True,
     is_written_correct=True,
-    choice_probabilities=(),
+    confidence=None,
     kl=None,
 )
 # Of five answers three are right; of four written ones one is, and two are unreadable; of three that the teacher
 # answered two agree; two have a KL, three have probabilities.
 FIVE = [
-    replace(ONE, choice_probabilities=(0.1, 0.9), kl=0.5, agrees=True),
-    replace(ONE, choice_probabilities=(0.3, 0.7), kl=0.25, agrees=True, is_written_correct=False, written_answer=None),
+    replace(ONE, confidence=0.9, kl=0.5, agrees=True),
+    replace(ONE, confidence=0.7, kl=0.25, agrees=True, is_written_correct=False, written_answer=None),
     replace(
         ONE,
         answer="no",
         is_correct=False,
-        choice_probabilities=(0.6, 0.4),
+        confidence=0.6,
         agrees=False,
         is_written_correct=False,
         written_answer=None,
@@ -77,7 +78,7 @@ def test_the_divergence_from_the_teacher_is_a_mean_over_positions() -> None:
 
 
 def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:
-    row = score(FIVE, CHOICES)
+    row = score(FIVE)
     assert row["accuracy"] == 3 / 5
     assert row["interval"] == list(wilson_interval(3, 5))
     assert row["num_examples"] == 5
@@ -90,7 +91,7 @@ def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:
 
 
 def test_the_reliability_has_a_point_for_each_bin_with_its_number() -> None:
-    points = score([FIVE[0], FIVE[0], FIVE[2]], CHOICES)["reliability"]
+    points = score([FIVE[0], FIVE[0], FIVE[2]])["reliability"]
     assert [(p["num"], p["accuracy"], pytest.approx(p["confidence"])) for p in points] == [
         (1, 0.0, 0.6),
         (2, 1.0, 0.9),
@@ -100,10 +101,11 @@ def test_the_reliability_has_a_point_for_each_bin_with_its_number() -> None:
 @pytest.mark.parametrize("key", ["generated_accuracy", "agreement", "kl", "ece"])
 def test_a_figure_without_a_prediction_is_none_and_not_zero(key: str) -> None:
     bare = replace(ONE, is_written_correct=None)
-    assert score([bare, bare], CHOICES)[key] is None
+    assert score([bare, bare])[key] is None
 
 
-def test_a_gold_answer_that_is_no_choice_has_no_part_in_the_calibration() -> None:
-    other = replace(FIVE[2], gold="perhaps")
-    assert score([FIVE[0], other], CHOICES)["ece"] == pytest.approx(0.1)
-    assert score([other], CHOICES)["ece"] is None
+def test_calibration_and_accuracy_count_the_same_answers_as_right() -> None:
+    accepted = replace(FIVE[0], gold="no", accepted=("yes",), right_values=("no", "yes"))
+    row = score([accepted])
+    assert (row["accuracy"], row["ece"]) == (1.0, pytest.approx(0.1))
+    assert row["reliability"] == [{"confidence": 0.9, "accuracy": 1.0, "num": 1}]

@@ -71,6 +71,6 @@ def write_run(job: Job, folder: Path) -> Path:
     facts |= {"counts": counts, "labels": label_counts(job), "licenses": licenses(job), "saved": {"dtype": "float32"}}
     configuration.save(job.config, job.run_dir / "config.yaml")
     write_json(job.run_dir / "run.json", facts)
-    write_json(job.run_dir / "results.json", {"rows": {"student": model_row(predictions, task, saved.model)}})
+    write_json(job.run_dir / "results.json", {"rows": {"student": model_row(predictions, saved.model)}})
     write_json_lines(job.run_dir / "predictions.jsonl", [prediction.as_row() for prediction in predictions])
     return job.run_dir

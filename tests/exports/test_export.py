@@ -25,8 +25,11 @@ from distill.exports.harness import HarnessTask, harness_task
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
+from distill.tasks.files import FileTask
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
 from tests.prompts.kinds import with_byte_tokens
+from tests.tasks.conftest import answer_format
+from tests.tasks.test_files import task
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [
@@ -63,9 +66,14 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def choosing(*choices: str, kind: str = "choice") -> FileTask:
+    """A task with these choices, from a file that is never read."""
+    return task(Path("none.jsonl"), read=answer_format(kind if choices else "line", choices=list(choices)))
+
+
 def task_of(tokenizer: PreTrainedTokenizerFast, *examples: Example) -> tuple[HarnessTask, Prompts]:
     prompts = Prompts(tokenizer, LAYOUT, (), max_length=256, too_long="drop")
-    return harness_task("any", prompts, CHOICES, examples or QUESTIONS), prompts
+    return harness_task("any", prompts, choosing(*CHOICES), examples or QUESTIONS), prompts
 
 
 def with_start(folder: Path) -> PreTrainedTokenizerFast:
@@ -96,16 +104,16 @@ def test_the_harness_reads_the_tokens_of_training(
     make: Callable[[Path], PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
     tokenizer = make(tmp_path)
-    task, prompts = task_of(tokenizer)
-    for example, row in zip(QUESTIONS, task.rows, strict=True):
-        for choice, written in zip(CHOICES, task.choices, strict=True):
+    made, prompts = task_of(tokenizer)
+    for example, row in zip(QUESTIONS, made.rows, strict=True):
+        for choice, written in zip(CHOICES, made.choices, strict=True):
             prompt = prompts.answer_prompt(example, choice)
             start, _ = prompt.spans["answer"]
             assert tuple(tokenizer.encode(row["prompt"])) == prompt.ids[:start]
             assert tuple(tokenizer.encode(row["prompt"] + written)) == prompt.ids
-        assert CHOICES[row["gold"]] == example.answer
-    assert task.num_differing == 0
-    assert task.caution == ""
+        assert [CHOICES[place] for place in row["gold"]] == [example.answer]
+    assert made.num_differing == 0
+    assert made.caution == ""
 
 
 def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_path: Path) -> None:
@@ -124,16 +132,24 @@ def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
     with_stop, without_stop = Example("It is dull.", "negative"), Example("A fine film", "positive")
     tokenizer = joining_full_stop_and_newline()
     assert task_of(tokenizer, without_stop)[0].num_differing == 0
-    task, _ = task_of(tokenizer, with_stop, without_stop, Example("A bore.", "negative"))
-    assert task.num_differing == 2
-    assert "2 of 3 questions" in task.caution
+    made, _ = task_of(tokenizer, with_stop, without_stop, Example("A bore.", "negative"))
+    assert made.num_differing == 2
+    assert "2 of 3 questions" in made.caution
 
 
 def test_a_long_question_is_cut_as_in_training(prompts: Prompts) -> None:
     short = Prompts(prompts.tokenizer, LAYOUT, (), max_length=40, too_long="cut")
     example = Example("A sentence of many words that goes on and on. " * 9, "positive")
-    task = harness_task("any", short, CHOICES, [example])
-    assert tuple(short.tokenizer.encode(task.rows[0]["prompt"])) == short.question(example, "answer")
+    made = harness_task("any", short, choosing(*CHOICES), [example])
+    assert tuple(short.tokenizer.encode(made.rows[0]["prompt"])) == short.question(example, "answer")
+
+
+def test_every_choice_with_the_value_of_a_right_answer_is_right_in_the_harness(prompts: Prompts) -> None:
+    names = choosing("red", "green", "blue")
+    examples = [Example("Which?", "green", accepted=("red",)), Example("Which one?", "blue", accepted=("mauve",))]
+    assert [row["gold"] for row in harness_task("any", prompts, names, examples).rows] == [[0, 1], [2]]
+    sums = choosing("1 + 2", "3", "2 * 2", kind="expression")
+    assert [row["gold"] for row in harness_task("any", prompts, sums, [Example("Sum?", "3")]).rows] == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +160,7 @@ def test_answers_that_the_harness_cannot_score_are_refused(
     choices: tuple[str, ...], answer: str, why: str, prompts: Prompts
 ) -> None:
     with pytest.raises(ConfigError, match=why):
-        harness_task("any", prompts, choices, [Example("How many?", answer)])
+        harness_task("any", prompts, choosing(*choices), [Example("How many?", answer)])
 
 
 @pytest.mark.slow
@@ -152,10 +168,10 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     done = run(tmp_path, f"run={finished}", f"to={tmp_path / 'out'}", command="export")
     assert done.returncode == 0, done.stderr
     out, name = tmp_path / "out", "distill_movie_reviews"
-    task = yaml.safe_load((out / "lm_eval" / f"{name}.yaml").read_text())
-    assert task["task"] == name
-    assert task["doc_to_choice"] == [" negative</s>", " positive</s>"]
-    rows = lines(out / task["dataset_kwargs"]["data_files"]["test"])
+    definition = yaml.safe_load((out / "lm_eval" / f"{name}.yaml").read_text())
+    assert definition["task"] == name
+    assert definition["doc_to_choice"] == [" negative</s>", " positive</s>"]
+    rows = lines(out / definition["dataset_kwargs"]["data_files"]["test"])
     config = OmegaConf.load(finished / "config.yaml")
     test = configuration.build(config.task.examples).splits().test
     assert len(test) == len(rows) == 12
@@ -165,7 +181,8 @@ def test_a_student_is_exported_with_its_test_questions(finished: Path, tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(out)
     for example, row in zip(test, rows, strict=True):
         assert row["prompt"] == f"Review: {example.question}\nSentiment:"
-        whole = tokenizer.encode(row["prompt"] + task["doc_to_choice"][row["gold"]])
+        (gold,) = row["gold"]
+        whole = tokenizer.encode(row["prompt"] + definition["doc_to_choice"][gold])
         assert tuple(whole) == prompts.answer_prompt(example, example.answer).ids
     line = f"lm_eval run --model hf --model_args pretrained=. --tasks {name} --include_path lm_eval"
     assert line in (out / "README.md").read_text()
@@ -178,8 +195,11 @@ def test_questions_are_exported_without_the_tasks_files(run_folder: Path, tmp_pa
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     config["task"]["examples"]["file"] = str(tmp_path / "gone.tsv")
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    predictions = [row | {"accepted": CHOICES} for row in lines(run_folder / "predictions.jsonl")]
+    (run_folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
     export(run_folder, tmp_path / "out")
-    assert len(lines(tmp_path / "out" / "lm_eval" / "distill_movie_reviews.jsonl")) == 12
+    rows = lines(tmp_path / "out" / "lm_eval" / "distill_movie_reviews.jsonl")
+    assert [row["gold"] for row in rows] == [[0, 1]] * 12
 
 
 def without_predictions(folder: Path) -> None:

@@ -15,10 +15,10 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.lessons.curriculum import build_curriculum, prepare
-from distill.lessons.join import Join
+from distill.lessons.join import Join, Joined
 from distill.prompts.cues import Prompts
 from distill.prompts.vocabularies import Pairing
-from distill.records import SPANS, Annotation, Example, FilteredRationale, Target
+from distill.records import SPANS, Annotation, Example, FilteredRationale, RowCounts, Target
 from tests.conftest import CountingTeacher, arithmetic, examples
 from tests.lessons.conftest import soft
 
@@ -34,7 +34,7 @@ def make_join(
     with store.writing() as writer:
         writer.add([replace(annotations[example_id], key=request.key) for (example_id, _), request in requests.items()])
     settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS}
-    settings |= {"pairing": Pairing()} | overrides
+    settings |= {"pairing": Pairing(), "too_long": {}} | overrides
     return Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
 
 
@@ -49,7 +49,9 @@ def test_gold_answers_are_labels_and_teacher_answers_are_not(prompts: Prompts, t
     join = make_join(
         prompts, tmp_path, [gold, unlabelled], {e.id: annotation(prompts, e.answer or "8") for e in (gold, unlabelled)}
     )
-    by_gold, by_teacher = (lesson.sequences[0] for lesson in join.lessons([replace(gold, rationale=None), unlabelled]))
+    by_gold, by_teacher = (
+        lesson.sequences[0] for lesson in join.join([replace(gold, rationale=None), unlabelled]).lessons
+    )
     assert (by_gold.labelled, by_teacher.labelled) == ({"answer"}, set())
     assert by_teacher.prompt == prompts.answer_prompt(unlabelled, "8")
     assert by_gold.soft["answer"].num_positions == len(prompts.answer_ids(gold.answer))
@@ -59,7 +61,7 @@ def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Pat
     example = examples(1)[0]
     mismatched = replace(annotation(prompts, "999"), answer=example.answer)
     with pytest.raises(CacheError, match="tokenize this target differently"):
-        make_join(prompts, tmp_path, [example], {example.id: mismatched}).lessons([example])
+        make_join(prompts, tmp_path, [example], {example.id: mismatched}).join([example])
 
 
 def test_targets_with_ids_beyond_the_vocabulary_are_refused(prompts: Prompts, tmp_path: Path) -> None:
@@ -74,10 +76,10 @@ def test_targets_with_ids_beyond_the_vocabulary_are_refused(prompts: Prompts, tm
             prompts, tmp_path / str(max_id), [example], {example.id: replace(valid, targets={"answer": target})}
         )
         if max_id < prompts.vocabulary_size:
-            assert join.lessons([example])
+            assert join.join([example]).lessons
         else:
             with pytest.raises(CacheError, match="of another vocabulary"):
-                join.lessons([example])
+                join.join([example])
 
 
 def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path) -> None:
@@ -85,10 +87,15 @@ def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path
     explained = replace(explained, rationale="Gold.")
     annotations = {e.id: annotation(prompts, e.answer) for e in (kept, rejected, explained)}
     ids = prompts.rationale_ids("By the teacher.")
-    reasoned = Annotation("", {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
-    filtered = {kept.id: [FilteredRationale(kept.id, reasoned, "gold", None)]}
+    key = prompts.request(kept, "rationale").key
+    reasoned = Annotation(key, {"rationale": Target(ids, soft(len(ids)))}, kept.answer, "By the teacher.")
+    with Store(tmp_path, {"for": "test"}, TopK(k=3, temperature=1.0)).writing() as writer:
+        writer.add([reasoned])
+    filtered = {kept.id: [FilteredRationale(kept.id, replace(reasoned, targets={}), "gold", None)]}
     join = make_join(prompts, tmp_path, [kept, rejected, explained], annotations, rationales=filtered)
-    sequences_by_example = {lesson.example_id: lesson.sequences for lesson in join.lessons([kept, rejected, explained])}
+    sequences_by_example = {
+        lesson.example_id: lesson.sequences for lesson in join.join([kept, rejected, explained]).lessons
+    }
     spans = {name: [set(s.prompt.spans) for s in sequences] for name, sequences in sequences_by_example.items()}
     assert spans[kept.id] == spans[explained.id] == [{"answer"}, {"rationale"}]
     assert spans[rejected.id] == [{"answer"}]
@@ -105,7 +112,7 @@ def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_pat
     words = frozenset((span, "labels") for span in SPANS)
     records = {example.id: annotation(prompts, example.answer)}
     join = make_join(prompts, tmp_path, [example], records, rationales=filtered, needed=words)
-    joined_lessons = join.lessons([example])
+    joined_lessons = join.join([example]).lessons
     assert [[set(s.prompt.spans) for s in lesson.sequences] for lesson in joined_lessons] == [
         [{"answer"}, {"rationale"}],
         [{"rationale"}],
@@ -121,9 +128,23 @@ def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_pat
 def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Path) -> None:
     example = examples(2)[1]
     join = make_join(prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, answer="reasoned")
-    (lesson,) = join.lessons([example, Example("And this, which nobody explained?", "3")])
+    (lesson,) = join.join([example, Example("And this, which nobody explained?", "3")]).lessons
     (sequence,) = lesson.sequences
     assert sequence.prompt == prompts.rationale_prompt(example, example.rationale, example.answer)
+    assert sequence.labelled == {"answer", "rationale"}
+
+
+@pytest.mark.parametrize(("conclusion", "learned"), [("8", "8"), ("7", "7"), ("9", "7")])
+def test_a_rationale_is_followed_by_the_right_answer_that_it_leads_to(
+    conclusion: str, learned: str, prompts: Prompts, tmp_path: Path
+) -> None:
+    example = Example("How many?", "7", accepted=("8",))
+    rationale = Annotation("", {}, conclusion, "By the teacher.")
+    filtered = {example.id: [FilteredRationale(example.id, rationale, "gold", None)]}
+    words = frozenset((span, "labels") for span in SPANS)
+    join = make_join(prompts, tmp_path, [example], {}, rationales=filtered, needed=words, answer="reasoned")
+    ((sequence,),) = (lesson.sequences for lesson in join.join([example]).lessons)
+    assert sequence.prompt == prompts.rationale_prompt(example, "By the teacher.", learned)
     assert sequence.labelled == {"answer", "rationale"}
 
 
@@ -131,9 +152,17 @@ def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts:
     short, long = Example("Why?"), Example("why " * 300, "3")
     annotations = {short.id: annotation(prompts, "8")}
     join = make_join(prompts, tmp_path, [short], annotations, needed=frozenset({("answer", "labels")}))
-    assert join.lessons([short, long]) == []
-    assert set(join.skipped) == {long.id}
-    assert "over max_length=256" in join.skipped[long.id]
+    joined = join.join([short, long])
+    assert joined.lessons == []
+    assert joined.lost == {short.id: "no label", long.id: "too long"}
+    assert joined.counts == RowCounts(2, {"no label": 1, "too long": 1}, 0)
+    assert set(joined.too_long) == {long.id}
+    assert "over max_length=256" in joined.too_long[long.id]
+
+
+def test_an_example_that_is_neither_learned_nor_lost_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 rows were read, but 0 kept"):
+        _ = Joined(2, [], {"a": "too long"}, {}).counts
 
 
 def test_a_student_learns_from_train_and_is_validated_on_validation_only(configured: Callable[..., DictConfig]) -> None:

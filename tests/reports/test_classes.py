@@ -78,6 +78,20 @@ def test_guessing_is_the_most_frequent_answer_or_a_random_one(make_run: Make) ->
         assert "60.0" in text
 
 
+def test_guessing_is_right_where_an_accepted_answer_is(make_run: Make) -> None:
+    lines = [row | {"right_values": ["no", "yes"] if k >= 80 else [row["gold"]]} for k, row in enumerate(LINES)]
+    summary = summary_of(make_run(("kl",), 0.59, predictions=lines, student=FEW))
+    assert [guess.label for guess in summary.guesses] == ["always answering “no”", "a random one of 2 answers"]
+    assert [guess.accuracy for guess in summary.guesses] == [0.8, pytest.approx(0.6)]
+
+
+def test_the_most_frequent_answer_is_found_by_value(make_run: Make) -> None:
+    sums = [line(k, f"{k} - {k - 5}", "5", True) | {"right_values": ["5"]} for k in range(5, 35)]
+    others = [line(k, "7", "5") | {"right_values": ["7"]} for k in range(35, 45)]
+    (arm,) = summary_of(make_run(("kl",), 0.75, predictions=[*sums, *others])).trained
+    assert guesses([arm]) == [("always answering “5”", 0.75)]
+
+
 def test_choices_that_the_test_never_needs_count_for_the_random_answer(make_run: Make) -> None:
     config = {"task": {"examples": {"choices": ["no", "yes", "maybe", "never"]}}}
     summary = summary_of(make_run(("kl",), 0.59, predictions=LINES, student=FEW, config=config))

@@ -193,3 +193,11 @@ def test_rationales_are_filtered_by_correctness_and_by_rejection(make_run: Make)
     kept = filters.index("kept")
     assert f".browse:has(#f{kept}:checked) .sample:not(.m{kept}) {{ display: none; }}" in html
     assert html.count(f'class="sample m{filters.index("right")} m{kept}"') == 1
+
+
+def test_a_training_example_is_marked_as_the_run_judged_it_and_not_if_it_has_no_label(make_run: Make) -> None:
+    accepted = rationale_line(100, "Positive, or so", None) | {"is_correct": True}
+    unlabelled = rationale_line(101, "negative", None) | {"gold": None, "is_correct": False}
+    _, shown = reasoning(summary_of(make_run(rationales=[accepted, unlabelled])))
+    marks = {line["id"]: marks for marks, line in shown if line.get("is_training")}
+    assert marks == {accepted["id"]: ["right", "kept"], unlabelled["id"]: ["kept"]}

@@ -64,6 +64,22 @@ def test_equally_frequent_answers_are_dropped_and_not_decided_by_the_alphabet(
     assert splits.counts["train"] == RowCounts(len(answers) + 1, {"contradicting": len(answers)}, 1)
 
 
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        ([["a", "b"], ["b"], ["c"]], ("a", "b")),  # b is right in two of three rows
+        ([["a", "b"], ["b", "a"], ["c"]], ("a", "b")),  # two answers of the same rows are no tie
+        ([["a", "b"], ["b", "c"], ["c", "d"], ["d"]], None),
+    ],
+)
+def test_every_accepted_answer_of_a_row_counts_for_the_majority(
+    answers: list[list[str]], right: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path, *rows(*answers), *rows("e", question="Was it?"))
+    splits = task(path, read=answer_format("line"), conflicts="majority", **ALL).splits()
+    assert {e.question: e.right_answers for e in splits.train}.get("Is it?") == right
+
+
 @pytest.mark.parametrize("name", ["test", "validation"])
 def test_contradicting_rows_of_held_out_files_are_refused_and_dropped_too(name: str, tmp_path: Path) -> None:
     held_out = write(tmp_path / "held_out.csv", [*rows("yes", "no"), *rows("no", question="Was it?")])

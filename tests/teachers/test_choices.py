@@ -17,6 +17,7 @@ from distill.annotation.fill import fill
 from distill.errors import CacheError, ConfigError
 from distill.prompts.cues import Prompts
 from distill.records import Example
+from distill.teachers.causal_lm import CausalLMTeacher
 from distill.teachers.choices import Adjustment, calibrated_offsets
 from tests.conftest import compose, examples, grid, reviews, shards, tiny_overrides
 from tests.teachers.conftest import Verbs, answer_requests, make_teacher
@@ -160,6 +161,18 @@ def calibrated(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> An
 
 def annotate(job: AnnotationJob) -> int:
     return fill(job, {"answer": [Example(example.question) for example in job.splits.train]}).num_annotated
+
+
+def test_opening_a_job_builds_its_teacher_once(calibrated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, teachers = CausalLMTeacher.__init__, list[CausalLMTeacher]()
+
+    def counted_build(self: CausalLMTeacher, **arguments: Any) -> None:
+        teachers.append(self)
+        build(self, **arguments)
+
+    monkeypatch.setattr(CausalLMTeacher, "__init__", counted_build)
+    job = open_annotation_job(calibrated(8))
+    assert teachers == [job.teacher]
 
 
 def test_a_calibration_is_made_once_and_survives_a_grown_train_set(calibrated: Any) -> None:

@@ -39,10 +39,10 @@ def distilled(job: Job) -> tuple[Any, Any]:
     return facts, training_job.distill(job, [], facts)
 
 
-def choice_probabilities(job: Job, folder: Path) -> list[Any]:
+def predicted(job: Job, folder: Path) -> list[Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     evaluation = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 4)
-    return [p.choice_probabilities for p in evaluation.predict(job.annotation_job.splits.test, {})]
+    return [(p.answer, p.confidence) for p in evaluation.predict(job.annotation_job.splits.test, {})]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,7 +77,7 @@ def test_the_figures_are_those_of_the_student_on_disk(
     on_disk = AutoModelForCausalLM.from_pretrained(job.run_dir / "student", dtype=torch.float32).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, on_disk[name]), name
-    assert [p.choice_probabilities for p in predictions] == choice_probabilities(job, job.run_dir / "student")
+    assert [(p.answer, p.confidence) for p in predictions] == predicted(job, job.run_dir / "student")
     assert results["rows"]["student"]["size_bytes"] == saving.size_bytes(job.run_dir / "student")
 
 

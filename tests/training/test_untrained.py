@@ -44,9 +44,7 @@ def test_runs_that_begin_with_the_same_student_share_its_row(
     first = row(job, student, teacher)
     assert EVALUATES in capsys.readouterr().err
     evaluation = Evaluation(student, job.prompts, job.annotation_job.task, "direct", job.config.max_new_tokens)
-    assert first == model_row(
-        evaluation.predict(job.annotation_job.splits.test, teacher), job.annotation_job.task, student
-    )
+    assert first == model_row(evaluation.predict(job.annotation_job.splits.test, teacher), student)
     assert row(*parts(tmp_path, teacher_folder, student_folder, override)) == first
     said = capsys.readouterr().err
     assert REUSES in said

@@ -232,7 +232,7 @@ def test_evaluation_uses_the_current_weights(prompts: Prompts, student_folder: P
             parameter.copy_(parameter.flip(0))
     after = evaluation.predict(questions, {})
     assert after == Evaluation(model, few_shot_prompts, task, "direct", 6).predict(questions, {})
-    assert [p.choice_probabilities for p in after] != [p.choice_probabilities for p in before]
+    assert [p.confidence for p in after] != [p.confidence for p in before]
 
 
 def test_padding_rows_of_the_head_do_not_change_validation_or_evaluation(
