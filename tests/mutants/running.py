@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -18,7 +20,8 @@ from typing import Literal
 from tests.mutants.drawing import Mutant
 
 COPIED = ("distill", "conf", "tests", "benchmarks", "scripts", "docs", "pyproject.toml", "README.md")
-_MARGIN_SECONDS, _TIMES = 60.0, 3.0  # a mutant has this much longer than the tests without one
+_MARGIN_SECONDS, _TIMES = 60.0, 3.0  # a mutant has this much more processor time than the tests without one
+_WAITING_TIMES = 10.0  # a mutant whose tests wait, or a busy machine, has so many times its processor time by the clock
 _FIRST_TIME = 1_000_000_000
 Outcome = Literal["killed", "survived", "timeout"]
 
@@ -35,7 +38,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A process of tests that runs."""
+    """A process of tests that runs; `limit` is in seconds of the clock."""
 
     pid: int
     started: float
@@ -94,8 +97,9 @@ def suite_of(copy: Path, path: str) -> list[str]:
 
 
 def start(copy: Path, path: str, limit: float, mutant: Mutant | None) -> Job:
-    """Fork a process that runs the tests of a module."""
-    return Job(forked(lambda: _run_tests(copy, path)), time.monotonic(), limit, copy, mutant)
+    """Fork a process that runs the tests of a module, with a limit in seconds of processor time."""
+    work = functools.partial(_run_tests, copy, path, limit)
+    return Job(forked(work), time.monotonic(), _WAITING_TIMES * limit, copy, mutant)
 
 
 def forked(work: Callable[[], int]) -> int:
@@ -115,9 +119,10 @@ def forked(work: Callable[[], int]) -> int:
     os._exit(code)
 
 
-def _run_tests(copy: Path, path: str) -> int:
+def _run_tests(copy: Path, path: str, limit: float) -> int:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit)))
     log = os.open(copy / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -180,7 +185,8 @@ def run(copies: Copies, mutants: Sequence[Mutant], seconds: dict[str, float]) ->
         original = copies.sources[job.mutant.path]
         copies.write(job.copy, job.mutant.path, original)
         copies.free.append(job.copy)
-        outcome: Outcome = "timeout" if code is None else "survived" if code == 0 else "killed"
+        is_late = code is None or code in (-signal.SIGXCPU, -signal.SIGKILL)
+        outcome: Outcome = "timeout" if is_late else "survived" if code == 0 else "killed"
         yield Result(job.mutant, outcome, round(time.monotonic() - job.started, 1), job.mutant.diff(original))
 
 
