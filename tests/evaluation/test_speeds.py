@@ -65,7 +65,7 @@ def test_the_row_of_a_model_counts_its_parameters(
     predictions = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 6).predict(
         job.annotation_job.splits.test[:1], {}
     )
-    row = model_row(predictions, job.annotation_job.task, model)
+    row = model_row(predictions, model)
     weights = load_file(student_folder / "model.safetensors").values()
     assert (row["parameters"], row["dtype"]) == (sum(weight.numel() for weight in weights), "float32")
 

@@ -15,8 +15,11 @@ from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job, prepare
 from distill.students.causal_lm import open_student
 from distill.students.saving import save_student
+from distill.tasks.files import FileTask
 from distill.training.run_facts import label_counts, licenses, settings
 from tests.conftest import WHOLE_STUDENT, compose, make_model, reviews, tiny_overrides
+from tests.tasks.conftest import answer_format
+from tests.tasks.test_files import task
 
 MakeRun = Callable[..., Path]
 
@@ -57,6 +60,11 @@ def make_run(tmp_path: Path) -> MakeRun:
         return write_run(prepare(config, tmp_path / "run"), folder)
 
     return make
+
+
+def choosing(*choices: str, kind: str = "choice") -> FileTask:
+    """A task with these choices, from a file that is never read."""
+    return task(Path("none.jsonl"), read=answer_format(kind if choices else "line", choices=list(choices)))
 
 
 def write_run(job: Job, folder: Path) -> Path:

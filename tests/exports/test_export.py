@@ -25,11 +25,9 @@ from distill.exports.harness import HarnessTask, harness_task
 from distill.prompts.cues import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
-from distill.tasks.files import FileTask
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
+from tests.exports.conftest import choosing
 from tests.prompts.kinds import with_byte_tokens
-from tests.tasks.conftest import answer_format
-from tests.tasks.test_files import task
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [
@@ -64,11 +62,6 @@ def run_folder(finished: Path, tmp_path: Path) -> Path:
 
 def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def choosing(*choices: str, kind: str = "choice") -> FileTask:
-    """A task with these choices, from a file that is never read."""
-    return task(Path("none.jsonl"), read=answer_format(kind if choices else "line", choices=list(choices)))
 
 
 def task_of(tokenizer: PreTrainedTokenizerFast, *examples: Example) -> tuple[HarnessTask, Prompts]:
@@ -117,13 +110,14 @@ def test_the_harness_reads_the_tokens_of_training(
 
 
 def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_path: Path) -> None:
-    harness_task("any", prompts, CHOICES, QUESTIONS).write(tmp_path)
+    harness_task("any", prompts, choosing(*CHOICES), QUESTIONS).write(tmp_path)
     task = yaml.safe_load((tmp_path / "lm_eval" / "distill_any.yaml").read_text())
     assert (task["output_type"], task["num_fewshot"]) == ("multiple_choice", 0)
     assert task["metric_list"] == [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     rows = lines(tmp_path / task["dataset_kwargs"]["data_files"][task["test_split"]])
     for example, row in zip(QUESTIONS, rows, strict=True):
-        answer = task["doc_to_choice"][row[task["doc_to_target"]]]
+        (right,) = row[task["doc_to_target"]]
+        answer = task["doc_to_choice"][right]
         text = row[task["doc_to_text"]] + task["target_delimiter"] + answer
         assert tuple(prompts.tokenizer.encode(text)) == prompts.answer_prompt(example, str(example.answer)).ids
 

@@ -33,6 +33,7 @@ from distill.reports.runs import read_run
 from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import summarise as summary_of
 from tests.conftest import compose
+from tests.exports.conftest import choosing
 from tests.security.conftest import ANY_TEXT, QUICK, TrainCommand, paths_below
 
 HOSTILE_NAMES = ["", ".", "..", "../../x", "/etc/passwd", "a/../../b", "\0", "x" * 999, "．．／", "~", "~nobody/x"]
@@ -120,7 +121,7 @@ def test_an_lm_eval_task_is_written_into_its_folder_only(name: str, tmp_path: Pa
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     (tmp_path / "a" / "model").mkdir(parents=True)
     before = paths_below(tmp_path)
-    harness_task(name, prompts, ["yes", "no"], []).write(tmp_path / "a" / "model")
+    harness_task(name, prompts, choosing("yes", "no"), []).write(tmp_path / "a" / "model")
     new = paths_below(tmp_path) - before
     assert len(new) == 3
     assert all(path.parent.name in ("model", "lm_eval") and path.is_relative_to(tmp_path / "a") for path in new)
