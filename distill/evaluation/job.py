@@ -12,7 +12,7 @@ from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.models import loading, naming
-from distill.prompts.cues import build_prompts
+from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
 from distill.students.saving import size_bytes
 from distill.tasks import Task

@@ -24,7 +24,7 @@ from distill.errors import ConfigError
 from distill.lessons.join import Join, Lesson, Read
 from distill.losses import Objective
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
 from distill.records import Example, FilteredRationale, RowCounts, Span
@@ -87,7 +87,8 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
     """Pair the vocabularies; None if they are too different and no loss needs it."""
     soft = {name: objective for name, objective in objectives.items() if objective.source == "soft"}
     try:
-        pairing = pair_vocabularies(annotation_job.prompts.tokenizer, student.tokenizer)
+        teacher = annotation_job.prompts
+        pairing = pair_vocabularies(teacher.tokenizer, student.tokenizer, ends=(teacher.end, student.end))
     except ConfigError:
         if soft:
             raise

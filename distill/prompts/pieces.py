@@ -7,6 +7,7 @@ keep at all, such as upper case or line breaks, is found by a comparison when it
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Sequence
 from typing import final
@@ -17,6 +18,7 @@ from distill.errors import ConfigError
 
 Ids = tuple[int, ...]
 CONTEXTS = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
+_NUM_CACHED_TEXTS = 512  # cues and choices recur in every example, and the texts of an example in its sequences
 _NORMAL = "A b  C ² é"  # changed by tokenizers that fold case, spaces, compatibility characters or accents
 
 
@@ -27,6 +29,7 @@ class Pieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[str]) -> None:
         """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order."""
         self._tokenizer = tokenizer
+        self._inside = functools.lru_cache(_NUM_CACHED_TEXTS)(self._encode_inside)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         self._check_normalizer()
         self._before: tuple[tuple[str, Ids], ...] = ()  # none: pieces are encoded as texts
@@ -42,10 +45,17 @@ class Pieces:
 
     def __call__(self, text: str) -> Ids:
         """Token ids of a piece that follows other text; a special token is never among them."""
+        return self._inside(text)
+
+    def template(self, text: str, *, is_first: bool) -> Ids:
+        """Token ids of a part of a chat template, with the special tokens that it names."""
+        return self._as_text(text, special=True) if is_first else self._inside(text, special=True)
+
+    def _encode_inside(self, text: str, *, special: bool = False) -> Ids:
         if not self._before:
-            return self._as_text(text)
+            return self._as_text(text, special=special)
         for before, before_ids in self._before:
-            ids = self._as_text(before + text)
+            ids = self._as_text(before + text, special=special)
             if ids[: len(before_ids)] == before_ids:
                 return ids[len(before_ids) :]
         raise ConfigError(
@@ -58,16 +68,16 @@ class Pieces:
             self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
-    def _as_text(self, text: str) -> Ids:
+    def _as_text(self, text: str, *, special: bool = False) -> Ids:
         """Token ids of a text on its own."""
         if not text:
             return ()
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
 
     def _joined(self, pieces: Sequence[str]) -> str:
         """The text of pieces that were encoded one by one."""
         first, *others = pieces
-        return self.decode(sum((self(piece) for piece in others), self.first(first)))
+        return self.decode(sum((self._encode_inside(piece) for piece in others), self.first(first)))
 
     def _start(self, text: str) -> Ids:
         """The special tokens that stand before a text."""

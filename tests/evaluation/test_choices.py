@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill.evaluation.answers import Evaluation
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from tests.teachers.conftest import Verbs
 
