@@ -17,7 +17,8 @@ class Frame(Protocol):
 
     `question_lead` and `target_lead` are the spaces before a question and before an answer or rationale, which are
     encoded with it. `separator` is the text between a
-    rationale and the answer after it, up to the spaces. `end` is the id of the token that ends a target.
+    rationale and the answer after it, up to the spaces. `end` is the id of the token that ends a target. `template` is
+    the chat template that is rendered, if it is one.
     """
 
     pieces: Pieces
@@ -25,6 +26,7 @@ class Frame(Protocol):
     target_lead: str
     separator: str
     end: int
+    template: str | None
 
     def prefix(self, span: Span) -> Ids:
         """Token ids before every question."""

@@ -24,6 +24,7 @@ from distill.records import Example, Span
 Turn = dict[str, str]
 _MARKER = re.compile("\ue000(\\d+)\ue001")  # characters for private use: templates leave them alone
 _QUESTION, _TARGET, _SYSTEM, _SHOTS = range(4)  # numbers of the texts; shots have two each
+BASE = "base"  # name of the template that a saved student's own was made from
 _NO_CLOCK = ""  # in place of the function that tells a template the time: a text cannot be called
 _SAMPLES = (("What is 3 + 4?", "7"), ("Is it so?\nYes or no.", "Yes, it is."))
 
@@ -50,8 +51,7 @@ class Chat:
         """Raise ConfigError if the template does not give what a model reads and what it learns to write."""
         self._layout, self._tokenizer, self._shots = layout, tokenizer, tuple(shots)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
-        if not tokenizer.chat_template:
-            raise ConfigError(f"the tokenizer of {self._name} has no chat template; set prompt=few_shot")
+        self.template = self._base_template()
         self.pieces = Pieces(tokenizer, ("Say", " so", "\n", "Say", " so"))
         self.separator = f"\n{layout.answer_cue}"
         self._split = functools.cache(self._split_at_question)
@@ -95,11 +95,19 @@ class Chat:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """The template, which is no part of the tokenizer's fingerprint."""
-        return {"template": hashlib.sha256(str(self._tokenizer.get_chat_template()).encode()).hexdigest()}
+        return {"template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def _separated(self, rationale: str) -> str:
         """A rationale and what stands between it and an answer, which brings its own space, or has none."""
         return f"{rationale}{self.separator}{'' if self.target_lead else chr(10)}"
+
+    def _base_template(self) -> str:
+        """The model's template; of a saved student, whose own template holds its whole prompt, that of its source."""
+        templates = self._tokenizer.chat_template
+        template = templates.get(BASE, templates.get("default")) if isinstance(templates, dict) else templates
+        if not template:
+            raise ConfigError(f"the tokenizer of {self._name} has no chat template; set prompt=few_shot")
+        return str(template)
 
     def _accepts_system_turns(self) -> bool:
         try:
@@ -194,12 +202,12 @@ class Chat:
             raise ConfigError(f"the chat template of {self._name} refuses this prompt: {error}") from None
 
     def _apply(self, turns: Sequence[Turn], *, begin: bool) -> str:
-        arguments = {"strftime_now": _NO_CLOCK, **self._layout.arguments}
+        arguments = {"strftime_now": _NO_CLOCK, "chat_template": self.template, **self._layout.arguments}
         render = functools.partial(self._tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=begin)
         try:
             return str(render(list(turns), **arguments))
         except TypeError as error:
-            if "strftime_now" not in str(self._tokenizer.chat_template):
+            if "strftime_now" not in self.template:
                 raise ConfigError(f"the chat template of {self._name} refuses this prompt: {error}") from None
             raise ConfigError(
                 f"the chat template of {self._name} writes the date into each prompt, so a student would read another "

@@ -6,6 +6,7 @@ import copy
 
 from transformers import PreTrainedTokenizerBase
 
+from distill.prompts.chat import BASE
 from distill.prompts.rendering import Prompts
 from distill.records import Span
 
@@ -15,13 +16,16 @@ _QUESTION = "question"
 def served_tokenizer(prompts: Prompts, span: Span) -> PreTrainedTokenizerBase:
     """A copy of a student's tokenizer that renders a question, as the user's message, with the prompt for this span.
 
-    The template of the model that the student is made from is kept where it does. Its end token is that of a target.
+    The template of the model that the student is made from is the only one where it does so, else a further one, from
+    which the prompts of the student can be made again. The end token is that of a target.
     """
     tokenizer = copy.deepcopy(prompts.tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompts.end)
     before, after = prompts.literal(span)
     if not _renders(tokenizer, f"{before}{_QUESTION}{after}"):
-        tokenizer.chat_template = _template(before, after, prompts.frame.target_lead, str(tokenizer.eos_token))
+        template = _template(before, after, prompts.frame.target_lead, str(tokenizer.eos_token))
+        base = prompts.frame.template
+        tokenizer.chat_template = {"default": template, BASE: base} if base else template
     return tokenizer
 
 

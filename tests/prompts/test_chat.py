@@ -106,13 +106,15 @@ def test_the_served_tokenizer_renders_what_the_student_has_learned(name: str, sp
         learned = prompts.prefix(span) + prompts.question(Example("Is 5 odd?"), span)
         assert tuple(tokenizer.encode(text, add_special_tokens=False)) == learned
         assert tokenizer.eos_token_id == prompts.end
+        again = Prompts(tokenizer, prompts.layout, (), max_length=512, too_long="drop")
+        assert again.prefix(span) + again.question(Example("Is 5 odd?"), span) == learned
 
 
 def test_a_template_that_already_renders_the_prompt_is_kept() -> None:
     prompts = prompts_of("Llama 3")
     assert served_tokenizer(prompts, "answer").chat_template == prompts.tokenizer.chat_template
     changed = served_tokenizer(prompts_of("Llama 3", system="Be brief."), "answer")
-    assert changed.chat_template != prompts.tokenizer.chat_template
+    assert changed.chat_template["base"] == prompts.tokenizer.chat_template != changed.chat_template["default"]
     two = [{"role": "user", "content": "Is 5 odd?"}, {"role": "assistant", "content": "yes"}]
     assert changed.apply_chat_template(two, tokenize=False).endswith("\n\nyes<|eot_id|>")
     with pytest.raises(Exception, match="answers one question"):
