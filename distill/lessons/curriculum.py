@@ -88,6 +88,12 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
     soft = {name: objective for name, objective in objectives.items() if objective.source == "soft"}
     try:
         teacher = annotation_job.prompts
+        if soft and teacher.frame.target_lead != student.frame.target_lead:
+            raise ConfigError(
+                f"{', '.join(soft)}: an answer begins with {teacher.frame.target_lead!r} in the prompt of the teacher and "
+                f"with {student.frame.target_lead!r} in that of the student, so its first tokens differ; choose models "
+                "whose chat templates agree, set prompt=few_shot, or train without these losses"
+            )
         pairing = pair_vocabularies(teacher.tokenizer, student.tokenizer, ends=(teacher.end, student.end))
     except ConfigError:
         if soft:

@@ -48,8 +48,9 @@ TEMPLATES = {
     "Mistral": (_MISTRAL, (), {}),
     "Qwen 3": (_QWEN, ("<|im_start|>", "<|im_end|>", "<think>", "</think>"), {"enable_thinking": False}),
     "Zephyr": (_ZEPHYR, (), {}),
+    "Zephyr, start token": (f"{{{{ bos_token }}}}{_ZEPHYR}", (), {}),
 }
-ENDS = {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>", "Mistral": "</s>", "Zephyr": "</s>"}
+ENDS = {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>", "Mistral": "</s>", "Zephyr": "</s>", "Zephyr, start token": "</s>"}
 
 
 def chat_tokenizer(template: str, tokens: tuple[str, ...] = ()) -> Any:
