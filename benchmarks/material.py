@@ -24,7 +24,8 @@ from distill.cache import Codec
 from distill.cache.store import Store
 from distill.models.placement import place
 from distill.models.reading import PrefixedReader
-from distill.prompts.cues import Layout, Prompts
+from distill.prompts.cues import Layout
+from distill.prompts.rendering import Prompts
 from distill.records import Example, Request, Span, Splits
 from distill.students.causal_lm import open_student
 from distill.teachers import Calibration, Teacher

@@ -32,7 +32,8 @@ from distill.lessons.join import Join, Lesson, TrainingSequence
 from distill.lessons.loader import StepSampler
 from distill.losses.head import head_loss
 from distill.models.placement import native_dtype
-from distill.prompts.cues import Layout, Prompts
+from distill.prompts.cues import Layout
+from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
 from distill.training.module import StudentModule

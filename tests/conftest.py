@@ -45,7 +45,8 @@ from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
 from distill.lessons.join import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
-from distill.prompts.cues import Layout, Prompts  # noqa: E402
+from distill.prompts.cues import Layout  # noqa: E402
+from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402

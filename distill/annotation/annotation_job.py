@@ -19,7 +19,7 @@ from distill.cache import Codec
 from distill.cache.store import Store, drop_shard, fingerprint_digest
 from distill.errors import ConfigError
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts, build_prompts
+from distill.prompts.rendering import Prompts, build_prompts
 from distill.records import Example, Request, Span, Splits
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screen_splits

@@ -18,7 +18,7 @@ from distill.app.files import atomic_write
 from distill.cache import Codec
 from distill.cache.shard import pack_annotation
 from distill.cache.store import Store
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Annotation, Request, Span, Target
 from distill.teachers import Teacher
 

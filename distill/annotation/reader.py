@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.cache.store import Store
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, AnswerDefect, Request, SoftTargetsKey, Span
 from distill.tasks import Task, with_reading
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.app.machine import paused_collector
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Example, Group, Request, Span, unique_requests
 
 

@@ -18,13 +18,13 @@ from distill.app.machine import extra_bytes, timings
 from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
 from distill.evaluation.metrics import Prediction, score
-from distill.lessons.join import AnswerMode
+from distill.lessons.join import AnswerMode, first_span
 from distill.lessons.loader import BatchLimit
 from distill.losses.forward_kl import ForwardKL
 from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
-from distill.prompts.cues import Prompts, Reply
+from distill.prompts.rendering import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.saving import size_bytes
 from distill.tasks import Task, is_right, readable_answer
@@ -49,7 +49,7 @@ class Evaluation:
         """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
         self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
-        self._span: Span = "answer" if mode == "direct" else "rationale"
+        self._span = first_span(mode)
         self._choices = prompts.choice_ids(task.choices)
         self._max_new_tokens = self._max_answer_tokens = max_new_tokens
         self._way: Way | None = None

@@ -13,7 +13,7 @@ from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
-from distill.prompts.cues import build_prompts
+from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
 from distill.students.saving import size_bytes
 from distill.tasks import Task

@@ -78,18 +78,21 @@ def _labels(run: Run) -> Mapping[str, Mapping[str, int]]:
 
 def _prompt(recipe: Recipe, num_questions: int, num_literal: int) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", f"{recipe.text}``"))))
-    goes_on = "its reasoning" if recipe.mode == "reasoned" else "a space and its answer"
+    goes_on = "its reasoning" if recipe.mode == "reasoned" else "its answer"
     if num_literal == num_questions:
-        ids = "`tokenizer(text).input_ids` gives exactly the token ids of training"
+        ids = "Its token ids are exactly those of training"
     else:
         ids = (
-            "Its pieces are tokenized one by one, as `example.py` does: as one text, it has other tokens for "
-            f"{num_questions - num_literal} of {num_questions} test questions than in training"
+            "In training its pieces were tokenized one by one, as `example.py` does: as one text, it has other tokens "
+            f"for {num_questions - num_literal} of {num_questions} test questions"
         )
     return (
-        f"## Prompt\n\nThe student knows this text, with the question in place of `{PLACE}` and no space behind it, "
-        f"and no chat template:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on with {goes_on}, "
-        f'and ends it with `{recipe.end}`.\n\n```bash\npython example.py "a question"\n```'
+        "## Prompt\n\nAsk it by one message of the user, the question alone: the chat template makes the prompt that "
+        'it has learned.\n\n```python\nfrom transformers import pipeline\n\nstudent = pipeline("text-generation", '
+        'model=".")\nstudent([{"role": "user", "content": "a question"}])\n```\n\nThe prompt is this text, with the '
+        f"question in place of `{PLACE}`:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on with "
+        f"{goes_on}, and ends it with `{recipe.end}`. `example.py` answers as the student was evaluated:\n\n"
+        '```bash\npython example.py "a question"\n```'
     )
 
 

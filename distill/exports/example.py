@@ -27,7 +27,7 @@ def text_ids(tokenizer: Any, contexts: Sequence[str], text: str) -> list[int]:
 
 def prompt_ids(tokenizer: Any, prompt: Mapping[str, Any], question: str) -> list[int]:
     """Token ids of the whole prompt; ValueError if the question is too long."""
-    ids = text_ids(tokenizer, prompt["contexts"], f" {question}")
+    ids = text_ids(tokenizer, prompt["contexts"], prompt["question_spaces"] + question)
     limit = prompt["max_question_tokens"]
     if len(ids) > limit and not (prompt["is_cut"] and limit > 0):
         raise ValueError(f"the question has {len(ids)} tokens; at most {limit} are allowed")
@@ -52,9 +52,10 @@ class Student:
         ids = prompt_ids(self.tokenizer, self.prompt, question)
         reply, written = {}, self.write(ids)
         if self.prompt["mode"] == "reasoned":
-            rationale, cue, written = written.partition("\n" + self.prompt["answer_cue"])
+            rationale, cue, written = written.partition(self.prompt["answer_cue"])
             reply, written = {"rationale": rationale.strip()}, written if cue else ""
-            ids += text_ids(self.tokenizer, self.prompt["contexts"], f" {rationale.strip()}") + self.prompt["separator"]
+            reasoning = self.prompt["target_spaces"] + rationale.strip()
+            ids += text_ids(self.tokenizer, self.prompt["contexts"], reasoning) + self.prompt["separator"]
         written = written.strip()
         return {"answer": self.choose(ids) if self.prompt["choices"] else written, "written": written} | reply
 

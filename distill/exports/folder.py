@@ -13,7 +13,9 @@ from distill.errors import ConfigError
 from distill.exports.card import card
 from distill.exports.harness import HarnessTask, harness_task
 from distill.exports.recipe import Recipe, make_recipe, num_literal
-from distill.prompts.cues import Prompts, build_prompts
+from distill.lessons.join import first_span
+from distill.prompts.rendering import Prompts, build_prompts
+from distill.prompts.serving import served_tokenizer
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
 from distill.reports.runs import Run, number, read_run
@@ -34,12 +36,22 @@ def export(run_dir: Path, to: Path) -> str:
         raise ConfigError(f"{to} already exists; give a new folder: to=…")
     run = read_run(run_dir)
     shutil.copytree(student, to)
-    # An earlier version kept the chat template and the sampling of the model that the student is made from.
-    write_greedy_settings(to, load_tokenizer(student), int(number(run.config.get("max_new_tokens")) or 0) or None)
+    _write_tokenizer(run, to)
     recipe, count, message = _write_recipe(run, to)
     usage, harness_message = _write_task(run, to)
     (to / "README.md").write_text(card(run, recipe, count, usage), encoding="utf-8")
     return f"{message}\n{harness_message}"
+
+
+def _write_tokenizer(run: Run, to: Path) -> None:
+    """Write what an earlier version did not save with a student: its prompt as a chat template, and greedy settings."""
+    tokenizer = load_tokenizer(to)
+    try:
+        prompts, config, _ = _parts(run)
+        tokenizer = served_tokenizer(prompts, first_span(config.task.answer_mode))
+    except (*configuration.INVALID_CONFIG, ValueError):
+        tokenizer.chat_template = None  # it may be that of the model that the student is made from
+    write_greedy_settings(to, tokenizer, int(number(run.config.get("max_new_tokens")) or 0) or None)
 
 
 def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:

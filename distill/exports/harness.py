@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from distill.errors import ConfigError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from distill.tasks import Task, is_right
 
@@ -90,7 +90,7 @@ def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Exa
     rows, num_differing = [], 0
     for example, gold in zip(examples, right, strict=True):
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
-        text = prompts.decode(ids)
+        text = prompts.frame.pieces.decode(ids[_num_added(prompts, ids) :], skip_special=False)
         rows.append({"id": example.id, "prompt": text, "gold": gold})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
@@ -98,9 +98,15 @@ def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Exa
     return HarnessTask(f"distill_{safe_name}", tuple(answers), tuple(rows), num_differing)
 
 
+def _num_added(prompts: Prompts, ids: Sequence[int]) -> int:
+    """Number of special tokens at the start of a prompt that the harness's tokenizer adds by itself."""
+    start = prompts.frame.pieces.start
+    return len(start) if tuple(ids[: len(start)]) == start else 0
+
+
 def _continuation(prompts: Prompts, choice: str) -> str:
     """Text of a whole answer after a prompt, with its end token; alone, some tokenizers drop its leading space."""
-    cue = prompts.encode(prompts.layout.answer_cue)
+    *_, cue = prompts.frame.question("answer", "")
     text = prompts.decode(cue + prompts.answer_ids(choice)).removeprefix(prompts.decode(cue))
     return f"{text}{prompts.token_text(prompts.end)}"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.exports import example
-from distill.lessons.join import AnswerMode
-from distill.prompts.cues import Prompts
+from distill.lessons.join import AnswerMode, first_span
 from distill.prompts.pieces import CONTEXTS
+from distill.prompts.rendering import Prompts
 from distill.records import Example, Span
 
 PLACE = "{question}"
@@ -31,6 +31,8 @@ class Recipe:
     contexts: tuple[str, ...]
     max_question_tokens: int
     is_cut: bool
+    question_spaces: str
+    target_spaces: str
     answer_cue: str
     separator: tuple[int, ...]
     choices: Mapping[str, tuple[int, ...]]
@@ -48,19 +50,20 @@ class Recipe:
 def make_recipe(prompts: Prompts, config: Config, questions: Sequence[Example]) -> Recipe:
     """Make the recipe of a student with these prompts; ValueError if its example would read a question otherwise."""
     mode: AnswerMode = config.task.answer_mode
-    span, layout = _span(mode), prompts.layout
-    cue = layout.answer_cue if mode == "direct" else layout.rationale_cue
-    before, after = _around(prompts, span, cue)
+    span = first_span(mode)
+    before, after = _around(prompts, span)
     choices = {choice: prompts.answer_ids(choice) for choice in configuration.build(config.task.examples).choices}
     recipe = Recipe(
         mode=mode,
-        text=f"{layout.instruction}\n\n" * bool(layout.instruction) + f"{layout.question_cue} {PLACE}\n{cue}",
+        text=PLACE.join(prompts.literal(span)),
         before=before,
         after=after,
         contexts=_contexts(prompts, questions),
         max_question_tokens=prompts.max_length - len(before) + len(prompts.prefix(span)) - len(after),
         is_cut=prompts.too_long == "cut",
-        answer_cue=layout.answer_cue,
+        question_spaces=prompts.frame.question_lead,
+        target_spaces=prompts.frame.target_lead,
+        answer_cue=prompts.frame.separator,
         separator=prompts.separator_ids(),
         choices=choices,
         end=prompts.token_text(prompts.end),
@@ -79,19 +82,15 @@ def make_recipe(prompts: Prompts, config: Config, questions: Sequence[Example]) 
 def num_literal(recipe: Recipe, prompts: Prompts, questions: Sequence[Example]) -> int:
     """Number of questions whose literal prompt, tokenized as one text, has exactly the ids that the student learned."""
     texts = [recipe.text.replace(PLACE, question.question) for question in questions]
-    learned = [_learned(prompts, question, _span(recipe.mode)) for question in questions]
-    return sum(tuple(prompts.tokenizer(text).input_ids) == ids for text, ids in zip(texts, learned, strict=True))
+    tokens = [tuple(prompts.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    learned = [_learned(prompts, question, first_span(recipe.mode)) for question in questions]
+    return sum(ids == expected for ids, expected in zip(tokens, learned, strict=True))
 
 
-def _span(mode: AnswerMode) -> Span:
-    return "answer" if mode == "direct" else "rationale"
-
-
-def _around(prompts: Prompts, span: Span, cue: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _around(prompts: Prompts, span: Span) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids before and after the question's own."""
-    whole = prompts.prefix(span) + prompts.question(_SHORT, span)
-    after = prompts.encode("\n") + prompts.encode(cue)
-    return whole[: len(whole) - len(prompts.encode(f" {_SHORT.question}")) - len(after)], after
+    head, _, after = prompts.frame.question(span, _SHORT.question)
+    return prompts.prefix(span) + head, after
 
 
 def _learned(prompts: Prompts, question: Example, span: Span) -> tuple[int, ...]:
@@ -108,6 +107,6 @@ def _read(prompts: Prompts, recipe: Recipe, question: Example) -> Sequence[int]:
 
 def _contexts(prompts: Prompts, questions: Sequence[Example]) -> tuple[str, ...]:
     """Texts after which a piece is tokenized; none if it is tokenized as a text of its own."""
-    pieces = ["\n", *(f" {question.question}" for question in (*questions, _SHORT))]
+    pieces = [f"{prompts.frame.question_lead}{question.question}" for question in (*questions, _SHORT)]
     is_alone = all(tuple(example.text_ids(prompts.tokenizer, (), piece)) == prompts.encode(piece) for piece in pieces)
     return () if is_alone else CONTEXTS

@@ -25,7 +25,7 @@ from distill.errors import ConfigError
 from distill.lessons.join import Join, Joined, Lesson, Read
 from distill.losses import Objective
 from distill.models import loading, naming
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
 from distill.records import Example, FilteredRationale, RowCounts, Span
@@ -88,7 +88,14 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
     """Pair the vocabularies; None if they are too different and no loss needs it."""
     soft = {name: objective for name, objective in objectives.items() if objective.source == "soft"}
     try:
-        pairing = pair_vocabularies(annotation_job.prompts.tokenizer, student.tokenizer)
+        teacher = annotation_job.prompts
+        if soft and teacher.frame.target_lead != student.frame.target_lead:
+            raise ConfigError(
+                f"{', '.join(soft)}: an answer begins with {teacher.frame.target_lead!r} in the prompt of the teacher and "
+                f"with {student.frame.target_lead!r} in that of the student, so its first tokens differ; choose models "
+                "whose chat templates agree, set prompt=few_shot, or train without these losses"
+            )
+        pairing = pair_vocabularies(teacher.tokenizer, student.tokenizer, ends=(teacher.end, student.end))
     except ConfigError:
         if soft:
             raise

@@ -13,7 +13,7 @@ import numpy as np
 from distill.annotation.reader import AnnotationReader
 from distill.app.machine import paused_collector
 from distill.errors import CacheError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import (
     Annotation,
@@ -27,6 +27,13 @@ from distill.records import (
 )
 
 AnswerMode = Literal["direct", "reasoned"]
+
+
+def first_span(mode: AnswerMode) -> Span:
+    """What a student writes first after a question."""
+    return "answer" if mode == "direct" else "rationale"
+
+
 Needed = frozenset[tuple[Span, str]]
 Scored = tuple[str, Mapping[Span, tuple[int, ...]]]  # the key of a record, and its tokens that have soft targets
 Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]

@@ -7,6 +7,7 @@ keep at all, such as upper case or line breaks, is found by a comparison when it
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 import unicodedata
@@ -19,6 +20,7 @@ from distill.errors import ConfigError
 
 Ids = tuple[int, ...]
 CONTEXTS = ("\n", ".", "a", "0", "é")  # texts before a piece; one whose last token does not merge with it is taken
+_NUM_CACHED_TEXTS = 512  # cues and choices recur in every example, and the texts of an example in its sequences
 # Changed by tokenizers that fold case, spaces, compatibility characters or accents, or delete characters.
 _NORMAL = ("A b  C ² é", "a\tb", string.digits, string.punctuation)
 
@@ -30,6 +32,7 @@ class Pieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[str]) -> None:
         """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order."""
         self._tokenizer = tokenizer
+        self._inside = functools.lru_cache(_NUM_CACHED_TEXTS)(self._encode_inside)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         special.pop(tokenizer.unk_token_id, None)  # unknown text is a part of a text
@@ -49,10 +52,17 @@ class Pieces:
 
     def __call__(self, text: str) -> Ids:
         """Token ids of a piece that follows other text; a special token is never among them."""
+        return self._inside(text)
+
+    def template(self, text: str, *, is_first: bool) -> Ids:
+        """Token ids of a part of a chat template, with the special tokens that it names."""
+        return self._as_text(text, special=True) if is_first else self._inside(text, special=True)
+
+    def _encode_inside(self, text: str, *, special: bool = False) -> Ids:
         if not self._before:
-            return self._as_text(text)
+            return self._as_text(text, special=special)
         for before, before_ids in self._before:
-            ids = self._as_text(before + text)
+            ids = self._as_text(before + text, special=special)
             if ids[: len(before_ids)] == before_ids:
                 return ids[len(before_ids) :]
         raise ConfigError(
@@ -65,13 +75,13 @@ class Pieces:
             self._tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
-    def _as_text(self, text: str) -> Ids:
-        """Token ids of a text on its own, without special tokens."""
+    def _as_text(self, text: str, *, special: bool = False) -> Ids:
+        """Token ids of a text on its own, without special tokens, or with those that it names."""
         if not text:
             return ()
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special))
         # Where the name of a special token is also an entry of the vocabulary, as in Unigram, it is encoded in parts.
-        return ids if self._special_ids.isdisjoint(ids) else self._in_parts(text)
+        return ids if special or self._special_ids.isdisjoint(ids) else self._in_parts(text)
 
     def _in_parts(self, text: str) -> Ids:
         first, *others = self._inside_special.split(text)
@@ -80,12 +90,12 @@ class Pieces:
                 f"the tokenizer of {self._name} has a special token that is ordinary text, in {text[:60]!r}; choose "
                 "another end token (eos_token), which texts do not contain"
             )
-        return sum((self(part) for part in others), self._as_text(first))
+        return sum((self._encode_inside(part) for part in others), self._as_text(first))
 
     def _joined(self, pieces: Sequence[str]) -> str:
         """The text of pieces that were encoded one by one."""
         first, *others = pieces
-        return self.decode(sum((self(piece) for piece in others), self.first(first)))
+        return self.decode(sum((self._encode_inside(piece) for piece in others), self.first(first)))
 
     def _start(self, text: str) -> Ids:
         """The special tokens that stand before a text."""

@@ -83,8 +83,10 @@ def _count(row_E: np.ndarray, like_N: np.ndarray) -> np.ndarray:
     return np.bincount(row_E, minlength=len(like_N)).astype(like_N.dtype)
 
 
-def pair_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Pairing:
-    """Pair the tokens of two tokenizers by their names, and their end tokens by their role.
+def pair_vocabularies(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *, ends: tuple[int, int]
+) -> Pairing:
+    """Pair the tokens of two tokenizers by their names, and the tokens that end their targets, `ends`, by their role.
 
     Raises ConfigError unless they have the same tokens with the same ids. Only added tokens, such as those of a chat,
     may differ; those that the other lacks have no counterpart.
@@ -105,7 +107,8 @@ def pair_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     id_V = np.full(max(teacher_ids.values()) + 1, -1, np.int32)
     for token, index in teacher_ids.items():
         id_V[index] = student_ids.get(token, -1)
-    id_V[id_V == student.eos_token_id] = -1
-    id_V[teacher.eos_token_id] = student.eos_token_id
+    teacher_end, student_end = ends
+    id_V[id_V == student_end] = -1
+    id_V[teacher_end] = student_end
     is_same = len(teacher_ids) == len(student_ids) and np.array_equal(id_V, np.arange(len(id_V)))
     return Pairing(None if is_same else id_V)

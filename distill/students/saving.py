@@ -82,16 +82,14 @@ def save_student(
 
 
 def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> None:
-    """Write a tokenizer without chat template, and settings to generate as the student is evaluated.
+    """Write a tokenizer, and settings to generate as the student is evaluated.
 
-    The student has learned a prompt of its own: a template of the model that it is made from would only mislead it.
+    Removes the chat templates that the folder has: the student knows only the prompt that the tokenizer renders.
     """
     for template in (*folder.glob("*chat_template*"), folder / "additional_chat_templates"):
         shutil.rmtree(template) if template.is_dir() else template.unlink(missing_ok=True)
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    plain.save_pretrained(folder)
-    _greedy(folder, plain, max_new_tokens).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _greedy(folder, tokenizer, max_new_tokens).save_pretrained(folder)
 
 
 def size_bytes(folder: Path) -> int:

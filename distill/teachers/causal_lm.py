@@ -27,7 +27,7 @@ from distill.cache import Codec, uniforms
 from distill.errors import ConfigError
 from distill.models import hub, identity, loading, placement
 from distill.models.reading import PrefixedReader, Reading
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
 from distill.tasks import Task, readable_answer, with_reading
 from distill.teachers import Calibration

@@ -13,7 +13,7 @@ from distill.app.files import sha256
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.cache import Codec
 from distill.errors import ConfigError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
 from distill.tasks.tables import check_columns, raise_problems, read_file

@@ -37,7 +37,7 @@ from distill.lessons.curriculum import (
 )
 from distill.lessons.join import Lesson, Read
 from distill.models import hub, placement
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import (
     SPANS,

@@ -27,8 +27,10 @@ from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
+from distill.lessons.join import first_span
 from distill.lessons.loader import BatchLimit
 from distill.models.reading import check_student_reading
+from distill.prompts.serving import served_tokenizer
 from distill.records import Annotation, Example, Span
 from distill.reports.page import write_report
 from distill.reports.tables import tables
@@ -201,7 +203,8 @@ def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
     """Save the student as it is shipped, its adapters merged."""
     dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
     merge_adapters(student)
-    return save_student(student, job.prompts.tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
+    tokenizer = served_tokenizer(job.prompts, first_span(job.config.task.answer_mode))
+    return save_student(student, tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:

@@ -17,7 +17,7 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.lessons.collate import collate
 from distill.lessons.join import Join
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing
 from distill.records import Annotation, Batch, Example, Request, Span, Target

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.evaluation.answers import Evaluation
 from distill.evaluation.metrics import score
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from tests.teachers.conftest import Verbs
 

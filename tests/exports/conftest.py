@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from distill.app import config as configuration
 from distill.app.files import write_json, write_json_lines
 from distill.evaluation.answers import Evaluation, model_row
 from distill.lessons.curriculum import Job, prepare
+from distill.lessons.join import first_span
+from distill.prompts.serving import served_tokenizer
 from distill.students.causal_lm import open_student
 from distill.students.saving import save_student
 from distill.tasks.files import FileTask
 from distill.training.run_facts import label_counts, licenses, settings
 from tests.conftest import WHOLE_STUDENT, compose, make_model, reviews, tiny_overrides
+from tests.prompts.templates import TEMPLATES
 from tests.tasks.conftest import answer_format
 from tests.tasks.test_files import task
 
@@ -46,12 +50,21 @@ def taught(model: Any, job: Job) -> None:
         optimizer.zero_grad()
 
 
+def add_template(folder: Path) -> None:
+    """Give a model's tokenizer a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, _, _ = TEMPLATES["Zephyr"]
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Make a run folder with a student that knows its test questions."""
 
     def make(*overrides: str, prepare_model: Callable[[Path], None] = lambda _: None) -> Path:
         folder = make_model(tmp_path / "start", seed=1)
+        if "prompt=chat" in overrides:
+            add_template(folder)
         prepare_model(folder)
         tiny = [o for o in tiny_overrides(tmp_path, folder, folder) if not o.startswith("task")]
         sizes = [f"task.examples.num_{name}=6" for name in ("labelled", "unlabelled", "validation", "test")]
@@ -70,7 +83,8 @@ def choosing(*choices: str, kind: str = "choice") -> FileTask:
 def write_run(job: Job, folder: Path) -> Path:
     model = open_student(folder, **WHOLE_STUDENT)
     taught(model, job)
-    saved = save_student(model, job.prompts.tokenizer, job.run_dir / "student", dtype=torch.float32, max_new_tokens=40)
+    tokenizer = served_tokenizer(job.prompts, first_span(job.config.task.answer_mode))
+    saved = save_student(model, tokenizer, job.run_dir / "student", dtype=torch.float32, max_new_tokens=40)
     task = job.annotation_job.task
     evaluation = Evaluation(saved.model, job.prompts, task, job.config.task.answer_mode, job.config.max_new_tokens)
     predictions = evaluation.predict(job.annotation_job.splits.test, {})

@@ -17,7 +17,8 @@ from distill.exports.card import card, is_taught
 from distill.exports.folder import export
 from distill.exports.recipe import make_recipe, num_literal
 from distill.models.naming import license_of
-from distill.prompts.cues import Layout, Prompts
+from distill.prompts.cues import Layout
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from distill.reports.runs import Run, read_run
 from tests.conftest import compose

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from distill.app import config as configuration
 from distill.exports import example
 from distill.exports.folder import export
-from distill.prompts.cues import build_prompts
+from distill.prompts.rendering import build_prompts
 from distill.records import Example
 from distill.reports.runs import read_run
 from tests.conftest import environment
@@ -29,6 +29,9 @@ MODES = {
     "free text": ("task=jsonl", "task.read.kind=line"),
     "reasoned text": ("task=jsonl", "task.read.kind=line", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
     "instruction": ("task.layout.instruction=Judge it.",),
+    "chat": ("prompt=chat", "prompt.num_shots=0"),
+    "chat with instruction": ("prompt=chat", "prompt.num_shots=0", "prompt.layout.system=Judge it."),
+    "reasoned chat": ("prompt=chat", "prompt.num_shots=0", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
     "cut": ("prompt.max_length=36", "prompt.too_long=cut"),
 }
 
@@ -105,7 +108,23 @@ def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, make_r
     assert_same_answers(replies, run_dir)
 
 
-@pytest.mark.parametrize("mode", ["choices", "reasoned choices", "instruction"])
+@pytest.mark.parametrize("mode", ["choices", "reasoned text", "instruction", "chat", "chat with instruction"])
+def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
+    mode: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run_dir = make_run(*overrides(mode, tmp_path))
+    export(run_dir, tmp_path / "out")
+    student = pipeline("text-generation", model=str(tmp_path / "out"))
+    task = configuration.build(configuration.of(read_run(run_dir).config).task.examples)
+    for row in lines(run_dir / "predictions.jsonl"):
+        reply = student([{"role": "user", "content": row["question"]}])[0]["generated_text"][-1]["content"]
+        if row["student_rationale"] is not None:
+            rationale, _, reply = reply.partition("\nAnswer:")
+            assert rationale.strip() == row["student_rationale"]
+        assert task.read_answer(reply) == row["student_written_answer"]
+
+
+@pytest.mark.parametrize("mode", ["choices", "reasoned choices", "instruction", "chat with instruction"])
 def test_the_literal_prompt_has_the_trained_ids(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
     run_dir = make_run(*overrides(mode, tmp_path))
     export(run_dir, tmp_path / "out")
@@ -120,8 +139,11 @@ def test_the_literal_prompt_has_the_trained_ids(mode: str, make_run: MakeRun, tm
             else prompts.answer_prompt(Example(row["question"], None), "yes")
         )
         start = min(start for start, _ in learned.spans.values())
-        assert tuple(tokenizer(literal.replace("{question}", row["question"])).input_ids) == learned.ids[:start]
-    assert "gives exactly the token ids of training" in card
+        text = literal.replace("{question}", row["question"])
+        assert tuple(tokenizer(text, add_special_tokens=False).input_ids) == learned.ids[:start]
+        messages = [{"role": "user", "content": row["question"]}]
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+    assert "are exactly those of training" in card
 
 
 def with_a_template_and_sampling(folder: Path) -> None:
@@ -137,8 +159,9 @@ def test_template_and_sampling_of_the_source_are_not_exported(make_run: MakeRun,
     with_a_template_and_sampling(run_dir / "student")  # as an earlier version left it
     export(run_dir, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match="chat_template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    message = {"role": "user", "content": "Hello"}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert text == "Review: Hello\nSentiment:"
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.do_sample is False
     assert generation.eos_token_id == tokenizer.eos_token_id

@@ -22,7 +22,7 @@ from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.exports.folder import export
 from distill.exports.harness import HarnessTask, harness_task
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides

@@ -12,7 +12,7 @@ from distill.errors import CacheError
 from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, TrainingSequence
 from distill.lessons.loader import Arrangement, DistillData
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Prompt, SoftTargets, Target
 from tests.conftest import lessons, read
 from tests.lessons.conftest import soft

@@ -16,7 +16,7 @@ from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Join, Joined
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import SPANS, Annotation, Example, FilteredRationale, RowCounts, Target
 from tests.conftest import CountingTeacher, arithmetic, examples

@@ -14,7 +14,7 @@ import pytest
 from distill.errors import ConfigError
 from distill.lessons.join import Lesson
 from distill.lessons.loader import Arrangement, BatchLimit, DistillData, StepSampler
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read
 
 

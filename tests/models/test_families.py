@@ -22,7 +22,7 @@ from distill.lessons.collate import collate
 from distill.losses.head import head_loss
 from distill.models.loading import MODEL_ERRORS
 from distill.models.reading import check_student_reading
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Annotation, Example, Request, Span
 from distill.students.causal_lm import open_student, weights_hash

@@ -21,7 +21,7 @@ from distill.annotation.teacher_module import TeacherModule
 from distill.evaluation.answers import Evaluation, speeds
 from distill.lessons.curriculum import examples_to_annotate, prepare
 from distill.models import loading, placement
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from tests.conftest import LAYOUT, arithmetic
 from tests.teachers.conftest import answer_requests, is_close, make_teacher

@@ -12,7 +12,7 @@ import pytest
 
 from distill.app import config as configuration
 from distill.errors import ConfigError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Prompt
 from tests.conftest import LAYOUT, arithmetic, compose, examples, make_model, make_tokenizer
@@ -176,10 +176,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_choices_and_the_texts_of_an_example_are_tokenized_once(prompts: Prompts) -> None:
     counting = few_shot(prompts)
     pieces: list[str] = []
-    encode = counting._pieces.__class__.__call__
-    counting._encode = functools.lru_cache(counting._encode.cache_parameters()["maxsize"])(
-        lambda text: pieces.append(text) or encode(counting._pieces, text)
-    )
+    encoder = counting.frame.pieces
+    encode, limit = encoder._encode_inside, encoder._inside.cache_parameters()["maxsize"]
+    encoder._inside = functools.lru_cache(limit)(lambda text: pieces.append(text) or encode(text))
     for example in (QUESTION, *examples(20)):
         counting.choice_ids(("yes", "no"))
         counting.request(example, "answer")

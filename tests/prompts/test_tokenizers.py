@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from distill.errors import ConfigError
-from distill.prompts.cues import Layout, Prompts
+from distill.prompts.cues import Layout
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example
 from tests.conftest import make_model

@@ -80,8 +80,12 @@ def test_ids_beyond_the_teachers_vocabulary_are_damage() -> None:
         PAIRING.soft(soft)
 
 
+def paired(teacher: Any, student: Any) -> Pairing:
+    return pair_vocabularies(teacher, student, ends=(teacher.eos_token_id, student.eos_token_id))
+
+
 def test_equal_tokenizers_share_all_ids(teacher_folder: Path, student_folder: Path) -> None:
-    pairing = pair_vocabularies(load_tokenizer(teacher_folder), load_tokenizer(student_folder))
+    pairing = paired(load_tokenizer(teacher_folder), load_tokenizer(student_folder))
     assert pairing == Pairing()
     assert (pairing.num_unpaired, pairing.ids((3, 1))) == (0, (3, 1))
 
@@ -115,7 +119,7 @@ def test_added_tokens_pair_by_name_and_ends_by_role(
     teacher, student = load_tokenizer(teacher_folder), load_tokenizer(student_folder)
     teacher_has(teacher)
     student_has(student)
-    pairing = pair_vocabularies(teacher, student)
+    pairing = paired(teacher, student)
     assert pairing.id_V is not None
     size = max(teacher.get_vocab().values()) + 1
     assert pairing.id_V.tolist() == [expected.get(index, index) for index in range(size)]
@@ -137,5 +141,5 @@ def test_different_vocabularies_are_refused_with_a_remedy(
         state = state.replace(old, new)
     student = type(student)(tokenizer_object=Tokenizer.from_str(state), bos_token="<s>", eos_token="</s>")
     with pytest.raises(ConfigError, match=r"loss=\[answer,rationale\]") as raised:
-        pair_vocabularies(load_tokenizer(teacher_folder), student)
+        paired(load_tokenizer(teacher_folder), student)
     assert found in str(raised.value)

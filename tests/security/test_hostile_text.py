@@ -23,7 +23,7 @@ from distill.cache.codecs.topk import TopK
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation
 from distill.models import loading
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example
 from distill.teachers import Calibration

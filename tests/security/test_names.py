@@ -26,7 +26,7 @@ from distill.errors import ConfigError
 from distill.exports.folder import export
 from distill.exports.harness import harness_task
 from distill.models import naming
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import content_id
 from distill.reports.page import to_html
 from distill.reports.runs import read_run

@@ -19,7 +19,7 @@ from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.losses.head import head_loss
 from distill.models.reading import PrefixedReader
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.students.causal_lm import compiled, merge_adapters, open_student, weights_hash
 from distill.students.saving import save_student, size_bytes
 from distill.training.fit import build_training, fit

@@ -13,10 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill.errors import ConfigError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.students import saving
 from distill.students.causal_lm import merge_adapters, open_student
-from distill.students.saving import SavedStudent, SavedStudentError, save_student, saved_dtype, size_bytes
+from distill.students.saving import (
+    SavedStudent,
+    SavedStudentError,
+    save_student,
+    saved_dtype,
+    size_bytes,
+    write_greedy_settings,
+)
 from tests.conftest import PADDED_ROWS, WHOLE_STUDENT, make_model
 
 FLOAT32 = torch.float32
@@ -154,15 +161,14 @@ def test_the_saved_student_generates_greedily_to_its_own_end(prompts: Prompts, t
     assert written["suppress_tokens"] == list(range(size, size + PADDED_ROWS))
 
 
-def test_the_template_of_the_source_is_not_saved(prompts: Prompts, tmp_path: Path) -> None:
+def test_the_template_of_another_tokenizer_does_not_remain(prompts: Prompts, tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", seed=4)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
     model = open_student(source, **WHOLE_STUDENT)
     save_student(model, tokenizer, tmp_path / "student", dtype=FLOAT32, max_new_tokens=9)
-    assert tokenizer.chat_template  # that of the run is left as it is
+    tokenizer.chat_template = None
+    write_greedy_settings(tmp_path / "student", tokenizer, 9)
     saved = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert saved.chat_template is None
-    with pytest.raises(ValueError, match="chat_template"):
-        saved.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert saved("Two and two.").input_ids == tokenizer("Two and two.").input_ids

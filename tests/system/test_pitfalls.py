@@ -24,7 +24,7 @@ from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.evaluation.answers import Evaluation, speeds
 from distill.models import loading
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Annotation, Example, Request, Splits
 from tests.annotation.conftest import annotate_options

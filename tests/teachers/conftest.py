@@ -16,7 +16,7 @@ from distill.annotation.annotation_job import open_annotation_job
 from distill.app import config as configuration
 from distill.cache.codecs.dense import Dense
 from distill.errors import AnswerError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example, Request, Splits
 from distill.teachers import Calibration
 from tests.conftest import compose, tiny_overrides

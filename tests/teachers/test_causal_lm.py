@@ -21,7 +21,7 @@ from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.models.reading import PrefixedReader
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit

@@ -15,7 +15,7 @@ import torch
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.fill import fill
 from distill.errors import CacheError, ConfigError
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Example
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.teachers.choices import Adjustment, calibrated_offsets

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.lessons.collate import collate
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read, student_module
 from tests.training.conftest import (
     BATCH,

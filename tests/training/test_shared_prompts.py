@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from distill.lessons.collate import collate
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read, student_module
 from tests.training.conftest import BATCH, loss_and_gradients, total_counts
 

@@ -26,7 +26,7 @@ from distill.cache.codecs.dense import Dense
 from distill.lessons import loader as data
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SPANS
 from distill.training import module as modules
 from distill.training.fit import build_training, fit

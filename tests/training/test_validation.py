@@ -21,7 +21,7 @@ from distill.lessons.join import Lesson, TrainingSequence
 from distill.lessons.loader import BatchLimit
 from distill.losses.head import head_loss, predicted_ids
 from distill.models.reading import PrefixedReader
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.teachers import Calibration
 from distill.training.module import StudentModule

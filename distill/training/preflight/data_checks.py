@@ -184,9 +184,8 @@ def _difference(
 ) -> str | None:
     """Return how a target differs from the student's rendering of the teacher's text, or None."""
     prompts, ids = inputs.prompts, prompt.ids[start:stop]
-    cue = prompts.layout.answer_cue if span == "answer" else prompts.layout.rationale_cue
-    if prompt.ids[:start][-len(prompts.encode(cue)) :] != prompts.encode(cue):
-        return f"the {span} {prompts.text(ids)!r} does not follow {cue!r}"
+    if not prompts.is_before_target(prompt.ids[:start], span):
+        return f"the {span} {prompts.text(ids)!r} does not follow {prompts.around_question(span)[1]!r}"
     if span not in sequence.soft:
         return None
     key, _ = sequence.soft[span].place

@@ -16,7 +16,7 @@ from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, Read, TrainingSequence
 from distill.lessons.loader import BatchUnit
 from distill.losses import Objective
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Batch, Prompt, RowCounts, SoftTargets, Span
 from distill.training.module import MakeOptimizer, StudentModule
 

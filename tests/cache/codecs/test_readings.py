@@ -19,7 +19,7 @@ from distill.lessons.collate import collate, entries
 from distill.lessons.curriculum import check_parts
 from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import Head, Term, head_loss
-from distill.prompts.cues import Prompts
+from distill.prompts.rendering import Prompts
 from distill.records import SoftTargets, Target, ragged_indices
 from tests.cache.codecs.conftest import (
     ALL_CODECS,

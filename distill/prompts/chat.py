@@ -1,0 +1,234 @@
+"""Prompts in a model's own chat template: the question is a user's turn, the target the beginning of the assistant's.
+
+The template is not read but rendered, with a marker in place of each text. What lies between the markers is the
+template's, and is encoded with its special tokens; the texts are encoded as pieces, in which no special token occurs.
+A prompt of such parts is compared with the tokens of a whole rendering before a model is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from distill.errors import ConfigError
+from distill.prompts import check_texts
+from distill.prompts.pieces import Ids, Pieces
+from distill.records import Example, Span
+
+Turn = dict[str, str]
+_MARKER = re.compile("\ue000(\\d+)\ue001")  # characters for private use: templates leave them alone
+_QUESTION, _TARGET, _SYSTEM, _SHOTS = range(4)  # numbers of the texts; shots have two each
+BASE = "base"  # name of the template that a saved student's own was made from
+_NO_CLOCK = ""  # in place of the function that tells a template the time: a text cannot be called
+_SAMPLES = (("What is 3 + 4?", "7"), ("Is it so?\nYes or no.", "Yes, it is."))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fixed texts of a conversation; `arguments` are those of the template, such as `enable_thinking`."""
+
+    system: str
+    rationale_request: str
+    answer_cue: str
+    arguments: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for texts in which a line break stayed two characters, as on most command lines."""
+        names = ("system", "rationale_request", "answer_cue")
+        check_texts({f"prompt.layout.{name}": getattr(self, name) for name in names})
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example]) -> Chat:
+        """The layout in the template and the tokens of a model; raises ConfigError if it has no suitable template."""
+        return Chat(self, tokenizer, shots)
+
+
+@final
+class Chat:
+    """A layout in the chat template and the tokens of one model."""
+
+    def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example]) -> None:
+        """Raise ConfigError if the template does not give what a model reads and what it learns to write."""
+        self._layout, self._tokenizer, self._shots = layout, tokenizer, tuple(shots)
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.template = self._base_template()
+        self.pieces = Pieces(tokenizer, ("Say", " so", "\n", "Say", " so"))
+        self.separator = f"\n{layout.answer_cue}"
+        self._split = functools.cache(self._split_at_question)
+        self._has_system_turns = self._accepts_system_turns()
+        self.question_lead = _spaces_after(self._split("answer")[0])
+        self.target_lead, ending = self._around_target()
+        self.end = self._end(ending)
+        if shots:  # which may name special tokens, and then are not encoded as in a whole rendering
+            layout.frame(tokenizer, ())
+        else:
+            self._check()
+
+    def prefix(self, span: Span) -> Ids:
+        """Token ids of the system's turn, of the shots, and of the user's turn up to the question."""
+        texts = self._texts(span)
+        first, *parts = _MARKER.split(self._split(span)[0])
+        ids = self.pieces.template(first.rstrip(), is_first=True)
+        for before, number, after in zip((first, *parts[1::2]), parts[::2], parts[1::2], strict=False):
+            ids += self.pieces(f"{_spaces_after(before)}{texts[int(number)]}")
+            ids += self.pieces.template(after.rstrip(), is_first=False)
+        return ids
+
+    def question(self, span: Span, text: str) -> tuple[Ids, Ids, Ids]:
+        """Token ids of the question, and of what follows up to the target; nothing stands before the question."""
+        _, after = self._split(span)
+        return (), self.pieces(f"{self.question_lead}{text}"), self.pieces.template(after, is_first=False)
+
+    def separator_ids(self) -> Ids:
+        """Token ids between a rationale and the answer after it."""
+        return self.pieces(self._separated(""))
+
+    def around(self, span: Span) -> tuple[str, str]:
+        """The texts before and after the question, without special tokens."""
+        _, _, after = self.question(span, "")
+        return self.pieces.decode(self.prefix(span)) + self.question_lead, self.pieces.decode(after)
+
+    def literal(self, span: Span) -> tuple[str, str]:
+        """The same texts with the names of special tokens, as a tokenizer reads them."""
+        before, after = self._split(span)
+        return self._filled(before, span), after
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The template, which is no part of the tokenizer's fingerprint."""
+        return {"template": hashlib.sha256(self.template.encode()).hexdigest()}
+
+    def _separated(self, rationale: str) -> str:
+        """A rationale and what stands between it and an answer, which brings its own space, or has none."""
+        return f"{rationale}{self.separator}{'' if self.target_lead else chr(10)}"
+
+    def _base_template(self) -> str:
+        """The model's template; of a saved student, whose own template holds its whole prompt, that of its source."""
+        templates = self._tokenizer.chat_template
+        template = templates.get(BASE, templates.get("default")) if isinstance(templates, dict) else templates
+        if not template:
+            raise ConfigError(f"the tokenizer of {self._name} has no chat template; set prompt=few_shot")
+        return str(template)
+
+    def _accepts_system_turns(self) -> bool:
+        try:
+            self._apply([_turn("system", "a"), _turn("user", "b")], begin=True)
+        except TemplateError:
+            return False
+        return True
+
+    def _around_target(self) -> tuple[str, str]:
+        """The spaces before a target, and the text after it."""
+        turns = self._turns("answer")
+        begun = self._rendered(turns, begin=True)
+        whole = self._rendered([*turns, _turn("assistant", _mark(_TARGET))], begin=False)
+        lead, marker, ending = whole.removeprefix(begun).partition(_mark(_TARGET))
+        if not whole.startswith(begun) or not marker or lead.strip():
+            raise ConfigError(
+                f"the chat template of {self._name} begins an assistant's turn with {begun[-60:]!r}, but writes "
+                f"{whole[-60:]!r}: a student would answer after another text than it learned; with templates for "
+                "reasoning, try prompt.layout.arguments={enable_thinking: false}"
+            )
+        return lead, ending
+
+    def _end(self, ending: str) -> int:
+        """The token that ends an assistant's turn."""
+        ids = self.pieces.template(ending, is_first=False)
+        if not ids or ids[0] not in {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}:
+            raise ConfigError(
+                f"the chat template of {self._name} ends an assistant's turn with {ending!r}, expected a special token"
+            )
+        return ids[0]
+
+    def _check(self) -> None:
+        """Compare prompts and their targets, made of parts, with the tokens of their whole rendering."""
+        for question, target in _SAMPLES:
+            self._check_sample(question, target)
+
+    def _check_sample(self, question: str, target: str) -> None:
+        turns = [*self._turns("answer", question), _turn("assistant", target)]
+        rendered = self._filled(self._rendered(turns, begin=False), "answer")
+        whole = self.pieces.template(rendered, is_first=True)
+        _, body, after = self.question("answer", question)
+        ids = (*self.prefix("answer"), *body, *after, *self.pieces(f"{self.target_lead}{target}"), self.end)
+        if whole[: len(ids)] != ids:
+            raise ConfigError(
+                f"the tokenizer of {self._name} encodes {rendered!r} otherwise than its parts, so the prompt that is "
+                "served would not be the one that was trained; set prompt=few_shot, or choose another model"
+            )
+
+    def _split_at_question(self, span: Span) -> tuple[str, str]:
+        """The rendered conversation before and after the last question, up to the target; markers stand for texts."""
+        rendered = self._rendered(self._turns(span), begin=True)
+        numbers = sorted(int(number) for number in _MARKER.findall(rendered))
+        if numbers != sorted([_QUESTION, *self._texts(span)]):
+            reason = "leaves out or repeats texts of earlier turns; set prompt.num_shots=0"
+            raise ConfigError(f"the chat template of {self._name} {reason}")
+        before, _, after = rendered.partition(_mark(_QUESTION))
+        return before, after
+
+    def _filled(self, rendered: str, span: Span) -> str:
+        """A rendered conversation with texts in place of their markers."""
+        texts = self._texts(span)
+        return _MARKER.sub(lambda marker: texts[int(marker[1])], rendered)
+
+    def _texts(self, span: Span) -> dict[int, str]:
+        """The texts of a conversation by the numbers of their markers, without the last question and its target."""
+        texts = {_SYSTEM: self._layout.system} if self._layout.system else {}
+        for number, shot in enumerate(self._shots):
+            if shot.answer is None or (span == "rationale" and shot.rationale is None):
+                raise ConfigError(f"the shot {shot.question[:60]!r} has no answer or no rationale")
+            reasoning = self._separated(f"{shot.rationale}") + self.target_lead if span == "rationale" else ""
+            texts |= {_SHOTS + 2 * number: shot.question, _SHOTS + 2 * number + 1: f"{reasoning}{shot.answer}"}
+        return texts
+
+    def _turns(self, span: Span, question: str | None = None) -> list[Turn]:
+        """The turns up to the last question, with markers in place of all texts, or all but the last question."""
+        request = f"\n{self._layout.rationale_request}" if span == "rationale" else ""
+        turns = []
+        for number in range(_SHOTS, _SHOTS + 2 * len(self._shots), 2):
+            turns += [_turn("user", f"{_mark(number)}{request}"), _turn("assistant", _mark(number + 1))]
+        turns.append(_turn("user", f"{question or _mark(_QUESTION)}{request}"))
+        if self._layout.system and self._has_system_turns:
+            return [_turn("system", _mark(_SYSTEM)), *turns]
+        if self._layout.system:
+            turns[0]["content"] = f"{_mark(_SYSTEM)}\n\n{turns[0]['content']}"
+        return turns
+
+    def _rendered(self, turns: Sequence[Turn], *, begin: bool) -> str:
+        """The text of a conversation, with `begin` up to where the assistant begins to write."""
+        try:
+            return self._apply(turns, begin=begin)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template of {self._name} refuses this prompt: {error}") from None
+
+    def _apply(self, turns: Sequence[Turn], *, begin: bool) -> str:
+        arguments = {"strftime_now": _NO_CLOCK, "chat_template": self.template, **self._layout.arguments}
+        render = functools.partial(self._tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=begin)
+        try:
+            return str(render(list(turns), **arguments))
+        except TypeError as error:
+            if "strftime_now" not in self.template:
+                raise ConfigError(f"the chat template of {self._name} refuses this prompt: {error}") from None
+            raise ConfigError(
+                f"the chat template of {self._name} writes the date into each prompt, so a student would read another "
+                "prompt each day; name a fixed one: prompt.layout.arguments={date_string: 26 Jul 2024}"
+            ) from None
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def _spaces_after(text: str) -> str:
+    """Spaces and line breaks at the end of a text, which are encoded with the text after them."""
+    return text[len(text.rstrip()) :]
+
+
+def _turn(role: str, content: str) -> Turn:
+    return {"role": role, "content": content}

@@ -1,0 +1,219 @@
+"""Renders an example as token ids and spans, for teachers and students.
+
+Every piece is tokenized separately, so the token ids of a target do not depend on the prompt before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from transformers import PreTrainedTokenizerBase
+
+from distill.app import config as configuration
+from distill.app.config import Config
+from distill.app.fingerprint import arguments_of, fingerprint_of
+from distill.errors import ConfigError
+from distill.prompts import Layout
+from distill.prompts.pieces import same_text
+from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
+from distill.records import Example, Prompt, Request, Span
+
+TooLong = Literal["drop", "cut", "refuse"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Rationale and answer of a generated text, as generated: the answer is not canonical."""
+
+    rationale: str
+    answer: str
+
+
+@final
+class Prompts:
+    """Renders examples for a model: few-shot with shots, zero-shot without."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
+        shots: Sequence[Example],
+        *,
+        max_length: int,
+        too_long: TooLong,
+    ) -> None:
+        """`max_length` limits the tokens of prompt and targets together, not counting the shots."""
+        self._arguments = arguments_of(locals())
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.shots = tuple(shots)
+        self.max_length = max_length
+        self.too_long = too_long
+        self.frame = layout.frame(tokenizer, self.shots)
+        self.end = self.frame.end
+        self._prefix = functools.cache(self.frame.prefix)
+
+    def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        """Prompts of the same layout and limits, without shots, for another tokenizer."""
+        return Prompts(tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long)
+
+    @functools.cached_property  # get_vocab builds a new dict on every call
+    def vocabulary_size(self) -> int:
+        """Number of token ids; embedding rows from this index on are padding."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything in the prompts that affects a teacher's targets."""
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        return fingerprint_of(self, self._arguments, tokenizer=tokenizer, **self.frame.fingerprint())
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text inside a prompt; a text from data never produces a special token."""
+        return self.frame.pieces(text)
+
+    def prefix(self, span: Span) -> tuple[int, ...]:
+        """Token ids before every question: start token if the model has one, instruction, shots."""
+        return self._prefix(span)
+
+    def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
+        """Token ids between prefix and target; with `too_long=cut`, cut to leave space for `room` more tokens.
+
+        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
+        """
+        head, body, tail = self.frame.question(span, example.question)
+        surplus = len(head) + len(body) + len(tail) + room - self.max_length
+        if surplus > 0:
+            if self.too_long == "refuse":
+                raise ConfigError(
+                    f"{example.question[:60]!r}… is {surplus} tokens over max_length={self.max_length}; "
+                    "increase max_length, or set too_long=drop or too_long=cut"
+                )
+            if self.too_long == "drop" or surplus >= len(body):
+                raise ValueError(f"{surplus} tokens over max_length={self.max_length}")
+            body = body[: len(body) - surplus]
+        return head + body + tail
+
+    def around_question(self, span: Span) -> tuple[str, str]:
+        """The texts before and after the question in a prompt without shots, up to the target."""
+        return self.frame.around(span)
+
+    def literal(self, span: Span) -> tuple[str, str]:
+        """The same texts with the names of special tokens, as a tokenizer reads them."""
+        return self.frame.literal(span)
+
+    def is_before_target(self, ids: Sequence[int], span: Span) -> bool:
+        """Whether token ids end as they do before a target: after a question, or an answer after its rationale."""
+        endings = [self.frame.question(span, "")[2], *([self.separator_ids()] if span == "answer" else [])]
+        return any(tuple(ids[-len(ending) :]) == ending for ending in endings)
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """Token ids of an answer as a target, with the end token."""
+        return (*self.encode(f"{self.frame.target_lead}{answer}"), self.end)
+
+    def choice_ids(self, choices: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of choices as targets: whole answers, which exclude each other.
+
+        Raises ConfigError if two of them have the same tokens, or one has tokens of another text.
+        """
+        by_ids: dict[tuple[int, ...], str] = {}
+        for choice in choices:
+            ids = self.answer_ids(choice)
+            if ids in by_ids:
+                raise ConfigError(
+                    f"the choices {by_ids[ids]!r} and {choice!r} have the same tokens in the tokenizer of "
+                    f"{self.tokenizer.name_or_path}, which cannot tell them apart; rename one of them"
+                )
+            if not same_text(decoded := self.text(ids[:-1]), choice):
+                raise ConfigError(
+                    f"the tokenizer of {self.tokenizer.name_or_path} reads the choice {choice!r} back as {decoded!r}; "
+                    "rename it, or choose a model whose tokenizer has these characters"
+                )
+            by_ids[ids] = choice
+        return tuple(by_ids)
+
+    def rationale_ids(self, rationale: str) -> tuple[int, ...]:
+        """Token ids of a rationale as a target, without the end token."""
+        return self.encode(f"{self.frame.target_lead}{rationale}")
+
+    def answer_prompt(self, example: Example, answer: str) -> Prompt:
+        """prompt | answer, end token."""
+        target = self.answer_ids(answer)
+        before = self._before_target(example, "answer", len(target))
+        return Prompt(before + target, {"answer": (len(before), len(before) + len(target))})
+
+    def rationale_prompt(self, example: Example, rationale: str, answer: str | None) -> Prompt:
+        """prompt | rationale, end token; or, with an answer, prompt | rationale, cue | answer, end token."""
+        target = self.rationale_ids(rationale)
+        if answer is None:
+            before = self._before_target(example, "rationale", len(target) + 1)
+            ids = (*before, *target, self.end)
+            return Prompt(ids, {"rationale": (len(before), len(ids))})
+        cue, answer_ids = self.separator_ids(), self.answer_ids(answer)
+        before = self._before_target(example, "rationale", len(target) + len(cue) + len(answer_ids))
+        start = len(before) + len(target) + len(cue)
+        spans: dict[Span, tuple[int, int]] = {
+            "rationale": (len(before), len(before) + len(target)),
+            "answer": (start, start + len(answer_ids)),
+        }
+        return Prompt(before + target + cue + answer_ids, spans)
+
+    def separator_ids(self) -> tuple[int, ...]:
+        """Token ids between a rationale and the answer after it."""
+        return self.frame.separator_ids()
+
+    def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
+        """A request, whose key is a hash of all token ids that the teacher reads.
+
+        The teacher reads `given`, or else the example's gold answer if it has one, instead of generating a text.
+        """
+        ids: tuple[int, ...] = ()
+        if span == "answer":
+            text = example.answer if given is None else given
+            ids = self.answer_ids(text) if text is not None else ()
+        elif given is not None:
+            ids = self.rationale_ids(given)
+        question = self.question(example, span)
+        content = json.dumps([span, self.prefix(span), question, ids, *([sample] if sample else [])])
+        key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return Request(key, span, example, question, ids, sample)
+
+    def split_reply(self, token_ids: Sequence[int]) -> Reply:
+        """Decode a text generated after a rationale cue and split it at the answer cue."""
+        text = self.decode(token_ids)
+        rationale, cue, answer = text.partition(self.frame.separator)
+        return Reply(rationale.strip(), answer.strip() if cue else "")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens as it was encoded, without special tokens."""
+        return self.frame.pieces.decode(token_ids)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Decode tokens, without special tokens and outer spaces."""
+        return self.decode(token_ids).strip()
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token; of a special token its name."""
+        return self.frame.pieces.decode([token_id], skip_special=False)
+
+    def _before_target(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
+        return self.prefix(span) + self.question(example, span, room)
+
+
+def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
+    """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`.
+
+    The task's layout has its cues; `prompt=chat` brings a layout of its own.
+    """
+    return Prompts(
+        load_tokenizer(model_dir),
+        configuration.build(config.prompt.get("layout") or config.task.layout),
+        list(shots)[: config.prompt.num_shots],
+        max_length=config.prompt.max_length,
+        too_long=config.prompt.too_long,
+    )

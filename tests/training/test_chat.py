@@ -1,0 +1,69 @@
+"""A run with prompts in the chat templates of teacher and student, from annotation to the student on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from transformers import AutoTokenizer
+
+from distill.errors import ConfigError
+from distill.lessons.curriculum import prepare
+from distill.records import Example
+from tests.prompts.templates import TEMPLATES
+from tests.training.test_saved import SHORT, distilled
+
+Configured = Callable[..., DictConfig]
+CHAT = (*SHORT, "prompt=chat", "prompt.num_shots=2", "loss=[answer,kl,rationale]", "teacher.num_rationales=2")
+
+
+def with_template(source: Path, folder: Path, name: str) -> Path:
+    """A copy of a model with a chat template."""
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, _, _ = TEMPLATES[name]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoned"])
+def test_teacher_and_student_meet_in_their_own_templates(
+    mode: str, configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr")
+    student = with_template(student_folder, tmp_path / "student", "Zephyr, start token")
+    models = (f"teacher.model={teacher}", f"student.model={student}", f"task.answer_mode={mode}")
+    job = prepare(configured(*CHAT, *models), tmp_path / "run")
+    facts, results = distilled(job)
+    assert {"template", "text", "end"} <= {check["check"] for check in facts["preflight"] if check["passed"]}
+    assert results["rows"]["student"]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    message = {"role": "user", "content": "1 + 1?"}
+    text = saved.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    span = "answer" if mode == "direct" else "rationale"
+    learned = job.prompts.prefix(span) + job.prompts.question(Example("1 + 1?"), span)
+    assert tuple(saved.encode(text, add_special_tokens=False)) == learned
+    assert learned[0] == saved.bos_token_id
+    assert job.annotation_job.prompts.prefix(span)[0] != saved.bos_token_id
+
+
+def test_templates_with_other_spaces_before_an_answer_share_no_soft_targets(
+    configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr")
+    student = with_template(student_folder, tmp_path / "student", "Mistral")
+    models = (f"teacher.model={teacher}", f"student.model={student}")
+    with pytest.raises(ConfigError, match=r"kl: an answer begins with '' in .* the teacher and with ' ' in"):
+        prepare(configured(*CHAT, *models), tmp_path / "run")
+    assert prepare(configured(*CHAT, *models, "loss=[answer,rationale]"), tmp_path / "run")
+
+
+def test_a_model_without_a_template_is_refused_before_anything_is_annotated(
+    configured: Configured, teacher_folder: Path, tmp_path: Path
+) -> None:
+    teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr")
+    with pytest.raises(ConfigError, match="has no chat template; set prompt=few_shot"):
+        prepare(configured(*CHAT, f"teacher.model={teacher}"), tmp_path / "run")
