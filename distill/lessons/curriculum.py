@@ -91,9 +91,9 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
         teacher = annotation_job.prompts
         if soft and teacher.frame.target_lead != student.frame.target_lead:
             raise ConfigError(
-                f"{', '.join(soft)}: an answer begins with {teacher.frame.target_lead!r} in the prompt of the teacher and "
-                f"with {student.frame.target_lead!r} in that of the student, so its first tokens differ; choose models "
-                "whose chat templates agree, set prompt=few_shot, or train without these losses"
+                f"{', '.join(soft)}: an answer begins with {teacher.frame.target_lead!r} in the prompt of the teacher "
+                f"and with {student.frame.target_lead!r} in that of the student, so its first tokens differ; choose "
+                "models whose chat templates agree, set prompt=few_shot, or train without these losses"
             )
         pairing = pair_vocabularies(teacher.tokenizer, student.tokenizer, ends=(teacher.end, student.end))
     except ConfigError:

@@ -44,7 +44,7 @@ class Cues:
     """A layout in the tokens of one model."""
 
     question_lead = target_lead = " "
-    template = None
+    template: str | None = None
 
     def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example]) -> None:
         assert tokenizer.eos_token_id is not None

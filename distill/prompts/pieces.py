@@ -11,7 +11,7 @@ import functools
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ class Pieces:
         self._inside_special = _inside(special.values())
         self._check_normalizer()
         self._before: tuple[tuple[str, Ids], ...] = ()  # none: pieces are encoded as texts
-        self.first = self._as_text  # encodes the text with which a prompt begins
+        self.first: Callable[[str], Ids] = self._as_text  # encodes the text with which a prompt begins
         text, decoded = "".join(samples), self._joined(samples)
         if not same_text(decoded, text):
             self._before = tuple((before, self._as_text(before)) for before in CONTEXTS)

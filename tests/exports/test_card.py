@@ -142,7 +142,7 @@ def test_the_example_reads_the_tokens_of_training(make: Callable[[Path], Any], t
         assert tuple(example.prompt_ids(prompts.tokenizer, recipe, question.question)) == learned.ids[:start]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("direct", "a space and its answer"), ("reasoned", "its reasoning")])
+@pytest.mark.parametrize(("mode", "expected"), [("direct", "its answer"), ("reasoned", "its reasoning")])
 def test_the_card_says_what_follows_the_prompt(mode: str, expected: str) -> None:
     layout = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
     prompts = Prompts(joining_full_stop_and_newline(), layout, (), max_length=256, too_long="drop")

@@ -50,13 +50,8 @@ TEMPLATES = {
     "Zephyr": (_ZEPHYR, (), {}),
     "Zephyr, start token": (f"{{{{ bos_token }}}}{_ZEPHYR}", (), {}),
 }
-ENDS = {
-    "Llama 3": "<|eot_id|>",
-    "Gemma": "<end_of_turn>",
-    "Mistral": "</s>",
-    "Zephyr": "</s>",
-    "Zephyr, start token": "</s>",
-}
+ENDS = dict.fromkeys(("Mistral", "Zephyr", "Zephyr, start token"), "</s>")
+ENDS |= {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>"}
 
 
 def chat_tokenizer(template: str, tokens: tuple[str, ...] = ()) -> Any:

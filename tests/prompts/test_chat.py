@@ -98,7 +98,7 @@ def test_special_tokens_in_data_remain_text(name: str) -> None:
 @pytest.mark.parametrize("span", ["answer", "rationale"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_served_tokenizer_renders_what_the_student_has_learned(name: str, span: Span) -> None:
-    for system in ("", "Say 'yes' or \\no {{ x }} 😀."):
+    for system in ("", "Say 'yes' or \\ {{ x }} 😀."):
         prompts = prompts_of(name, system=system)
         tokenizer = served_tokenizer(prompts, span)
         messages = [{"role": "user", "content": "Is 5 odd?"}]
