@@ -13,7 +13,7 @@ import pytest
 
 from distill.errors import ConfigError
 from distill.lessons.join import Lesson
-from distill.lessons.loader import Arrangement, BatchLimit, DistillData, StepSampler
+from distill.lessons.loader import Arrangement, BatchLimit, DistillData, StepSampler, microbatches_per_step
 from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read
 
@@ -224,3 +224,12 @@ def test_every_microbatch_of_a_step_of_tokens_has_an_example(prompts: Prompts) -
     microbatches = [microbatch for rank in (0, 1) for microbatch in sampler(all_lessons, rank=rank, **settings)]
     assert len(microbatches) == 160
     assert all(microbatch.indices for microbatch in microbatches)
+
+
+@pytest.mark.parametrize(
+    ("examples", "microbatch", "processes", "expected"), [(8, 2, 1, 4), (8, 2, 2, 2), (9, 2, 2, 3), (1, 4, 2, 1)]
+)
+def test_a_process_has_microbatches_for_its_part_of_a_step(
+    examples: int, microbatch: int, processes: int, expected: int
+) -> None:
+    assert microbatches_per_step(examples, microbatch, processes) == expected

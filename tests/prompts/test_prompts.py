@@ -14,7 +14,7 @@ from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
-from distill.records import Example, Prompt
+from distill.records import Example, Prompt, Span
 from tests.conftest import LAYOUT, arithmetic, compose, examples, make_model, make_tokenizer
 
 SHOTS = arithmetic().shots()
@@ -110,9 +110,20 @@ def test_a_too_long_question_is_dropped_cut_or_refused(prompts: Prompts) -> None
     assert Prompts(prompts.tokenizer, LAYOUT, (), max_length=exact, too_long="refuse").answer_prompt(QUESTION, "3")
 
 
+@pytest.mark.parametrize("span", ["answer", "rationale"])
+def test_a_question_that_just_fits_is_asked_whole(prompts: Prompts, span: Span) -> None:
+    length = len(prompts.question(QUESTION, span))
+    for too_long in ("drop", "cut", "refuse"):
+        exact = few_shot(prompts, shots=[], max_length=length, too_long=too_long)
+        assert exact.question(QUESTION, span) == prompts.question(QUESTION, span)
+    with pytest.raises(ValueError, match="1 tokens over"):
+        few_shot(prompts, shots=[], max_length=length - 1).question(QUESTION, span)
+
+
 def test_a_key_depends_on_exactly_what_the_teacher_reads(prompts: Prompts) -> None:
     plain, with_shots = prompts, few_shot(prompts)
     key = plain.request(QUESTION, "answer").key
+    assert len(key) == 32
     assert key == plain.request(replace(QUESTION, rationale="another"), "answer").key
     others = {
         plain.request(QUESTION, "rationale").key,
