@@ -47,7 +47,7 @@ def _write_tokenizer(run: Run, to: Path) -> None:
     """Write what an earlier version did not save with a student: its prompt as a chat template, and greedy settings."""
     tokenizer = load_tokenizer(to)
     try:
-        prompts, config, _ = _parts(run)
+        prompts, config = _prompts(run)
         tokenizer = served_tokenizer(prompts, first_span(config.task.answer_mode))
     except (*configuration.INVALID_CONFIG, ValueError):
         tokenizer.chat_template = None  # it may be that of the model that the student is made from
@@ -76,18 +76,24 @@ def _write_task(run: Run, to: Path) -> tuple[str, str]:
     return _usage(task), message + (f"\n({task.caution})" if task.caution else "")
 
 
-def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
-    """The student's prompts, its configuration and test questions; the task's data is not needed."""
+def _prompts(run: Run) -> tuple[Prompts, Config]:
+    """The student's prompts and its configuration; the task's data is not needed."""
     config = configuration.of(
         {key: run.config[key] for key in ("task", "prompt", "max_new_tokens") if key in run.config}
     )
     configuration.check(config)
+    return build_prompts(config, run.folder / "student"), config
+
+
+def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
+    """The student's prompts, its configuration and test questions."""
+    prompts, config = _prompts(run)
     if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
         raise ConfigError(*damaged)
     examples = [
         Example(row["question"], row["gold"], accepted=tuple(row.get("accepted") or ())) for row in run.predictions
     ]
-    return build_prompts(config, run.folder / "student"), config, examples
+    return prompts, config, examples
 
 
 def _task(run: Run) -> HarnessTask:
