@@ -9,8 +9,8 @@ less, a negated condition, and for or, True for False, a loop without a pass, an
 is drawn before one of the operators that fit it, so a line with many possible mutants is not drawn more often.
 
 Not drawn, because no test should notice them: type annotations, decorators, `if TYPE_CHECKING`, arguments of exceptions
-and of functions that print, `strict=` of `zip`; `is` for `==` and the reverse. Strings are never changed, nor are
-docstrings.
+and of functions that print, `strict=` of `zip`; `is` for `==` and the reverse; 1 for -1 where it is the last axis of a
+matrix. Strings are never changed, nor are docstrings.
 
 A mutant is killed when the fast tests of its package (`tests/<package>`) fail or exceed their time limit. Nothing is
 changed in place: each process works in its own copy. Results are kept in the folder `--out`, and the same command

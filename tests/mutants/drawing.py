@@ -28,6 +28,7 @@ AREAS = {
     "verdicts": ("distill/reports/verdicts.py",),
     "costs": ("distill/reports/costs.py",),
 }
+_ON_AXES = {"cat", "cumsum", "log_softmax", "logsumexp", "softmax", "squeeze", "stack", "sum", "unsqueeze"}
 _SPEAKS = {"say", "warn", "print"}  # functions whose arguments are texts for people
 
 
@@ -73,7 +74,28 @@ def draw(root: Path, areas: Sequence[str], number: int, seed: int) -> list[Mutan
     rounds = max(map(len, places), default=0)
     drawn = (group[index] for index in range(rounds) for group in places if index < len(group))
     sources = {path: (root / path).read_text() for path in modules(root, areas)}
-    return [*islice((mutant for mutant in drawn if is_program(mutant.source(sources[mutant.path]))), number)]
+    differing = (mutant for mutant in drawn if is_different_program(sources[mutant.path], mutant))
+    return [*islice(differing, number)]
+
+
+def is_different_program(original: str, mutant: Mutant) -> bool:
+    """Whether Python can read the mutant, and it is more than another name for the last axis of a matrix."""
+    source = mutant.source(original)
+    if not is_program(source):
+        return False
+    is_sign = mutant.operator.removeprefix("core/ReplaceUnaryOperator_") in ("Delete_USub", "USub_UAdd")
+    return not (is_sign and _without_last_axes(source) == _without_last_axes(original))
+
+
+def _without_last_axes(source: str) -> str:
+    """A program in which the last axis of a matrix is always 1, be it written as 1, +1 or -1."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ON_AXES:
+            node.args = [
+                ast.Constant(1) if ast.unparse(argument) in ("1", "-1", "+1") else argument for argument in node.args
+            ]
+    return ast.unparse(tree)
 
 
 def is_program(source: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("cosmic_ray")
 
 from tests.mutants.__main__ import ROOT, killed, table
-from tests.mutants.drawing import AREAS, Mutant, by_place, draw, is_program, modules
+from tests.mutants.drawing import AREAS, Mutant, by_place, draw, is_different_program, is_program, modules
 from tests.mutants.running import Copies, Job, Result, append, ended, forked, read_results, suite_of
 
 SOURCE = '''"""A module of 1 function: 2 + 2."""
@@ -57,6 +57,14 @@ def test_every_mutant_changes_one_line_of_a_program() -> None:
         text = (ROOT / mutant.path).read_text()
         assert mutant.diff(text).count("\n+") == 1
         assert is_program(mutant.source(text))
+
+
+def test_another_name_of_the_last_axis_is_no_mutant() -> None:
+    source = "total = x.sum(-1) + y.at(-1) + z.sum(-2)\n"
+    mutants = [mutant for group in by_place("m.py", source) for mutant in group]
+    drawn = {mutant.source(source) for mutant in mutants if is_different_program(source, mutant)}
+    assert "total = x.sum(1) + y.at(-1) + z.sum(-2)\n" not in drawn
+    assert {"total = x.sum(-1) + y.at(1) + z.sum(-2)\n", "total = x.sum(-1) + y.at(-1) + z.sum(2)\n"} <= drawn
 
 
 def test_a_sample_is_a_function_of_its_seed_and_draws_each_place_once() -> None:
