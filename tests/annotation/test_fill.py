@@ -142,6 +142,7 @@ def test_records_of_another_teacher_are_detected_despite_correct_checksums(
     job.teacher.close()
 
 
+@pytest.mark.slow
 def test_a_cache_can_be_inspected_verified_and_repaired(
     tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -371,6 +371,7 @@ def drawn(parameter: dict[str, Any]) -> list[Any]:
     return parameter.get("values") or [parameter["min"], parameter["max"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", conf_names("sweep"))
 def test_the_command_of_a_wandb_agent_composes(name: str) -> None:
     sweep = yaml.safe_load((configuration.CONF / "sweep" / f"{name}.yaml").read_text())

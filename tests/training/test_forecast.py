@@ -137,9 +137,12 @@ CASES = {
     "two": [LOSSES, "soft"],
     "cut": [LOSSES, "prompt.max_length=60", "prompt.too_long=cut"],
 }
+FAST_CASES = ("one", "labels", "reasoned")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in FAST_CASES else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_bounds_are_not_below_the_actual_figures(
     case: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
