@@ -139,6 +139,12 @@ def test_one_arm_with_a_mistake_is_enough_to_tell_a_test_from_an_easy_one(make_r
     assert verdict_of(*folders).status == "not shown"
 
 
+def test_a_verdict_gives_both_accuracies(make_run: Make) -> None:
+    sentence = verdict_of(make_run(BASELINE, 0.6), make_run(("kl",), 0.7)).sentence
+    assert "at equal budget (70.0 % [" in sentence
+    assert "] versus 60.0 % [" in sentence
+
+
 def test_a_single_baseline_needs_no_choice_among_baselines(make_run: Make) -> None:
     verdict = verdict_of(make_run(BASELINE, 0.6), make_run(("kl",), 0.7))
     assert not [caveat for caveat in verdict.caveats if "baselines have this budget" in caveat]
