@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import CacheError, ConfigError
 from distill.records import Annotation, SoftTargets, SoftTargetsKey, Target, ragged_indices
 
+_NONE = -1  # the student's id for a token of the teacher that has no counterpart
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -75,7 +77,9 @@ class Pairing:
             span: Target(self.ids(target.token_ids), target.soft and self.soft(target.soft))
             for span, target in annotation.targets.items()
         }
-        return replace(annotation, targets={s: target for s, target in targets.items() if -1 not in target.token_ids})
+        return replace(
+            annotation, targets={s: target for s, target in targets.items() if _NONE not in target.token_ids}
+        )
 
 
 def _count(row_E: np.ndarray, like_N: np.ndarray) -> np.ndarray:
@@ -104,11 +108,11 @@ def pair_vocabularies(
             "student. Use models of one family, or train without the losses that need soft targets: "
             "loss=[answer,rationale]"
         )
-    id_V = np.full(max(teacher_ids.values()) + 1, -1, np.int32)
+    id_V = np.full(max(teacher_ids.values()) + 1, _NONE, np.int32)
     for token, index in teacher_ids.items():
-        id_V[index] = student_ids.get(token, -1)
+        id_V[index] = student_ids.get(token, _NONE)
     teacher_end, student_end = ends
-    id_V[id_V == student_end] = -1
+    id_V[id_V == student_end] = _NONE
     id_V[teacher_end] = student_end
     is_same = len(teacher_ids) == len(student_ids) and np.array_equal(id_V, np.arange(len(id_V)))
     return Pairing(None if is_same else id_V)

@@ -123,7 +123,7 @@ def _price(price: Prices, rows: Sequence[Json]) -> Spread | None:
 def _is_below(left: Spread | None, right: Spread | None) -> bool | None:
     if left is None or right is None or (left.low < right.high and right.low < left.high):
         return None
-    return left.high < right.low
+    return left.value < right.value
 
 
 def break_even_text(cost: Cost) -> str:

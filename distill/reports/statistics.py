@@ -188,7 +188,7 @@ def fit_power_law(x: Sequence[float], error: Sequence[float], *, level: float = 
     slope, intercept = map(float, np.polyfit(log_x, log_error, 1))
     number = len(log_x)
     others = ~np.eye(number, dtype=bool)
-    left_out = np.array([np.polyfit(log_x[keep], log_error[keep], 1)[0] for keep in others if np.ptp(log_x[keep]) > 0])
+    left_out = np.array([np.polyfit(log_x[keep], log_error[keep], 1)[0] for keep in others])
     spread = math.sqrt((number - 1) / number * float(((left_out - left_out.mean()) ** 2).sum()))
     half = student_t(level, number - 2) * spread
     return PowerLaw(math.exp(intercept), -slope, -slope - half, -slope + half)

@@ -60,7 +60,7 @@ class Verdict:
     def is_worse_than_hard_labels(self) -> bool:
         """Whether the arm is worse than the teacher's answers alone, and that decides its verdict."""
         hard, labels = self.over_hard_labels, self.difference
-        is_worse = self.status == "worse" and hard is not None and hard.status == "worse"
+        is_worse = hard is not None and hard.status == "worse"  # which makes the verdict "worse"
         return is_worse and (labels is None or labels.status != "worse")
 
     @property

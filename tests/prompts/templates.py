@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tests.prompts.kinds import byte_level
@@ -54,9 +55,9 @@ ENDS = dict.fromkeys(("Mistral", "Zephyr", "Zephyr, start token"), "</s>")
 ENDS |= {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>"}
 
 
-def chat_tokenizer(template: str, tokens: tuple[str, ...] = ()) -> Any:
-    """A tokenizer of bytes with these special tokens and this template."""
-    tokenizer = byte_level()
+def chat_tokenizer(template: str, tokens: tuple[str, ...] = (), kind: Callable[[], Any] = byte_level) -> Any:
+    """A tokenizer, of bytes unless another kind is given, with these special tokens and this template."""
+    tokenizer = kind()
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     tokenizer.chat_template = template
     return tokenizer

@@ -13,6 +13,7 @@ from distill.prompts.chat import Layout
 from distill.prompts.rendering import Prompts
 from distill.prompts.serving import served_tokenizer
 from distill.records import Example, Span
+from tests.prompts.kinds import KEPT
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
 
 LAYOUT = Layout(system="", rationale_request="Why?", answer_cue="Answer:", arguments={})
@@ -20,10 +21,10 @@ SHOTS = (Example("Is 3 odd?", "yes", "Half of 3 is no whole number."), Example("
 WORDS = ("Is", "it", "so?", "3", "+", "10", "é", "no,", "\n", "  ", "yes", "<s>", "<|im_end|>", "[INST]")
 
 
-def prompts_of(name: str, shots: tuple[Example, ...] = (), **changes: Any) -> Prompts:
+def prompts_of(name: str, shots: tuple[Example, ...] = (), kind: str = "byte-level", **changes: Any) -> Prompts:
     template, tokens, arguments = TEMPLATES[name]
     layout = replace(LAYOUT, arguments=arguments, **changes)
-    return Prompts(chat_tokenizer(template, tokens), layout, shots, max_length=512, too_long="drop")
+    return Prompts(chat_tokenizer(template, tokens, KEPT[kind]), layout, shots, max_length=512, too_long="drop")
 
 
 def conversation(prompts: Prompts, shots: tuple[Example, ...], question: str, answer: str) -> list[dict[str, str]]:
@@ -68,6 +69,21 @@ def test_prompt_and_target_are_the_templates_own_rendering_in_tokens(name: str, 
         end = ENDS.get(name, "<|im_end|>")
         assert prompt.ids[-1] == prompts.end == prompts.tokenizer.convert_tokens_to_ids(end)
         assert prompts.decode(prompt.ids[start:stop]).strip() == answer
+
+
+@pytest.mark.parametrize("kind", ["byte tokens, prepending", "byte tokens, metaspace not split", "byte tokens"])
+@pytest.mark.parametrize("name", ["Mistral", "Gemma", "ChatML"])
+def test_a_space_that_a_tokenizer_puts_before_a_text_stands_nowhere_inside_a_prompt(name: str, kind: str) -> None:
+    prompts = prompts_of(name, SHOTS, kind)
+    prompt = prompts.answer_prompt(Example("Is it 10?\nSay so."), "no, it is")
+    turns = conversation(prompts, SHOTS, "Is it 10?\nSay so.", "no, it is")
+    assert ids_of(prompts, turns, begin=False)[: len(prompt.ids)] == prompt.ids
+    assert ids_of(prompts, turns[:-1], begin=True) == prompt.ids[: prompt.spans["answer"][0]]
+
+
+def test_a_tokenizer_that_joins_the_parts_of_a_template_otherwise_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"encodes '<s><\|start_header_id\|>user.* otherwise than its parts"):
+        prompts_of("Llama 3", kind="byte tokens, prepending")  # which puts a space after each special token
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

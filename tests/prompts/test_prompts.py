@@ -82,6 +82,44 @@ def test_a_users_text_never_produces_special_tokens(prompts: Prompts, text: str)
     assert prompts.tokenizer.decode(prompts.encode(text)) == text
 
 
+def test_each_sample_of_a_rationale_has_a_key_and_a_number(prompts: Prompts) -> None:
+    requests = [prompts.request(QUESTION, "rationale", sample=number) for number in range(4)]
+    assert len({request.key for request in requests}) == 4
+    assert [request.sample for request in requests] == [0, 1, 2, 3]
+    assert requests[0] == prompts.request(QUESTION, "rationale")
+
+
+def test_a_given_text_is_read_in_place_of_the_gold_answer(prompts: Prompts) -> None:
+    assert prompts.request(QUESTION, "answer").given_ids == prompts.answer_ids("3")
+    assert prompts.request(QUESTION, "answer", given="7").given_ids == prompts.answer_ids("7")
+    assert prompts.request(QUESTION, "answer", given="").given_ids == prompts.answer_ids("")
+    assert prompts.request(QUESTION, "rationale").given_ids == ()
+    assert prompts.request(QUESTION, "rationale", given="So.").given_ids == prompts.rationale_ids("So.")
+    assert prompts.request(replace(QUESTION, answer=None), "answer").given_ids == ()
+
+
+@pytest.mark.parametrize("answer", ["3", "three of them", None])
+def test_a_question_is_cut_by_as_much_as_its_targets_need(prompts: Prompts, answer: str | None) -> None:
+    """With a limit below the whole length, the prompt has just the limit; nothing of a target is cut."""
+    whole = prompts.rationale_prompt(QUESTION, "Since so.", answer)
+    for surplus in (1, 3):
+        length = len(whole.ids) - len(prompts.prefix("rationale")) - surplus
+        cut = few_shot(prompts, shots=[], max_length=length, too_long="cut")
+        found = cut.rationale_prompt(QUESTION, "Since so.", answer)
+        assert len(found.ids) == len(whole.ids) - surplus
+        targets = [[p.ids[slice(*span)] for span in p.spans.values()] for p in (found, whole)]
+        assert targets[0] == targets[1]
+
+
+def test_a_question_of_which_nothing_would_remain_is_refused(prompts: Prompts) -> None:
+    length = len(prompts.question(QUESTION, "answer"))
+    body = len(prompts.encode(f" {QUESTION.question}"))
+    cut = few_shot(prompts, shots=[], max_length=length - body + 1, too_long="cut")
+    assert len(cut.question(QUESTION, "answer")) == length - body + 1
+    with pytest.raises(ValueError, match=f"{body} tokens over"):
+        few_shot(prompts, shots=[], max_length=length - body, too_long="cut").question(QUESTION, "answer")
+
+
 def test_a_start_token_occurs_once_and_only_if_the_model_has_one(prompts: Prompts, tmp_path: Path) -> None:
     make_tokenizer(tmp_path, has_start=True)
     for shots in ((), SHOTS):

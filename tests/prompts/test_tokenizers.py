@@ -198,3 +198,14 @@ def test_damaged_files_are_refused_in_a_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer that loads") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_order_of_a_vocabulary_does_not_change_a_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level()
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", None)  # as of a tokenizer that is written in Python
+    vocabulary = tokenizer.get_vocab()
+    prints = []
+    for items in (sorted(vocabulary.items()), sorted(vocabulary.items(), reverse=True), [("a", 1), ("b", 2)]):
+        monkeypatch.setattr(tokenizer, "get_vocab", lambda items=items: dict(items))
+        prints.append(tokenizer_fingerprint(tokenizer))
+    assert prints[0] == prints[1] != prints[2]

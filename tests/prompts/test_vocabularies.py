@@ -19,7 +19,7 @@ from distill.lessons.collate import entries
 from distill.losses.head import Head, Term, head_loss
 from distill.prompts.tokenizers import load_tokenizer
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
-from distill.records import SoftTargets
+from distill.records import Annotation, SoftTargets, Target
 from tests.conftest import codec, divergences
 
 # A teacher of six tokens: its end, 5, is the student's 1; its token 1 and its token 4 have no counterpart.
@@ -78,6 +78,37 @@ def test_ids_beyond_the_teachers_vocabulary_are_damage() -> None:
     soft = Dense().cut(distributions(1, 7, 1), torch.zeros(1))
     with pytest.raises(CacheError, match="token id 6, the teacher has 6 tokens"):
         PAIRING.soft(soft)
+
+
+def test_an_annotation_loses_a_target_of_which_a_token_has_no_counterpart_and_no_other() -> None:
+    soft = Dense().cut(distributions(2, 6, 1), torch.zeros(2))
+    targets = {"rationale": Target((3, 4), soft), "answer": Target((2, 5), soft)}
+    found = PAIRING.annotation(Annotation("key", targets, "yes", "So."))
+    assert (found.key, found.answer, found.rationale) == ("key", "yes", "So.")
+    assert found.targets.keys() == {"answer"}
+    assert found.targets["answer"].token_ids == (2, 1)
+    mapped = found.targets["answer"].soft
+    assert mapped is not None
+    assert mapped.ids_E.tolist() == [0, 2, 3, 1] * 2
+    without = PAIRING.annotation(Annotation("key", {"answer": Target((3, 5), None)}, "yes"))
+    assert without.targets == {"answer": Target((3, 1), None)}
+
+
+def test_tokens_of_a_student_that_its_teacher_has() -> None:
+    assert PAIRING.num_unpaired == 2
+    assert PAIRING.has((0, 1, 2, 3))
+    assert not PAIRING.has((0, 4))
+    assert Pairing().has((0, 4))
+
+
+def test_an_id_without_a_token_has_no_counterpart(teacher_folder: Path, student_folder: Path) -> None:
+    teacher, student = load_tokenizer(teacher_folder), load_tokenizer(student_folder)
+    for tokenizer in (teacher, student):
+        whole = tokenizer.get_vocab()
+        tokenizer.get_vocab = lambda whole=whole: whole | {"far": 330}
+    pairing = paired(teacher, student)
+    assert pairing.id_V is not None
+    assert pairing.id_V.tolist() == [*range(320), *[-1] * 10, 330]
 
 
 def paired(teacher: Any, student: Any) -> Pairing:

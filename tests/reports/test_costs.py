@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.reports.costs import break_even_text, cost, read_prices, yields
 from distill.reports.page import to_html
 from distill.reports.tables import tables
 from distill.reports.text import to_markdown, to_text
@@ -103,3 +107,112 @@ def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
         assert all(value is None or isinstance(value, str | int | float) for line in rows for value in line.values())
     assert [(line["low"], line["num"]) for line in rows_by_table["by_confidence"]] == [(0.5, 250), (0.9, 250)]
     assert rows_by_table["differences"][0]["points"] == pytest.approx(20)
+
+
+def cost_row(*folders: Path, **overrides: Any) -> dict[str, Any]:
+    """The last row of the table of costs."""
+    return dict(tables(summary_of(*folders), overrides)["cost"][-1])
+
+
+@pytest.mark.parametrize(
+    ("prices", "per_hour"),
+    [
+        ({"price_per_hour": 3}, 3),
+        ({"watts": 500, "price_per_kwh": 0.4}, 0.2),
+        ({"price_per_hour": 3, "watts": 500}, 3),
+        ({"price_per_hour": 3, "price_per_kwh": 0.4}, 3),
+        ({"price_per_hour": 0, "watts": 250, "price_per_kwh": 0.4}, 0.1),
+        ({"watts": 500}, None),
+        ({}, None),
+    ],
+)
+def test_an_hour_costs_the_machine_and_its_power_as_far_as_they_are_known(
+    prices: dict[str, float], per_hour: float | None
+) -> None:
+    found = read_prices({"cost": prices | {"currency": "EUR"}}, {})
+    assert found.per_hour == pytest.approx(per_hour)
+    assert found.unit == ("machine seconds" if per_hour is None else "EUR")
+    assert found.of(7200.0) == pytest.approx(7200 if per_hour is None else 2 * per_hour)
+    assert found.of(None) is None
+    assert (found.teacher_per_request, found.requests_per_day) == (None, None)
+
+
+def test_without_a_name_a_currency_is_empty() -> None:
+    assert read_prices({"cost": {"price_per_hour": 1}}, {}).unit == ""
+    assert read_prices({}, {"price_per_hour": 1, "teacher_price_per_1000": 5}).teacher_per_request == 0.005
+
+
+def test_a_price_per_request_counts_only_where_an_hour_has_a_price(make_run: Make) -> None:
+    bought = {"teacher_price_per_1000": 500}
+    assert cost_row(make_run(("kl",)), **bought)["teacher_per_1000"] == pytest.approx(12.0)  # seconds, as measured
+    assert cost_row(make_run(("kl",)), **bought, price_per_hour=1)["teacher_per_1000"] == pytest.approx(500)
+
+
+def test_costs_are_means_over_the_seeds_that_were_measured(make_run: Make) -> None:
+    seconds: list[dict[str, float | None]] = [{"train": 10.0, "evaluate": 1.0}, {"train": 40.0, "evaluate": None}]
+    found = cost_row(*(make_run(("kl",), 0.7, seed, seconds=part) for seed, part in enumerate(seconds)))
+    assert (found["training_seconds"], found["evaluation_seconds"]) == (25.0, 1.0)
+    assert found["total"] == pytest.approx(123.4 + 25 + 1)
+    unmeasured = cost_row(make_run(("kl",), seconds={"train": 10.0}))
+    assert (unmeasured["total"], unmeasured["break_even_requests"]) == (None, None)
+
+
+@pytest.mark.parametrize(("per_day", "days"), [(None, None), (0, None), (250, 174.5 / 0.01 / 250)])
+def test_days_to_break_even_need_a_number_of_requests_a_day(
+    make_run: Make, per_day: float | None, days: float | None
+) -> None:
+    found = cost_row(make_run(("kl",), student=with_latency(2.0)), requests_per_day=per_day)
+    assert found["break_even_requests"] == pytest.approx(174.5 / 0.01)
+    assert found["break_even_days"] == pytest.approx(days)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ((1, 2), (3, 4), True),
+        ((3, 4), (1, 2), False),
+        ((1, 3), (2, 4), None),
+        ((2, 4), (1, 3), None),
+        ((1, 4), (2, 3), None),
+        ((2, 2), (2, 2), False),
+        ((2, 3), (1, 2), False),
+        ((1, 2), (2, 3), True),
+    ],
+)
+def test_a_student_is_cheaper_if_its_slowest_request_is_not_above_the_fastest_of_the_teacher(
+    make_run: Make, student: tuple[float, float], teacher: tuple[float, float], expected: bool | None
+) -> None:
+    folder = make_run(("kl",))
+    results = json.loads((folder / "results.json").read_text())
+    for name, (low, high) in (("student", student), ("teacher", teacher)):
+        times = {"ms_per_example": (low + high) / 2, "ms_fastest": low, "ms_slowest": high}
+        results["rows"][name] |= times
+    (folder / "results.json").write_text(json.dumps(results))
+    (arm,) = (arm for arm in summary_of(folder).trained if arm.losses == ("kl",))
+    found = cost(arm, {})
+    assert found.is_cheaper is expected
+    assert (found.break_even_requests is not None) == (expected is True)
+    if not expected:
+        assert break_even_text(found) == ("not shown" if expected is None else "never")
+
+
+def test_requests_to_break_even_are_rounded_up_and_days_have_two_digits(make_run: Make) -> None:
+    (arm,) = (arm for arm in summary_of(make_run(("kl",), student=with_latency(2.0))).trained if arm.losses)
+    found = cost(arm, {})._replace(break_even_requests=12345.1, break_even_days=None)
+    assert break_even_text(found) == "12,346"
+    assert break_even_text(found._replace(break_even_days=1.256)) == "12,346 (1.3 days)"
+    for missing in ("total", "student_per_1000", "teacher_per_1000"):
+        assert break_even_text(found._replace(**{missing: None})) == "not measured"
+
+
+def test_arms_with_the_same_counts_of_rationales_share_a_yield(make_run: Make) -> None:
+    counts = {"rationales_kept": 3, "rationales_rejected": {"disagrees": 1}}
+    others = {"rationales_kept": 0, "rationales_rejected": {"truncated": 2}}
+    nothing = {"rationales_kept": 0, "rationales_rejected": {}}
+    parts = ((("kl",), 0, counts), (("kl",), 1, counts), (("rationale",), 0, counts), (("answer", "kl"), 0, others))
+    folders = [make_run(losses, 0.7, seed, counts=part) for losses, seed, part in parts]
+    found = yields(summary_of(*folders, make_run(("answer",), counts=nothing)).trained)
+    assert {(part.labels, part.kept, part.share) for part in found} == {
+        (("kl", "rationale"), 3, 0.75),
+        (("answer + kl",), 0, 0.0),
+    }

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from distill.reports.proportions import exact_interval, normal_quantile, paired_score_interval, wilson_interval
-from distill.reports.statistics import FEW, paired_interval, recovered
+from distill.reports.statistics import FEW, few_differences, paired_interval, recovered
 
 COUNTS = [(0, 1), (1, 1), (0, 7), (3, 20), (20, 20), (17, 200), (149, 150), (24_000, 25_000)]
 LEVELS = [0.9, 0.95, 0.998]
@@ -104,3 +104,64 @@ def test_equal_seeds_without_a_difference_have_an_interval_with_a_width() -> Non
     interval = paired_interval(right, right)
     assert interval.high == pytest.approx(-interval.low) == pytest.approx(0.1611, abs=1e-3)
     assert interval.error > 0.05
+
+
+@pytest.mark.parametrize("number", [1, 3, 7, 20, 49, 150, 977])
+def test_an_interval_of_a_proportion_ends_exactly_at_0_and_at_1(number: int) -> None:
+    for interval in (wilson_interval, exact_interval):
+        assert interval(0, number)[0] == 0
+        assert interval(number, number)[1] == 1
+
+
+def test_an_interval_has_a_level_of_95_percent_unless_another_is_given() -> None:
+    assert wilson_interval(3, 20) == wilson_interval(3, 20, 0.95) != wilson_interval(3, 20, 0.9)
+    assert exact_interval(3, 20) == exact_interval(3, 20, 0.95) != exact_interval(3, 20, 0.9)
+    assert paired_score_interval(3, 1, 20) == paired_score_interval(3, 1, 20, 0.95)
+
+
+@pytest.mark.parametrize(("number", "level"), [(1, 0.95), (1, 0.2), (30, 0.998), (3, 0.05)])
+def test_the_paired_interval_of_equal_pairs_is_the_closed_form_at_every_level(number: int, level: float) -> None:
+    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    assert paired_score_interval(0, 0, number, level) == pytest.approx((-z2 / (number + z2), z2 / (number + z2)))
+
+
+def test_examples_that_differ_are_few_below_25() -> None:
+    assert few_differences(np.subtract(*pairs(12, 12)), 0.95) is not None
+    assert few_differences(np.subtract(*pairs(12, 13)), 0.95) is None
+    assert few_differences(np.subtract(*pairs(126, 0)), 0.95) is not None  # 24 are unlike the others
+    assert few_differences(np.subtract(*pairs(125, 0)), 0.95) is None
+
+
+@pytest.mark.parametrize("level", [0.9, 0.99])
+@pytest.mark.parametrize("cells", [[(1, 1)] * 4 + [(1, -1)], [(1, 1)] * 9 + [(0, -1)], [(1, 0), (-1, -1), (-1, 1)]])
+def test_the_ends_of_few_differences_are_counted_example_by_example(cells: list[tuple[int, int]], level: float) -> None:
+    """A column has the differences of an example with two seeds; the other 100 examples have none."""
+    signs = [left + right for left, right in cells if left + right]
+    low, high = stats.binomtest(sum(sign > 0 for sign in signs), len(signs)).proportion_ci(level)
+    size = sum(abs(sign) / 2 for sign in signs) / 100
+    gains, losses = (sum(cell.count(side) for cell in cells) / 2 for side in (1, -1))
+    score = paired_score_interval(gains, losses, 100, level)
+    values = np.array(cells + [(0, 0)] * (100 - len(cells)), np.float64).T
+    expected = min((2 * low - 1) * size, score[0]), max((2 * high - 1) * size, score[1])
+    assert few_differences(values, level) == pytest.approx(expected)
+
+
+def test_the_error_of_an_interval_from_counts_is_its_half_width_in_normal_quantiles() -> None:
+    interval = paired_interval(*pairs(0, 0), level=0.99)
+    assert interval.error == pytest.approx((interval.high - interval.low) / 2 / 2.5758293)
+
+
+def test_an_advantage_in_four_examples_alone_leaves_the_recovered_share_unbounded() -> None:
+    teacher, baseline = pairs(4, 0)
+    share = recovered(baseline, baseline, teacher)
+    assert share is not None
+    assert (share.low, share.high, share.error) == (-math.inf, math.inf, math.inf)
+    assert (share.num_seeds, share.num_examples) == (1, 150)
+
+
+def test_the_recovered_share_of_no_gain_is_as_wide_as_a_gain_over_the_advantage() -> None:
+    teacher, baseline = pairs(75, 0)  # half of 150
+    share = recovered(baseline, baseline, teacher)
+    assert share is not None
+    end = 1.959964**2 / (150 + 1.959964**2)
+    assert share[:3] == pytest.approx((0, -2 * end, 2 * end), abs=1e-6)

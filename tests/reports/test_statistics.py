@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,27 @@ def test_a_larger_family_is_judged_at_a_higher_level() -> None:
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
+def test_without_a_comparison_a_family_keeps_its_level() -> None:
+    assert statistics.family_level(0.95, 0) == pytest.approx(0.95)
+
+
+def test_unless_told_otherwise_an_interval_has_95_percent_10_000_draws_and_a_fixed_seed() -> None:
+    left, right = experiment(np.random.default_rng(8), 2, 0.2, 60)
+    settings: dict[str, Any] = {"level": 0.95, "num_draws": 10_000, "seed": 0}
+    assert statistics.paired_interval(left, right) == statistics.paired_interval(left, right, **settings)
+    both = (right, left, np.ones_like(left))
+    assert statistics.recovered(*both) == statistics.recovered(*both, **settings)
+    points = [1.0, 2.0, 4.0], [1.0, 0.5, 0.5]
+    assert statistics.fit_power_law(*points) == statistics.fit_power_law(*points, level=0.95)
+
+
+def test_a_report_on_the_same_runs_has_the_same_figures_as_ever() -> None:
+    """Recorded; to be recorded again only where the draws are meant to change."""
+    left, right = (np.stack([np.roll(np.arange(70) ** 2 % n < 2, s) for s in range(3)]).astype(float) for n in (3, 5))
+    interval = statistics.paired_interval(left, right, num_draws=2500, level=0.6)
+    assert interval[:4] == pytest.approx((0.4, 0.36666666666667, 0.42857142857143, 0.04202634932447), abs=1e-12)
+
+
 # --- share of the teacher's advantage -----------------------------------------------------------------------
 
 
@@ -148,6 +170,17 @@ def test_the_share_of_an_advantage_that_is_not_shown_is_unbounded() -> None:
     assert (share.estimate, share.low, share.high) == (0, -math.inf, math.inf)
 
 
+def test_the_share_over_seeds_is_linearized_at_its_estimate() -> None:
+    gain, advantage = (
+        np.repeat(rows(*((x,) for x in column)), 40, axis=1) for column in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    )
+    share = statistics.recovered(0 * gain, gain, advantage)
+    assert share is not None
+    # Gain less 0.4 of the advantage: -0.06, 0, 0.06; over the mean advantage of 0.5: -0.12, 0, 0.12.
+    half = 4.3027 * 0.12 / math.sqrt(3)
+    assert share[:3] == pytest.approx((0.4, 0.4 - half, 0.4 + half), abs=1e-4)
+
+
 # --- power, cost, scaling -----------------------------------------------------------------------------------
 
 
@@ -170,6 +203,11 @@ def test_the_detectable_difference_is_shown_four_times_out_of_five() -> None:
     assert np.mean(shown) == pytest.approx(0.8, abs=0.06)
 
 
+def test_the_detectable_difference_is_half_the_width_and_the_quantile_of_80_percent() -> None:
+    interval = statistics.Interval(0.1, -0.3, 0.5, 0.2, 3, 9)
+    assert statistics.detectable(interval) == pytest.approx(0.4 + 0.2 * 0.8416212, abs=1e-6)
+
+
 def test_break_even_is_the_total_over_the_savings_per_request() -> None:
     assert statistics.break_even(100.0, 0.75, 0.25) == 200
     assert statistics.break_even(100.0, 0.25, 0.25) is None
@@ -189,7 +227,14 @@ def test_the_exponents_interval_matches_the_jackknife() -> None:
     assert (law.exponent, law.low, law.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-4)
 
 
-@pytest.mark.parametrize(("x", "error"), [([1.0, 2.0, 2.0], [0.3, 0.2, 0.1]), ([1.0, 2.0, 3.0], [0.3, 0.2, 0.0])])
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        ([1.0, 2.0, 2.0], [0.3, 0.2, 0.1]),
+        ([1.0, 2.0, 3.0], [0.3, 0.2, 0.0]),
+        ([0.0, 2.0, 3.0], [0.3, 0.2, 0.1]),
+    ],
+)
 def test_too_few_points_or_a_zero_error_give_no_power_law(x: list[float], error: list[float]) -> None:
     assert statistics.fit_power_law(x, error) is None
 
@@ -210,7 +255,8 @@ def test_a_point_is_dominated_if_another_is_nowhere_worse_and_somewhere_better()
 
 def test_the_explained_share_matches_the_analysis_of_variance() -> None:
     # Means 1 and 5 around 3: 20 in all, of which 4 within; 1 - 4/20 · 3/2.
-    assert statistics.explained([[0.0, 2.0], [4.0, 6.0]]) == pytest.approx(0.7)
+    for unit in (1.0, 0.01, 1e-5):
+        assert statistics.explained([[0.0, 2 * unit], [4 * unit, 6 * unit]]) == pytest.approx(0.7)
     generator = np.random.default_rng(0)
     groups = [generator.normal(k, 1, size) for k, size in enumerate((5, 3, 8))]
     whole = np.concatenate(groups)

@@ -122,6 +122,24 @@ def test_soft_targets_are_those_of_the_tilted_distribution_of_whole_texts(
     assert torch.allclose(adjustment.score_BC[0].exp(), (whole / whole.sum()).double(), atol=1e-7)
 
 
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_prompts_of_a_batch_are_adjusted_by_their_own_row(is_constrained: bool) -> None:
+    """Three prompts and two choices that begin alike: no axis can be taken for another."""
+    models, choices = [language(seed) for seed in (1, 2, 3)], ((1, END), (1, 2, END))
+    offset_C = torch.tensor([0.7, -1.1], dtype=torch.float64)
+    logprobs = [torch.stack([torch.stack([m[c[:n]][c[n]] for n in range(len(c))]) for m in models]) for c in choices]
+    whole = Adjustment.of(choices, offset_C, is_constrained, logprobs)
+    alone = [Adjustment.of(choices, offset_C, is_constrained, [x[row : row + 1] for x in logprobs]) for row in range(3)]
+    places = [(row, beginning) for beginning in ((), (1,), (2,), (1, 2)) for row in (2, 0, 1)]
+    together_NV = whole.adjust(torch.stack([models[row][beginning] for row, beginning in places]), places)
+    for (row, beginning), found_V in zip(places, together_NV, strict=True):
+        expected_NV = alone[row].adjust(models[row][beginning].unsqueeze(0), [(0, beginning)])
+        assert torch.allclose(found_V, expected_NV[0])
+    assert whole.score_BC.shape == (3, 2)
+    assert torch.allclose(whole.score_BC, torch.cat([adjustment.score_BC for adjustment in alone]))
+    assert torch.allclose(whole.score_BC.exp().sum(1), torch.ones(3).double())
+
+
 def test_a_text_that_no_choice_begins_with_keeps_its_distributions() -> None:
     model = language(9)
     choices = ((1, END), (2, END))
