@@ -168,6 +168,40 @@ def test_buckets_with_zero_probability_give_no_nan(divergence: Any) -> None:
     assert not slope_NB.isnan().any()
 
 
+@EVERY_DIVERGENCE
+def test_exactly_divergences_without_rest_bucket_have_gradients_linear_in_the_target(divergence: Any) -> None:
+    log_q_NB, log_s_NB, log_t_NB = (logprobs(seed) for seed in (13, 14, 15))
+    slopes = [divergence(log_q_NB, log_u_NB)[1] for log_u_NB in (log_s_NB, log_t_NB)]
+    mixed = divergence(log_q_NB, ((log_s_NB.exp() + log_t_NB.exp()) / 2).log())[1]
+    assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
+
+
+LN = math.log
+VALUES_AND_SLOPES_AT_ZERO: dict[Any, list[tuple[float, float]]] = {  # at (q, t) = (0, 0.3), (0.3, 0) and (0, 0)
+    CrossEntropy(): [(math.inf, -0.3), (0, 0), (0, 0)],
+    ForwardKL(): [(math.inf, -0.3), (0, 0), (0, 0)],
+    ReverseKL(): [(0, 0), (0.3 * LN(0.3e9), 0.3 * LN(0.3e9) + 0.3), (0, 0)],  # t is at least 1e-9
+    JensenShannon(beta=0.25): [(0.075 * LN(4), 0), (0.225 * LN(4 / 3), 0.225 * LN(4 / 3)), (0, 0)],
+    SkewKL(alpha=0.2): [(0.3 * LN(5), 0), (0, 0), (0, 0)],
+    SkewReverseKL(alpha=0.2): [(0, 0), (0.3 * LN(5), 0.3 * LN(5)), (0, 0)],
+    TotalVariation(): [(0.15, 0), (0.15, 0.15), (0, 0)],
+}
+
+
+def test_the_limits_of_every_divergence_are_known() -> None:
+    named = {type(divergence) for divergence in divergences("labels", "teacher", "soft").values()}
+    assert named == {type(divergence) for divergence in VALUES_AND_SLOPES_AT_ZERO}
+
+
+@pytest.mark.parametrize("divergence", VALUES_AND_SLOPES_AT_ZERO, ids=lambda d: type(d).__name__)
+def test_values_and_slopes_at_probability_zero_are_their_limits(divergence: Any) -> None:
+    q_B, t_B = torch.tensor([[0.0, 0.3, 0.0], [0.3, 0.0, 0.0]], dtype=torch.float64)
+    value_B, slope_B = divergence(q_B.log(), t_B.log())
+    actual = [*zip(value_B.tolist(), slope_B.tolist(), strict=True)]
+    for pair, expected in zip(actual, VALUES_AND_SLOPES_AT_ZERO[divergence], strict=True):
+        assert pair == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 7, V, 3 * V])
 def test_top_k_keeps_full_softmax_probabilities_and_the_tail_mass(k: int, temperature: float) -> None:
@@ -204,11 +238,27 @@ def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
 
 @pytest.mark.parametrize(
     ("weight", "temperature", "source"),
-    [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels"), (1.0, 2.0, "teacher")],
+    [
+        (-0.1, 1.0, "soft"),
+        (1.0, 0.0, "soft"),
+        (1.0, -0.1, "soft"),
+        (1.0, 2.0, "labels"),
+        (1.0, 0.5, "labels"),
+        (1.0, 2.0, "teacher"),
+    ],
 )
 def test_an_invalid_objective_is_refused(weight: float, temperature: float, source: Any) -> None:
     with pytest.raises(ConfigError):
         Objective(CrossEntropy(), "answer", source, weight, temperature)
+
+
+@pytest.mark.parametrize(
+    ("weight", "temperature", "source"), [(0.0, 1.0, "labels"), (0.1, 1.0, "teacher"), (1.0, 0.1, "soft")]
+)
+def test_a_loss_may_have_weight_zero_and_soft_targets_any_positive_temperature(
+    weight: float, temperature: float, source: Any
+) -> None:
+    assert Objective(CrossEntropy(), "answer", source, weight, temperature).weight == weight
 
 
 @pytest.mark.parametrize(
