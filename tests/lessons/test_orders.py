@@ -26,7 +26,7 @@ def sampler(all_lessons: list[Lesson], **settings: Any) -> StepSampler:
     return StepSampler(all_lessons, **defaults | settings)
 
 
-LESSONS = [lesson_of(2 + (7 * number) % 23) for number in range(61)]
+LESSONS = [lesson_of(2 + (7 * number) % 23) for number in range(401)]
 
 
 def test_seven_lessons_have_the_steps_that_they_always_had() -> None:
@@ -35,18 +35,27 @@ def test_seven_lessons_have_the_steps_that_they_always_had() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "size", "digest"),
+    ("number", "unit", "size", "digest"),
     [
-        ("examples", 2, "6a7993717980"),
-        ("examples", 8, "4672a35b9af6"),
-        ("tokens", 25, "95638b6dbefc"),
-        ("tokens", 60, "1da5c5690c2d"),
-        ("tokens", 200, "5a61a8f6fdf3"),
+        (61, "examples", 2, "ffb2572f85ee"),
+        (61, "examples", 8, "e0d802a48a42"),
+        (61, "tokens", 60, "34b5a0361cfe"),
+        (401, "examples", 3, "115a130254c1"),
+        (401, "tokens", 40, "6bd5727c9b1e"),
+        (401, "tokens", 60, "dde8726703c3"),
+        (401, "tokens", 200, "ca0746c16f51"),
     ],
 )
-def test_the_first_hundred_steps_are_those_that_they_always_were(unit: str, size: int, digest: str) -> None:
-    steps = [*itertools.islice(sampler(LESSONS, batch_size=size, batch_unit=unit).steps(), 100)]
+def test_the_first_thousand_steps_are_those_that_they_always_were(
+    number: int, unit: str, size: int, digest: str
+) -> None:
+    steps = [*itertools.islice(sampler(LESSONS[:number], batch_size=size, batch_unit=unit).steps(), 1000)]
     assert hashlib.sha256(repr(steps).encode()).hexdigest()[:12] == digest
+
+
+def test_the_least_confident_lessons_are_the_most_difficult() -> None:
+    graded = [lesson_of(9, confidence) for confidence in (0.0, 0.5, 1.0)]
+    assert [*map(Arrangement(order="confident_first").difficulty, graded)] == [0.0, -0.5, -1.0]
 
 
 def test_lessons_are_sorted_by_length_within_windows_of_twenty_steps() -> None:
