@@ -245,7 +245,9 @@ def test_a_text_longer_than_the_positions_of_a_model_is_refused_and_none_is_gene
         reader.hidden_before_targets([random_ids(8, 2)], [random_ids(4, 2)])
     with pytest.raises(ConfigError, match=r"a text of 41 tokens"):
         PrefixedReader(loaded, random_ids(41, 1), VOCABULARY)
-    assert len(reader.read([random_ids(4, 2)]).greedy(max_new_tokens=20, stop=-1)[0]) == 7
+    for prompt_length, num_written in ((4, 7), (9, 2), (10, 1)):  # the last token is not read
+        (written,) = reader.read([random_ids(prompt_length, 2)]).greedy(max_new_tokens=20, stop=-1)
+        assert len(written) == num_written
 
 
 def replace_positions(config: Any, number: int) -> Any:
