@@ -22,8 +22,8 @@ from distill.records import Span
 class Divergence(Protocol):
     """A sum over buckets of a function of both probabilities, minimal where the distributions are equal.
 
-    `needs_rest` is True if the value depends on the rest bucket even where the teacher has no mass in it. Such a
-    divergence is not linear in the target, so sampled entries cannot replace the rest bucket.
+    `needs_rest` is False if the slopes are linear in the target. Only then can sampled entries, which equal the
+    target on average, replace the rest bucket.
     """
 
     needs_rest: ClassVar[bool]

@@ -167,7 +167,7 @@ class Reading:
     def _generate(self, choose: ChooseToken, max_new_tokens: int, stop: int) -> list[list[int]]:
         """Generate up to the limit, or to the last position of the model."""
         if (room := self.reader.room(self._length)) is not None:
-            max_new_tokens = max(1, min(max_new_tokens, room + 1))  # the last token is not read
+            max_new_tokens = min(max_new_tokens, room + 1)  # the last token is not read
         generated_BT = choose(self.reader.logits(self.last_BH), 0)
         while generated_BT.shape[1] < max_new_tokens and not (generated_BT == stop).any(1).all():
             last_BH = self.feed(generated_BT[:, -1:])[:, -1]

@@ -194,3 +194,11 @@ def test_opening_refuses_files_of_wrong_size(suffix: str, single_shard: Files, t
         file.write_bytes(content)
         with pytest.raises(CacheError, match=rf"{file.name} is damaged: it has"):
             open_store(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", [None, "a file"])
+def test_a_failure_while_writing_names_its_file_or_else_the_folder(name: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with pytest.raises(OSError, match="No space left") as raised, open_store(folder).writing():
+        raise OSError(errno.ENOSPC, "No space left on device", *([name] if name else []))
+    assert raised.value.filename == (name or str(folder))

@@ -173,6 +173,11 @@ def test_another_fingerprint_is_refused_with_all_differences(
     assert [line.strip() for line in nearest[1]] == differences
 
 
+@pytest.mark.parametrize(("length", "shown"), [(78, f'"{"x" * 78}"'), (79, f'"{"x" * 76}...')])
+def test_a_difference_shows_up_to_80_characters_of_each_value(length: int, shown: str) -> None:
+    assert difference({"a": "x" * length}, {"a": 1}) == [f"  a: cache has {shown}, this run has 1"]
+
+
 @pytest.mark.parametrize(
     "line", [b'{"format": 1, "fingerprint": {}}\n', *(seal({"format": n, "fingerprint": {}}) for n in (2, 4))]
 )

@@ -203,6 +203,14 @@ def test_only_the_step_between_two_epochs_mixes_lengths(prompts: Prompts) -> Non
     assert sum(spread > 40 for spread in spreads) <= 4
 
 
+@pytest.mark.parametrize("number", [1, 3, 4, 7, 8])
+def test_a_step_may_hold_several_epochs_of_few_lessons(number: int, prompts: Prompts) -> None:
+    steps = list(itertools.islice(sampler(lessons(prompts, number), batch_size=8).steps(), 2 * number))
+    assert [len(step) for step in steps] == [8] * (2 * number)
+    num_uses = Counter(index for step in steps for index in step)
+    assert num_uses == dict.fromkeys(range(number), 16)
+
+
 @pytest.mark.parametrize("batch_size", [100, 400, 1600])
 def test_a_step_of_tokens_is_as_full_as_similar_lengths_allow(batch_size: int, prompts: Prompts) -> None:
     all_lessons = lessons(prompts, 48)

@@ -37,3 +37,19 @@ def test_a_chunk_has_a_least_number_of_rows_however_large_the_vocabulary_is(monk
 
 def test_no_position_gives_no_chunk() -> None:
     assert list(head._chunks(torch.zeros(0, H), torch.randn(V, H), None)) == []
+
+
+@pytest.mark.parametrize(("device", "mebibytes"), [("cpu", 64), ("meta", 512)])
+def test_logits_of_a_chunk_take_at_most_64_mebibytes_on_a_cpu_and_512_elsewhere(device: str, mebibytes: int) -> None:
+    vocabulary = 4096  # a row of logits takes 16 KiB
+    largest = mebibytes * 1024 // 16
+    weight_VH = torch.ones(vocabulary, 1, device=device)
+    for num_positions, num_chunks in ((largest, 1), (largest + 1, 2)):
+        chunks = head._chunks(torch.ones(num_positions, 1, device=device), weight_VH, None)
+        assert sum(1 for _ in chunks) == num_chunks
+
+
+def test_a_chunk_has_at_least_256_rows_however_few_bytes_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CPU_CHUNK_BYTES", 1)
+    for num_positions, num_chunks in ((256, 1), (257, 2)):
+        assert sum(1 for _ in head._chunks(torch.ones(num_positions, 1), torch.ones(V, 1), None)) == num_chunks

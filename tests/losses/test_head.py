@@ -237,6 +237,14 @@ def test_a_frozen_head_does_not_change_other_gradients(frozen: tuple[int, ...]) 
         assert tensor.grad is None or torch.allclose(tensor.grad, gradient, atol=1e-10)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, -3.0])
+def test_gradients_of_a_multiple_of_the_loss_are_that_multiple(factor: float) -> None:
+    inputs, terms = head_inputs(), [soft_term(ForwardKL(), 5), label_term(torch.arange(N))]
+    expected = torch.autograd.grad(factor * plain_loss(inputs, terms), inputs)
+    gradients = torch.autograd.grad(factor * head_loss(inputs[0], Head(*inputs[1:]), terms)[0], inputs)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(gradients, expected, strict=True))
+
+
 @EVERY_DIVERGENCE
 def test_the_value_is_the_same_without_gradients(divergence: Any) -> None:
     inputs, terms = head_inputs(), [soft_term(divergence, 5, 2.0)]

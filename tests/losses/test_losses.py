@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from distill.app import config as configuration
-from distill.cache.codecs.dense import Dense
-from distill.cache.codecs.topk import TopK
 from distill.errors import ConfigError
-from distill.lessons.collate import entries
 from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
@@ -26,8 +23,7 @@ from distill.losses.jensen_shannon import JensenShannon
 from distill.losses.reverse_kl import ReverseKL
 from distill.losses.skew_kl import SkewKL, SkewReverseKL
 from distill.losses.total_variation import TotalVariation
-from distill.records import SoftTargets
-from tests.conftest import compose, conf_names, divergences, grid
+from tests.conftest import compose, conf_names, divergences
 
 EVERY_DIVERGENCE = pytest.mark.parametrize(
     "divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__
@@ -168,47 +164,63 @@ def test_buckets_with_zero_probability_give_no_nan(divergence: Any) -> None:
     assert not slope_NB.isnan().any()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 7, V, 3 * V])
-def test_top_k_keeps_full_softmax_probabilities_and_the_tail_mass(k: int, temperature: float) -> None:
-    full_NV = (logprobs(10) / temperature).log_softmax(-1).float()
-    soft = TopK(k=k, temperature=temperature).cut(logprobs(10).float(), torch.zeros(16).double())
-    ids_NK, logprobs_NK = grid(soft)
-    kept_NK = full_NV.gather(-1, torch.from_numpy(ids_NK).long()).numpy()
-    assert ids_NK.shape == (16, min(k, V))
-    assert np.allclose(logprobs_NK, kept_NK, atol=1e-6)
-    assert np.allclose(logprobs_NK[:, 0], full_NV.max(-1).values, atol=1e-6)
-    assert np.allclose(np.exp(logprobs_NK).sum(-1) + soft.tail_N, 1, atol=1e-6)
-    assert (soft.tail_N >= 0).all()
-    if k == 1:
-        assert (soft.tail_N > 0.05).any()
+@EVERY_DIVERGENCE
+def test_exactly_divergences_without_rest_bucket_have_gradients_linear_in_the_target(divergence: Any) -> None:
+    log_q_NB, log_s_NB, log_t_NB = (logprobs(seed) for seed in (13, 14, 15))
+    slopes = [divergence(log_q_NB, log_u_NB)[1] for log_u_NB in (log_s_NB, log_t_NB)]
+    mixed = divergence(log_q_NB, ((log_s_NB.exp() + log_t_NB.exp()) / 2).log())[1]
+    assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-def test_dense_targets_at_a_temperature_are_the_softmax_at_that_temperature(temperature: float) -> None:
-    logits_NV = 3 * torch.randn(8, V)
-    soft = Dense().cut(logits_NV.log_softmax(-1), torch.zeros(8).double())
-    Dense().check_temperature(temperature)
-    is_soft_N = np.arange(10) > 1  # the first two positions have no soft targets
-    retempered = Dense().at_temperature(entries(is_soft_N, soft), temperature)
-    expected_NV = (logits_NV / temperature).log_softmax(-1)
-    assert torch.allclose(retempered.logprobs_E.unflatten(0, (8, V)), expected_NV, atol=1e-5)
-    assert (soft.tail_N == 0).all()
+LN = math.log
+VALUES_AND_SLOPES_AT_ZERO: dict[Any, list[tuple[float, float]]] = {  # at (q, t) = (0, 0.3), (0.3, 0) and (0, 0)
+    CrossEntropy(): [(math.inf, -0.3), (0, 0), (0, 0)],
+    ForwardKL(): [(math.inf, -0.3), (0, 0), (0, 0)],
+    ReverseKL(): [(0, 0), (0.3 * LN(0.3e9), 0.3 * LN(0.3e9) + 0.3), (0, 0)],  # t is at least 1e-9
+    JensenShannon(beta=0.25): [(0.075 * LN(4), 0), (0.225 * LN(4 / 3), 0.225 * LN(4 / 3)), (0, 0)],
+    SkewKL(alpha=0.2): [(0.3 * LN(5), 0), (0, 0), (0, 0)],
+    SkewReverseKL(alpha=0.2): [(0, 0), (0.3 * LN(5), 0.3 * LN(5)), (0, 0)],
+    TotalVariation(): [(0.15, 0), (0.15, 0.15), (0, 0)],
+}
 
 
-def test_top_k_refuses_a_temperature_whose_normaliser_it_lacks() -> None:
-    TopK(k=5, temperature=2.0).check_temperature(2.0)
-    with pytest.raises(ConfigError, match=r"temperature 4\.0.*cache\.temperature=4\.0|cache\.codec\.temperature=4\.0"):
-        TopK(k=5, temperature=2.0).check_temperature(4.0)
+def test_the_limits_of_every_divergence_are_known() -> None:
+    named = {type(divergence) for divergence in divergences("labels", "teacher", "soft").values()}
+    assert named == {type(divergence) for divergence in VALUES_AND_SLOPES_AT_ZERO}
+
+
+@pytest.mark.parametrize("divergence", VALUES_AND_SLOPES_AT_ZERO, ids=lambda d: type(d).__name__)
+def test_values_and_slopes_at_probability_zero_are_their_limits(divergence: Any) -> None:
+    q_B, t_B = torch.tensor([[0.0, 0.3, 0.0], [0.3, 0.0, 0.0]], dtype=torch.float64)
+    value_B, slope_B = divergence(q_B.log(), t_B.log())
+    actual = [*zip(value_B.tolist(), slope_B.tolist(), strict=True)]
+    for pair, expected in zip(actual, VALUES_AND_SLOPES_AT_ZERO[divergence], strict=True):
+        assert pair == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("weight", "temperature", "source"),
-    [(-1.0, 1.0, "soft"), (1.0, 0.0, "soft"), (1.0, 2.0, "labels"), (1.0, 2.0, "teacher")],
+    [
+        (-0.1, 1.0, "soft"),
+        (1.0, 0.0, "soft"),
+        (1.0, -0.1, "soft"),
+        (1.0, 2.0, "labels"),
+        (1.0, 0.5, "labels"),
+        (1.0, 2.0, "teacher"),
+    ],
 )
 def test_an_invalid_objective_is_refused(weight: float, temperature: float, source: Any) -> None:
     with pytest.raises(ConfigError):
         Objective(CrossEntropy(), "answer", source, weight, temperature)
+
+
+@pytest.mark.parametrize(
+    ("weight", "temperature", "source"), [(0.0, 1.0, "labels"), (0.1, 1.0, "teacher"), (1.0, 0.1, "soft")]
+)
+def test_a_loss_may_have_weight_zero_and_soft_targets_any_positive_temperature(
+    weight: float, temperature: float, source: Any
+) -> None:
+    assert Objective(CrossEntropy(), "answer", source, weight, temperature).weight == weight
 
 
 @pytest.mark.parametrize(
@@ -220,10 +232,3 @@ def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...])
     assert set(config.loss) == set(names)
     built = {name: configuration.build(node) for name, node in config.loss.items()}
     assert all(isinstance(objective, Objective) for objective in built.values())
-
-
-def test_soft_targets_with_inconsistent_shapes_are_refused() -> None:
-    with pytest.raises(Exception, match="inconsistent shapes"):
-        SoftTargets(np.zeros(6, np.int32), np.zeros(6, np.float32), np.zeros(2, np.float32), np.full(3, 2))
-    with pytest.raises(Exception, match="inconsistent shapes"):
-        SoftTargets(np.zeros(6, np.int32), np.zeros(5, np.float32), np.zeros(3, np.float32), np.full(3, 2))

@@ -220,6 +220,21 @@ def test_a_text_may_grow_longer_than_an_attention_window(name: str, length: int)
         assert torch.allclose(scored_NV[4 * row : 4 * row + 4], expected_TV[-5:-1], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["windowed", "grouped"])
+def test_what_was_rewound_is_forgotten_even_if_the_text_outgrows_the_window_later(name: str) -> None:
+    loaded, prefix = make_model(name), random_ids(12, 1)
+    reader, prompts = PrefixedReader(loaded, prefix, VOCABULARY), [random_ids(10, 2), random_ids(3, 3)]
+    fed, later = [random_ids(8, 4), random_ids(8, 5)], [random_ids(20, 6), random_ids(20, 7)]
+    reading = reader.read(prompts)
+    reading.feed(torch.tensor(fed))
+    reading.rewind(2)
+    reading.rewind(0)
+    reading.rewind(3)  # 12 + 10 + 3 tokens remain of 40 that the window holds
+    later_BTV = reader.logprobs(reading.feed(torch.tensor(later)))
+    for row, (prompt, ids) in enumerate(zip(prompts, later, strict=True)):
+        assert torch.allclose(later_BTV[row], plain(loaded, prefix, prompt, fed[row][:3], ids)[-20:], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["absolute", "grouped"])
 def test_a_text_longer_than_the_positions_of_a_model_is_refused_and_none_is_generated(name: str) -> None:
     loaded = AutoModelForCausalLM.from_config(replace_positions(CONFIGS[name], 40)).eval()
@@ -230,7 +245,9 @@ def test_a_text_longer_than_the_positions_of_a_model_is_refused_and_none_is_gene
         reader.hidden_before_targets([random_ids(8, 2)], [random_ids(4, 2)])
     with pytest.raises(ConfigError, match=r"a text of 41 tokens"):
         PrefixedReader(loaded, random_ids(41, 1), VOCABULARY)
-    assert len(reader.read([random_ids(4, 2)]).greedy(max_new_tokens=20, stop=-1)[0]) == 7
+    for prompt_length, num_written in ((4, 7), (9, 2), (10, 1)):  # the last token is not read
+        (written,) = reader.read([random_ids(prompt_length, 2)]).greedy(max_new_tokens=20, stop=-1)
+        assert len(written) == num_written
 
 
 def replace_positions(config: Any, number: int) -> Any:

@@ -57,7 +57,7 @@ class TopK:
         compact.check_arrays(arrays, layout | {"plane.bits": (np.uint8, 1)})
         low_NK, codes, odds_N = (arrays[name] for name in layout)
         width = low_NK.shape[1]
-        if not 1 <= width <= self._k or codes.shape[1] != width - 1:
+        if width > self._k or codes.shape[1] != width - 1:
             raise compact.inconsistent(f"{width} ids and {codes.shape[1]} probabilities per row, at most {self._k} ids")
         length_R, plane_R = compact.record_lengths(("position.id", "plane.bits"), arrays, lengths)
         ids = compact.unpack_ids(low_NK.ravel(), arrays["plane.bits"], length_R * width, plane_R)

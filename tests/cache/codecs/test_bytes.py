@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -182,24 +181,9 @@ def test_targets_have_the_codecs_temperature(name: str) -> None:
     expected = codec(name).cut((log_p_NV / 2).log_softmax(-1), uniform_draws(7))
     assert equal_arrays(warm.pack(warm.cut(log_p_NV, uniform_draws(7))), codec(name).pack(expected))
     warm.check_temperature(2.0)
-    with pytest.raises(ConfigError, match=r"cache\.codec\.temperature=1\.0"):
-        warm.check_temperature(1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("topk", {"k": 0}),
-        ("sampled", {"n": 0}),
-        ("sampled", {"n": 256}),
-        ("sampled", {"k_min": -1}),
-        ("sampled", {"temperature": 0.0}),
-        ("rs_kd", {"n": 0}),
-    ],
-)
-def test_invalid_settings_are_refused(name: str, settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="codec"):
-        codec(name, **settings)
+    for other in (1.0, 4.0):
+        with pytest.raises(ConfigError, match=rf"cache\.codec\.temperature={other}"):
+            warm.check_temperature(other)
 
 
 @settings(max_examples=60, deadline=None, database=None)

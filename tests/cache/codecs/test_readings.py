@@ -30,7 +30,7 @@ from tests.cache.codecs.conftest import (
     uniform_draws,
     uniform_grid,
 )
-from tests.conftest import codec, divergences, lessons, objectives, read
+from tests.conftest import codec, lessons, objectives, read
 
 
 def gradients(soft: SoftTargets, logits_NV: Tensor) -> Tensor:
@@ -190,14 +190,6 @@ def test_a_loss_that_needs_a_rest_bucket_refuses_sampled_tails(name: str, config
         return
     with pytest.raises(ConfigError, match=r"loss\.reverse_kl needs .* set cache=topk"):
         check_parts(objectives(), job, "direct")
-
-
-@pytest.mark.parametrize("divergence", divergences("labels", "soft").values(), ids=lambda d: type(d).__name__)
-def test_exactly_divergences_without_rest_bucket_have_gradients_linear_in_the_target(divergence: Any) -> None:
-    log_q_NB, log_s_NB, log_t_NB = (random_logprobs(4, 9).double() for _ in range(3))
-    slopes = [divergence(log_q_NB, log_u_NB)[1] for log_u_NB in (log_s_NB, log_t_NB)]
-    mixed = divergence(log_q_NB, ((log_s_NB.exp() + log_t_NB.exp()) / 2).log())[1]
-    assert torch.allclose(mixed, (slopes[0] + slopes[1]) / 2, atol=1e-12) == (not divergence.needs_rest)
 
 
 def test_more_samples_than_n_per_position_are_refused() -> None:
