@@ -180,6 +180,11 @@ def test_targets_have_the_codecs_temperature(name: str) -> None:
     log_p_NV, warm = random_logprobs(7, 60), codec(name, temperature=2.0)
     expected = codec(name).cut((log_p_NV / 2).log_softmax(-1), uniform_draws(7))
     assert equal_arrays(warm.pack(warm.cut(log_p_NV, uniform_draws(7))), codec(name).pack(expected))
+
+
+@TRUNCATING_CODECS
+def test_truncated_targets_refuse_a_temperature_whose_normaliser_they_lack(name: str) -> None:
+    warm = codec(name, temperature=2.0)
     warm.check_temperature(2.0)
     for other in (1.0, 4.0):
         with pytest.raises(ConfigError, match=rf"cache\.codec\.temperature={other}"):
