@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.errors import ConfigError
 from distill.prompts.chat import Layout
-from distill.prompts.rendering import Prompts
+from distill.prompts.rendering import Prompts, build_prompts
 from distill.prompts.serving import served_tokenizer
 from distill.records import Example, Span
+from tests.conftest import compose
 from tests.prompts.kinds import KEPT
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
 
@@ -173,3 +175,17 @@ def test_the_template_and_every_text_are_in_the_fingerprint() -> None:
     other = chat_tokenizer(template.replace("helpful", "kind"), tokens)
     prints.append(Prompts(other, LAYOUT, (), max_length=512, too_long="drop").fingerprint())
     assert len({str(print_) for print_ in prints}) == len(prints)
+
+
+@pytest.mark.parametrize("shot", [Example("Is 3 odd?", None, "Because."), Example("Is 3 odd?", "yes", None)])
+def test_a_shot_without_what_it_shows_is_refused(shot: Example) -> None:
+    with pytest.raises(ConfigError, match="has no answer or no rationale"):
+        prompts_of("ChatML", (shot,)).prefix("rationale")
+
+
+def test_the_prompt_is_laid_out_by_the_task_unless_it_brings_a_layout_of_its_own(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(*TEMPLATES["ChatML"][:2])
+    tokenizer.save_pretrained(tmp_path)
+    by_task, by_chat = (build_prompts(compose(f"prompt={name}"), tmp_path) for name in ("few_shot", "chat"))
+    assert by_task.layout.question_cue == "Review:"
+    assert isinstance(by_chat.layout, Layout)
