@@ -117,3 +117,7 @@ def test_temporary_files_may_vanish_while_the_folder_is_listed(tmp_path: Path) -
     (tmp_path / "claims").mkdir(exist_ok=True)
     (tmp_path / "claims" / ".gone.tmp").symlink_to("nowhere")  # listed, but does not exist
     assert len(write_records(tmp_path, 2)) == 2
+
+
+def test_a_local_cache_is_located_at_its_folder(tmp_path: Path) -> None:
+    assert open_store(tmp_path / "cache").location == str(tmp_path / "cache")
