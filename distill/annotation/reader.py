@@ -45,23 +45,24 @@ class AnnotationReader:
     def read(self, key: str) -> Annotation:
         """Return a record with the targets that belong to its answer."""
         stored = self.store.read(key)
-        present = with_reading(stored, self.task)
-        if present.answer == stored.answer:
-            return present
-        own = stored.targets.get("answer")
-        if own and (present.answer is None or self.prompts.answer_ids(present.answer) != own.token_ids):
+        present, target = with_reading(stored, self.task), stored.targets.get("answer")
+        if target and not self._has_tokens(present, stored, target.token_ids):
             return replace(present, targets={span: t for span, t in stored.targets.items() if span != "answer"})
         return present
 
     def scored_ids(self, key: str) -> dict[Span, tuple[int, ...]]:
         """Return the tokens that have soft targets, by span, as in `read`; nothing is decoded."""
         scored_ids, stored = self.store.scored_ids(key), self.store.words(key)
-        present, own = with_reading(stored, self.task), scored_ids.get("answer")
-        if present.answer == stored.answer or not own:
-            return scored_ids
-        if present.answer is not None and self.prompts.answer_ids(present.answer) == own:
-            return scored_ids
-        return {span: ids for span, ids in scored_ids.items() if span != "answer"}
+        present, token_ids = with_reading(stored, self.task), scored_ids.get("answer")
+        if token_ids and not self._has_tokens(present, stored, token_ids):
+            return {span: ids for span, ids in scored_ids.items() if span != "answer"}
+        return scored_ids
+
+    def _has_tokens(self, present: Annotation, stored: Annotation, token_ids: tuple[int, ...]) -> bool:
+        """Whether the answer, as it is read at present, still has the tokens that were stored with it."""
+        if present.answer == stored.answer:
+            return True
+        return present.answer is not None and self.prompts.answer_ids(present.answer) == token_ids
 
     def largest_soft_id(self, places: Sequence[SoftTargetsKey]) -> int:
         """Return the largest id that soft targets have an entry for; raises CacheError if some cannot be decoded."""
