@@ -68,7 +68,8 @@ class Chat:
         if shots:  # which may name special tokens, and then are not encoded as in a whole rendering
             layout.frame(tokenizer, ())
         else:
-            self._check()
+            for question, target in _SAMPLES:
+                self._check(question, target)
 
     def prefix(self, span: Span) -> Ids:
         """Token ids of the system's turn, of the shots, and of the user's turn up to the question."""
@@ -145,12 +146,8 @@ class Chat:
             )
         return ids[0]
 
-    def _check(self) -> None:
-        """Compare prompts and their targets, made of parts, with the tokens of their whole rendering."""
-        for question, target in _SAMPLES:
-            self._check_sample(question, target)
-
-    def _check_sample(self, question: str, target: str) -> None:
+    def _check(self, question: str, target: str) -> None:
+        """Compare a prompt and its target, made of parts, with the tokens of their whole rendering."""
         turns = [*self._turns("answer", question), _turn("assistant", target)]
         rendered = self._filled(self._rendered(turns, begin=False), "answer")
         whole = self.pieces.template(rendered, is_first=True)
