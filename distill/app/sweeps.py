@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class FailedJobs(Callback):
             sys.exit(report_error(error))
         _create(config.hydra.sweep.dir)
         self._earlier = _failures(config)
-        _use_own_search(config.hydra.sweeper._target_)
+        _allow_failed_searches(config.hydra.sweeper._target_)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Remove the record of an earlier failure of this job."""
@@ -86,12 +87,26 @@ def _in_job_process() -> FailedJobs:
     return FailedJobs()
 
 
-def _use_own_search(target: str) -> None:
-    """Let Hydra instantiate `Search` for Optuna's sweeper; it accepts no class of another package by its name."""
-    if target == _OPTUNA:
-        from distill.app.search import Search  # here, because the plugin is optional
+def _allow_failed_searches(target: str) -> None:
+    """Let a search end without a best trial if all have failed, where Optuna's sweeper raises `ValueError`.
 
-        Plugins.instance().class_name_to_class[_OPTUNA] = Search
+    Changes the class that Hydra has loaded: a subclass would need the optional plugin to be imported here.
+    """
+    if target != _OPTUNA:
+        return
+    sweeper: Any = Plugins.instance().class_name_to_class[_OPTUNA]
+    sweep = sweeper.sweep
+
+    @wraps(sweep)
+    def sweep_or_nothing(self: Any, arguments: list[str]) -> None:
+        try:
+            sweep(self, arguments)
+        except ValueError:
+            jobs = [path.parent for path in Path(self.sweeper.sweep_dir).rglob(".hydra")]
+            if not jobs or not all((job / FAILED).is_file() for job in jobs):
+                raise
+
+    sweeper.sweep = sweep_or_nothing
 
 
 def _create(folder: str) -> None:

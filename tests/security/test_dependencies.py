@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -38,6 +41,20 @@ def test_every_dependency_is_locked_to_a_version_that_it_allows() -> None:
             assert requirement.specifier.contains(lock[name], prereleases=True), (
                 f"{requirement}: locked to {lock[name]}"
             )
+
+
+def test_every_module_can_be_imported_without_the_extras() -> None:
+    required = pins("requirements.txt")
+    distributions = packages_distributions()
+    missing = []
+    for path in sorted((ROOT / "distill").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:  # not within functions, nor under TYPE_CHECKING
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"distill"}:
+                if not any(canonicalize_name(package) in required for package in distributions[name]):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    assert not missing
 
 
 def test_no_requirement_names_another_index_or_url() -> None:
