@@ -63,21 +63,40 @@ def _digest(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Message:
+    """A turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A question of a task with its gold `answer` and `rationale`, None where unlabelled.
 
-    A student is trained on `answer`; the other `accepted` answers are right as well.
+    A student is trained on `answer`; the other `accepted` answers are right as well. `choices` are all possible answers
+    where they are its own, and not those of the task. `history` is the conversation before the question, which is then
+    the last message of the user.
     """
 
     question: str
     answer: str | None = None
     rationale: str | None = None
     accepted: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    history: tuple[Message, ...] = ()
 
     @cached_property
     def id(self) -> str:
-        """Content hash of the question: equal questions have equal ids in every split and task."""
-        return content_id(self.question)
+        """Content hash of what is asked: equal questions have equal ids in every split and task."""
+        if not self.history and not self.choices:
+            return content_id(self.question)
+        turns = [(message.role, content_id(message.content)) for message in self.history]
+        return _digest(repr((turns, content_id(self.question), [*map(content_id, self.choices)])))
+
+    def unlabelled(self) -> Example:
+        """The same question, without an answer and a rationale."""
+        return Example(self.question, choices=self.choices, history=self.history)
 
     @property
     def right_answers(self) -> tuple[str, ...]:

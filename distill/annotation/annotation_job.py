@@ -20,7 +20,7 @@ from distill.cache.store import Store, drop_shard, fingerprint_digest
 from distill.errors import ConfigError
 from distill.models import loading, naming
 from distill.prompts.rendering import Prompts, build_prompts
-from distill.records import Example, Request, Span, Splits
+from distill.records import Request, Span, Splits
 from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screen_splits
 from distill.teachers import Calibration, Teacher
@@ -67,7 +67,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
-    questions = [Example(example.question) for example in splits.train[: settings.calibrate]]
+    questions = [example.unlabelled() for example in splits.train[: settings.calibrate]]
     # The teacher calibrates after the store is open, which needs the teacher's fingerprint.
     calibration = Calibration(settings.calibrate, questions, lambda name, make: store.recall(name, make))
     build_teacher = partial(

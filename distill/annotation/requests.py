@@ -54,7 +54,7 @@ def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
 
 def without_labels(examples: Sequence[Example]) -> list[Example]:
     """Return the same questions without gold answers and rationales, for teachers that must not see them."""
-    return [Example(example.question) for example in examples]
+    return [example.unlabelled() for example in examples]
 
 
 def _num_tokens(request: Request) -> int:

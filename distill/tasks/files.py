@@ -87,7 +87,7 @@ class FileTask:
         validation, labelled = self._hold_out("validation", own_validation, labelled, num_held_out)
         labelled, surplus = self._take("labelled", labelled, len(labelled))
         surplus_ids = {example.id for example in surplus}
-        rest = [Example(e.question) for e in available.train if e.answer is None or e.id in surplus_ids]
+        rest = [e.unlabelled() for e in available.train if e.answer is None or e.id in surplus_ids]
         unlabelled, _ = self._take("unlabelled", rest, len(rest))
         if not labelled and not unlabelled:
             raise ConfigError(f"{self._path}: no examples are left for training; lower task.examples.num_test=…")

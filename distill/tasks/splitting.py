@@ -106,7 +106,7 @@ def make_splits(
 
     `lost` counts rows that were left out before, by reason; they belong to train.
     """
-    train = [*labelled, *(Example(e.question) for e in unlabelled)]
+    train = [*labelled, *(e.unlabelled() for e in unlabelled)]
     sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
     counts = {name: RowCounts(size, {}, size) for name, size in sizes.items()}
     lost = {reason: number for reason, number in (lost or {}).items() if number}
