@@ -102,6 +102,11 @@ class Example:
         """The first message of the user: conversations that begin alike belong to one split."""
         return next((message.content for message in self.history if message.role == "user"), self.question)
 
+    @property
+    def text(self) -> str:
+        """The question, and what was said before it."""
+        return "\n".join([message.content for message in self.history if message.role != "system"] + [self.question])
+
     def unlabelled(self) -> Example:
         """The same question, without an answer and a rationale."""
         return Example(self.question, choices=self.choices, history=self.history)
