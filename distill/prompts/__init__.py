@@ -18,17 +18,21 @@ class Frame(Protocol):
     """What a prompt has around a question and its targets, in the tokens of one model.
 
     `question_lead` and `target_lead` are the spaces before a question and before an answer or rationale, which are
-    encoded with it. `separator` is the text between a
-    rationale and the answer after it, up to the spaces. `end` is the id of the token that ends a target. `template` is
-    the chat template that is rendered, if it is one.
+    encoded with it. `separator` is the text between a rationale and the answer after it, up to the spaces. `end` is
+    the id of the token that ends a target. `layout` is what was laid out, a part of the fingerprint.
     """
 
+    layout: Any
     pieces: Pieces
     question_lead: str
     target_lead: str
     separator: str
     end: int
-    template: str | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is rendered, if it is one."""
+        ...
 
     def prefix(self, span: Span) -> Ids:
         """Token ids before every question."""

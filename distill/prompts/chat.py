@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import ConfigError
 from distill.prompts import check_texts
 from distill.prompts.pieces import Ids, Pieces
+from distill.prompts.templates import own_template, templates_for
 from distill.records import Example, Message, Role, Span
 
 Turn = dict[str, str]
 Roles = tuple[Role, ...]  # of the messages before the question
 _MARKER = re.compile("\ue000(\\d+)\ue001")  # characters for private use: templates leave them alone
 _QUESTION, _TARGET, _SYSTEM, _SHOTS = range(4)  # numbers of the texts; shots have two each
-BASE = "base"  # name of the template that a saved student's own was made from
 _NO_CLOCK = ""  # in place of the function that tells a template the time: a text cannot be called
 _SAMPLES = (("What is 3 + 4?", "7"), ("Is it so?\nYes or no.", "Yes, it is."))
 _REASONING = re.compile(r"^.*</think>\s*", re.DOTALL)  # which templates leave out of earlier turns
@@ -51,20 +51,25 @@ class Layout:
         names = ("system", "rationale_request", "answer_cue")
         check_texts({f"prompt.layout.{name}": getattr(self, name) or "" for name in names})
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example]) -> Chat:
-        """The layout in the template and the tokens of a model; raises ConfigError if it has no suitable template."""
-        return Chat(self, tokenizer, shots)
+    def frame(
+        self, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example], *, template: str | None = None
+    ) -> Chat:
+        """The layout in a template, or else that of the model; raises ConfigError if it has no suitable one."""
+        return Chat(self, tokenizer, shots, template or own_template(tokenizer))
 
 
 @final
 class Chat:
     """A layout in the chat template and the tokens of one model."""
 
-    def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example]) -> None:
+    def __init__(
+        self, layout: Layout, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example], template: str | None
+    ) -> None:
         """Raise ConfigError if the template does not give what a model reads and what it learns to write."""
-        self._layout, self._tokenizer, self._shots = layout, tokenizer, tuple(shots)
+        self.layout = self._layout = layout
+        self._tokenizer, self._shots = tokenizer, tuple(shots)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
-        self.template = self._base_template()
+        self.template = template or self._no_template()
         self.pieces = Pieces(tokenizer, ("Say", " so", "\n", "Say", " so"))
         self.separator = f"\n{layout.answer_cue}"
         self._split = functools.cache(self._split_at_question)
@@ -74,7 +79,7 @@ class Chat:
         self.target_lead, ending = self._around_target()
         self.end = self._end(ending)
         if shots:  # which may name special tokens, and then are not encoded as in a whole rendering
-            layout.frame(tokenizer, ())
+            layout.frame(tokenizer, (), template=template)
         else:
             for question, target in _SAMPLES:
                 self._check(question, target)
@@ -121,13 +126,11 @@ class Chat:
         """A rationale and what stands between it and an answer, which brings its own space, or has none."""
         return f"{rationale}{self.separator}{'' if self.target_lead else chr(10)}"
 
-    def _base_template(self) -> str:
-        """The model's template; of a saved student, whose own template holds its whole prompt, that of its source."""
-        templates = self._tokenizer.chat_template
-        template = templates.get(BASE, templates.get("default")) if isinstance(templates, dict) else templates
-        if not template:
-            raise ConfigError(f"the tokenizer of {self._name} has no chat template; set prompt=few_shot")
-        return str(template)
+    def _no_template(self) -> NoReturn:
+        raise ConfigError(
+            f"the tokenizer of {self._name} has no chat template; give it one with "
+            f"prompt.without_template={'|'.join(templates_for(self._tokenizer))}, or set prompt=cues"
+        )
 
     def _accepts_system_turns(self) -> bool:
         try:
@@ -182,7 +185,7 @@ class Chat:
         if whole[: len(ids)] != ids:
             raise ConfigError(
                 f"the tokenizer of {self._name} encodes {rendered!r} otherwise than its parts, so the prompt that is "
-                "served would not be the one that was trained; set prompt=few_shot, or choose another model"
+                "served would not be the one that was trained; set prompt=cues, or choose another model"
             )
 
     def _check_conversation(self, roles: Roles) -> None:

@@ -6,8 +6,8 @@ import copy
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.prompts.chat import BASE
 from distill.prompts.rendering import Prompts
+from distill.prompts.templates import BASE, CUES
 from distill.records import Span
 
 _QUESTION = "question"
@@ -21,11 +21,12 @@ def served_tokenizer(prompts: Prompts, span: Span) -> PreTrainedTokenizerBase:
     """
     tokenizer = copy.deepcopy(prompts.tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompts.end)
+    base = prompts.frame.template
+    tokenizer.chat_template = tokenizer.chat_template or base  # which a model may have been given
     before, after = prompts.literal(span)
     if not _renders(tokenizer, f"{before}{_QUESTION}{after}"):
         template = _template(before, after, prompts.frame.target_lead, str(tokenizer.eos_token))
-        base = prompts.frame.template
-        tokenizer.chat_template = {"default": template, BASE: base} if base else template
+        tokenizer.chat_template = {"default": template, BASE: base} if base else f"{CUES}{template}"
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from distill.records import Example, Message
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
 from tests.prompts.test_chat import LAYOUT, ids_of, prompts_of, random_text
 
-NO_SYSTEM = ("Gemma", "Mistral")  # templates that refuse a turn of the system
+NO_SYSTEM = ("gemma", "mistral")  # templates that refuse a turn of the system
 
 
 def random_conversation(generator: random.Random, *, system: bool) -> Example:
@@ -28,7 +28,7 @@ def turns_of(example: Example, name: str) -> list[dict[str, str]]:
     """The messages with the answer, as the templates are called with them."""
     turns = [{"role": message.role, "content": message.content} for message in example.history]
     turns += [{"role": "user", "content": example.question}, {"role": "assistant", "content": str(example.answer)}]
-    if turns[0]["role"] == "system" and name in NO_SYSTEM:
+    if turns[0]["role"] == "system" and name.lower() in NO_SYSTEM:
         system = turns.pop(0)["content"]
         turns[0]["content"] = f"{system}\n\n{turns[0]['content']}"
     return turns
