@@ -9,6 +9,7 @@ import pytest
 
 from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
+from distill.prompts.serving import served_tokenizer
 from distill.records import Example, Message
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
 from tests.prompts.test_chat import LAYOUT, ids_of, prompts_of, random_text
@@ -129,3 +130,21 @@ def test_cues_refuse_conversations(prompts: Prompts) -> None:
     history = (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(ConfigError, match="need a chat template; set prompt=chat"):
         prompts.question(Example("Well?", history=history), "answer")
+
+
+@pytest.mark.parametrize("system", [None, "", "Say 'yes' or \\ {{ x }} 😀."])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_served_tokenizer_renders_conversations_as_they_were_learned(name: str, system: str | None) -> None:
+    generator = random.Random(name)
+    prompts = prompts_of(name, system=system)
+    tokenizer = served_tokenizer(prompts, "answer")
+    assert bool(system) <= isinstance(tokenizer.chat_template, dict)  # which has the template of the source too
+    for _ in range(4):
+        example = random_conversation(generator, system=False)
+        turns = turns_of(example, name)
+        begun = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        prompt = prompts.answer_prompt(example, str(example.answer))
+        start, _ = prompt.spans["answer"]
+        assert tuple(tokenizer.encode(begun, add_special_tokens=False)) == prompt.ids[:start]
+        assert tuple(tokenizer.encode(whole, add_special_tokens=False))[: len(prompt.ids)] == prompt.ids
