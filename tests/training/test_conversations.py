@@ -1,0 +1,77 @@
+"""Runs on conversations, from annotation to the student on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+from transformers import AutoTokenizer
+
+from distill.errors import ConfigError
+from distill.lessons.curriculum import prepare
+from distill.records import Example
+from tests.training.test_chat import with_template
+from tests.training.test_saved import SHORT, distilled
+
+Configured = Callable[..., DictConfig]
+
+
+def messages(number: int) -> list[dict[str, str]]:
+    """A conversation of up to three questions, every second with a turn of the system."""
+    turns = [("system", f"Be {number}.")] if number % 2 else []
+    for turn in range(1 + number % 3):
+        turns += [("user", f"What is {number} + {turn}?"), ("assistant", f"It is\n{number + turn}.")]
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@pytest.fixture
+def conversations(configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path) -> Configured:
+    """Compose the train command for models with templates on 24 conversations."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"messages": messages(number)}) for number in range(24)))
+    teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr")
+    student = with_template(student_folder, tmp_path / "student", "Zephyr, start token")
+    sizes = [f"task.examples.num_{name}=null" for name in ("labelled", "unlabelled")]
+    own = ["task=chat", f"task.path={rows}", f"teacher.model={teacher}", f"student.model={student}", *sizes]
+    return lambda *overrides: configured(*SHORT, *own, "prompt.num_shots=0", *overrides)
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_every_learned_turn_of_a_conversation_is_a_lesson_after_its_whole_rendering(
+    learn: str, conversations: Configured, tmp_path: Path
+) -> None:
+    job = prepare(conversations("prompt=chat", f"task.learn={learn}", "loss=[answer,kl]"), tmp_path / "run")
+    splits = job.annotation_job.splits
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    learned = {prompt.ids: prompt.spans["answer"] for prompt in map(_answer_prompt(job.prompts), splits.train)}
+    num_turns = sum(1 + number % 3 for number in range(24)) if learn == "all" else 24
+    assert sum(len(part) for part in (splits.train, splits.validation, splits.test)) == num_turns
+    for example in splits.train:
+        turns = [{"role": m.role, "content": m.content} for m in example.history]
+        turns += [{"role": "user", "content": example.question}, {"role": "assistant", "content": str(example.answer)}]
+        ids = tuple(tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False))
+        match = next(prompt for prompt in learned if ids[: len(prompt)] == prompt)
+        start, stop = learned[match]
+        assert tokenizer.decode(match[start:stop]).removesuffix("</s>").strip() == example.answer
+    facts, results = distilled(job)
+    assert {"template", "text", "end"} <= {check["check"] for check in facts["preflight"] if check["passed"]}
+    assert results["rows"]["student"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in rows} == {example.id for example in splits.test}
+    assert any("history" in row for row in rows)
+
+
+def _answer_prompt(prompts: Any) -> Callable[[Example], Any]:
+    return lambda example: prompts.answer_prompt(example, str(example.answer))
+
+
+def test_conversations_are_refused_by_cues_before_anything_is_annotated(
+    conversations: Configured, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="conversations of several messages need a chat template"):
+        prepare(conversations("prompt=cues"), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.shard"))
