@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
 from distill.prompts.pieces import Ids, Pieces
-from distill.records import Example, Span
+from distill.records import Example, Message, Span
 
 
 @runtime_checkable
@@ -38,8 +38,11 @@ class Frame(Protocol):
         """Token ids before every question."""
         ...
 
-    def question(self, span: Span, text: str) -> tuple[Ids, Ids, Ids]:
-        """Token ids from the prefix to the target: those before the question, its own, and those after it."""
+    def question(self, span: Span, text: str, history: Sequence[Message] = ()) -> tuple[Ids, Ids, Ids]:
+        """Token ids from the prefix to the target: those before the question, its own, and those after it.
+
+        `history` are the messages before the question; raises ConfigError if the frame cannot have them.
+        """
         ...
 
     def separator_ids(self) -> Ids:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import ConfigError
 from distill.prompts import check_texts
 from distill.prompts.pieces import Ids, Pieces
-from distill.records import Example, Span
+from distill.records import Example, Message, Span
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Cues:
             ids += (*encode(self.layout.answer_cue), *encode(f" {shot.answer}"), self.end, *encode("\n"))
         return ids
 
-    def question(self, span: Span, text: str) -> tuple[Ids, Ids, Ids]:
+    def question(self, span: Span, text: str, history: Sequence[Message] = ()) -> tuple[Ids, Ids, Ids]:
         """Token ids of the question's cue, of the question, and of the target's cue."""
+        if history:
+            raise ConfigError("conversations of several messages need a chat template; set prompt=chat")
         is_first = not self.layout.instruction and not self._shots
         encode_cue = self.pieces.first if is_first else self.pieces
         after = self.pieces("\n") + self.pieces(self._cue(span))

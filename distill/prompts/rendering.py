@@ -102,7 +102,7 @@ class Prompts:
 
         If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
         """
-        head, body, tail = self.frame.question(span, example.question)
+        head, body, tail = self.frame.question(span, example.question, example.history)
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
         if surplus > 0:
             if self.too_long == "refuse":

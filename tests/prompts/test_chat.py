@@ -135,8 +135,10 @@ def test_a_template_that_already_renders_the_prompt_is_kept() -> None:
     assert changed.chat_template["base"] == prompts.tokenizer.chat_template != changed.chat_template["default"]
     two = [{"role": "user", "content": "Is 5 odd?"}, {"role": "assistant", "content": "yes"}]
     assert changed.apply_chat_template(two, tokenize=False).endswith("\n\nyes<|eot_id|>")
+    assert changed.apply_chat_template([*two, two[0]], tokenize=False).count("Be brief.") == 1
+    reasoned = served_tokenizer(prompts, "rationale")  # whose question is followed by a request
     with pytest.raises(Exception, match="answers one question"):
-        changed.apply_chat_template([*two, two[0]], tokenize=False)
+        reasoned.apply_chat_template([*two, two[0]], tokenize=False)
 
 
 @pytest.mark.parametrize(
