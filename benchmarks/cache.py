@@ -166,7 +166,7 @@ def _greedy(workload: Workload, *, max_new_tokens: int, stop: int) -> list[list[
     for group in group_requests(workload.requests, workload.group_size):
         for start in range(0, len(group.requests), workload.batch_size):
             batch = group.requests[start : start + workload.batch_size]
-            texts = reader.read([r.question_ids for r in batch]).greedy(max_new_tokens=max_new_tokens, stop=stop)
+            texts = reader.read([r.question_ids for r in batch]).greedy(max_new_tokens=max_new_tokens, stops=[stop])
             written |= {request.key: ids for request, ids in zip(batch, texts, strict=True)}
     return [written[request.key] for request in workload.requests]
 

@@ -18,8 +18,9 @@ from distill.app.files import atomic_write
 from distill.cache import Codec
 from distill.cache.shard import pack_annotation
 from distill.cache.store import Store
+from distill.prompts.preview import preview
 from distill.prompts.rendering import Prompts
-from distill.records import SPANS, Annotation, Request, Span, Target
+from distill.records import SPANS, Annotation, Prompt, Request, Span, Target
 from distill.teachers import Teacher
 
 Row = tuple[np.ndarray, np.ndarray]  # ids and log-probabilities
@@ -92,7 +93,7 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
 
 
 def format_record(request: Request, annotation: Annotation, prompts: Prompts) -> str:
-    """Format a record as text: question, answer, rationale, and the teacher's top tokens at each position."""
+    """Format a record as text: what was read and written, and the teacher's top tokens at each position."""
     lines = [f"record     {request.key} ({request.span})", f"question   {request.example.question}"]
     if annotation.answer or request.example.answer is None:
         lines += [
@@ -104,10 +105,23 @@ def format_record(request: Request, annotation: Annotation, prompts: Prompts) ->
         lines += [f"gold       {request.example.answer}"]
     if annotation.rationale is not None:
         lines += [f"rationale  {annotation.rationale}{' … (truncated)' if annotation.is_truncated else ''}"]
+    lines += ["", "prompt, as the teacher read it, with the tokens to learn in ⟦ ⟧"]
+    lines += [preview(prompts, _whole_prompt(request, annotation, prompts))]
     for span, target in annotation.targets.items():
         lines += ["", f"{span}: each token, and the teacher's most probable tokens at its position"]
         lines += _token_lines(target, prompts)
     return "\n".join(visible(line, _MAX_CHARACTERS) for line in lines)
+
+
+def _whole_prompt(request: Request, annotation: Annotation, prompts: Prompts) -> Prompt:
+    """The prompt of a request with the targets of its annotation, in the order in which they were written."""
+    ids, spans = prompts.prefix(request.span) + request.question_ids, dict[Span, tuple[int, int]]()
+    for span in (name for name in ("rationale", "answer") if name in annotation.targets):
+        ids += prompts.separator_ids() if spans else ()
+        target = annotation.targets[span].token_ids
+        spans[span] = (len(ids), len(ids) + len(target))
+        ids += target
+    return Prompt(ids, spans)
 
 
 def export_parquet(reader: AnnotationReader, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:

@@ -20,7 +20,10 @@ MOVED: Mapping[str, str] = {
 }
 
 # Arguments that a configuration saved before does not have, and their present defaults.
-ADDED: Mapping[str, Mapping[str, Any]] = {"distill.tasks.files.FileTask": {"conflicts": None}}
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "distill.prompts.chat.Layout": {"reasoning_marks": None},
+    "distill.tasks.files.FileTask": {"conflicts": None},
+}
 
 # Arguments that are now those of a part: the argument that holds it, its class, and their names.
 GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {

@@ -93,7 +93,7 @@ class Evaluation:
             for places in self._limit.batches([len(questions[index]) + self._max_new_tokens for index in order]):
                 indices = [order[place] for place in places]
                 reading = reader.read([questions[index] for index in indices])
-                written = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+                written = reading.greedy(max_new_tokens=self._max_new_tokens, stops=self._prompts.ends)
                 texts |= zip(indices, (self._prompts.split_reply(ids).rationale for ids in written), strict=True)
         return [texts.get(index, "") for index in range(len(examples))]
 
@@ -136,7 +136,7 @@ class Evaluation:
             if self._choices and self._mode == "direct":
                 self._choose(reading, [None])
                 return 0
-            return sum(map(len, reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)))
+            return sum(map(len, reading.greedy(max_new_tokens=self._max_answer_tokens, stops=self._prompts.ends)))
 
         return answer
 
@@ -160,7 +160,7 @@ class Evaluation:
         teacher: Sequence[Annotation | None],
     ) -> list[Prediction]:
         reading = reader.read(questions)
-        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stops=self._prompts.ends)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._mode == "reasoned":

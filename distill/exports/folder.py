@@ -46,13 +46,14 @@ def export(run_dir: Path, to: Path) -> str:
 
 def _write_tokenizer(run: Run, to: Path) -> None:
     """Write what an earlier version did not save with a student: its prompt as a chat template, and greedy settings."""
-    tokenizer = load_tokenizer(to)
+    tokenizer, ends = load_tokenizer(to), tuple[int, ...]()
     try:
         prompts, config = _prompts(run)
+        ends = prompts.ends
         tokenizer = served_tokenizer(prompts, first_span(config.task.answer_mode))
     except (*configuration.INVALID_CONFIG, ValueError):
         tokenizer.chat_template = None  # it may be that of the model that the student is made from
-    write_greedy_settings(to, tokenizer, int(number(run.config.get("max_new_tokens")) or 0) or None)
+    write_greedy_settings(to, tokenizer, int(number(run.config.get("max_new_tokens")) or 0) or None, ends)
 
 
 def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:

@@ -146,14 +146,14 @@ class Reading:
         self.rewind(len(read))
         return [torch.stack(columns, -1) for columns in tokens]
 
-    def greedy(self, *, max_new_tokens: int, stop: int) -> list[list[int]]:
-        """Continue all prompts with the most likely tokens, up to and including `stop` or the limit."""
-        return self._generate(lambda logits_BV, _: logits_BV.argmax(-1, keepdim=True), max_new_tokens, stop)
+    def greedy(self, *, max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
+        """Continue all prompts with the most likely tokens, up to and including one of `stops`, or to the limit."""
+        return self._generate(lambda logits_BV, _: logits_BV.argmax(-1, keepdim=True), max_new_tokens, stops)
 
     def sampled(
-        self, *, uniforms_BN: Float[Tensor, "B N"], stop: int, temperature: float, top_p: float
+        self, *, uniforms_BN: Float[Tensor, "B N"], stops: Sequence[int], temperature: float, top_p: float
     ) -> list[list[int]]:
-        """Continue all prompts with sampled tokens, up to and including `stop` or to N tokens.
+        """Continue all prompts with sampled tokens, up to and including one of `stops`, or to N tokens.
 
         Token n of a row is drawn with `uniforms_BN[row, n]`, in [0, 1). A row of zeros gets the most likely tokens.
         """
@@ -162,19 +162,24 @@ class Reading:
         def choose(logits_BV: Float[Tensor, "B V"], index: int) -> Int[Tensor, "B 1"]:
             return draw(logits_BV, uniforms_BN[:, index], temperature=temperature, top_p=top_p).unsqueeze(-1)
 
-        return self._generate(choose, uniforms_BN.shape[1], stop)
+        return self._generate(choose, uniforms_BN.shape[1], stops)
 
-    def _generate(self, choose: ChooseToken, max_new_tokens: int, stop: int) -> list[list[int]]:
+    def _generate(self, choose: ChooseToken, max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         """Generate up to the limit, or to the last position of the model."""
         if (room := self.reader.room(self._length)) is not None:
             max_new_tokens = min(max_new_tokens, room + 1)  # the last token is not read
         generated_BT = choose(self.reader.logits(self.last_BH), 0)
-        while generated_BT.shape[1] < max_new_tokens and not (generated_BT == stop).any(1).all():
+        stops_E = torch.tensor(stops, device=generated_BT.device)
+        while generated_BT.shape[1] < max_new_tokens and not torch.isin(generated_BT, stops_E).any(1).all():
             last_BH = self.feed(generated_BT[:, -1:])[:, -1]
             generated_BT = torch.cat([generated_BT, choose(self.reader.logits(last_BH), generated_BT.shape[1])], 1)
         self.rewind(generated_BT.shape[1] - 1)
-        rows: list[list[int]] = generated_BT.tolist()
-        return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+        return [_up_to(row, stops) for row in generated_BT.tolist()]
+
+
+def _up_to(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to and including the first of `stops`; all without one."""
+    return ids[: next((place for place, token_id in enumerate(ids) if token_id in stops), len(ids)) + 1]
 
 
 def draw(

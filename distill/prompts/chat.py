@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import ConfigError
 from distill.prompts import check_texts
 from distill.prompts.pieces import Ids, Pieces
+from distill.prompts.reasoning import Marks, marks_of
 from distill.prompts.templates import own_template, templates_for
 from distill.records import Example, Message, Role, Span
 
@@ -38,13 +39,15 @@ _REASONING = re.compile(r"^.*</think>\s*", re.DOTALL)  # which templates leave o
 class Layout:
     """The fixed texts of a conversation; `arguments` are those of the template, such as `enable_thinking`.
 
-    With `system` None, a conversation has the system's turn of its own row, or none.
+    With `system` None, a conversation has the system's turn of its own row, or none. A model that reasons between
+    `reasoning_marks` gets no `rationale_request`: its reasoning is the rationale.
     """
 
     system: str | None
     rationale_request: str
     answer_cue: str
     arguments: Mapping[str, Any]
+    reasoning_marks: Sequence[str] | None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for texts in which a line break stayed two characters, as on most command lines."""
@@ -70,8 +73,11 @@ class Chat:
         self._tokenizer, self._shots = tokenizer, tuple(shots)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         self.template = template or self._no_template()
-        self.pieces = Pieces(tokenizer, ("Say", " so", "\n", "Say", " so"))
-        self.separator = f"\n{layout.answer_cue}"
+        self._marks = self._reasoning_marks()
+        marks = (self._marks.open, self._marks.close) if self._marks else ()
+        self.pieces = Pieces(tokenizer, ("Say", " so", "\n", "Say", " so"), marks)
+        self.separator = self._marks.close if self._marks else f"\n{layout.answer_cue}"
+        self._check_separator()
         self._split = functools.cache(self._split_at_question)
         self._check_roles = functools.cache(self._check_conversation)
         self._has_system_turns = self._accepts_system_turns()
@@ -106,7 +112,13 @@ class Chat:
 
     def separator_ids(self) -> Ids:
         """Token ids between a rationale and the answer after it."""
+        if self._marks:
+            return self.pieces.template(self._marks.separator, is_first=False)
         return self.pieces(self._separated(""))
+
+    def opening(self, span: Span) -> str:
+        """The text between a turn as the template begins it and a target, in which reasoning begins or ends."""
+        return self._openings[span] if self._marks else ""
 
     def around(self, span: Span) -> tuple[str, str]:
         """The texts before and after the question, without special tokens."""
@@ -126,6 +138,23 @@ class Chat:
         """A rationale and what stands between it and an answer, which brings its own space, or has none."""
         return f"{rationale}{self.separator}{'' if self.target_lead else chr(10)}"
 
+    def _reasoning_marks(self) -> Marks | None:
+        """The marks of the model's reasoning; None if it has none, or is told by the arguments to answer at once."""
+        marks = marks_of(self.template, self._layout.reasoning_marks)
+        begun = self._rendered([_turn("user", "a")], begin=True) if marks else ""
+        if marks is None or marks.is_closed(begun):
+            return None
+        self._openings = marks.openings(begun)
+        return marks
+
+    def _check_separator(self) -> None:
+        if self._marks and self.separator not in self.pieces.decode(self.separator_ids()):
+            raise ConfigError(
+                f"the tokenizer of {self._name} has {self.separator!r} as a special token, which is no part of a text, "
+                "so reasoning and answer could not be separated; set prompt.layout.reasoning_marks=[] and, for answers "
+                "without reasoning, prompt.layout.arguments={enable_thinking: false}"
+            )
+
     def _no_template(self) -> NoReturn:
         raise ConfigError(
             f"the tokenizer of {self._name} has no chat template; give it one with "
@@ -144,14 +173,17 @@ class Chat:
         turns = self._turns("answer", ())
         begun = self._rendered(turns, begin=True)
         whole = self._rendered([*turns, _turn("assistant", _mark(_TARGET))], begin=False)
-        lead, marker, ending = whole.removeprefix(begun).partition(_mark(_TARGET))
-        if not whole.startswith(begun) or not marker or lead.strip():
+        written, marker, ending = whole.partition(_mark(_TARGET))
+        if self._marks:
+            begun, written = map(self._marks.removed, (begun, written))
+        lead = written.removeprefix(begun)
+        if not written.startswith(begun) or not marker or lead.strip():
             raise ConfigError(
                 f"the chat template of {self._name} begins an assistant's turn with {begun[-60:]!r}, but writes "
                 f"{whole[-60:]!r}: a student would answer after another text than it learned; with templates for "
                 "reasoning, try prompt.layout.arguments={enable_thinking: false}"
             )
-        return lead, ending
+        return "" if self._marks else lead, ending
 
     def _end(self, ending: str) -> int:
         """The token that ends an assistant's turn."""
@@ -175,8 +207,7 @@ class Chat:
     def _check(self, question: str, target: str, history: Sequence[Message] = ()) -> None:
         """Compare a prompt and its target, made of parts, with the tokens of their whole rendering."""
         texts = self._texts("answer", history)
-        turns = [*self._turns("answer", _roles(history), question), _turn("assistant", target)]
-        rendered = self._filled(self._rendered(turns, begin=False), texts)
+        rendered = self._filled(self._whole(self._turns("answer", _roles(history), question), target), texts)
         whole = self.pieces.template(rendered, is_first=True)
         lead, after = self._around_question("answer", _roles(history))
         ids = self._before("answer", history) + self.pieces(f"{lead}{question}")
@@ -187,6 +218,17 @@ class Chat:
                 f"the tokenizer of {self._name} encodes {rendered!r} otherwise than its parts, so the prompt that is "
                 "served would not be the one that was trained; set prompt=cues, or choose another model"
             )
+
+    def _whole(self, turns: Sequence[Turn], target: str) -> str:
+        """The text of a conversation with its answer; before this stands what a model is served that reasons."""
+        rendered = self._rendered([*turns, _turn("assistant", target)], begin=False)
+        if not self._marks:
+            return rendered
+        return f"{self._begun('answer', turns)}{rendered[rendered.rindex(target) :]}"
+
+    def _begun(self, span: Span, turns: Sequence[Turn]) -> str:
+        """The text of a conversation up to a target."""
+        return f"{self._rendered(turns, begin=True)}{self.opening(span)}"
 
     def _check_conversation(self, roles: Roles) -> None:
         """Check a conversation with messages of these roles before the question."""
@@ -200,7 +242,7 @@ class Chat:
         turns = self._turns(span, _roles(history), question)
         for turn in turns:
             turn["content"] = self._filled(turn["content"], texts)
-        rendered, joined = self._rendered(turns, begin=True), f"{self._filled(before, texts)}{question}{after}"
+        rendered, joined = self._begun(span, turns), f"{self._filled(before, texts)}{question}{after}"
         if rendered != joined:
             place = next((n for n, (a, b) in enumerate(zip(rendered, joined, strict=False)) if a != b), len(joined))
             raise ConfigError(
@@ -211,7 +253,7 @@ class Chat:
 
     def _split_at_question(self, span: Span, roles: Roles) -> tuple[str, str]:
         """The rendered conversation before and after the last question, up to the target; markers stand for texts."""
-        rendered = self._rendered(self._turns(span, roles), begin=True)
+        rendered = self._begun(span, self._turns(span, roles))
         numbers = sorted(int(number) for number in _MARKER.findall(rendered))
         if numbers != sorted([_QUESTION, *self._texts(span, _sample(roles))]):
             reason = "leaves out or repeats texts of earlier turns; "
@@ -234,9 +276,10 @@ class Chat:
         system, earlier = self._system_and_turns(history)
         texts = {_SYSTEM: system} if system else {}
         for number, shot in enumerate(self._shots):
-            if shot.answer is None or (span == "rationale" and shot.rationale is None):
+            is_reasoned = span == "rationale" and not self._marks  # templates drop the reasoning of earlier turns
+            if shot.answer is None or (is_reasoned and shot.rationale is None):
                 raise ConfigError(f"the shot {shot.question[:60]!r} has no answer or no rationale")
-            reasoning = self._separated(f"{shot.rationale}") + self.target_lead if span == "rationale" else ""
+            reasoning = self._separated(f"{shot.rationale}") + self.target_lead if is_reasoned else ""
             texts |= {_SHOTS + 2 * number: shot.question, _SHOTS + 2 * number + 1: f"{reasoning}{shot.answer}"}
         return texts | {self._first_earlier + number: message.content for number, message in enumerate(earlier)}
 
@@ -258,7 +301,7 @@ class Chat:
 
     def _turns(self, span: Span, roles: Roles, question: str | None = None) -> list[Turn]:
         """The turns up to the last question, with markers in place of all texts, or all but the last question."""
-        request = f"\n{self._layout.rationale_request}" if span == "rationale" else ""
+        request = f"\n{self._layout.rationale_request}" if span == "rationale" and not self._marks else ""
         turns = []
         for number in range(_SHOTS, self._first_earlier, 2):
             turns += [_turn("user", f"{_mark(number)}{request}"), _turn("assistant", _mark(number + 1))]

@@ -29,12 +29,16 @@ _NORMAL = ("A b  C ² é", "a\tb", string.digits, string.punctuation)
 class Pieces:
     """Encodes the pieces of prompts with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[str]) -> None:
-        """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[str], marks: Sequence[str] = ()) -> None:
+        """Raise ConfigError if the tokenizer loses parts of a text; `samples` are pieces of one, in order.
+
+        Tokens of `marks` are as little part of a text as special tokens are.
+        """
         self._tokenizer = tokenizer
         self._inside = functools.lru_cache(_NUM_CACHED_TEXTS)(self._encode_inside)
         self._name = tokenizer.name_or_path or type(tokenizer).__name__
         special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special |= {index: name for name, index in tokenizer.get_added_vocab().items() if name in marks}
         special.pop(tokenizer.unk_token_id, None)  # unknown text is a part of a text
         self._special_ids = special.keys()
         self._inside_special = _inside(special.values())

@@ -22,7 +22,7 @@ from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.errors import ConfigError
 from distill.prompts import Layout, auto
 from distill.prompts.pieces import same_text
-from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
+from distill.prompts.tokenizers import listed_ends, load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
@@ -40,6 +40,8 @@ class Reply:
 class Prompts:
     """Renders examples for a model: few-shot with shots, zero-shot without."""
 
+    not_in_key = ("other_ends",)  # `ends` is, where there are several
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -48,8 +50,12 @@ class Prompts:
         *,
         max_length: int,
         too_long: TooLong,
+        other_ends: Sequence[int] = (),
     ) -> None:
-        """`max_length` limits the tokens of prompt and targets together, not counting the shots."""
+        """`max_length` limits the tokens of prompt and targets together, not counting the shots.
+
+        A target ends with the end token of its layout; a model may end what it generates with `other_ends` as well.
+        """
         self._arguments = arguments_of(locals())
         self.tokenizer = tokenizer
         self.layout = layout
@@ -58,11 +64,19 @@ class Prompts:
         self.too_long = too_long
         self.frame = layout.frame(tokenizer, self.shots)
         self.end = self.frame.end
+        self._other_ends = tuple(other_ends)
         self._prefix = functools.cache(self.frame.prefix)
 
-    def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    def zero_shot(self, tokenizer: PreTrainedTokenizerBase, other_ends: Sequence[int] = ()) -> Prompts:
         """Prompts of the same layout and limits, without shots, for another tokenizer."""
-        return Prompts(tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long)
+        return Prompts(
+            tokenizer, self.layout, (), max_length=self.max_length, too_long=self.too_long, other_ends=other_ends
+        )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens at which a generated text ends, first the one that ends a target."""
+        return tuple(dict.fromkeys((self.end, *self._other_ends)))
 
     @functools.cached_property  # get_vocab builds a new dict on every call
     def vocabulary_size(self) -> int:
@@ -72,7 +86,8 @@ class Prompts:
     def fingerprint(self) -> dict[str, Any]:
         """Everything in the prompts that affects a teacher's targets."""
         contents = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "layout": self.frame.layout}
-        return fingerprint_of(self, self._arguments, **contents, **self.frame.fingerprint())
+        ends = {"ends": self.ends} if len(self.ends) > 1 else {}
+        return fingerprint_of(self, self._arguments, **contents, **ends, **self.frame.fingerprint())
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text inside a prompt; a text from data never produces a special token."""
@@ -186,7 +201,7 @@ class Prompts:
 
     def split_reply(self, token_ids: Sequence[int]) -> Reply:
         """Decode a text generated after a rationale cue and split it at the answer cue."""
-        text = self.decode(token_ids)
+        text = self.decode(self._unended(token_ids))
         rationale, cue, answer = text.partition(self.frame.separator)
         return Reply(rationale.strip(), answer.strip() if cue else "")
 
@@ -195,12 +210,19 @@ class Prompts:
         return self.frame.pieces.decode(token_ids)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Decode tokens, without special tokens and outer spaces."""
-        return self.decode(token_ids).strip()
+        """Decode tokens, without an end, special tokens and outer spaces."""
+        return self.decode(self._unended(token_ids)).strip()
+
+    def has_ended(self, token_ids: Sequence[int]) -> bool:
+        """Whether a generated text is complete, rather than cut off at a limit."""
+        return bool(token_ids) and token_ids[-1] in self.ends
 
     def token_text(self, token_id: int) -> str:
         """The text of a token; of a special token its name."""
         return self.frame.pieces.decode([token_id], skip_special=False)
+
+    def _unended(self, token_ids: Sequence[int]) -> Sequence[int]:
+        return token_ids[:-1] if self.has_ended(token_ids) else token_ids
 
     def _before_target(self, example: Example, span: Span, room: int) -> tuple[int, ...]:
         return self.prefix(span) + self.question(example, span, room)
@@ -208,19 +230,22 @@ class Prompts:
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
     """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`."""
+    tokenizer = load_tokenizer(model_dir)
     prompts = Prompts(
-        load_tokenizer(model_dir),
+        tokenizer,
         _layout(config),
         list(shots)[: config.prompt.num_shots],
         max_length=config.prompt.max_length,
         too_long=config.prompt.too_long,
+        other_ends=listed_ends(model_dir, tokenizer),
     )
     return _said(prompts)
 
 
 def student_prompts(teacher: Prompts, model_dir: Path) -> Prompts:
     """Prompts for the student in a folder, laid out like those of its teacher, without shots."""
-    return _said(teacher.zero_shot(load_tokenizer(model_dir)))
+    tokenizer = load_tokenizer(model_dir)
+    return _said(teacher.zero_shot(tokenizer, listed_ends(model_dir, tokenizer)))
 
 
 def _layout(config: Config) -> Layout:

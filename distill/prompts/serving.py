@@ -32,23 +32,26 @@ def served_tokenizer(prompts: Prompts, span: Span) -> PreTrainedTokenizerBase:
     base = prompts.frame.template
     tokenizer.chat_template = tokenizer.chat_template or base  # which a model may have been given
     before, after = prompts.literal(span)
-    further = [*_with_settings(prompts.frame), _of_one_question(before, after, prompts.frame.target_lead, tokenizer)]
+    one_question = _of_one_question(before, after, prompts.frame.target_lead, tokenizer)
+    further = [*_with_settings(prompts.frame, span), one_question]
     while not _renders(tokenizer, f"{before}{_QUESTION}{after}"):
         template = further.pop(0)
         tokenizer.chat_template = {"default": template, BASE: base} if base else f"{CUES}{template}"
     return tokenizer
 
 
-def _with_settings(frame: Frame) -> Iterator[str]:
+def _with_settings(frame: Frame, span: Span) -> Iterator[str]:
     """The frame's chat template, which brings its own arguments and, where a conversation has none, system's turn."""
     if not isinstance(frame, Chat):
         return
     settings = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in frame.layout.arguments.items())
+    opening = f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(frame.opening(span))} -}}}}{{%- endif -%}}"
+    opening = opening if frame.opening(span) else ""
     system = _literal(frame.layout.system or "")
     merged = f"[{{'role': 'user', 'content': {system} + '\\n\\n' + messages[0].content}}] + messages[1:]"
     for messages in (f"[{{'role': 'system', 'content': {system}}}] + messages", merged):
         begun = f"{{%- if messages[0].role != 'system' -%}}{{%- set messages = {messages} -%}}{{%- endif -%}}"
-        yield f"{settings}{begun if frame.layout.system else ''}{frame.template}"
+        yield f"{settings}{begun if frame.layout.system else ''}{frame.template}{opening}"
 
 
 def _renders(tokenizer: PreTrainedTokenizerBase, expected: str) -> bool:

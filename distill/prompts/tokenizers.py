@@ -45,6 +45,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def listed_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens at which a model folder ends a generated text; ordinary tokens are never among them."""
+    try:
+        listed = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ()  # there is none, or it is damaged; generation ends as the prompt says
+    ids = listed if isinstance(listed, list) else [listed]
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tuple(token_id for token_id in ids if isinstance(token_id, int) and token_id in known)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that decides token ids: the tokenizer, or its vocabulary, and the ids of its special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

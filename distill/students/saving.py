@@ -6,6 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,13 @@ def save_student(
     *,
     dtype: torch.dtype,
     max_new_tokens: int,
+    ends: Sequence[int] = (),
 ) -> SavedStudent:
     """Write weights (safetensors), configuration and tokenizer, and return the student as reopened, in float32.
 
     Rounds the model's own weights to `dtype`. The folder appears once the reopened student computes the same logits
-    as the rounded one; otherwise SavedStudentError is raised.
+    as the rounded one; otherwise SavedStudentError is raised. A text that it generates ends at any of `ends`, by
+    default at the tokenizer's end.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.cpu().zero_grad(set_to_none=True)  # makes room for the reopened one
@@ -68,7 +71,7 @@ def save_student(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             complete = Path(temporary) / "model"
             _write(model, complete, dtype)
-            write_greedy_settings(complete, tokenizer, max_new_tokens)
+            write_greedy_settings(complete, tokenizer, max_new_tokens, ends)
             reopened = loading.load(complete, torch.float32)
             if gap := largest_difference(probe(reopened), rounded):
                 raise ValueError(f"its logits differ by up to {gap:.3g} from those of the student in memory")
@@ -81,15 +84,17 @@ def save_student(
     return SavedStudent(reopened, str(dtype).removeprefix("torch."), rounding)
 
 
-def write_greedy_settings(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> None:
-    """Write a tokenizer, and settings to generate as the student is evaluated.
+def write_greedy_settings(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None, ends: Sequence[int] = ()
+) -> None:
+    """Write a tokenizer, and settings to generate as the student is evaluated; without `ends`, to the tokenizer's end.
 
     Removes the chat templates that the folder has: the student knows only the prompt that the tokenizer renders.
     """
     for template in (*folder.glob("*chat_template*"), folder / "additional_chat_templates"):
         shutil.rmtree(template) if template.is_dir() else template.unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    _greedy(folder, tokenizer, max_new_tokens).save_pretrained(folder)
+    _greedy(folder, tokenizer, max_new_tokens, ends).save_pretrained(folder)
 
 
 def size_bytes(folder: Path) -> int:
@@ -97,14 +102,16 @@ def size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _greedy(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> GenerationConfig:
+def _greedy(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None, ends: Sequence[int]
+) -> GenerationConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
     padding_rows = list(range(max(tokenizer.get_vocab().values()) + 1, config.vocab_size))
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         suppress_tokens=padding_rows or None,  # rows of the head that belong to no token
     )

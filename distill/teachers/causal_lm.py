@@ -154,14 +154,14 @@ class CausalLMTeacher:
 
     def _write(self, requests: Sequence[Request], reading: Reading) -> list[Annotation]:
         """Direct answers as generated texts, without targets."""
-        generated = reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+        generated = reading.greedy(max_new_tokens=self._max_new_tokens, stops=self._prompts.ends)
         texts = [self._prompts.text(ids) for ids in generated]
         return [
             Annotation(
                 request.key,
                 {},
                 readable_answer(self._task, texts[k]),
-                is_truncated=generated[k][-1] != self._prompts.end,
+                is_truncated=not self._prompts.has_ended(generated[k]),
                 text=texts[k],
             )
             for k, request in enumerate(requests)
@@ -185,7 +185,7 @@ class CausalLMTeacher:
                 answers[k],
                 replies[k].rationale,
                 is_sampled=request.sample > 0,
-                is_truncated=generated[k][-1] != self._prompts.end,
+                is_truncated=not self._prompts.has_ended(generated[k]),
                 text=replies[k].answer,
             )
             for k, request in enumerate(requests)
@@ -194,13 +194,13 @@ class CausalLMTeacher:
     def _generate_rationales(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
         """Generate greedily for sample 0; further samples use random numbers that depend only on the request's key."""
         if not any(request.sample for request in requests):
-            return reading.greedy(max_new_tokens=self._max_new_tokens, stop=self._prompts.end)
+            return reading.greedy(max_new_tokens=self._max_new_tokens, stops=self._prompts.ends)
         # Not the random numbers of the codec: its draws must be independent of the generated tokens.
         keys = [f"{request.key}/words" for request in requests]
         uniforms_BN = torch.stack([torch.from_numpy(uniforms(key, self._max_new_tokens, 0)) for key in keys])
         uniforms_BN[[request.sample == 0 for request in requests]] = 0.0
         temperature, top_p = self._sampling_temperature, self._top_p
-        return reading.sampled(uniforms_BN=uniforms_BN, stop=self._prompts.end, temperature=temperature, top_p=top_p)
+        return reading.sampled(uniforms_BN=uniforms_BN, stops=self._prompts.ends, temperature=temperature, top_p=top_p)
 
     def _reader(self, span: Span) -> PrefixedReader:
         if any(not reader.is_valid for reader in self._readers.values()):

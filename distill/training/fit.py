@@ -41,7 +41,7 @@ from distill.training.checkpoints import (
 )
 from distill.training.curves import Curves
 from distill.training.module import StudentModule
-from distill.training.preflight import Finding, PreflightInput, preflight, table
+from distill.training.preflight import Finding, PreflightInput, example, preflight, table
 from distill.training.settings import build_callbacks, build_trainer, check_monitored, keeps_best
 from distill.training.sharding import gather_model
 
@@ -145,7 +145,9 @@ def run_preflight(job: Job, training: Training) -> list[Json]:
     config = job.config
     if config.preflight is False:
         return []
-    findings = preflight(preflight_input(job, training))
+    inputs = preflight_input(job, training)
+    say(example(inputs))
+    findings = preflight(inputs)
     if config.preflight is True:
         say(table(findings))
     else:

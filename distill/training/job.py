@@ -204,7 +204,8 @@ def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
     dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
     merge_adapters(student)
     tokenizer = served_tokenizer(job.prompts, first_span(job.config.task.answer_mode))
-    return save_student(student, tokenizer, folder, dtype=dtype, max_new_tokens=job.config.max_new_tokens)
+    max_new_tokens, ends = job.config.max_new_tokens, job.prompts.ends
+    return save_student(student, tokenizer, folder, dtype=dtype, max_new_tokens=max_new_tokens, ends=ends)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:

@@ -32,6 +32,10 @@ MODES = {
     "chat": ("prompt=chat", "prompt.num_shots=0"),
     "chat with instruction": ("prompt=chat", "prompt.num_shots=0", "prompt.layout.system=Judge it."),
     "reasoned chat": ("prompt=chat", "prompt.num_shots=0", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
+    "reasoning between marks": (
+        *("prompt=chat", "prompt.num_shots=0", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
+        "prompt.layout.reasoning_marks=['<think>','</think>']",
+    ),
     "conversation": ("task=chat", "prompt=chat", "prompt.num_shots=0", "task.system=Judge it."),
     "own systems": ("task=chat", "prompt=chat", "prompt.num_shots=0"),
     "cut": ("prompt.max_length=36", "prompt.too_long=cut"),
@@ -90,7 +94,12 @@ def assert_same_answers(replies: list[Any], run_dir: Path, *, num_answers: int =
             assert task.read_answer(reply["written"]) == row["student_written_answer"]
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("conversation", "own systems")])
+ANSWERING = [mode for mode in MODES if mode not in ("conversation", "own systems")]
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if "between" in mode else ()) for mode in ANSWERING]
+)
 def test_the_example_gives_the_answers_of_the_run(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
     run_dir = make_run(*overrides(mode, tmp_path))
     message = export(run_dir, tmp_path / "out")

@@ -101,7 +101,7 @@ def test_batching_and_padding_change_no_probability(name: str, length: int) -> N
 def test_greedy_text_equals_that_of_transformers(name: str) -> None:
     loaded, prefix = make_model(name), random_ids(9, 1)
     questions = [random_ids(2 + 3 * row, 10 + row) for row in range(5)]
-    generated = PrefixedReader(loaded, prefix, VOCABULARY + 32).read(questions).greedy(max_new_tokens=8, stop=1)
+    generated = PrefixedReader(loaded, prefix, VOCABULARY + 32).read(questions).greedy(max_new_tokens=8, stops=[1])
     for question, row in zip(questions, generated, strict=True):
         whole = torch.tensor([prefix + question])
         expected = loaded.generate(whole, max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1)
@@ -161,7 +161,7 @@ def test_sampled_text_equals_naive_sampling_of_single_rows() -> None:
     uniforms_BN = torch.from_numpy(np.stack([uniforms(str(row), 7, 0) for row in range(4)]))
     reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
     before_BV = reading.first_BV
-    generated = reading.sampled(uniforms_BN=uniforms_BN, stop=-1, temperature=1.3, top_p=0.9)
+    generated = reading.sampled(uniforms_BN=uniforms_BN, stops=[-1], temperature=1.3, top_p=0.9)
     assert torch.equal(before_BV, reading.reader.logprobs(reading.last_BH))
     for question, row, numbers in zip(questions, generated, uniforms_BN.tolist(), strict=True):
         text: list[int] = []
@@ -183,22 +183,22 @@ def test_sampling_approaches_greedy_as_uniform_temperature_or_top_p_vanish(
     number, temperature, top_p = settings
     reader = PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY)
     questions = [random_ids(4, row) for row in range(5)]
-    greedy = reader.read(questions).greedy(max_new_tokens=8, stop=7)
-    limits = {"stop": 7, "temperature": temperature, "top_p": top_p}
+    greedy = reader.read(questions).greedy(max_new_tokens=8, stops=[7])
+    limits = {"stops": [7], "temperature": temperature, "top_p": top_p}
     numbers_BN = torch.full((5, 8), number, dtype=torch.float64)
     assert reader.read(questions).sampled(uniforms_BN=numbers_BN, **limits) == greedy
     others_BN = torch.full((5, 8), 0.7, dtype=torch.float64)
-    assert reader.read(questions).sampled(uniforms_BN=others_BN, stop=7, temperature=5.0, top_p=1.0) != greedy
+    assert reader.read(questions).sampled(uniforms_BN=others_BN, stops=[7], temperature=5.0, top_p=1.0) != greedy
 
 
 def test_sampling_stops_at_the_stop_token_and_more_tokens_can_be_fed() -> None:
     reader = PrefixedReader(make_model("grouped"), random_ids(9, 1), VOCABULARY)
     questions = [random_ids(4, row) for row in range(5)]
     settings = {"uniforms_BN": torch.from_numpy(uniforms("k", 40, 0)).view(5, 8), "temperature": 1.0, "top_p": 1.0}
-    whole = reader.read(questions).sampled(stop=-1, **settings)
+    whole = reader.read(questions).sampled(stops=[-1], **settings)
     end = whole[0][3]
     reading, fed = reader.read(questions), torch.full((5, 2), 3)
-    cut = reading.sampled(stop=end, **settings)
+    cut = reading.sampled(stops=[end], **settings)
     assert cut == [row[: row.index(end) + 1] if end in row else row for row in whole]
     assert len(cut[0]) <= 4
     assert torch.allclose(reading.feed(fed), reader.read(questions).feed(fed), atol=1e-5)
@@ -246,7 +246,7 @@ def test_a_text_longer_than_the_positions_of_a_model_is_refused_and_none_is_gene
     with pytest.raises(ConfigError, match=r"a text of 41 tokens"):
         PrefixedReader(loaded, random_ids(41, 1), VOCABULARY)
     for prompt_length, num_written in ((4, 7), (9, 2), (10, 1)):  # the last token is not read
-        (written,) = reader.read([random_ids(prompt_length, 2)]).greedy(max_new_tokens=20, stop=-1)
+        (written,) = reader.read([random_ids(prompt_length, 2)]).greedy(max_new_tokens=20, stops=[-1])
         assert len(written) == num_written
 
 
@@ -297,7 +297,7 @@ def test_a_rotation_that_depends_on_the_length_is_used_up_to_its_original_length
     loaded, prefix = LlamaForCausalLM(config).eval(), random_ids(9, 1)
     reader = PrefixedReader(loaded, prefix, VOCABULARY)
     question = random_ids(limit - 9 - 5, 2)
-    (written,) = reader.read([question]).greedy(max_new_tokens=20, stop=-1)
+    (written,) = reader.read([question]).greedy(max_new_tokens=20, stops=[-1])
     assert len(written) == 6  # the last one is not read
     whole = plain(loaded, prefix, question, written[:-1])
     assert [int(logprobs_V.argmax()) for logprobs_V in whole[-6:]] == written

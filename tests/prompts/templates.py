@@ -54,6 +54,17 @@ TEMPLATES = {
 }
 # The project's own, for models without one.
 TEMPLATES |= {name: ((FOLDER / f"{name}.jinja").read_text().strip(), tokens, {}) for name, tokens in TOKENS.items()}
+# Of models that reason: the marks are tokens, but no special ones.
+_R1 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+    "{% else %}<|User|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+REASONING = {
+    "Qwen 3": (_QWEN, ("<|im_start|>", "<|im_end|>"), "<|im_start|>assistant\n"),
+    "R1": (_R1, ("<|User|>", "<|Assistant|>"), "<|Assistant|>"),
+}
 ENDS = dict.fromkeys(("Mistral", "Zephyr", "Zephyr, start token", "zephyr", "plain"), "</s>")
 ENDS |= {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 

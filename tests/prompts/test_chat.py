@@ -18,7 +18,7 @@ from tests.conftest import compose
 from tests.prompts.kinds import KEPT
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
 
-LAYOUT = Layout(system="", rationale_request="Why?", answer_cue="Answer:", arguments={})
+LAYOUT = Layout(system="", rationale_request="Why?", answer_cue="Answer:", arguments={}, reasoning_marks=None)
 SHOTS = (Example("Is 3 odd?", "yes", "Half of 3 is no whole number."), Example("Is 4 odd?", "no", "4 is 2 and 2."))
 WORDS = ("Is", "it", "so?", "3", "+", "10", "é", "no,", "\n", "  ", "yes", "<s>", "<|im_end|>", "[INST]")
 

@@ -77,7 +77,7 @@ def test_annotating_and_showing_hostile_texts_prints_plain_lines(
         monkeypatch.setattr(sys, "argv", ["annotate", *common, *arguments])
         _, output = run_in_process("annotate", annotate.main)
         assert output
-        assert not set(output) - PLAIN_CHARACTERS - set("…⟨⟩")
+        assert not set(output) - PLAIN_CHARACTERS - set("…⟨⟩⟦⟧")
         assert "\n[2026-01-01]" not in output
 
 

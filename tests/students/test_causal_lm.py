@@ -301,7 +301,8 @@ def test_gradient_checkpointing_does_not_change_generation(student_folder: Path)
         for is_checkpointed in (False, True)
     )
     written = [
-        PrefixedReader(m, (5, 60), 320).read([(70, 80)]).greedy(max_new_tokens=5, stop=1) for m in (plain, checkpointed)
+        PrefixedReader(m, (5, 60), 320).read([(70, 80)]).greedy(max_new_tokens=5, stops=[1])
+        for m in (plain, checkpointed)
     ]
     assert written[0] == written[1]
 

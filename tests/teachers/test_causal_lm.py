@@ -229,7 +229,7 @@ def test_a_rationale_is_truncated_only_without_an_end_token(prompts: Prompts, te
     requests = [prompts.request(example, "rationale") for example in examples(5)]
     model = make_teacher(teacher_folder, prompts).load()
     reader = PrefixedReader(model, prompts.prefix("rationale"), prompts.vocabulary_size)
-    written = reader.read([request.question_ids for request in requests]).greedy(max_new_tokens=6, stop=-1)
+    written = reader.read([request.question_ids for request in requests]).greedy(max_new_tokens=6, stops=[-1])
     for end in (written[0][-1], written[1][2]):
         ending = Prompts(prompts.tokenizer, LAYOUT, (), max_length=256, too_long="drop")
         ending.end = end
@@ -268,7 +268,7 @@ def test_sample_zero_is_greedy_in_any_batch(prompts: Prompts, teacher_folder: Pa
     assert all(is_close(a, b, 1e-4) for a, b in zip(greedy, teacher.annotate(requests)[::2], strict=True))
     reader = PrefixedReader(teacher._model, prompts.prefix("rationale"), prompts.vocabulary_size)
     reading = reader.read([request.question_ids for request in requests[::2]])
-    written = reading.greedy(max_new_tokens=6, stop=prompts.end)
+    written = reading.greedy(max_new_tokens=6, stops=[prompts.end])
     assert [a.rationale for a in greedy] == [prompts.split_reply(ids).rationale for ids in written]
 
 
@@ -289,7 +289,7 @@ def test_sampling_and_codec_use_different_random_numbers(prompts: Prompts, teach
     for suffix, is_equal in (("/words", True), ("", False)):
         numbers_BN = torch.from_numpy(np.stack([uniforms(request.key + suffix, 6, 0) for request in requests]))
         reading = reader.read([request.question_ids for request in requests])
-        written = reading.sampled(uniforms_BN=numbers_BN, stop=prompts.end, temperature=1.0, top_p=1.0)
+        written = reading.sampled(uniforms_BN=numbers_BN, stops=[prompts.end], temperature=1.0, top_p=1.0)
         matches = [prompts.split_reply(ids).rationale == text for ids, text in zip(written, texts, strict=True)]
         assert matches == [is_equal] * len(requests)
 

@@ -74,6 +74,28 @@ def test_a_model_without_a_template_is_refused_before_anything_is_annotated(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["direct", "reasoned"])
+def test_a_student_learns_to_reason_between_marks(
+    mode: str, configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    marks = "prompt.layout.reasoning_marks=['<think>','</think>']"
+    teacher, student = (
+        with_template(source, tmp_path / name, "Zephyr")
+        for source, name in ((teacher_folder, "teacher"), (student_folder, "student"))
+    )
+    models = (f"teacher.model={teacher}", f"student.model={student}", f"task.answer_mode={mode}", marks)
+    job = prepare(configured(*CHAT, *models), tmp_path / "run")
+    facts, results = distilled(job)
+    assert {"template", "text", "end"} <= {check["check"] for check in facts["preflight"] if check["passed"]}
+    assert results["rows"]["student"]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    text = saved.apply_chat_template(
+        [{"role": "user", "content": "1 + 1?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|assistant|>\n<think>\n" + ("\n</think>\n\n" if mode == "direct" else ""))
+
+
+@pytest.mark.slow
 def test_an_instructed_teacher_teaches_a_base_student_that_leaves_with_a_template(
     configured: Configured,
     teacher_folder: Path,

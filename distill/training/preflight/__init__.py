@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from distill.models.placement import on_device
+from distill.prompts.preview import preview
 from distill.training.preflight import data_checks, model_checks
-from distill.training.preflight.inputs import Finding, PreflightInput, samples_of
+from distill.training.preflight.inputs import Finding, PreflightInput, plain_prompts, samples_of
 from distill.training.preflight.resources import resources
 
-__all__ = ["Finding", "PreflightInput", "preflight", "resource_findings", "table"]
+__all__ = ["Finding", "PreflightInput", "example", "preflight", "resource_findings", "table"]
 
 
 def preflight(inputs: PreflightInput) -> list[Finding]:
@@ -42,6 +43,13 @@ def resource_findings(inputs: PreflightInput) -> list[Finding]:
     """Return the resources that training needs and those available, without the other checks."""
     with _state_restored(inputs.module, inputs.device):
         return list(resources(inputs))
+
+
+def example(inputs: PreflightInput) -> str:
+    """Return the first lesson as the student sees it, with the tokens that it learns in ⟦ ⟧."""
+    prompts = (prompt for sequence in inputs.lessons[0].sequences for prompt in plain_prompts(sequence))
+    texts = (textwrap.indent(preview(inputs.prompts, prompt), "  ") for prompt in prompts)
+    return "the first lesson as the student sees it, with the tokens to learn in ⟦ ⟧:\n" + "\n  --\n".join(texts)
 
 
 def table(findings: Sequence[Finding]) -> str:

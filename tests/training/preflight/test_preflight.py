@@ -17,7 +17,7 @@ from distill.errors import ConfigError
 from distill.lessons.loader import Arrangement, DistillData
 from distill.students.causal_lm import open_student
 from distill.training.fit import stop_on_failures
-from distill.training.preflight import Finding, PreflightInput, _state_restored, preflight, table
+from distill.training.preflight import Finding, PreflightInput, _state_restored, example, preflight, table
 from tests.conftest import WHOLE_STUDENT, make_model, student_module
 from tests.training.preflight.conftest import LOSSES, failed_checks, findings_by_check
 
@@ -116,6 +116,18 @@ def test_a_run_stops_on_a_fatal_check_that_failed_and_on_nothing_else(
     finding = Finding("shift", passed, "found", "expected", "Do this", is_fatal)
     with pytest.raises(ConfigError, match=r"shift: found; expected: expected\. Do this") if stops else nullcontext():
         stop_on_failures([finding])
+
+
+def test_one_example_is_shown_as_the_student_sees_it(valid_input: PreflightInput) -> None:
+    separate = next(lesson for lesson in valid_input.lessons if len(lesson.sequences) == 2)
+    heading, *lines = example(replace(valid_input, lessons=[separate])).splitlines()
+    assert "the student sees it" in heading
+    assert lines[0].startswith("  Question: ")
+    assert lines[1].startswith("  Answer:⟦ ")
+    assert lines[1].endswith("</s>⟧")
+    assert lines[2:4] == ["  --", lines[0]]
+    assert lines[4].startswith("  Reason:⟦ ")
+    assert example(replace(valid_input, lessons=[separate.branched()])).splitlines() == [heading, *lines]
 
 
 def test_the_table_fits_a_terminal_and_puts_the_remedy_below_a_failure(valid_input: PreflightInput) -> None:
