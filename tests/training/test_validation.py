@@ -71,6 +71,7 @@ class SevensTask:
     """A task that reads the answer 7 from every text."""
 
     version = "1"
+    is_free_text = False
     choices: tuple[str, ...] = ()
 
     def splits(self) -> Splits:
