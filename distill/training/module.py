@@ -66,14 +66,19 @@ class StudentModule(lightning.LightningModule):
         make_optimizer: MakeOptimizer,
         make_schedule: MakeSchedule,
         seed: int,
+        measures_accuracy: bool = True,
     ) -> None:
-        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T."""
+        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T.
+
+        `measures_accuracy`: validation counts the answers of which every token is the most probable one.
+        """
         super().__init__()
         self.model: Any = model
         self._objectives = dict(objectives)
         self._vocabulary_size = vocabulary_size
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
+        self._measures_accuracy = measures_accuracy
         self._step_sums: dict[str, Tensor] = {}
         self._counts: Counts = {}
         self.logged: dict[str, float] = {}  # the values that were logged last
@@ -217,7 +222,7 @@ class StudentModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch) -> None:
         terms = self.terms(batch)
-        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N & self._measures_accuracy
         sums_L, predicted_M = self(lambda: self._evaluate(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             if count := int(term.is_used_N.sum()):

@@ -195,7 +195,7 @@ def test_a_choice_that_goes_on_is_not_read(text: str) -> None:
 
 def test_a_label_of_several_lines_is_refused_with_the_setting_that_takes_it() -> None:
     label = "def f():\n    return 1"
-    with pytest.raises(AnswerError, match="set task.read.kind=text"):
+    with pytest.raises(AnswerError, match=r"set task\.read\.kind=text"):
         answer_format("line").read_gold(label)
     assert answer_format("text").read_gold(label) == label
 
