@@ -21,6 +21,7 @@ from distill.app.console import visible
 from distill.app.files import Json
 from distill.app.moved import current
 from distill.errors import ConfigError
+from distill.reports.measures import measure_of
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
 OPTIONAL_FILES = ("rationales.jsonl",)
@@ -88,8 +89,9 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the student has an accuracy and the run names its losses."""
-        return bool(self.losses) and number(self.rows.get("student", {}).get("accuracy")) is not None
+        """Whether the student has the figure that it is judged by, and the run names its losses."""
+        row = self.rows.get("student", {})
+        return bool(self.losses) and number(row.get(measure_of(row).key)) is not None
 
     @cached_property
     def settings(self) -> Mapping[str, str]:
