@@ -190,8 +190,8 @@ def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
 
 
 def _with_comparisons(line: Json) -> Json:
-    """Add to a prediction what equality of texts shows, where the run did not record it."""
-    teacher = line.get("teacher_answer")
+    """Add to a prediction what equality of texts shows, where the run did not record it; not to free texts."""
+    teacher = None if line.get("is_correct") is None else line.get("teacher_answer")
     derived = {"is_teacher_correct": teacher == line.get("gold"), "agrees": teacher == line.get("student_answer")}
     missing = {key: None if teacher is None else value for key, value in derived.items() if line.get(key) is None}
     return {**line, **missing}
