@@ -20,9 +20,11 @@ from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
 from distill.reports.sentences import contamination_lines, cost_note, notes, yield_lines
+from distill.reports.steps import steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    STEPS_TITLES,
     class_rows,
     class_titles,
     columns,
@@ -37,6 +39,7 @@ from distill.reports.tables import (
     recall_titles,
     seed_columns,
     short,
+    steps_row,
     unit,
 )
 from distill.reports.text import MAX_SENTENCE, to_markdown
@@ -76,6 +79,8 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrast_titles": contrast_titles(summary),
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
+        "steps_titles": STEPS_TITLES,
+        "steps_rows": list(map(steps_row, steps_to_equal(summary.trained))),
         "columns": shown,
         "guess_rows": guess_rows(summary, len(shown)),
         "confusions": found,

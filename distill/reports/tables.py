@@ -13,6 +13,7 @@ from distill.reports.classes import Confusion, confusion
 from distill.reports.contrasts import Contrast
 from distill.reports.costs import TIME, Cost, break_even_text, cost, yields
 from distill.reports.differences import Difference, interval_title
+from distill.reports.steps import StepsToEqual, steps_to_equal
 from distill.reports.verdicts import Summary, Verdict, share_text
 
 NO_PRICES: Json = {}
@@ -150,6 +151,14 @@ def recall_row(table: Confusion, names: Sequence[str]) -> list[str]:
     return [table.arm.label, *(recalls.get(name, "-") for name in names)]
 
 
+STEPS_TITLES = ("arm", "as good as", "steps to equal")
+
+
+def steps_row(pair: StepsToEqual) -> list[str]:
+    """Return the cells of a line of the table of steps."""
+    return [pair.arm.label, pair.rival.label, pair.text]
+
+
 def guess_rows(summary: Summary, num_columns: int, *, is_narrow: bool = False) -> list[list[str]]:
     """Return lines of the results for answers that need no model."""
     unit = "" if is_narrow else " %"
@@ -173,6 +182,11 @@ def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[st
             {"model": arm.label, "low": arm.interval[0], "high": arm.interval[1]} | {k: arm.stat(k).mean for k in keys}
             for arm in summary.arms
             if arm.rows
+        ],
+        "steps_to_equal": [
+            {"arm": pair.arm.label, "rival": pair.rival.label, "seed": seed, "ratio": ratio, "is_bound": pair.is_bound}
+            for pair in steps_to_equal(summary.trained)
+            for seed, ratio in pair.ratios.items()
         ],
         "guesses": [guess._asdict() for guess in summary.guesses],
         "classes": [

@@ -14,9 +14,11 @@ from distill.reports.conclusion import conclude
 from distill.reports.costs import cost
 from distill.reports.rows import rows_table
 from distill.reports.sentences import facts, remarks
+from distill.reports.steps import steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    STEPS_TITLES,
     class_rows,
     class_titles,
     columns,
@@ -30,6 +32,7 @@ from distill.reports.tables import (
     recall_row,
     recall_titles,
     seed_columns,
+    steps_row,
 )
 from distill.reports.verdicts import TO_RUN, Summary
 
@@ -58,6 +61,7 @@ def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WID
         _aligned(["model", *(column.short for column in shown)], results, width),
         _aligned(difference_titles(summary), differences, width),
         _aligned(contrast_titles(summary), contrasts, width),
+        _aligned(STEPS_TITLES, list(map(steps_row, steps_to_equal(summary.trained))), width),
         _aligned(recalls, [recall_row(table, recalls[1:]) for table in confusion_tables], width),
         [_filled(text, width) for text in remarks(summary)],
         _aligned(COST_TITLES, costs, width),
@@ -123,6 +127,8 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     lines += ["", "## Differences", "", *_grid(difference_titles(summary), rows)] if rows else []
     rows = [[_plain(text) for text in contrast_row(contrast)] for contrast in summary.contrasts]
     lines += ["", "## One setting changed", "", *_grid(contrast_titles(summary), rows)] if rows else []
+    rows = [list(map(_plain, steps_row(pair))) for pair in steps_to_equal(summary.trained)]
+    lines += ["", "## Steps to equal", "", *_grid(STEPS_TITLES, rows)] if rows else []
     parts = (("Results", summary.arms, columns(summary)), ("Each seed", summary.seeds, seed_columns(summary)))
     for heading, arms, shown in parts:
         rows = [[_plain(arm.label), *(cell(arm, column) for column in shown)] for arm in arms]

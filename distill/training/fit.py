@@ -138,8 +138,11 @@ def _measured(job: Job, curriculum: Curriculum) -> set[str]:
     """Return the names of the metrics that validation will measure."""
     counts = sum((lesson.counts() for lesson in curriculum.validation), Counter[tuple[Span, str]]())
     losses = {f"val/{name}" for name, o in job.objectives.items() if counts[o.span, o.source]}
-    has_accuracy = counts["answer", "labels"] and not job.annotation_job.task.is_free_text
-    return losses | ({"val/loss"} if losses else set()) | ({"val/accuracy"} if has_accuracy else set())
+    measured = losses | ({"val/loss"} if losses else set())
+    if not counts["answer", "labels"]:
+        return measured
+    is_free_text = job.annotation_job.task.is_free_text
+    return measured | {"val/cross_entropy"} | (set() if is_free_text else {"val/accuracy"})
 
 
 def run_preflight(job: Job, training: Training) -> list[Json]:
