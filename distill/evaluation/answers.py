@@ -181,7 +181,9 @@ class Evaluation:
             measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
             return [
                 replace(
-                    _prediction(self._task, e, answers[k], None, teacher[k]), text=measures[k], rationale=rationales[k]
+                    _prediction(self._task, e, answers[k], answers[k], teacher[k]),
+                    text=measures[k],
+                    rationale=rationales[k],
                 )
                 for k, e in enumerate(examples)
             ]
