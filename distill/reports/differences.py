@@ -10,6 +10,7 @@ import numpy as np
 
 from distill.reports.arms import Arm
 from distill.reports.measures import ACCURACY, Measure, Status
+from distill.reports.runs import number
 from distill.reports.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
 
 ONE_SEED = (
@@ -34,7 +35,7 @@ class Difference:
 
     `level` is that of this interval, such that the intervals of all `num_comparisons` hold together. `share` is the
     recovered share of the teacher's advantage over the rival; with `has_teacher`, None means that the teacher has no
-    advantage.
+    advantage. `chrf` is the difference of the chrF of free texts.
     """
 
     arm: Arm
@@ -45,6 +46,7 @@ class Difference:
     share: Interval | None
     has_teacher: bool
     caveats: tuple[str, ...]
+    chrf: Interval | None = None
 
     @property
     def measure(self) -> Measure:
@@ -109,7 +111,19 @@ def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Differe
     has_teacher = paired.teacher is not None
     share = recovered(paired.rival, paired.arm, paired.teacher, level=own_level) if paired.teacher is not None else None
     limits = _limits(arm, rival, paired)
-    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits)
+    chrf = None if is_proportion else _chrf(arm, rival, paired, own_level)
+    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, chrf)
+
+
+def _chrf(arm: Arm, rival: Arm, paired: Paired, level: float) -> Interval | None:
+    sides = [
+        [[number(part.predictions[seed][id_].get("chrf")) for id_ in paired.ids] for seed in paired.seeds]
+        for part in (arm, rival)
+    ]
+    if any(value is None for side in sides for row in side for value in row):
+        return None
+    left, right = (np.array(side, np.float64) for side in sides)
+    return paired_interval(left, right, level=level, is_proportion=False)
 
 
 def percent(level: float) -> str:

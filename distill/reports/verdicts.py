@@ -225,7 +225,14 @@ def _sentence(difference: Difference, status: Status, guess: Guess) -> str:
     lead = f"{arm.label} {measure.verb} {difference.wording}: {claim}" if is_shown else f"{arm.label}: {claim}"
     doubt = "" if is_shown else NOT_SHOWN if difference.is_ahead else " The student is not better."
     basis = _pairing(difference) if difference.interval else _unpaired(difference)
-    return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}"
+    return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}{_wording(difference)}"
+
+
+def _wording(difference: Difference) -> str:
+    """State the difference of the chrF of free texts, of which higher is better."""
+    if (chrf := difference.chrf) is None:
+        return ""
+    return f" Difference in chrF to the gold texts: {chrf.estimate:+.1f} [{chrf.low:+.1f}, {chrf.high:+.1f}]."
 
 
 def _over_hard_labels(difference: Difference) -> str:

@@ -103,6 +103,14 @@ def test_the_lower_cross_entropy_is_better(make_texts: Make) -> None:
     low, high = verdict.difference.ends
     assert low < verdict.points < high < 0
     assert "has a lower cross-entropy" in verdict.sentence
+    chrf = verdict.difference.chrf
+    assert chrf.low < chrf.estimate < chrf.high
+    arms = verdict.difference.arm, verdict.difference.rival
+    soft, labels = (
+        np.mean([line["chrf"] for lines in arm.predictions.values() for line in lines.values()]) for arm in arms
+    )
+    assert chrf.estimate == pytest.approx(soft - labels)
+    assert f"chrF to the gold texts: {soft - labels:+.1f} [" in verdict.sentence
     assert "nats per byte below labels alone at equal budget" in verdict.sentence
     (turned,) = summary_of(make_texts(LABELS, 0.55), make_texts(SOFT, 0.60)).verdicts
     assert (turned.status, turned.wording) == ("worse", "higher cross-entropy")
