@@ -40,6 +40,7 @@ class Solutions:
     """A task whose answers are whole solutions: every text is a valid answer."""
 
     version = "1"
+    is_free_text = True
     choices: Sequence[str] = ()
 
     def splits(self) -> Splits:

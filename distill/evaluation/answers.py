@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from distill.app.machine import extra_bytes, timings
 from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
+from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
 from distill.evaluation.metrics import Prediction, score
+from distill.evaluation.texts import TextMeasures, chrf, require_text_measures
 from distill.lessons.join import AnswerMode, first_span
 from distill.lessons.loader import BatchLimit
-from distill.losses.forward_kl import ForwardKL
 from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.rendering import Prompts, Reply
-from distill.records import Annotation, Example, Span, Target, ragged_indices
+from distill.records import Annotation, Example, Span, Target
 from distill.students.saving import size_bytes
 from distill.tasks import Task, is_right, readable_answer
 
@@ -47,6 +48,7 @@ class Evaluation:
         limit: BatchLimit = _DEFAULT_LIMIT,
     ) -> None:
         """With mode "direct" the model answers at once, with "reasoned" after a rationale."""
+        require_text_measures(task)
         self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span = first_span(mode)
@@ -72,8 +74,8 @@ class Evaluation:
         dropped = [index for index in range(len(examples)) if index not in questions]
         results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
-        order, room = list(questions), self._max_answer_tokens
-        for places in self._limit.batches([len(questions[index]) + room for index in order]):
+        order = list(questions)
+        for places in self._limit.batches([len(questions[index]) + self._room(examples[index]) for index in order]):
             indices = [order[place] for place in places]
             batch = [examples[index] for index in indices]
             annotations = [teacher.get(example.id) for example in batch]
@@ -104,6 +106,11 @@ class Evaluation:
             with suppress(ValueError):
                 questions[index] = self._prompts.question(example, span)
         return questions
+
+    def _room(self, example: Example) -> int:
+        """Return the number of tokens that are read or written after a question."""
+        is_read = self._task.is_free_text and example.answer is not None
+        return max(self._max_answer_tokens, len(self._prompts.answer_ids(example.answer or "")) if is_read else 0)
 
     def fits(self, example: Example) -> bool:
         """Whether the question is not too long."""
@@ -166,8 +173,20 @@ class Evaluation:
         if self._mode == "reasoned":
             replies = [self._prompts.split_reply(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
-            reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
+            questions = [(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)]
+            reading = reader.read(questions)
         answers = [readable_answer(self._task, text) for text in texts]
+        if self._task.is_free_text:
+            has_ended = [ids[-1] == self._prompts.end for ids in written]
+            measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
+            return [
+                replace(
+                    _prediction(self._task, e, answers[k], answers[k], teacher[k]),
+                    text=measures[k],
+                    rationale=rationales[k],
+                )
+                for k, e in enumerate(examples)
+            ]
         best, confidence = self._choose(reading, answers)
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
@@ -190,6 +209,40 @@ class Evaluation:
             return list(answers), [None] * len(answers)
         probability_B, choice_B = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1).max(-1)
         return [self._task.choices[k] for k in choice_B.tolist()], probability_B.tolist()
+
+    def _text_measures(
+        self,
+        reader: PrefixedReader,
+        questions: Sequence[tuple[int, ...]],
+        examples: Sequence[Example],
+        teacher: Sequence[Annotation | None],
+        answers: Sequence[str | None],
+        has_ended: Sequence[bool],
+    ) -> list[TextMeasures]:
+        """Read the gold texts and the teacher's after the questions; compare the model's own texts with them."""
+        gold = [Target(self._prompts.answer_ids(e.answer), None) if e.answer else None for e in examples]
+        along_gold = likelihoods(reader, questions, gold)
+        along_teacher = likelihoods(reader, questions, list(map(self._teacher_text, teacher)))
+        return [
+            TextMeasures(
+                gold=along_gold[k],
+                gold_bytes=len((example.answer or "").encode()),
+                teacher=along_teacher[k],
+                length=len(self._prompts.encode(text)) if (text := answers[k]) else 0,
+                gold_length=len(self._prompts.encode(example.answer or "")),
+                has_ended=has_ended[k],
+                chrf=chrf(text or "", example.right_answers),
+                teacher_chrf=chrf(text or "", [annotation.answer]) if annotation and annotation.answer else None,
+            )
+            for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
+        ]
+
+    def _teacher_text(self, annotation: Annotation | None) -> Target | None:
+        """Return the direct answer of the teacher in the tokens of the model, if whole; with soft targets if shared."""
+        if annotation is None or self._mode == "reasoned" or (answer := annotation.whole_answer) is None:
+            return None
+        target = annotation.targets.get("answer")
+        return target if target and target.soft else Target(self._prompts.answer_ids(answer), None)
 
     def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
         """Return the KL to the teacher over the tokens of its direct answer; both share a vocabulary."""
@@ -215,26 +268,30 @@ def _is_same(task: Task, left: str | None, right: str | None) -> bool:
 def _prediction(
     task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
 ) -> Prediction:
-    """Compare an answer with the gold answer and, if annotated, with the teacher's."""
+    """Compare an answer with the gold answer and, if annotated, with the teacher's; free texts are not compared."""
+    is_text = task.is_free_text
     return Prediction(
         example_id=example.id,
         question=example.question,
         history=example.history,
         gold=example.answer or "",
         accepted=example.accepted,
-        right_values=tuple(dict.fromkeys(map(task.value, example.right_answers))),
+        right_values=() if is_text else tuple(dict.fromkeys(map(task.value, example.right_answers))),
         answer=answer,
         written_answer=written,
-        is_correct=is_right(task, answer, example),
-        is_written_correct=is_right(task, written, example),
+        is_correct=None if is_text else is_right(task, answer, example),
+        is_written_correct=None if is_text else is_right(task, written, example),
         confidence=None,
         kl=None,
+        text=TextMeasures() if is_text else None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),
     )
 
 
 def _comparison(task: Task, example: Example, answer: str | None, annotation: Annotation) -> dict[str, Any]:
-    """Return the teacher's answer to the same question and whether the two agree."""
+    """Return the teacher's answer to the same question and, unless they are free texts, whether the two agree."""
+    if task.is_free_text:
+        return {"teacher_answer": annotation.answer}
     return {
         "teacher_answer": annotation.answer,
         "teacher_confidence": annotation.confidence,
@@ -245,17 +302,8 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
 
 def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
     """Return the mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
-    if target is None or target.soft is None:
-        return None
-    soft = target.soft.buckets()
-    if not soft.num_exact_N.all():  # only draws: a single bucket, in which all models are equal
-        return None
-    row_E, _ = ragged_indices(soft.num_exact_N)
-    log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
-    rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
-    log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])
-    log_t = torch.cat([torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N).log()])
-    return float(ForwardKL()(log_q, log_t)[0].sum()) / len(soft)
+    soft = compared(target)
+    return None if soft is None else bucket_kl(logprobs_NV, soft) / len(soft)
 
 
 def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
@@ -311,7 +359,12 @@ def saved_type(folder: Path) -> str | None:
 
 
 def teacher_row(
-    examples: Sequence[Example], annotations: Mapping[str, Annotation], task: Task, store: Store, folder: Path | None
+    examples: Sequence[Example],
+    annotations: Mapping[str, Annotation],
+    task: Task,
+    prompts: Prompts,
+    store: Store,
+    folder: Path | None,
 ) -> dict[str, Any]:
     """Return the teacher's row, from its cached answers and its cost; `folder` is None if it is not local."""
     predictions = [
@@ -319,6 +372,7 @@ def teacher_row(
             _prediction(task, example, annotation.answer, None),
             is_written_correct=None,
             confidence=annotation.confidence,
+            text=_teacher_measures(prompts, example, annotation) if task.is_free_text else None,
         )
         for example in examples
         if (annotation := annotations.get(example.id))
@@ -329,3 +383,14 @@ def teacher_row(
     measured |= {"size_bytes": (size_bytes(folder) or None) if folder else None, "training_seconds": None}
     measured |= {"dtype": saved_type(folder) if folder else None}
     return score(predictions) | measured
+
+
+def _teacher_measures(prompts: Prompts, example: Example, annotation: Annotation) -> TextMeasures:
+    """Measure the teacher's text. It answered without the gold text, so its likelihood of that is not known."""
+    text = annotation.answer or ""
+    return TextMeasures(
+        length=len(prompts.encode(text)),
+        gold_length=len(prompts.encode(example.answer or "")),
+        has_ended=not annotation.is_truncated,
+        chrf=chrf(text, example.right_answers),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -11,21 +12,24 @@ from distill.app.config import Config
 from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
+from distill.evaluation.texts import require_text_measures
 from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
 from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
+from distill.reports.measures import ACCURACY, measure_of
 from distill.students.saving import size_bytes
 from distill.tasks import Task
 from distill.tasks.splitting import require_examples
 
 
 def evaluate(config: Config) -> float:
-    """Evaluate a model folder, print and write its results, and return its accuracy."""
+    """Evaluate a model folder, print and write its results, and return its score; higher is better."""
     loading.flush_denormals()
     limit = _batch_limit(config)
     folder = naming.resolve(config.model, configuration.local_root(config.root))
     task: Task = configuration.build(config.task.examples)
+    require_text_measures(task)
     if config.split not in SPLITS:
         raise ConfigError(f"split={config.split}: expected {', '.join(SPLITS)}")
     splits = task.splits()
@@ -38,12 +42,27 @@ def evaluate(config: Config) -> float:
     row |= {"size_bytes": size_bytes(folder), **speeds({"model": evaluation}, examples)["model"]}
     out = configuration.run_dir() / "evaluation.json"
     write_json(out, row)
-    low, high = row["interval"]
-    print(
-        f"{folder}\n{config.split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(examples)} examples"
+    print(f"{folder}\n{_text(row, config.split)}\nresults  {out}")
+    return measure_of(row).score(row) or 0.0
+
+
+def _text(row: Mapping[str, Any], split: str) -> str:
+    """Return the figures in two lines."""
+    if measure_of(row) is ACCURACY:
+        low, high = row["interval"]
+        return (
+            f"{split} accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {row['num_examples']} examples\n"
+            f"generated accuracy {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable"
+        )
+    figures = (
+        ("cross_entropy", "cross-entropy", "nats per token"),
+        ("cross_entropy_per_byte", "or", "nats per byte"),
+        ("chrf", "chrF", "of 100"),
+        ("length_ratio", "length", "of the gold texts"),
+        ("ended", "ended by themselves", "of 1"),
     )
-    print(f"generated accuracy {row['generated_accuracy']:.3f}, {row['num_unreadable']} unreadable\nresults  {out}")
-    return float(row["accuracy"])
+    parts = [f"{name} {row[key]:.3f} {unit}" for key, name, unit in figures if row[key] is not None]
+    return f"{split}: {', '.join(parts)}; {row['num_examples']} examples, {row['num_unmeasured']} not measured"
 
 
 def _batch_limit(config: Config) -> BatchLimit:

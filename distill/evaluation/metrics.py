@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.evaluation.texts import TextMeasures, score_texts
 from distill.records import Message
 from distill.reports.proportions import wilson_interval
 from distill.reports.statistics import calibration_error, confidence_bins
@@ -22,7 +23,7 @@ class Prediction:
     without a readable answer. `confidence` is its probability among the choices, None without choices. An answer is
     right if its value is one of `right_values`, those of `gold` and of all further `accepted` answers. `kl` is
     KL(teacher || model) in nats per answer token. Fields about the teacher are None if it did not annotate the
-    question.
+    question. Free texts are neither right nor wrong: `is_correct` is None, and `text` has what was measured instead.
     """
 
     example_id: str
@@ -32,7 +33,7 @@ class Prediction:
     right_values: tuple[str, ...]
     answer: str | None
     written_answer: str | None
-    is_correct: bool
+    is_correct: bool | None
     is_written_correct: bool | None
     confidence: float | None
     kl: float | None
@@ -41,6 +42,7 @@ class Prediction:
     is_teacher_correct: bool | None = None
     agrees: bool | None = None
     rationale: str | None = None
+    text: TextMeasures | None = None
     history: tuple[Message, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
@@ -62,18 +64,24 @@ class Prediction:
             "is_correct": self.is_correct,
             "is_teacher_correct": self.is_teacher_correct,
             "agrees": self.agrees,
+            **(self.text.as_row() if self.text else {}),
         }
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return accuracy with its interval, agreement, KL and calibration; None for what was not measured."""
+    """Return accuracy with its interval, agreement, KL and calibration; None for what was not measured.
+
+    Of free texts it returns their own measures instead.
+    """
+    if texts := [p.text for p in predictions if p.text]:
+        return score_texts(texts)
     number = len(predictions)
-    right = sum(p.is_correct for p in predictions)
+    right = sum(bool(p.is_correct) for p in predictions)
     written = [p for p in predictions if p.is_written_correct is not None]
     agreements = [p.agrees for p in predictions if p.agrees is not None]
     kls = [p.kl for p in predictions if p.kl is not None]
     confidence = [p.confidence for p in predictions if p.confidence is not None]
-    is_correct = [p.is_correct for p in predictions if p.confidence is not None]
+    is_correct = [bool(p.is_correct) for p in predictions if p.confidence is not None]
     return {
         "accuracy": right / number,
         "interval": list(wilson_interval(right, number)),

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from distill.app.console import visible
 from distill.app.files import Json
+from distill.reports.measures import ACCURACY, CROSS_ENTROPY, Measure, measure_of
 from distill.reports.proportions import wilson_interval
 from distill.reports.runs import NULL, SEED_KEYS, Run, number
-from distill.reports.statistics import student_t
+from distill.reports.statistics import Matrix, linearized_ratio, paired_interval, student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
 PERCENT = ((0.01, " %"),)
@@ -73,16 +76,29 @@ class Arm:
         return self.stat("accuracy").mean
 
     @property
+    def measure(self) -> Measure:
+        """What the arm is judged by."""
+        return measure_of(self.rows[0]) if self.rows else ACCURACY
+
+    @property
+    def score(self) -> float:
+        """Mean over seeds of what the arm is judged by, such that higher is better."""
+        return self.measure.sign * self.stat(self.measure.key).mean
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy."""
+        """95 % interval of the accuracy, or of what the arm is judged by."""
         return self.interval_at(0.95)
 
     def interval_at(self, level: float) -> tuple[float, float]:
         """Interval of the accuracy: of one seed Wilson's, of several also over the spread between seeds.
 
         Each end is sqrt(h_test² + h_seed²) from the mean; h_test reaches to Wilson's end, which has a width at 0 %
-        and at 100 % too, and h_seed = t(s - 1) sd/sqrt(s).
+        and at 100 % too, and h_seed = t(s - 1) sd/sqrt(s). Of another measure: that of its mean over the examples that
+        all seeds have.
         """
+        if self.measure is not ACCURACY:
+            return self._mean_interval(level)
         (mean, deviation), num_examples = self.stat("accuracy"), self.stat("num_examples").mean
         recorded = self.rows[0].get("interval") if len(self.rows) == 1 else None
         if recorded and (level == 0.95 or math.isnan(num_examples)):
@@ -96,12 +112,32 @@ class Arm:
             seeds = student_t(level, num_seeds - 1) * deviation / math.sqrt(num_seeds)
         return max(0.0, mean - math.hypot(mean - low, seeds)), min(1.0, mean + math.hypot(high - mean, seeds))
 
+    def _mean_interval(self, level: float) -> tuple[float, float]:
+        seeds = [seed for seed, lines in self.predictions.items() if lines]
+        ids = sorted(set.intersection(*(set(self.predictions[seed]) for seed in seeds))) if seeds else []
+        if not ids:
+            return math.nan, math.nan
+        scores = self.scores(seeds, ids)
+        interval = paired_interval(scores, 0 * scores, level=level, is_proportion=False)
+        low, high = sorted(self.measure.shown(end) for end in (interval.low, interval.high))
+        return low, high
+
+    def scores(self, seeds: Sequence[str], ids: Sequence[str]) -> Matrix:
+        """Scores by seed and example: correctness, or values whose mean is the cross-entropy with a minus sign."""
+        lines = [[self.predictions[seed][id_] for id_ in ids] for seed in seeds]
+        if self.measure is ACCURACY:
+            return np.array([[line["is_correct"] is True for line in row] for row in lines], np.float64)
+        pairs = [
+            [(number(line["gold_nats"]) or 0.0, number(line["gold_bytes"]) or 0.0) for line in row] for row in lines
+        ]
+        return -np.array([linearized_ratio(*zip(*row, strict=True)) for row in pairs], np.float64)
+
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Json]]:
-        """Predictions by seed and example id; those without the student's correctness are left out."""
+        """Predictions by seed and example id; those in which the student was not measured are left out."""
+        is_measured = _is_judged if self.measure is ACCURACY else _has_likelihood
         return {
-            run.seed: {str(line.get("id")): line for line in run.predictions if line.get("is_correct") is not None}
-            for run in self.runs
+            run.seed: {str(line.get("id")): line for line in run.predictions if is_measured(line)} for run in self.runs
         }
 
     @property
@@ -111,6 +147,14 @@ class Arm:
             replace(self, label=f"{self.label}, seed {run.seed}", runs=(run,), rows=(row,))
             for run, row in zip(self.runs, self.rows, strict=True)
         )
+
+
+def _is_judged(line: Json) -> bool:
+    return line.get("is_correct") is not None
+
+
+def _has_likelihood(line: Json) -> bool:
+    return number(line.get("gold_nats")) is not None and (number(line.get("gold_bytes")) or 0) > 0
 
 
 class Column(NamedTuple):
@@ -136,20 +180,39 @@ COLUMNS = (
     Column("training_seconds", "training time", "train", 1, ((3600.0, " h"), (60.0, " min"), (1.0, " s"))),
 )
 SEED_COLUMNS = (*COLUMNS[:5], COLUMNS[8], Column("num_unreadable", "unreadable answers", "unread.", 0))
+OF_TEXTS = (
+    Column(CROSS_ENTROPY.key, "cross-entropy, nats per byte [95 % interval]", "CE/byte [95 %]", CROSS_ENTROPY.digits),
+    Column("cross_entropy", "cross-entropy, nats per token", "CE/token", 3),
+    COLUMNS[3],
+    Column("teacher_cross_entropy", "cross-entropy along the teacher's texts", "CE teacher", 3),
+    Column("chrf", "chrF", "chrF", 1),
+    Column("teacher_chrf", "chrF to the teacher", "chrF teacher", 1),
+    Column("length_ratio", "length, of the gold texts", "length", 2),
+    Column("ended", "ended by themselves", "ended %", 1, PERCENT),
+)
+
+
+def judged_columns(arms: Sequence[Arm], columns: Sequence[Column]) -> tuple[Column, ...]:
+    """Return the columns that the arms have figures for: those of free texts, and the others unless all are texts."""
+    measures = {arm.measure for arm in arms if arm.rows}
+    of_texts = OF_TEXTS if CROSS_ENTROPY in measures else ()
+    rest = columns if measures != {CROSS_ENTROPY} else [c for c in columns if c not in COLUMNS[:5] + SEED_COLUMNS[-1:]]
+    return (*of_texts, *(column for column in rest if column not in of_texts))
 
 
 def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
-    """Format one cell: mean ± standard deviation over seeds (`is_narrow`: deviation of the accuracy only)."""
-    stat, is_accuracy = arm.stat(column.key), column.key == "accuracy"
+    """Format one cell: mean ± standard deviation over seeds (`is_narrow`: deviation of the first figure only)."""
+    stat, is_main = arm.stat(column.key), column.key in (ACCURACY.key, CROSS_ENTROPY.key)
     if math.isnan(stat.mean):
-        return "not run" if is_accuracy else "-"
+        return "not run" if is_main and not arm.rows else "-"
     factor, unit = next((unit for unit in column.units if stat.mean >= unit[0]), column.units[-1])
     text = f"{stat.mean / factor:.{column.digits}f}"
-    if stat.deviation is not None and (is_accuracy or (stat.deviation and not is_narrow)):
+    if stat.deviation is not None and (is_main or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
-    if is_accuracy:
-        return f"{text} [{100 * arm.interval[0]:.1f}, {100 * arm.interval[1]:.1f}]"
+    if is_main:
+        low, high = (f"{arm.measure.factor * end:.{arm.measure.digits}f}" for end in arm.interval)
+        return text if math.isnan(arm.interval[0]) else f"{text} [{low}, {high}]"
     return text if is_narrow else text + _beside(arm, column)
 
 
@@ -205,7 +268,8 @@ def _references(kind: Kind, label: str, keys: Sequence[str], runs: Sequence[Run]
     """Return one arm per distinct untrained model, with the numbers of its latest run."""
     arms: dict[str, Arm] = {}
     for run in runs:
-        if number(run.rows.get(kind, {}).get("accuracy")) is not None:
+        row = run.rows.get(kind, {})
+        if number(row.get(ACCURACY.key)) is not None or measure_of(row) is CROSS_ENTROPY:
             settings = {key: run.settings[key] for key in keys}
             arms[str(settings)] = Arm(kind, label, settings, (), (run.rows[kind],))
     return _with_distinct_labels(list(arms.values()))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from distill.reports.arms import Arm
 from distill.reports.latency import Spread, joint, ranks, spread
+from distill.reports.measures import ACCURACY
 from distill.reports.runs import Run, number
 from distill.reports.statistics import Bin, PowerLaw, by_confidence, explained, fit_power_law, pareto
 
@@ -99,7 +100,7 @@ def _curves(
     groups: dict[str, list[Point]] = {}
     for index, arm in enumerate(trained):
         fixed = {key: value for key, value in arm.settings.items() if not is_free(key)}
-        if (x := x_of(arm)) is not None:
+        if (x := x_of(arm)) is not None and not math.isnan(arm.accuracy):
             groups.setdefault(str((arm.losses, sorted(fixed.items()))), []).append(Point(x, arm, index))
     ordered = [sorted(points, key=lambda point: point.x) for points in groups.values()]
     return tuple(_curve(points) for points in ordered if len({point.x for point in points}) > 1)
@@ -116,7 +117,8 @@ def fronts(arms: Sequence[Arm], totals: Sequence[float | Spread | None], unit: s
     places: Mapping[int, int] = {id(arm): index for index, arm in enumerate(arm for arm in arms if arm.runs)}
     differing = []
     for title, values in _axes(arms, totals, unit).items():
-        measured = [(arm, value) for arm, value in zip(arms, values, strict=True) if arm.rows and value is not None]
+        judged = [(arm, value) for arm, value in zip(arms, values, strict=True) if not math.isnan(arm.accuracy)]
+        measured = [(arm, value) for arm, value in judged if value is not None]
         points = [Point(value.value, arm, places.get(id(arm))) for arm, value in measured]
         costs = ranks([value for _, value in measured])
         best = pareto([(point.arm.accuracy, rank) for point, rank in zip(points, costs, strict=True)])
@@ -159,7 +161,7 @@ def effects(trained: Sequence[Arm]) -> list[Effect]:
 
     Empty if only losses and seeds differ: the arms themselves show that.
     """
-    runs = [run for arm in trained for run in arm.runs]
+    runs = [run for arm in trained if arm.measure is ACCURACY for run in arm.runs]
     accuracies = [number(run.rows["student"]["accuracy"]) or 0.0 for run in runs]
     swept = []
     for setting, values in _swept(runs).items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distill.reports.arms import Arm
+from distill.reports.measures import ACCURACY
 from distill.reports.runs import mapping
 
 MAX_CLASSES = 20
@@ -46,7 +47,7 @@ class Confusion:
 
 def gold_answers(arms: Sequence[Arm]) -> dict[str, str]:
     """Return the gold answers of the arms' test examples, by id."""
-    lines = (line for arm in arms for run in arm.runs for line in run.predictions)
+    lines = (line for arm in arms if arm.measure is ACCURACY for run in arm.runs for line in run.predictions)
     return {str(line.get("id")): str(line["gold"]) for line in lines if line.get("gold") not in (None, "")}
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from distill.reports.arms import Arm
 from distill.reports.classes import confusion
 from distill.reports.differences import percent
+from distill.reports.measures import ACCURACY
 from distill.reports.verdicts import Status, Summary, Verdict
 
 _NOTHING = "No distilled student was evaluated, so there is nothing to judge."
@@ -52,18 +53,22 @@ def conclude(summary: Summary) -> Conclusion:
 
 
 def best_verdict(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """Return the verdict on the arm to prefer: by status, several seeds before one, then by accuracy.
+    """Return the verdict on the arm to prefer: by status, several seeds before one, then by its score.
 
-    The accuracy is that on validation if every arm has one, so that the choice does not flatter the figure on test.
+    The score is that on validation if every arm has one, so that the choice does not flatter the figure on test.
     """
-    validation = [verdict.arm.stat("validation_accuracy").mean for verdict in verdicts]
+    validation = [verdict.arm.stat(f"validation_{verdict.arm.measure.key}").mean for verdict in verdicts]
     has_validation = not any(map(math.isnan, validation))
-    key = "validation_accuracy" if has_validation else "accuracy"
+    prefix = "validation_" if has_validation else ""
     return min(
         verdicts,
-        key=lambda verdict: (RANKS.index(verdict.status), verdict.is_preliminary, -verdict.arm.stat(key).mean),
+        key=lambda verdict: (RANKS.index(verdict.status), verdict.is_preliminary, -_score(verdict.arm, prefix)),
         default=None,
     )
+
+
+def _score(arm: Arm, prefix: str) -> float:
+    return arm.measure.sign * arm.stat(f"{prefix}{arm.measure.key}").mean
 
 
 def tone(verdict: Verdict) -> str:
@@ -76,8 +81,12 @@ def _has_learned(verdict: Verdict) -> bool:
 
 
 def _accuracy(verdict: Verdict) -> str:
-    arm, deciding = verdict.arm, verdict.deciding
-    answers = f"The best student (learned from: {arm.name}) answers {100 * arm.accuracy:.1f} % of the test right"
+    arm, deciding, measure = verdict.arm, verdict.deciding, verdict.arm.measure
+    figure = measure.text(arm.stat(measure.key).mean)
+    does = f"answers {figure} of the test right"
+    if measure is not ACCURACY:
+        does = f"has a {measure.name} of {figure} along the gold texts of the test"
+    answers = f"The best student (learned from: {arm.name}) {does}"
     if deciding is None:
         reason = "no student was trained on labels alone" if verdict.status == "no baseline" else "the budgets differ"
         return f"{answers}; {reason}, so there is nothing to compare it with."
@@ -85,10 +94,11 @@ def _accuracy(verdict: Verdict) -> str:
     if verdict.status in ("not learned", "all right"):
         return f"{answers}, the same student trained on {rival} {100 * deciding.rival.accuracy:.1f} %."
     side = "more" if deciding.points > 0 else "less"
+    size = measure.size(deciding.points)
     ends = ""
     if deciding.ends:
-        ends = f" ({percent(deciding.level)} interval {deciding.ends[0]:+.1f} to {deciding.ends[1]:+.1f})"
-    return f"{answers}, {abs(deciding.points):.1f} points {side} than the same student trained on {rival}{ends}."
+        ends = f" ({percent(deciding.level)} interval {measure.ends(deciding.ends, ' to ')})"
+    return f"{answers}, {size} {side} than the same student trained on {rival}{ends}."
 
 
 def _teacher(arm: Arm, summary: Summary) -> str:
@@ -98,8 +108,12 @@ def _teacher(arm: Arm, summary: Summary) -> str:
     if teacher is None:
         return ""
     factor = teacher.stat("parameters").mean / arm.stat("parameters").mean
-    size = f", and has {factor:,.0f} times the parameters" if not math.isnan(factor) and factor >= 2 else ""
-    return f"The teacher answers {100 * teacher.accuracy:.1f} % right{size}."
+    has = "and has" if teacher.measure is ACCURACY else "and the teacher has"
+    size = f", {has} {factor:,.0f} times the parameters" if not math.isnan(factor) and factor >= 2 else ""
+    if teacher.measure is ACCURACY:
+        return f"The teacher answers {100 * teacher.accuracy:.1f} % right{size}."
+    own, taught = (other.stat("chrf").mean for other in (teacher, arm))
+    return f"Compared with the gold texts, the teacher's have a chrF of {own:.1f} and the student's {taught:.1f}{size}."
 
 
 def _guess(summary: Summary) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from distill.reports.arms import Arm
+from distill.reports.measures import ACCURACY, Measure, Status
+from distill.reports.runs import number
 from distill.reports.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
 
 ONE_SEED = (
@@ -16,11 +18,9 @@ ONE_SEED = (
     "before you rely on it."
 )
 
-Status = Literal["better", "not shown", "worse"]
-
 
 class Paired(NamedTuple):
-    """Correctness of two arms and of the teacher on the seeds and examples that both arms share."""
+    """Scores of two arms and correctness of the teacher on the seeds and examples that both arms share."""
 
     seeds: tuple[str, ...]
     ids: tuple[str, ...]
@@ -35,7 +35,7 @@ class Difference:
 
     `level` is that of this interval, such that the intervals of all `num_comparisons` hold together. `share` is the
     recovered share of the teacher's advantage over the rival; with `has_teacher`, None means that the teacher has no
-    advantage.
+    advantage. `chrf` is the difference of the chrF of free texts.
     """
 
     arm: Arm
@@ -46,30 +46,46 @@ class Difference:
     share: Interval | None
     has_teacher: bool
     caveats: tuple[str, ...]
+    chrf: Interval | None = None
+
+    @property
+    def measure(self) -> Measure:
+        """What both arms are judged by."""
+        return self.arm.measure
 
     @property
     def points(self) -> float:
-        """Percentage points by which the arm is above the rival."""
-        return 100 * (self.interval.estimate if self.interval else self.arm.accuracy - self.rival.accuracy)
+        """How much the arm's figure is above the rival's as it is shown: in percentage points, or in nats per byte."""
+        return self.measure.shown(self.interval.estimate if self.interval else self.arm.score - self.rival.score)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the arm is better than the rival, shown or not."""
+        return self.measure.sign * self.points > 0
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Interval of the difference in percentage points; None if unpaired."""
-        return (100 * self.interval.low, 100 * self.interval.high) if self.interval else None
+        """Interval of the difference as it is shown; None if unpaired."""
+        if self.interval is None:
+            return None
+        low, high = sorted(self.measure.shown(end) for end in (self.interval.low, self.interval.high))
+        return low, high
 
     @property
     def detectable(self) -> float | None:
-        """The difference in points that this data would show with a probability of 80 %."""
-        return 100 * detectable(self.interval) if self.interval else None
+        """The difference, as it is shown, that this data would show with a probability of 80 %."""
+        return self.measure.factor * detectable(self.interval) if self.interval else None
 
     @property
     def status(self) -> Status:
         """A difference is shown if its interval excludes 0; unpaired, if the arms' intervals do not overlap."""
-        if self.ends:
-            low, high = self.ends
+        if self.interval:
+            low, high = self.interval.low, self.interval.high
             return "better" if low > 0 else "worse" if high < 0 else "not shown"
         mine, theirs = self.arm.interval_at(self.level), self.rival.interval_at(self.level)
-        return "better" if mine[0] > theirs[1] else "worse" if mine[1] < theirs[0] else "not shown"
+        above, below = mine[0] > theirs[1], mine[1] < theirs[0]
+        better, worse = (above, below) if self.measure.sign > 0 else (below, above)
+        return "better" if better else "worse" if worse else "not shown"
 
     @property
     def has_one_seed(self) -> bool:
@@ -79,7 +95,8 @@ class Difference:
     @property
     def wording(self) -> str:
         """The status for readers: an advantage in one seed alone is named as such."""
-        return "better in one seed" if self.status == "better" and self.has_one_seed else self.status
+        wording = dict(self.measure.wordings)[self.status]
+        return f"{wording} in one seed" if self.status == "better" and self.has_one_seed else wording
 
 
 def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Difference:
@@ -89,11 +106,24 @@ def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Differe
         caveat = f"The arms share no predictions of a seed and test example, so their own {percent(own_level)} "
         caveats = (f"{caveat}intervals are compared.", *([ONE_SEED] if 1 in (len(arm.rows), len(rival.rows)) else []))
         return Difference(arm, rival, own_level, num_comparisons, None, None, False, caveats)
-    interval = paired_interval(paired.arm, paired.rival, level=own_level)
+    is_proportion = arm.measure is ACCURACY
+    interval = paired_interval(paired.arm, paired.rival, level=own_level, is_proportion=is_proportion)
     has_teacher = paired.teacher is not None
     share = recovered(paired.rival, paired.arm, paired.teacher, level=own_level) if paired.teacher is not None else None
     limits = _limits(arm, rival, paired)
-    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits)
+    chrf = None if is_proportion else _chrf(arm, rival, paired, own_level)
+    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, chrf)
+
+
+def _chrf(arm: Arm, rival: Arm, paired: Paired, level: float) -> Interval | None:
+    sides = [
+        [[number(part.predictions[seed][id_].get("chrf")) for id_ in paired.ids] for seed in paired.seeds]
+        for part in (arm, rival)
+    ]
+    if any(value is None for side in sides for row in side for value in row):
+        return None
+    left, right = (np.array(side, np.float64) for side in sides)
+    return paired_interval(left, right, level=level, is_proportion=False)
 
 
 def percent(level: float) -> str:
@@ -111,10 +141,7 @@ def _paired(arm: Arm, rival: Arm) -> Paired | None:
         return None
     teacher = [[mine[seed][name].get("is_teacher_correct") for name in ids] for seed in seeds]
     has_teacher = not any(value is None for row in teacher for value in row)
-    left, right = (
-        np.array([[predictions[seed][name]["is_correct"] is True for name in ids] for seed in seeds], np.float64)
-        for predictions in (mine, theirs)
-    )
+    left, right = arm.scores(seeds, ids), rival.scores(seeds, ids)
     return Paired(seeds, ids, left, right, np.array(teacher, np.float64) if has_teacher else None)
 
 

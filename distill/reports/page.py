@@ -12,7 +12,7 @@ import jinja2
 
 from distill.app.console import visible
 from distill.app.files import Json, atomic_write
-from distill.reports.arms import SEED_COLUMNS, cell
+from distill.reports.arms import cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.conclusion import conclude, tone
 from distill.reports.costs import cost, total_spread, yields
@@ -20,9 +20,11 @@ from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
 from distill.reports.sentences import contamination_lines, cost_note, notes, yield_lines
+from distill.reports.steps import steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    STEPS_TITLES,
     class_rows,
     class_titles,
     columns,
@@ -35,7 +37,10 @@ from distill.reports.tables import (
     guess_rows,
     recall_row,
     recall_titles,
+    seed_columns,
     short,
+    steps_row,
+    unit,
 )
 from distill.reports.text import MAX_SENTENCE, to_markdown
 from distill.reports.verdicts import TO_RUN, Summary, summarise
@@ -55,7 +60,7 @@ def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
     pages.finalize = lambda value: HASH.sub(r"\1…", visible(value)) if type(value) is str else value
-    functions = (cell, class_rows, class_titles, flatten, mapping, mappings, number, short, tone, uncut)
+    functions = (cell, class_rows, class_titles, flatten, mapping, mappings, number, short, tone, uncut, unit)
     pages.globals.update({function.__name__: function for function in functions}, math=math)
     content = _tables(summary, prices) | _charts(summary, prices) | _samples(summary)
     return pages.get_template("report.html.j2").render(summary=summary, **content)
@@ -74,6 +79,8 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrast_titles": contrast_titles(summary),
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
+        "steps_titles": STEPS_TITLES,
+        "steps_rows": list(map(steps_row, steps_to_equal(summary.trained))),
         "columns": shown,
         "guess_rows": guess_rows(summary, len(shown)),
         "confusions": found,
@@ -83,7 +90,7 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "conclusion": conclude(summary),
         "notes": notes(summary),
         "to_run": TO_RUN,
-        "seed_columns": SEED_COLUMNS,
+        "seed_columns": seed_columns(summary),
         "cost_titles": COST_TITLES,
         "cost_rows": [cost_row(arm_cost) for arm_cost in costs],
         "cost_note": cost_note(costs),

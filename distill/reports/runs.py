@@ -21,6 +21,7 @@ from distill.app.console import visible
 from distill.app.files import Json
 from distill.app.moved import current
 from distill.errors import ConfigError
+from distill.reports.measures import measure_of
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
 OPTIONAL_FILES = ("rationales.jsonl",)
@@ -88,8 +89,9 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the student has an accuracy and the run names its losses."""
-        return bool(self.losses) and number(self.rows.get("student", {}).get("accuracy")) is not None
+        """Whether the student has the figure that it is judged by, and the run names its losses."""
+        row = self.rows.get("student", {})
+        return bool(self.losses) and number(row.get(measure_of(row).key)) is not None
 
     @cached_property
     def settings(self) -> Mapping[str, str]:
@@ -188,8 +190,8 @@ def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:
 
 
 def _with_comparisons(line: Json) -> Json:
-    """Add to a prediction what equality of texts shows, where the run did not record it."""
-    teacher = line.get("teacher_answer")
+    """Add to a prediction what equality of texts shows, where the run did not record it; not to free texts."""
+    teacher = None if line.get("is_correct") is None else line.get("teacher_answer")
     derived = {"is_teacher_correct": teacher == line.get("gold"), "agrees": teacher == line.get("student_answer")}
     missing = {key: None if teacher is None else value for key, value in derived.items() if line.get(key) is None}
     return {**line, **missing}

@@ -24,6 +24,8 @@ def outcomes(summary: Summary) -> tuple[Run | None, list[Outcome]]:
     """Return a run and its test examples where student and teacher differ or both fail, in order of id."""
     run = _sampled(summary)
     predictions = sorted(run.predictions if run else (), key=lambda line: str(line.get("id")))
+    if predictions and all(line.get("is_correct") is None for line in predictions):
+        return run, [Outcome("Free texts", len(predictions), tuple(predictions[:NUM_SAMPLES]))]
     kinds = (
         ("Student right, teacher wrong", True, False),
         ("Teacher right, student wrong", False, True),
@@ -49,7 +51,7 @@ def reasoning(summary: Summary) -> tuple[list[str], list[tuple[list[str], Json]]
     run = _sampled(summary)
     keys = ("teacher_rationale", "student_rationale", "gold_rationale")
     lines = [line for line in (run.predictions if run else ()) if any(line.get(key) for key in keys)]
-    test = [(["right" if line.get("is_correct") is True else "wrong"], line) for line in lines]
+    test = [(_correctness(line), line) for line in lines]
     source = next((candidate for candidate in (run, *summary.runs) if candidate and candidate.rationales), None)
     train = [(_outcome(line), _as_prediction(line)) for line in (source.rationales if source else ())]
     shown: list[tuple[list[str], Json]] = []
@@ -66,9 +68,13 @@ def reasoning(summary: Summary) -> tuple[list[str], list[tuple[list[str], Json]]
 def _sampled(summary: Summary) -> Run | None:
     """Return a run with predictions of the arm to prefer, or else of the most accurate one that has any."""
     best = best_verdict(summary.verdicts)
-    others = sorted(summary.trained, key=lambda arm: (arm.kind != "distilled", -arm.accuracy))
+    others = sorted(summary.trained, key=lambda arm: (arm.kind != "distilled", -arm.score))
     arms = [best.arm, *others] if best else others
     return next((run for arm in arms for run in arm.runs if run.predictions), None)
+
+
+def _correctness(line: Json) -> list[str]:
+    return [] if line.get("is_correct") is None else ["right" if line.get("is_correct") is True else "wrong"]
 
 
 def _outcome(line: Json) -> list[str]:

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from distill.app.files import Json
 from distill.reports.charts import Effect, effects
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
+from distill.reports.measures import CROSS_ENTROPY
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
 from distill.reports.verdicts import Summary
+
+FREE_TEXTS = (
+    "Cross-entropy (CE) says how improbable the gold texts are to a student (lower is better), not whether the texts "
+    "that it writes are good. chrF compares the wording of these with the gold texts, 0 to 100, and cannot see that "
+    "another wording is as good. Neither says whether a text is true."
+)
 
 
 def remarks(summary: Summary) -> list[str]:
@@ -27,7 +34,8 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     """Return sentences on effects of settings, costs, yield of rationales and contamination."""
     costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
-    return [*settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
+    texts = [FREE_TEXTS] if any(arm.measure is CROSS_ENTROPY for arm in summary.trained) else []
+    return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 
 
 def effect_lines(swept: Sequence[Effect]) -> list[str]:

@@ -57,8 +57,25 @@ def student_t(level: float, freedom: int) -> float:
     return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
+def linearized_ratio(totals: Sequence[float], numbers: Sequence[float]) -> list[float]:
+    """Return a value for each example such that their mean is sum(totals)/sum(numbers), and vary as that does.
+
+    The first-order expansion of a ratio of means (Cochran 1977, "Sampling Techniques", eq. 6.13).
+    """
+    total_E, number_E = np.asarray(totals, np.float64), np.asarray(numbers, np.float64)
+    ratio = total_E.sum() / number_E.sum()
+    values: list[float] = (ratio + (total_E - ratio * number_E) / number_E.mean()).tolist()
+    return values
+
+
 def paired_interval(
-    left: Matrix, right: Matrix, *, level: float = 0.95, num_draws: int = NUM_DRAWS, seed: int = 0
+    left: Matrix,
+    right: Matrix,
+    *,
+    level: float = 0.95,
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
+    is_proportion: bool = True,
 ) -> Interval:
     """Return the interval of mean(left) - mean(right), paired by seed (rows) and test example (columns).
 
@@ -68,12 +85,20 @@ def paired_interval(
     few seeds underestimates their spread by sqrt((s - 1)/s) and has the tails of the normal distribution. With one
     seed only examples are resampled, and the interval does not include the spread between seeds. Where all
     but fewer than `FEW` examples have the same difference, such as none, it is at least as wide as exact intervals.
+    Of values that are not 0 or 1 (`is_proportion` is False), it is at least as wide as Student's t over the examples.
     """
     values_SE = np.asarray(left, np.float64) - np.asarray(right, np.float64)
     draws = _draws(values_SE[..., None], num_draws, seed)[:, 0]
     interval = _wider(draws, values_SE.mean(1), values_SE.shape[1], level)
-    ends = few_differences(values_SE, level)
+    ends = few_differences(values_SE, level) if is_proportion else _mean_interval(values_SE.mean(0), level)
     return interval if ends is None else _widened(interval, *ends, level)
+
+
+def _mean_interval(values_E: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """Return the ends of Student's interval of the mean; infinite for one value."""
+    mean, number = float(values_E.mean()), len(values_E)
+    half = student_t(level, number - 1) * float(values_E.std(ddof=1)) / math.sqrt(number) if number > 1 else math.inf
+    return mean - half, mean + half
 
 
 def few_differences(values_SE: Matrix, level: float) -> tuple[float, float] | None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.app.files import Json
-from distill.reports.arms import COLUMNS, PEAK, Column
+from distill.reports.arms import COLUMNS, PEAK, SEED_COLUMNS, Column, judged_columns
 from distill.reports.charts import confidence
 from distill.reports.classes import Confusion, confusion
 from distill.reports.contrasts import Contrast
 from distill.reports.costs import TIME, Cost, break_even_text, cost, yields
 from distill.reports.differences import Difference, interval_title
+from distill.reports.steps import StepsToEqual, steps_to_equal
 from distill.reports.verdicts import Summary, Verdict, share_text
 
 NO_PRICES: Json = {}
@@ -31,14 +32,24 @@ COST_TITLES = (
 def columns(summary: Summary) -> tuple[Column, ...]:
     """Return the columns of the results, with peak memory if it was measured."""
     is_measured = any(not math.isnan(arm.stat(PEAK.key).mean) for arm in summary.arms)
-    return (*COLUMNS, PEAK) if is_measured else COLUMNS
+    return judged_columns(summary.arms, (*COLUMNS, PEAK) if is_measured else COLUMNS)
+
+
+def seed_columns(summary: Summary) -> tuple[Column, ...]:
+    """Return the columns of the results of each seed."""
+    return judged_columns(summary.arms, SEED_COLUMNS)
+
+
+def unit(summary: Summary) -> str:
+    """Return the unit of the differences between arms."""
+    return " or ".join(dict.fromkeys(arm.measure.unit_of_differences for arm in summary.trained)) or "points"
 
 
 def difference_titles(summary: Summary) -> list[str]:
     """Return the headings of the table of differences; they name the level."""
     return [
         "arm",
-        "points",
+        unit(summary),
         interval_title([verdict.difference for verdict in summary.verdicts if verdict.difference]),
         "recovered",
         "over hard labels",
@@ -61,7 +72,7 @@ def contrast_titles(summary: Summary) -> list[str]:
     """Return the headings of the table of contrasts."""
     return [
         "changed setting",
-        "points",
+        unit(summary),
         interval_title([contrast.difference for contrast in summary.contrasts]),
         "verdict",
     ]
@@ -75,7 +86,9 @@ def contrast_row(contrast: Contrast) -> list[str]:
 
 def _points_cells(difference: Difference) -> tuple[str, str]:
     ends = difference.ends
-    return f"{difference.points:+.1f}", f"[{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else "not paired"
+    measure = difference.measure
+    shown = f"{difference.points:+.{measure.digits}f}"
+    return shown, f"[{measure.ends(ends)}]" if ends else "not paired"
 
 
 def cost_row(arm_cost: Cost) -> list[str]:
@@ -138,6 +151,14 @@ def recall_row(table: Confusion, names: Sequence[str]) -> list[str]:
     return [table.arm.label, *(recalls.get(name, "-") for name in names)]
 
 
+STEPS_TITLES = ("arm", "as good as", "steps to equal")
+
+
+def steps_row(pair: StepsToEqual) -> list[str]:
+    """Return the cells of a line of the table of steps."""
+    return [pair.arm.label, pair.rival.label, pair.text]
+
+
 def guess_rows(summary: Summary, num_columns: int, *, is_narrow: bool = False) -> list[list[str]]:
     """Return lines of the results for answers that need no model."""
     unit = "" if is_narrow else " %"
@@ -153,7 +174,7 @@ def short(value: int | float) -> str:
 
 def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[str, Any]]]:
     """Return the report's tables as plain rows; all rows of a table have the same keys."""
-    keys = [column.key for column in (*COLUMNS, PEAK)]
+    keys = [column.key for column in judged_columns(summary.arms, (*COLUMNS, PEAK))]
     return {
         "differences": [_difference_values(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrasts": [_contrast_values(contrast) for contrast in summary.contrasts],
@@ -161,6 +182,11 @@ def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[st
             {"model": arm.label, "low": arm.interval[0], "high": arm.interval[1]} | {k: arm.stat(k).mean for k in keys}
             for arm in summary.arms
             if arm.rows
+        ],
+        "steps_to_equal": [
+            {"arm": pair.arm.label, "rival": pair.rival.label, "seed": seed, "ratio": ratio, "is_bound": pair.is_bound}
+            for pair in steps_to_equal(summary.trained)
+            for seed, ratio in pair.ratios.items()
         ],
         "guesses": [guess._asdict() for guess in summary.guesses],
         "classes": [

@@ -9,14 +9,16 @@ from itertools import zip_longest
 
 from distill.app.console import visible
 from distill.app.files import Json
-from distill.reports.arms import COLUMNS, SEED_COLUMNS, cell
+from distill.reports.arms import COLUMNS, cell, judged_columns
 from distill.reports.conclusion import conclude
 from distill.reports.costs import cost
 from distill.reports.rows import rows_table
 from distill.reports.sentences import facts, remarks
+from distill.reports.steps import steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    STEPS_TITLES,
     class_rows,
     class_titles,
     columns,
@@ -29,6 +31,8 @@ from distill.reports.tables import (
     guess_rows,
     recall_row,
     recall_titles,
+    seed_columns,
+    steps_row,
 )
 from distill.reports.verdicts import TO_RUN, Summary
 
@@ -42,8 +46,9 @@ _TITLE_WIDTH = 18  # a longer title is wrapped unless its cells are as long
 def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WIDTH) -> str:
     """Format the conclusion, tables and verdicts for a terminal of `width` columns; only a command may be longer."""
     width = max(_LABEL_WIDTH + _CELL_WIDTH, min(width, TEXT_WIDTH))
-    results = [[arm.label, *(cell(arm, column, is_narrow=True) for column in COLUMNS)] for arm in summary.arms]
-    results += guess_rows(summary, len(COLUMNS), is_narrow=True)
+    shown = judged_columns(summary.arms, COLUMNS)
+    results = [[arm.label, *(cell(arm, column, is_narrow=True) for column in shown)] for arm in summary.arms]
+    results += guess_rows(summary, len(shown), is_narrow=True)
     differences = [difference_row(verdict) for verdict in summary.verdicts if verdict.difference]
     contrasts = [contrast_row(contrast) for contrast in summary.contrasts]
     costs = [cost_row(cost(arm, prices)) for arm in summary.trained]
@@ -53,9 +58,10 @@ def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WID
     conclusion = conclude(summary)
     parts = (
         [_filled(" ".join((conclusion.headline, *conclusion.sentences)), width)],
-        _aligned(["model", *(column.short for column in COLUMNS)], results, width),
+        _aligned(["model", *(column.short for column in shown)], results, width),
         _aligned(difference_titles(summary), differences, width),
         _aligned(contrast_titles(summary), contrasts, width),
+        _aligned(STEPS_TITLES, list(map(steps_row, steps_to_equal(summary.trained))), width),
         _aligned(recalls, [recall_row(table, recalls[1:]) for table in confusion_tables], width),
         [_filled(text, width) for text in remarks(summary)],
         _aligned(COST_TITLES, costs, width),
@@ -121,7 +127,9 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     lines += ["", "## Differences", "", *_grid(difference_titles(summary), rows)] if rows else []
     rows = [[_plain(text) for text in contrast_row(contrast)] for contrast in summary.contrasts]
     lines += ["", "## One setting changed", "", *_grid(contrast_titles(summary), rows)] if rows else []
-    parts = (("Results", summary.arms, columns(summary)), ("Each seed", summary.seeds, SEED_COLUMNS))
+    rows = [list(map(_plain, steps_row(pair))) for pair in steps_to_equal(summary.trained)]
+    lines += ["", "## Steps to equal", "", *_grid(STEPS_TITLES, rows)] if rows else []
+    parts = (("Results", summary.arms, columns(summary)), ("Each seed", summary.seeds, seed_columns(summary)))
     for heading, arms, shown in parts:
         rows = [[_plain(arm.label), *(cell(arm, column) for column in shown)] for arm in arms]
         rows += [list(map(_plain, row)) for row in guess_rows(summary, len(shown)) if arms is summary.arms]

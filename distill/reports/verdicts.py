@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from distill.reports.arms import BUDGET, COLUMNS, Arm, cell, group
+from distill.reports.arms import BUDGET, COLUMNS, OF_TEXTS, Arm, cell, group
 from distill.reports.baseline import baseline_command
 from distill.reports.classes import Guess, best_guess, guesses
 from distill.reports.contrasts import Contrast, contrasts
 from distill.reports.differences import Difference, compare, percent
 from distill.reports.latency import share_latencies
+from distill.reports.measures import ACCURACY
 from distill.reports.runs import Run
 
 NOT_SHOWN = " This does not show that the student is better."
@@ -53,7 +54,7 @@ class Verdict:
 
     @property
     def points(self) -> float | None:
-        """Difference from labels alone in percentage points."""
+        """Difference from labels alone as it is shown, such as in percentage points."""
         return self.difference.points if self.difference else None
 
     @property
@@ -71,9 +72,9 @@ class Verdict:
     @property
     def wording(self) -> str:
         """The status for readers."""
-        if self.status == "better" and self.difference:
-            return self.difference.wording
-        return "worse than the teacher's answers alone" if self.is_worse_than_hard_labels else self.status
+        if self.is_worse_than_hard_labels:
+            return "worse than the teacher's answers alone"
+        return self.difference.wording if self.difference and self.status in ("better", "worse") else self.status
 
     @property
     def deciding(self) -> Difference | None:
@@ -148,16 +149,14 @@ def _rivals(arm: Arm, arms: Sequence[Arm]) -> Rivals:
 
 
 def _best(arms: Sequence[Arm]) -> Arm | None:
-    return max(arms, key=lambda arm: arm.accuracy, default=None)
+    return max(arms, key=lambda arm: arm.score, default=None)
 
 
 def _judge(arm: Arm, rivals: Rivals, arms: Sequence[Arm], level: float, number: int) -> Verdict:
     caveats = [
-        f"The student is no better than before training ({100 * before.accuracy:.1f} %)."
+        f"The student is no better than before training ({arm.measure.text(before.stat(arm.measure.key).mean)})."
         for before in arms
-        if before.kind == "before"
-        and before.settings.items() <= arm.settings.items()
-        and arm.accuracy <= before.accuracy
+        if before.kind == "before" and before.settings.items() <= arm.settings.items() and arm.score <= before.score
     ]
     if rivals.labels is None:
         return _not_compared(arm, _baselines(arms), caveats)
@@ -187,8 +186,8 @@ def _status(difference: Difference, hard: Difference | None, guess: float) -> St
 
 
 def _beats(arm: Arm, guess: float) -> bool:
-    """Whether an arm is shown to be better than guessing."""
-    return arm.interval[0] > guess
+    """Whether an arm is shown to be better than guessing; free texts are not guessed."""
+    return arm.measure is not ACCURACY or arm.interval[0] > guess
 
 
 def _described(guess: Guess) -> str:
@@ -210,25 +209,36 @@ def _not_compared(arm: Arm, baselines: Sequence[Arm], caveats: list[str]) -> Ver
 
 def _sentence(difference: Difference, status: Status, guess: Guess) -> str:
     arm, rival, points = difference.arm, difference.rival, difference.points
-    accuracies = f"{cell(arm, COLUMNS[0])} versus {cell(rival, COLUMNS[0])}"
+    measure = difference.measure
+    column = COLUMNS[0] if measure is ACCURACY else OF_TEXTS[0]
+    figures = f"{cell(arm, column)} versus {cell(rival, column)}"
     if status == "not learned":
         return (
             f"{arm.label}: neither this student nor labels alone learned the task: neither is shown to be better than "
-            f"{_described(guess)} ({accuracies})."
+            f"{_described(guess)} ({figures})."
         )
     if status == "all right":
         return f"{arm.label}: this student and labels alone answer every test example right, so the test is too easy."
-    claim = f"{abs(points):.1f} points {'above' if points > 0 else 'below'} labels alone at equal budget ({accuracies})"
+    side = "above" if points > 0 else "below"
+    claim = f"{measure.size(points)} {side} labels alone at equal budget ({figures})"
     is_shown = difference.status != "not shown"
-    lead = f"{arm.label} is {difference.wording}: {claim}" if is_shown else f"{arm.label}: {claim}"
-    doubt = "" if is_shown else NOT_SHOWN if points > 0 else " The student is not better."
+    lead = f"{arm.label} {measure.verb} {difference.wording}: {claim}" if is_shown else f"{arm.label}: {claim}"
+    doubt = "" if is_shown else NOT_SHOWN if difference.is_ahead else " The student is not better."
     basis = _pairing(difference) if difference.interval else _unpaired(difference)
-    return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}"
+    return f"{lead}{basis}{doubt}{_power(difference)}{_share(difference)}{_wording(difference)}"
+
+
+def _wording(difference: Difference) -> str:
+    """State the difference of the chrF of free texts, of which higher is better."""
+    if (chrf := difference.chrf) is None:
+        return ""
+    return f" Difference in chrF to the gold texts: {chrf.estimate:+.1f} [{chrf.low:+.1f}, {chrf.high:+.1f}]."
 
 
 def _over_hard_labels(difference: Difference) -> str:
-    ends = f" [{difference.ends[0]:+.1f}, {difference.ends[1]:+.1f}]" if difference.ends else ""
-    return f" Against the teacher's answers alone: {difference.points:+.1f} points{ends}, {difference.wording}."
+    measure = difference.measure
+    ends = f" [{measure.ends(difference.ends)}]" if difference.ends else ""
+    return f" Against the teacher's answers alone: {measure.difference(difference.points)}{ends}, {difference.wording}."
 
 
 def _unpaired(difference: Difference) -> str:
@@ -242,21 +252,22 @@ def _pairing(difference: Difference) -> str:
     """State the interval, its level and the pairing."""
     assert difference.interval is not None
     assert difference.ends is not None
-    (low, high), seeds = difference.ends, difference.interval.num_seeds
+    measure, seeds = difference.measure, difference.interval.num_seeds
     by = f"{seeds} seeds and " if seeds > 1 else ""
     by += f"{difference.interval.num_examples} test examples"
     level, number = percent(difference.level), difference.num_comparisons
     joint = percent(1 - number * (1 - difference.level))
     family = f"; {level} for each of the {number} comparisons, so {joint} for all together" if number > 1 else ""
     includes = ", which includes 0" if difference.status == "not shown" else ""
-    lead = f". The {level} interval of the difference is {low:+.1f} to {high:+.1f} points{includes}"
+    ends = f"{measure.ends(difference.ends, ' to ')} {measure.unit_of_differences}"
+    lead = f". The {level} interval of the difference is {ends}{includes}"
     return f"{lead} (paired by {by}{family})."
 
 
 def _power(difference: Difference) -> str:
     if difference.status != "not shown" or not difference.detectable:
         return ""
-    size = f"a true difference of {difference.detectable:.1f} points"
+    size = f"a true difference of {difference.measure.size(difference.detectable)}"
     if difference.has_one_seed:
         return f" This data would show {size} four times out of five."
     # The spread of a few seeds is itself uncertain, and with it the power.

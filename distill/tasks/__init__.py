@@ -15,10 +15,15 @@ from distill.records import Annotation, Example, Splits
 
 @runtime_checkable
 class Task(Protocol):
-    """Interface of a task. Change `version` whenever its examples or its rules for reading answers change."""
+    """Interface of a task. Change `version` whenever its examples or its rules for reading answers change.
+
+    With `is_free_text`, answers are texts of which many are good; they are compared by their likelihood and their
+    wording, and are neither right nor wrong.
+    """
 
     version: str
     choices: Sequence[str]
+    is_free_text: bool
 
     def splits(self) -> Splits:
         """Train (labelled examples first), validation and test, disjoint by content."""

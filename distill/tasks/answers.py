@@ -13,14 +13,14 @@ from distill.tasks.expressions import ASCII_SIGNS, NUMBER, evaluate_expression
 from distill.tasks.numerals import read_number, shortest
 from distill.tasks.texts import text_of
 
-Kind = Literal["choice", "number", "last_number", "expression", "line", "pattern"]
+Kind = Literal["choice", "number", "last_number", "expression", "line", "text", "pattern"]
 Read = Callable[[str], tuple[str, str]]  # text -> canonical answer, text around the answer that is no part of it
 
 _SYMBOL = re.compile(rf"\s*((?a:{NUMBER})|[-+*/()])")
 _MARKS = " \t\r\n.!\"'*_()[]“”‘’«»"  # may surround an answer without being part of it
 _PART_OF_VALUE = re.compile(r"[\w^]|[.,:][0-9]")  # directly behind an expression: it goes on, as in 3x or 1,5
 _HINTS: Mapping[Kind, str] = {
-    "line": "; for answers of several lines set task.read.kind=pattern and 'task.read.pattern=\"(?s)(.+)\"'",
+    "line": "; for answers of several lines set task.read.kind=text",
     "number": "; expected one number and at most a unit; for a number at the end of a text set "
     "task.read.kind=last_number, with #### before it",
     "last_number": "; expected one number and at most a unit, alone or behind a last ####",
@@ -35,8 +35,9 @@ class AnswerFormat:
         """If `kind` is None it is `pattern` if there is a pattern, else `choice` if there are choices, else `line`.
 
         `choice` reads the choice that the text begins with, `number` and `last_number` the first and the last number,
-        `expression` the arithmetic at the start of the first line, `line` the first line, `pattern` the only group of
-        a regular expression, matched anywhere in the text. Letters are compared in their composed form, NFC.
+        `expression` the arithmetic at the start of the first line, `line` the first line, `text` the whole text,
+        `pattern` the only group of a regular expression, matched anywhere in the text. Letters are compared in their
+        composed form, NFC.
         """
         self.choices = tuple(_composed(text_of(choice)).strip() for choice in choices)
         self.kind: Kind = kind or ("pattern" if pattern is not None else "choice" if choices else "line")
@@ -55,6 +56,7 @@ class AnswerFormat:
             "last_number": lambda: partial(read_number, -1),
             "expression": lambda: _read_expression,
             "line": lambda: _read_line,
+            "text": lambda: _read_text,
             "pattern": lambda: partial(_read_group, _compile_pattern(_composed(pattern or ""))),
         }
         self._read = readers[self.kind]()
@@ -63,6 +65,11 @@ class AnswerFormat:
                 f"task.choices: {unread[0]!r} is not what task.read.kind={self.kind} reads from it; write every choice "
                 "as it is read, such as 1000 for 1,000 with kind=number, or set task.read.kind=choice"
             )
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether answers are texts that are rarely equal although both are good."""
+        return self.kind == "text" and not self.choices
 
     def read(self, text: str) -> str:
         """Read the canonical answer from a text; AnswerError if it has none."""
@@ -140,6 +147,12 @@ def _read_line(text: str) -> tuple[str, str]:
     if not line:
         raise AnswerError("the text is empty")
     return line.strip(), rest
+
+
+def _read_text(text: str) -> tuple[str, str]:
+    if not (whole := text.strip()):
+        raise AnswerError("the text is empty")
+    return whole, ""
 
 
 def _read_expression(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ class Arithmetic:
     """Addition and subtraction problems; answers are whole numbers."""
 
     version = "1"
+    is_free_text = False
     choices: tuple[str, ...] = ()
 
     def __init__(

@@ -74,6 +74,7 @@ class FileTask:
         `conflicts` says what happens to a question whose rows have different answers.
         """
         self.choices = read.choices
+        self.is_free_text = read.is_free_text
         self._root, self._path = Path(root), path
         self._split_paths = {"validation": validation_path, "test": test_path}
         self._rows = rows

@@ -24,6 +24,7 @@ class MovieReviews:
     """A few labelled sentences and many unlabelled ones, the typical setting for distillation."""
 
     version = "1"
+    is_free_text = False
     choices = ("negative", "positive")
 
     def __init__(

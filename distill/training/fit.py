@@ -96,6 +96,7 @@ def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
         seed=config.seed,
+        measures_accuracy=not job.annotation_job.task.is_free_text,
     )
     if config.share_prompt:
         curriculum = _with_shared_prompts(curriculum, module, job.prompts.end)
@@ -137,7 +138,11 @@ def _measured(job: Job, curriculum: Curriculum) -> set[str]:
     """Return the names of the metrics that validation will measure."""
     counts = sum((lesson.counts() for lesson in curriculum.validation), Counter[tuple[Span, str]]())
     losses = {f"val/{name}" for name, o in job.objectives.items() if counts[o.span, o.source]}
-    return losses | ({"val/loss"} if losses else set()) | ({"val/accuracy"} if counts["answer", "labels"] else set())
+    measured = losses | ({"val/loss"} if losses else set())
+    if not counts["answer", "labels"]:
+        return measured
+    is_free_text = job.annotation_job.task.is_free_text
+    return measured | {"val/cross_entropy"} | (set() if is_free_text else {"val/accuracy"})
 
 
 def run_preflight(job: Job, training: Training) -> list[Json]:

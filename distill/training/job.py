@@ -26,12 +26,14 @@ from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
+from distill.evaluation.texts import require_text_measures
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.join import first_span
 from distill.lessons.loader import BatchLimit
 from distill.models.reading import check_student_reading
 from distill.prompts.serving import served_tokenizer
 from distill.records import Annotation, Example, Span
+from distill.reports.measures import ACCURACY, measure_of
 from distill.reports.page import write_report
 from distill.reports.tables import tables
 from distill.reports.text import to_text
@@ -62,7 +64,7 @@ from distill.training.run_facts import (
 from distill.training.settings import check_settings
 from distill.training.untrained import untrained_row
 
-_OBJECTIVES = {"test": "accuracy", "validation": "validation_accuracy"}
+_OBJECTIVES = {"test": "", "validation": "validation_"}  # the beginning of the objective's key in results.json
 # What the student before training shares with the trained one.
 _OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
@@ -70,19 +72,20 @@ _MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_ev
 
 
 def train(config: Config) -> float:
-    """Run the main job; return the student's accuracy on the objective's split, the same in all processes."""
+    """Run the main job; return the student's score on the objective's split, the same in all processes."""
     if config.objective not in _OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: expected {' or '.join(_OBJECTIVES)}")
     check_settings(config)
     run_dir = configuration.run_dir()
     if config.plan:
         return plan(prepare(config, run_dir)) if is_first_process() else 0.0
-    if (accuracy := _finished(config, run_dir)) is not None:
+    if (score := _finished(config, run_dir)) is not None:
         say(f"{run_dir} holds this run and is complete; resume=never runs it again")
-        return accuracy
-    if not is_first_process():
-        return _accuracy(config, distill(prepare(config, run_dir), [], {}))
+        return score
     job = prepare(config, run_dir)
+    require_text_measures(job.annotation_job.task)
+    if not is_first_process():
+        return _score(config, distill(job, [], {}))
     check_student(job)
     name = f"{'+'.join(job.objectives)}-seed{config.seed}"
     run: Json = {"name": name, "losses": list(job.objectives), "seed": config.seed, **settings(config), **provenance()}
@@ -106,15 +109,17 @@ def train(config: Config) -> float:
         print("preflight passed; remove preflight=true to start the run")
         return 0.0
     _print_results(run_dir, results, run, summary)
-    return _accuracy(config, results)
+    return _score(config, results)
 
 
 def _print_results(run_dir: Path, results: Json, run: Json, summary: Summary) -> None:
     row = results["rows"]["student"]
     if configuration.sweep_name():  # a sweep ends in one report on all its runs; this run has nothing to compare with
-        validated = row.get("validation_accuracy")
-        beside = "" if validated is None else f", {100 * validated:.1f} % on validation"
-        print(f"\naccuracy    {100 * row['accuracy']:.1f} % on {row['num_examples']} test examples{beside}")
+        measure = measure_of(row)
+        validated = row.get(f"validation_{measure.key}")
+        beside = "" if validated is None else f", {measure.text(validated)} on validation"
+        figure = f"{measure.text(row[measure.key])} on {row['num_examples']} test examples{beside}"
+        print(f"\n{measure.name:<12}{figure}")
     else:
         print(f"\n{to_text(summary, width=terminal_width())}\n")
     print(f"run folder  {run_dir}\nreport      {run_dir / 'report.html'}\nstudent     {run_dir / 'student'}")
@@ -133,14 +138,18 @@ def plan(job: Job) -> float:
     return 0.0
 
 
-def _accuracy(config: Config, results: Json) -> float:
-    """The value that a sweeper optimizes; NaN, a failed trial to a search, where there is no validation example."""
-    accuracy = results["rows"]["student"].get(_OBJECTIVES[config.objective]) if results else 0.0
-    return math.nan if accuracy is None else float(accuracy)
+def _score(config: Config, results: Json) -> float:
+    """The value that a sweeper maximizes: the accuracy or, of free texts, the cross-entropy with a minus sign.
+
+    NaN, a failed trial to a search, where there is no validation example.
+    """
+    row = results["rows"]["student"] if results else {ACCURACY.key: 0.0}
+    score = measure_of(row).score(row, _OBJECTIVES[config.objective] if results else "")
+    return math.nan if score is None else score
 
 
 def _finished(config: Config, run_dir: Path) -> float | None:
-    """Return the accuracy of the folder's run if it is complete; raise ConfigError if it is another run."""
+    """Return the score of the folder's run if it is complete; raise ConfigError if it is another run."""
     results = run_dir / "results.json"
     if config.resume != "auto" or not (results.is_file() and (run_dir / "report.html").is_file()):
         return None
@@ -149,7 +158,7 @@ def _finished(config: Config, run_dir: Path) -> float | None:
             f"{run_dir} holds another run: {'; '.join(differences)}. Choose another folder (hydra.run.dir, or in a "
             "sweep hydra.sweep.dir), or replace the run with resume=never"
         )
-    return _accuracy(config, json.loads(results.read_text()))
+    return _score(config, json.loads(results.read_text()))
 
 
 def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
@@ -224,7 +233,11 @@ def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: 
     """The rows that are known before the student learns: the teacher's, and that of the student before training."""
     test = job.annotation_job.splits.test
     folder = job.annotation_job.folder if job.annotation_job.teacher.gives_soft_targets else None
-    rows = {"teacher": teacher_row(test, teacher, job.annotation_job.task, job.annotation_job.store, folder)}
+    rows = {
+        "teacher": teacher_row(
+            test, teacher, job.annotation_job.task, job.annotation_job.prompts, job.annotation_job.store, folder
+        )
+    }
     if job.config.evaluate_before:
         rows["before"] = untrained_row(job, evaluation, teacher, training.identity["student"])
     return rows
@@ -248,7 +261,8 @@ def _results(
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
         on_validation = model_row(evaluation.predict(validation, {}), student)
-        rows["student"] |= {"validation_accuracy": on_validation["accuracy"]}
+        key = measure_of(on_validation).key
+        rows["student"] |= {f"validation_{key}": on_validation[key]}
     for name, speed in _speeds(job, evaluation).items():
         rows[name] |= speed
     shape = {key: rows["student"].get(key) for key in _OF_ARCHITECTURE}
@@ -300,10 +314,11 @@ def _track(tracking: Tracking, results: Json, run: Json, job: Job, summary: Summ
         for name, row in results["rows"].items()
     }
     measured = {key: value for key, value in rows["student"].items() if value is not None}
-    if (validated := measured.pop("validation_accuracy", None)) is not None:
-        tracking.summary({"val/accuracy": validated})  # of the student that was saved, for a sweep of W&B
+    key = measure_of(rows["student"]).key
+    if (validated := measured.pop(f"validation_{key}", None)) is not None:
+        tracking.summary({f"val/{key}": validated})  # of the student that was saved, for a sweep of W&B
     tracking.summary({f"test/{key}": value for key, value in measured.items()})
-    tracking.summary({f"test/{name}/accuracy": row["accuracy"] for name, row in rows.items() if name != "student"})
+    tracking.summary({f"test/{name}/{key}": row[key] for name, row in rows.items() if name != "student"})
     for name, lines in tables(summary).items():
         tracking.table(name, [{key: _plain(value) for key, value in line.items()} for line in lines])
     tracking.table("predictions", results["predictions"][: job.config.num_samples])

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.errors import DistillError
 from distill.losses import Objective
+from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.head import Head, Term, head_loss, predicted_ids
 from distill.records import SPANS, Batch, Entries, Span
 from distill.training.sharding import shard
@@ -66,14 +67,19 @@ class StudentModule(lightning.LightningModule):
         make_optimizer: MakeOptimizer,
         make_schedule: MakeSchedule,
         seed: int,
+        measures_accuracy: bool = True,
     ) -> None:
-        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T."""
+        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T.
+
+        `measures_accuracy`: validation counts the answers of which every token is the most probable one.
+        """
         super().__init__()
         self.model: Any = model
         self._objectives = dict(objectives)
         self._vocabulary_size = vocabulary_size
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
+        self._measures_accuracy = measures_accuracy
         self._step_sums: dict[str, Tensor] = {}
         self._counts: Counts = {}
         self.logged: dict[str, float] = {}  # the values that were logged last
@@ -216,8 +222,10 @@ class StudentModule(lightning.LightningModule):
         )
 
     def validation_step(self, batch: Batch) -> None:
-        terms = self.terms(batch)
-        is_answer_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        is_gold_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        is_answer_N = is_gold_N & self._measures_accuracy
+        # Of gold answers also without a loss on them, so that students with other losses can be compared.
+        terms = self.terms(batch) | {"cross_entropy": Term(CrossEntropy(), _labels(batch), is_gold_N, 1.0, 1.0)}
         sums_L, predicted_M = self(lambda: self._evaluate(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             if count := int(term.is_used_N.sum()):

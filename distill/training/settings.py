@@ -211,7 +211,7 @@ def _of_trainer(config: Config) -> Iterator[str]:
         return
     yield from _not_sharded(config, trainer, parts)
     losses = {f"val/{name}" for name in config.get("loss", {})}
-    check_monitored(config, parts, {"val/loss", "val/accuracy", *losses})
+    check_monitored(config, parts, {"val/loss", "val/accuracy", "val/cross_entropy", *losses})
     num_microbatches = microbatches_per_step(config.batch_size, config.microbatch_size, trainer.world_size)
     check_batch_size(config.batch_size, num_microbatches, trainer.world_size)
 

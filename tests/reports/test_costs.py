@@ -99,7 +99,17 @@ def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
     others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
     summary = summary_of(*others, make_run(("kl",), 0.8, predictions=predictions, config={"order": "shuffled"}))
     rows_by_table = tables(summary)
-    names = {"differences", "contrasts", "comparison", "guesses", "classes", "cost", "by_confidence", "yield"}
+    names = {
+        "differences",
+        "contrasts",
+        "comparison",
+        "guesses",
+        "steps_to_equal",
+        "classes",
+        "cost",
+        "by_confidence",
+        "yield",
+    }
     assert set(rows_by_table) == names
     for rows in rows_by_table.values():
         assert rows

@@ -40,6 +40,8 @@ READ = [
     ("expression", "", None),
     ("line", "\n the first \n the second", "the first"),
     ("line", " \n", None),
+    ("text", "\n the first \n\n  the second\t\n", "the first \n\n  the second"),
+    ("text", " \n\t", None),
     ("pattern", "so it goes #### 1,5 ", "1,5"),
     ("pattern", "so it goes", None),
     ("pattern", "#### ", None),
@@ -193,9 +195,9 @@ def test_a_choice_that_goes_on_is_not_read(text: str) -> None:
 
 def test_a_label_of_several_lines_is_refused_with_the_setting_that_takes_it() -> None:
     label = "def f():\n    return 1"
-    with pytest.raises(AnswerError, match=r"""set task.read.kind=pattern and 'task.read.pattern="\(\?s\)\(\.\+\)"'"""):
+    with pytest.raises(AnswerError, match=r"set task\.read\.kind=text"):
         answer_format("line").read_gold(label)
-    assert answer_format("pattern", "(?s)(.+)").read_gold(label) == label
+    assert answer_format("text").read_gold(label) == label
 
 
 def test_expressions_with_equal_values_are_the_same_answer() -> None:
@@ -223,3 +225,17 @@ def test_expressions_with_equal_values_are_the_same_answer() -> None:
 def test_impossible_settings_of_an_answer_format_are_refused(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         answer_format(**settings)
+
+
+@pytest.mark.parametrize("label", ["one line", "the first\n\n  - an item\n  - 2 items\n", "e\u0301 and 7 #### 7"])
+def test_a_text_is_its_own_gold_answer_with_all_its_lines(label: str) -> None:
+    answers = answer_format("text")
+    gold = answers.read_gold(label)
+    assert gold.count("\n") == label.strip().count("\n")
+    assert answers.read(f" {gold}\n") == answers.value(gold) == gold
+
+
+def test_only_texts_without_choices_are_free_text() -> None:
+    assert answer_format("text").is_free_text
+    assert not answer_format("text", choices=["yes", "no"]).is_free_text
+    assert not answer_format("line").is_free_text

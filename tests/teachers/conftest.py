@@ -58,6 +58,7 @@ class Verbs:
     """A task of fixed choices, the second of which has several tokens."""
 
     version = "1"
+    is_free_text = False
     choices = ("has", "gets back")
 
     def splits(self) -> Splits:

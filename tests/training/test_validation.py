@@ -71,6 +71,7 @@ class SevensTask:
     """A task that reads the answer 7 from every text."""
 
     version = "1"
+    is_free_text = False
     choices: tuple[str, ...] = ()
 
     def splits(self) -> Splits:
@@ -175,10 +176,31 @@ def test_validation_means_do_not_depend_on_the_batches(prompts: Prompts, student
                 module.validation_step(collate(all_lessons[start : start + size], {}, 0, read))
         means_by_size.append({name: float(total / number) for name, (total, number) in module._tallies.items()})
         module._tallies = {}
-    assert set(means_by_size[0]) == {"val/accuracy", *(f"val/{name}" for name in objectives())}
+    assert set(means_by_size[0]) == {"val/accuracy", "val/cross_entropy", *(f"val/{name}" for name in objectives())}
     assert all(means == pytest.approx(means_by_size[0], rel=1e-6) for means in means_by_size[1:])
     weighted = sum(objective.weight * means_by_size[0][f"val/{name}"] for name, objective in objectives().items())
     assert weighted == pytest.approx(plain_loss(module.model, all_lessons, prompts.vocabulary_size).item(), rel=1e-5)
+
+
+def test_students_with_any_losses_have_the_cross_entropy_of_gold_answers(
+    prompts: Prompts, student_folder: Path
+) -> None:
+    batch, tallied = collate(lessons(prompts, 12), {}, 0, read), {}
+    for names in (("answer",), ("kl",)):
+        module = student_module(open_whole_student(student_folder).eval(), prompts, *names)
+        with torch.no_grad():
+            module.validation_step(batch)
+        tallied[names] = module.validation_means()
+    assert tallied["kl",]["val/cross_entropy"] == tallied["answer",]["val/answer"]
+    assert "val/answer" not in tallied["kl",]
+
+
+def test_no_validation_accuracy_of_free_texts(prompts: Prompts, student_folder: Path) -> None:
+    module = student_module(open_whole_student(student_folder).eval(), prompts, "answer")
+    module._measures_accuracy = False
+    with torch.no_grad():
+        module.validation_step(collate(lessons(prompts, 12), {}, 0, read))
+    assert set(module.validation_means()) == {"val/answer", "val/cross_entropy", "val/loss"}
 
 
 def test_a_loss_without_validation_positions_is_not_logged(
@@ -194,7 +216,7 @@ def test_a_loss_without_validation_positions_is_not_logged(
     with torch.no_grad():
         module.validation_step(collate(plain_answers, {}, 0, read))
     module.on_validation_epoch_end()
-    assert set(logged_values) == {"val/answer", "val/kl", "val/loss", "val/accuracy", "step"}
+    assert set(logged_values) == {"val/answer", "val/kl", "val/loss", "val/accuracy", "val/cross_entropy", "step"}
     weighted = {name: objectives()[name].weight * float(logged_values[f"val/{name}"]) for name in ("answer", "kl")}
     assert float(logged_values["val/loss"]) == pytest.approx(sum(weighted.values()))
     assert all(math.isfinite(value) for value in logged_values.values())

@@ -1,0 +1,75 @@
+"""Likelihood of given texts under a model, and its divergence from a teacher along them; a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.evaluation.texts import Likelihood
+from distill.losses.forward_kl import ForwardKL
+from distill.models.reading import PrefixedReader
+from distill.records import SoftTargets, Target, ragged_indices
+
+Ids = tuple[int, ...]
+
+
+def likelihoods(
+    reader: PrefixedReader, prompts: Sequence[Ids], targets: Sequence[Target | None]
+) -> list[Likelihood | None]:
+    """Return the likelihood of each target after its prompt, None for no target or one that the model cannot hold.
+
+    The KL is None without soft targets that have exact entries.
+    """
+    pairs = {
+        index: (prompt, target)
+        for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+        if target and _has_room(reader, prompt, target)
+    }
+    results: list[Likelihood | None] = [None] * len(targets)
+    if not pairs:
+        return results
+    hidden_NH = reader.hidden_before_targets(
+        [prompt for prompt, _ in pairs.values()], [target.token_ids for _, target in pairs.values()]
+    )
+    pieces = hidden_NH.split([len(target.token_ids) for _, target in pairs.values()])
+    for (index, (_, target)), hidden_TH in zip(pairs.items(), pieces, strict=True):
+        results[index] = _likelihood(reader, hidden_TH, target)
+    return results
+
+
+def _has_room(reader: PrefixedReader, prompt: Ids, target: Target) -> bool:
+    room = reader.room(len(prompt))
+    return room is None or len(target.token_ids) - 1 <= room  # the last token is not read
+
+
+def _likelihood(reader: PrefixedReader, hidden_TH: Float[Tensor, "T H"], target: Target) -> Likelihood:
+    soft, start, nats, kl = compared(target), 0, 0.0, 0.0
+    for logprobs_MV in reader.logprobs_in_chunks(hidden_TH):
+        stop = start + len(logprobs_MV)
+        ids_M1 = torch.tensor(target.token_ids[start:stop], device=logprobs_MV.device).unsqueeze(1)
+        nats -= float(logprobs_MV.gather(1, ids_M1).double().sum())
+        kl += bucket_kl(logprobs_MV, soft[start:stop]) if soft else 0.0
+        start = stop
+    return Likelihood(nats, start, kl if soft else None)
+
+
+def compared(target: Target | None) -> SoftTargets | None:
+    """Return the buckets of a target that a model can be compared by; None if there are none."""
+    if target is None or target.soft is None:
+        return None
+    soft = target.soft.buckets()
+    # Only draws: a single bucket, in which all models are equal.
+    return soft if soft.num_exact_N.all() else None
+
+
+def bucket_kl(logprobs_NV: Float[Tensor, "N V"], soft: SoftTargets) -> float:
+    """Return the sum over positions of KL(teacher || model) in the teacher's buckets."""
+    row_E, _ = ragged_indices(soft.num_exact_N)
+    log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
+    rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
+    log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])
+    log_t = torch.cat([torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N).log()])
+    return float(ForwardKL()(log_q, log_t)[0].sum())

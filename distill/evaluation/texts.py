@@ -1,0 +1,103 @@
+"""Measures of a free text: its likelihood along the gold text and the teacher's, its wording, its length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from distill.errors import ConfigError
+from distill.tasks import Task
+
+
+class Likelihood(NamedTuple):
+    """Cross-entropy along a text and KL(teacher || model), in nats, summed over its tokens with the end token."""
+
+    nats: float
+    num_tokens: int
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class TextMeasures:
+    """How a model answers one question of free text; None where it was not measured.
+
+    `gold` and `teacher` are the likelihoods of the gold text, which has `gold_bytes`, and of the teacher's. `length`
+    and `gold_length` count the tokens of the model's own text and of the gold text, without their ends; `has_ended`:
+    its own text ended by itself. `chrf` and `teacher_chrf` compare this text with the gold texts and the teacher's,
+    0 to 100.
+    """
+
+    gold: Likelihood | None = None
+    gold_bytes: int = 0
+    teacher: Likelihood | None = None
+    length: int | None = None
+    gold_length: int = 0
+    has_ended: bool | None = None
+    chrf: float | None = None
+    teacher_chrf: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the measures as a part of a line of predictions.jsonl."""
+        gold, teacher = self.gold, self.teacher
+        return {
+            "gold_nats": gold.nats if gold else None,
+            "gold_tokens": gold.num_tokens if gold else None,
+            "gold_bytes": self.gold_bytes,
+            "teacher_nats": teacher.nats if teacher else None,
+            "teacher_kl": teacher.kl if teacher else None,
+            "teacher_tokens": teacher.num_tokens if teacher else None,
+            "length": self.length,
+            "gold_length": self.gold_length,
+            "has_ended": self.has_ended,
+            "chrf": self.chrf,
+            "teacher_chrf": self.teacher_chrf,
+        }
+
+
+def require_text_measures(task: Task) -> None:
+    """Raise ConfigError if the task's answers cannot be compared."""
+    if task.is_free_text and find_spec("sacrebleu") is None:
+        raise ConfigError(
+            "task.read.kind=text compares texts by chrF, for which sacrebleu is missing; pip install 'distill[text]'"
+        )
+
+
+def chrf(text: str, references: Sequence[str]) -> float:
+    """Return chrF2 of a text against its best reference (Popović 2015), 0 to 100; spaces do not count."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return float(CHRF().sentence_score(text, list(references)).score)
+
+
+def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
+    """Return a model's figures: cross-entropies and KL per token or byte of all texts, chrF as mean over texts."""
+    gold = [(m.gold, m) for m in measures if m.gold]
+    teacher = [m.teacher for m in measures if m.teacher]
+    scored = [(read.kl, read.num_tokens) for read in teacher if read.kl is not None]
+    written = [(m.length, m.gold_length) for m in measures if m.length is not None and m.gold_length]
+    return {
+        "num_examples": len(measures),
+        "num_unmeasured": len(measures) - len(gold),
+        "cross_entropy": _ratio((read.nats, read.num_tokens) for read, _ in gold),
+        "cross_entropy_per_byte": _ratio((read.nats, m.gold_bytes) for read, m in gold),
+        "teacher_cross_entropy": _ratio((read.nats, read.num_tokens) for read in teacher),
+        "kl": _ratio(scored),
+        "chrf": _mean(m.chrf for m in measures),
+        "teacher_chrf": _mean(m.teacher_chrf for m in measures),
+        "length_ratio": _ratio(written),
+        "ended": _mean(m.has_ended for m in measures),
+    }
+
+
+def _mean(values: Iterable[int | float | None]) -> float | None:
+    return _ratio((value, 1) for value in values if value is not None)
+
+
+def _ratio(pairs: Iterable[tuple[int | float, int]]) -> float | None:
+    """Return the sum of the first over the sum of the second; None if that is 0."""
+    listed = list(pairs)
+    number = sum(part for _, part in listed)
+    return math.fsum(total for total, _ in listed) / number if number else None
