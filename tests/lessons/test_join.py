@@ -195,7 +195,7 @@ def test_soft_targets_are_left_out_where_one_of_the_models_lacks_a_token_of_the_
     (lesson,) = paired(prompts, tmp_path / "same", same).lessons
     assert lesson.sequences[0].soft["answer"].num_positions == len(ids)
     teacher_lacks, student_lacks = same.copy(), same.copy()
-    student_lacks[ids[0]] = -1
+    student_lacks[[ids[0], -1]] = -1, ids[0]  # another token of the teacher is the student's first one
     teacher_lacks[ids[0]] = same[-1]  # no token of the teacher is the student's first one
     for name, id_V in (("student", student_lacks), ("teacher", teacher_lacks)):
         (lesson,) = paired(prompts, tmp_path / name, id_V).lessons
