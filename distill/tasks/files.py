@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 from distill.errors import AnswerError, ConfigError
-from distill.records import SPLITS, Example, RowCounts, Splits, folded_id
+from distill.records import SPLITS, Example, RowCounts, Splits, content_id, folded_id
 from distill.tasks.answers import AnswerFormat
 from distill.tasks.splitting import Conflicts, cut, distinct_questions
 from distill.tasks.tables import Table, check_columns, open_tables, raise_problems, select_split
@@ -22,13 +22,28 @@ _HELD_OUT, _MAX_HELD_OUT = 10, 2000  # by default one labelled row in 10, at mos
 _SPACE = " \t\r\n"
 
 
+@runtime_checkable
+class RowReader(Protocol):
+    """How the rows of a table become examples; `answer` names what an example without label lacks."""
+
+    answer: str
+
+    def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
+        """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Columns of an example; `question` is a column or a template with {columns} in braces."""
+    """Examples of one question; `question` is a column or a template with {columns} in braces."""
 
     question: str
     answer: str
     rationale: str | None
+
+    def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
+        """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
+        return read_examples(table, self if rationales else replace(self, rationale=None), answers)
 
 
 @final
@@ -44,9 +59,7 @@ class FileTask:
         path: str,
         test_path: str | None,
         validation_path: str | None,
-        question: str,
-        answer: str,
-        rationale: str | None,
+        rows: RowReader,
         read: AnswerFormat,
         conflicts: Conflicts,
         shots: list[dict[str, Any]],
@@ -63,7 +76,7 @@ class FileTask:
         self.choices = read.choices
         self._root, self._path = Path(root), path
         self._split_paths = {"validation": validation_path, "test": test_path}
-        self._columns = Columns(question, answer, rationale)
+        self._rows = rows
         self._format, self._conflicts = read, conflicts
         self._shots = [_shot(shot, read) for shot in shots]
         self._sizes = {"labelled": num_labelled, "unlabelled": num_unlabelled}
@@ -128,18 +141,20 @@ class FileTask:
         return Splits.disjoint(examples["train"], examples["validation"], examples["test"], counts=counts)
 
     def _examples(self, name: str, table: Table) -> tuple[list[Example], RowCounts]:
-        columns = self._columns if name == "train" else replace(self._columns, rationale=None)
-        rows = read_examples(table, columns, self._format)
+        rows = self._rows.examples(table, self._format, rationales=name == "train")
         num_unlabelled = sum(example.answer is None for example in rows.values())
         if num_unlabelled and name != "train":
-            raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {columns.answer!r}; all need one")
+            raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {self._rows.answer!r}; all need one")
         examples, counts = distinct_questions(table.name, rows, self.value, self._conflicts)
         return sorted(examples, key=self._rank), counts
 
-    def _rank(self, example: Example) -> tuple[bytes, str]:
-        """A pseudorandom order by seed and question; near duplicates, such as those in capitals, are neighbours."""
-        digest = hashlib.blake2b(f"{self._split_seed} {folded_id(example.question)}".encode(), digest_size=16).digest()
-        return digest, example.id
+    def _rank(self, example: Example) -> tuple[bytes, str, str]:
+        """A pseudorandom order by seed and question; near duplicates, such as those in capitals, are neighbours.
+
+        The turns of a conversation stand together.
+        """
+        digest = hashlib.blake2b(f"{self._split_seed} {folded_id(example.opening)}".encode(), digest_size=16).digest()
+        return digest, content_id(example.opening), example.id
 
     def _hold_out(
         self, name: str, own: Sequence[Example] | None, labelled: Sequence[Example], default_size: int
@@ -157,6 +172,8 @@ class FileTask:
                 f"task.examples.num_{name}={size}: {self._split_paths.get(name) or self._path} has {len(examples)} "
                 "distinct examples left for it; request fewer, or provide more rows"
             )
+        while 0 < size < len(examples) and examples[size - 1].opening == examples[size].opening:
+            size += 1  # a conversation is in one split
         taken, rest = cut(examples, [size])
         return taken, rest
 
