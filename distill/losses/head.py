@@ -156,14 +156,12 @@ class _HeadLoss(torch.autograd.Function):
         return total, sums_L
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss was already differentiated, and its gradients were released")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: no second gradient of the head's size
-        if (
-            outer[0].device.type != "cpu" or outer[0] != 1
-        ):  # read on the CPU only: elsewhere this would wait for the device
-            gradients = [None if g is None else g.mul_(outer[0]) for g in gradients]
+        if outer.device.type != "cpu" or outer != 1:  # read on the CPU only: elsewhere this would wait for the device
+            gradients = [None if g is None else g.mul_(outer) for g in gradients]
         return (*gradients, None, None)
 
 

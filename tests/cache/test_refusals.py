@@ -197,3 +197,12 @@ def test_all_files_have_standard_formats_without_pickle(tmp_path: Path) -> None:
         i for n in (1, 2) for t in annotation(n).targets.values() for i in t.token_ids
     ]
     assert pq.read_table(text)["key"].to_pylist() == [key(1), key(2)]
+
+
+def test_the_nearest_cache_is_searched_on_both_sides_of_ours_and_is_never_ours(tmp_path: Path) -> None:
+    for name, more in (("a", {"b": 1}), ("m", {}), ("z", {"b": 1, "c": 2})):
+        write_records(tmp_path / name, 1, fingerprint={**FINGERPRINT, **more})
+    for extra, expected in (({}, "a"), ({"b": 1, "c": 2}, "z")):
+        nearest = nearest_difference(tmp_path / "m", {**FINGERPRINT, **extra})
+        assert nearest is not None
+        assert nearest[0] == tmp_path / expected

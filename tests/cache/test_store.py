@@ -44,6 +44,20 @@ def test_soft_targets_of_many_records_equal_those_of_each(tmp_path: Path, monkey
         store.soft_targets([(key(60), "answer")])
 
 
+@pytest.mark.parametrize(("limit", "num_closed"), [(3, 12), (14, 1), (15, 0)])
+def test_the_shard_that_was_read_the_longest_ago_is_closed_above_the_limit(
+    limit: int, num_closed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("distill.cache.store._MAX_OPEN_SHARDS", limit)
+    monkeypatch.setattr("distill.cache.shard.Shard.close", lambda shard: closed.append(shard.name))
+    store = write_records(tmp_path, *range(60))  # of 15 shards
+    for number in range(0, 60, 4):
+        store.read(key(number))
+        store.read(key(0))  # whose shard stays open
+    assert len(closed) == len(set(closed)) == num_closed
+
+
 def test_reading_soft_targets_detects_damage(tmp_path: Path) -> None:
     write_records(tmp_path, 1)
     (shard,) = tmp_path.glob("*.safetensors")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import DictConfig
 
@@ -15,10 +17,10 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
 from distill.lessons.curriculum import build_curriculum, prepare
-from distill.lessons.join import Join, Joined
+from distill.lessons.join import Join, Joined, Lesson, SoftPlace, TrainingSequence, first_span
 from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
-from distill.records import SPANS, Annotation, Example, FilteredRationale, RowCounts, Target
+from distill.records import SPANS, Annotation, Example, FilteredRationale, Prompt, RowCounts, Span, Target
 from tests.conftest import CountingTeacher, arithmetic, examples
 from tests.lessons.conftest import soft
 
@@ -158,6 +160,67 @@ def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts:
     assert joined.counts == RowCounts(2, {"no label": 1, "too long": 1}, 0)
     assert set(joined.too_long) == {long.id}
     assert "over max_length=256" in joined.too_long[long.id]
+
+
+@pytest.mark.parametrize("is_soft", [True, False])
+def test_an_annotation_that_holds_its_targets_is_not_looked_up_in_the_cache(
+    is_soft: bool, prompts: Prompts, tmp_path: Path
+) -> None:
+    example = replace(examples(1)[0], rationale=None)
+    ids, answer_ids = prompts.rationale_ids("By the teacher."), prompts.answer_ids(example.answer)
+    stored = {"rationale": Target(ids, soft(len(ids))), "answer": Target(answer_ids, soft(len(answer_ids)))}
+    whole = Annotation("f" * 32, stored, example.answer, "By the teacher.")
+    held = replace(whole, targets=stored | {"answer" if is_soft else "rationale": Target(ids, None)})
+    filtered = {example.id: [FilteredRationale(example.id, held, "gold", None)]}
+    with Store(tmp_path, {"for": "test"}, TopK(k=3, temperature=1.0)).writing() as writer:
+        writer.add([whole])
+    join = make_join(prompts, tmp_path, [example], {}, rationales=filtered, answer="reasoned")
+    ((sequence,),) = (lesson.sequences for lesson in join.join([example]).lessons)
+    (number, span) = (len(ids), "rationale") if is_soft else (len(answer_ids), "answer")
+    assert sequence.soft == {span: SoftPlace(("f" * 32, span), number)}
+
+
+def paired(prompts: Prompts, folder: Path, id_V: np.ndarray, answer: str = "8") -> Joined:
+    """Join an unlabelled example, of which the teacher has soft targets for its answer, with paired tokens."""
+    example = Example("Paired?")
+    join = make_join(prompts, folder, [example], {example.id: annotation(prompts, answer)}, pairing=Pairing(id_V))
+    return join.join([example])
+
+
+def test_soft_targets_are_left_out_where_one_of_the_models_lacks_a_token_of_the_text(
+    prompts: Prompts, tmp_path: Path
+) -> None:
+    same = np.arange(prompts.vocabulary_size)
+    ids = prompts.answer_ids("8")
+    (lesson,) = paired(prompts, tmp_path / "same", same).lessons
+    assert lesson.sequences[0].soft["answer"].num_positions == len(ids)
+    teacher_lacks, student_lacks = same.copy(), same.copy()
+    student_lacks[[ids[0], -1]] = -1, ids[0]  # another token of the teacher is the student's first one
+    teacher_lacks[ids[0]] = same[-1]  # no token of the teacher is the student's first one
+    for name, id_V in (("student", student_lacks), ("teacher", teacher_lacks)):
+        (lesson,) = paired(prompts, tmp_path / name, id_V).lessons
+        assert lesson.sequences[0].soft == {}
+    swapped = same.copy()
+    swapped[[ids[0], 0]] = 0, ids[0]
+    with pytest.raises(CacheError, match="tokenize this target differently"):
+        paired(prompts, tmp_path / "swapped", swapped)
+
+
+def test_positions_are_counted_by_span_and_source() -> None:
+    prompt = Prompt((0,) * 12, {"rationale": (3, 8), "answer": (8, 12)})
+    place = SoftPlace(("0" * 32, "rationale"), 4)
+    counts = TrainingSequence(prompt, frozenset({"answer"}), {"rationale": place}).counts()
+    numbers = {"labels": (0, 4), "teacher": (5, 0), "soft": (4, 0)}
+    spans: tuple[Span, ...] = ("rationale", "answer")
+    expected = {(span, key): pair[index] for key, pair in numbers.items() for index, span in enumerate(spans)}
+    assert dict(counts) == expected
+    twice = Lesson("", (TrainingSequence(prompt, frozenset({"answer"}), {"rationale": place}),) * 2)
+    assert twice.counts() == Counter({key: 2 * number for key, number in expected.items()})
+    assert twice.num_tokens == 24
+
+
+def test_a_student_writes_an_answer_first_unless_it_is_to_reason() -> None:
+    assert (first_span("direct"), first_span("reasoned")) == ("answer", "rationale")
 
 
 def test_an_example_that_is_neither_learned_nor_lost_is_an_error() -> None:

@@ -28,7 +28,8 @@ AREAS = {
     "verdicts": ("distill/reports/verdicts.py",),
     "costs": ("distill/reports/costs.py",),
 }
-_ON_AXES = {"cat", "cumsum", "log_softmax", "logsumexp", "softmax", "squeeze", "stack", "sum", "unsqueeze"}
+_ON_AXES = {"amax", "argmax", "cat", "cumsum", "flip", "gather", "log_softmax", "logsumexp", "scatter_", "softmax"}
+_ON_AXES |= {"squeeze", "stack", "sum", "unsqueeze"}
 _SPEAKS = {"say", "warn", "print"}  # functions whose arguments are texts for people
 
 
@@ -79,12 +80,28 @@ def draw(root: Path, areas: Sequence[str], number: int, seed: int) -> list[Mutan
 
 
 def is_different_program(original: str, mutant: Mutant) -> bool:
-    """Whether Python can read the mutant, and it is more than another name for the last axis of a matrix."""
+    """Whether Python can read the mutant, and it is more than another name for the last axis of a matrix.
+
+    The star before keyword-only parameters looks like a product; divided, it allows more calls and changes none.
+    """
     source = mutant.source(original)
-    if not is_program(source):
+    if not is_program(source) or _without_kinds(source) == _without_kinds(original):
         return False
     is_sign = mutant.operator.removeprefix("core/ReplaceUnaryOperator_") in ("Delete_USub", "USub_UAdd")
     return not (is_sign and _without_last_axes(source) == _without_last_axes(original))
+
+
+def _without_kinds(source: str) -> str:
+    """A program in which no parameter is for keywords alone, or for positions alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments) and not node.vararg:
+            node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+            defaults = [*[None] * (len(node.args) - len(node.kwonlyargs) - len(node.defaults)), *node.defaults]
+            node.kw_defaults = [*defaults, *node.kw_defaults]
+            node.posonlyargs, node.kwonlyargs, node.defaults = [], node.args, []
+            node.args = []
+    return ast.unparse(tree)
 
 
 def _without_last_axes(source: str) -> str:

@@ -67,6 +67,15 @@ def test_another_name_of_the_last_axis_is_no_mutant() -> None:
     assert {"total = x.sum(-1) + y.at(1) + z.sum(-2)\n", "total = x.sum(-1) + y.at(-1) + z.sum(2)\n"} <= drawn
 
 
+def test_the_star_of_keyword_only_parameters_is_no_product() -> None:
+    source = "def scaled(x, *, by=2, to):\n    return x * by + to\n"
+    mutants = [mutant for group in by_place("m.py", source) for mutant in group]
+    drawn = {mutant.source(source) for mutant in mutants if is_different_program(source, mutant)}
+    assert source.replace("*,", "/,") in {mutant.source(source) for mutant in mutants}
+    assert source.replace("*,", "/,") not in drawn
+    assert {source.replace("x * by", "x / by"), source.replace("by=2", "by= 3")} <= drawn
+
+
 def test_a_sample_is_a_function_of_its_seed_and_draws_each_place_once() -> None:
     first = draw(ROOT, ["costs"], 10, seed=3)
     assert draw(ROOT, ["costs"], 10, seed=3) == first
