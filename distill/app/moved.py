@@ -20,7 +20,9 @@ MOVED: Mapping[str, str] = {
 }
 
 # Arguments that a configuration saved before does not have, and their present defaults.
-ADDED: Mapping[str, Mapping[str, Any]] = {"distill.tasks.files.FileTask": {"conflicts": None}}
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "distill.tasks.files.FileTask": {"conflicts": None, "options": None, "split_names": None}
+}
 
 
 def current(value: Any) -> Any:

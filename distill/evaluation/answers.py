@@ -27,7 +27,7 @@ from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.rendering import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target, ragged_indices
 from distill.students.saving import size_bytes
-from distill.tasks import Task, is_right, readable_answer
+from distill.tasks import Task, choices_of, is_right, readable_answer
 
 _DEFAULT_LIMIT = BatchLimit(32)
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
@@ -50,12 +50,8 @@ class Evaluation:
         self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span = first_span(mode)
-        self._choices = prompts.choice_ids(task.choices)
-        self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self._way: Way | None = None
-        if self._choices and mode == "direct":
-            # A model that has not learned to stop would generate up to the limit, and stay unreadable.
-            self._max_answer_tokens = max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
@@ -72,8 +68,9 @@ class Evaluation:
         dropped = [index for index in range(len(examples)) if index not in questions]
         results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
-        order, room = list(questions), self._max_answer_tokens
-        for places in self._limit.batches([len(questions[index]) + room for index in order]):
+        order = list(questions)
+        lengths = [len(questions[index]) + self._max_answer_tokens(examples[index]) for index in order]
+        for places in self._limit.batches(lengths):
             indices = [order[place] for place in places]
             batch = [examples[index] for index in indices]
             annotations = [teacher.get(example.id) for example in batch]
@@ -105,6 +102,19 @@ class Evaluation:
                 questions[index] = self._prompts.question(example, span)
         return questions
 
+    def _choice_ids(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        return self._prompts.choice_ids(choices_of(self._task, example))
+
+    def _max_answer_tokens(self, example: Example) -> int:
+        """The limit of a written answer: a model that has not learned to stop would go on, and stay unreadable."""
+        choices = self._choice_ids(example) if self._mode == "direct" else ()
+        return max(map(len, choices), default=self._max_new_tokens)
+
+    def _write(self, reading: Reading, examples: Sequence[Example]) -> list[list[int]]:
+        limits = [self._max_answer_tokens(example) for example in examples]
+        written = reading.greedy(max_new_tokens=max(limits), stop=self._prompts.end)
+        return [ids[:limit] for ids, limit in zip(written, limits, strict=True)]
+
     def fits(self, example: Example) -> bool:
         """Whether the question is not too long."""
         return bool(self._questions([example], self._span))
@@ -133,10 +143,10 @@ class Evaluation:
         @torch.inference_mode()
         def answer(example: Example) -> int:
             reading = reader.read(list(self._questions([example], self._span).values()))
-            if self._choices and self._mode == "direct":
-                self._choose(reading, [None])
+            if choices_of(self._task, example) and self._mode == "direct":
+                self._choose(reading, [example], [None])
                 return 0
-            return sum(map(len, reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)))
+            return sum(map(len, self._write(reading, [example])))
 
         return answer
 
@@ -160,15 +170,15 @@ class Evaluation:
         teacher: Sequence[Annotation | None],
     ) -> list[Prediction]:
         reading = reader.read(questions)
-        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stop=self._prompts.end)
+        written = self._write(reading, examples)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._mode == "reasoned":
             replies = [self._prompts.split_reply(ids) for ids in written]
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             reading = reader.read([(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)])
-        answers = [readable_answer(self._task, text) for text in texts]
-        best, confidence = self._choose(reading, answers)
+        answers = [readable_answer(self._task, text, example) for text, example in zip(texts, examples, strict=True)]
+        best, confidence = self._choose(reading, examples, answers)
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
@@ -184,12 +194,24 @@ class Evaluation:
         """Token ids of the model's rationale, after which its answer is scored."""
         return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.separator_ids())
 
-    def _choose(self, reading: Reading, answers: Sequence[str | None]) -> tuple[list[str | None], list[float | None]]:
+    def _choose(
+        self, reading: Reading, examples: Sequence[Example], answers: Sequence[str | None]
+    ) -> tuple[list[str | None], list[float | None]]:
         """Return the most likely choices and their probabilities; without choices the generated answers."""
-        if not self._choices:
-            return list(answers), [None] * len(answers)
-        probability_B, choice_B = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1).max(-1)
-        return [self._task.choices[k] for k in choice_B.tolist()], probability_B.tolist()
+        best, confidence = list(answers), list[float | None]([None] * len(answers))
+        for row, logprob_C in enumerate(self._choice_logprobs(reading, examples)):
+            if len(logprob_C):
+                probability_C = logprob_C.softmax(-1)
+                best[row] = choices_of(self._task, examples[row])[int(probability_C.argmax())]
+                confidence[row] = float(probability_C.max())
+        return best, confidence
+
+    def _choice_logprobs(self, reading: Reading, examples: Sequence[Example]) -> Sequence[Tensor]:
+        """Return the log-probabilities [C] of the choices of each example."""
+        if any(example.choices for example in examples):
+            return reading.own_choice_logprobs(list(map(self._choice_ids, examples)))
+        choices = self._prompts.choice_ids(self._task.choices)
+        return list(reading.choice_logprobs(reading.first_BV, choices)) if choices else []
 
     def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
         """Return the KL to the teacher over the tokens of its direct answer; both share a vocabulary."""
@@ -226,6 +248,7 @@ def _prediction(
         written_answer=written,
         is_correct=is_right(task, answer, example),
         is_written_correct=is_right(task, written, example),
+        choices=example.choices,
         confidence=None,
         kl=None,
         **(_comparison(task, example, answer, annotation) if annotation else {}),

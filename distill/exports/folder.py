@@ -62,7 +62,8 @@ def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:
         count = num_literal(recipe, prompts, questions)
     except (*configuration.INVALID_CONFIG, ValueError) as error:
         return None, 0, f"no example: {' '.join(str(error).split())}"
-    return recipe, count, f'answers with transformers alone: python {shlex.quote(str(to / "example.py"))} "a question"'
+    usage = recipe.usage.replace("example.py", shlex.quote(str(to / "example.py")), 1)
+    return recipe, count, f"answers with transformers alone: python {usage}"
 
 
 def _write_task(run: Run, to: Path) -> tuple[str, str]:
@@ -91,7 +92,13 @@ def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
     if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
         raise ConfigError(*damaged)
     examples = [
-        Example(row["question"], row["gold"], accepted=tuple(row.get("accepted") or ())) for row in run.predictions
+        Example(
+            row["question"],
+            row["gold"],
+            accepted=tuple(row.get("accepted") or ()),
+            choices=tuple(row.get("choices") or ()),
+        )
+        for row in run.predictions
     ]
     return prompts, config, examples
 

@@ -25,6 +25,7 @@ from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
+_NUM_CACHED_CHOICES = 512  # tuples of choices, of which tasks have one, or a few where they are letters
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Prompts:
         self.frame = layout.frame(tokenizer, self.shots)
         self.end = self.frame.end
         self._prefix = functools.cache(self.frame.prefix)
+        self._choice_ids = functools.lru_cache(_NUM_CACHED_CHOICES)(self._whole_answers)
 
     def zero_shot(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
         """Prompts of the same layout and limits, without shots, for another tokenizer."""
@@ -84,7 +86,8 @@ class Prompts:
     def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
         """Token ids between prefix and target; with `too_long=cut`, cut to leave space for `room` more tokens.
 
-        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
+        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough. A
+        question with choices of its own is never cut, because they stand at its end.
         """
         head, body, tail = self.frame.question(span, example.question)
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
@@ -94,7 +97,7 @@ class Prompts:
                     f"{example.question[:60]!r}… is {surplus} tokens over max_length={self.max_length}; "
                     "increase max_length, or set too_long=drop or too_long=cut"
                 )
-            if self.too_long == "drop" or surplus >= len(body):
+            if self.too_long == "drop" or example.choices or surplus >= len(body):
                 raise ValueError(f"{surplus} tokens over max_length={self.max_length}")
             body = body[: len(body) - surplus]
         return head + body + tail
@@ -121,6 +124,9 @@ class Prompts:
 
         Raises ConfigError if two of them have the same tokens, or one has tokens of another text.
         """
+        return self._choice_ids(tuple(choices))
+
+    def _whole_answers(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         by_ids: dict[tuple[int, ...], str] = {}
         for choice in choices:
             ids = self.answer_ids(choice)
@@ -168,7 +174,7 @@ class Prompts:
         return self.frame.separator_ids()
 
     def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
-        """A request, whose key is a hash of all token ids that the teacher reads.
+        """A request, whose key is a hash of all token ids that the teacher reads, also of an example's own choices.
 
         The teacher reads `given`, or else the example's gold answer if it has one, instead of generating a text.
         """
@@ -179,7 +185,9 @@ class Prompts:
         elif given is not None:
             ids = self.rationale_ids(given)
         question = self.question(example, span)
-        content = json.dumps([span, self.prefix(span), question, ids, *([sample] if sample else [])])
+        more = [sample] if sample else []
+        own = [{"choices": self.choice_ids(example.choices)}] if example.choices else []
+        content = json.dumps([span, self.prefix(span), question, ids, *more, *own])
         key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         return Request(key, span, example, question, ids, sample)
 

@@ -102,4 +102,5 @@ class RecordedTeacher:
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale, text=row["answer"])
+        answer = readable_answer(self._task, row["answer"], request.example)
+        return Annotation(request.key, {}, answer, rationale, text=row["answer"])

@@ -39,6 +39,8 @@ def task(path: Path | str, **settings: Any) -> FileTask:
         "path": str(path),
         "read": answer_format(choices=["yes", "no"]),
         "shots": [],
+        "options": None,
+        "split_names": None,
         "conflicts": None,
     } | settings
     return FileTask(**{**defaults, **sizes, **arguments})

@@ -16,6 +16,7 @@ from distill.records import SPLITS, Example, RowCounts, Splits, content_id, fold
 from distill.tasks.movie_reviews import read_ratings
 from tests.conftest import arithmetic, compose, conf_names
 
+QUESTION = Example("?")
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}
 USER_SETTINGS = {  # of tasks that work only with settings of the user
     "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"]
@@ -65,7 +66,7 @@ def test_labelled_train_examples_come_first_and_the_others_have_no_labels(name: 
     splits = task.splits()
     assert all(example.answer is not None for example in (*splits.train[:8], *splits.validation, *splits.test))
     assert all(example.answer is None and example.rationale is None for example in splits.train[8:])
-    assert all(task.read_answer(f" {e.answer}\n") == e.answer for e in (*splits.train[:8], *splits.test))
+    assert all(task.read_answer(f" {e.answer}\n", e) == e.answer for e in (*splits.train[:8], *splits.test))
 
 
 @pytest.mark.parametrize("name", conf_names("task"))
@@ -95,7 +96,7 @@ def test_splits_are_reproducible_and_differ_with_another_seed(name: str, tmp_pat
 @pytest.mark.parametrize("text", ["", "?", "\n7 negative"[:1]])
 def test_a_text_without_an_answer_raises_an_answer_error(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError):
-        build_task(name, tmp_path).read_answer(text)
+        build_task(name, tmp_path).read_answer(text, QUESTION)
 
 
 def test_examples_shared_by_two_splits_are_dropped_from_the_earlier_split_and_counted() -> None:
@@ -165,13 +166,13 @@ def test_generated_rationales_derive_their_answers() -> None:
     [("7", "7"), (" 007.", "7"), ("1,204 pens", "1204"), ("-3", "-3"), ("so 4 or 5", "4"), ("7.0", "7")],
 )
 def test_arithmetic_reads_the_first_whole_number(text: str, answer: str) -> None:
-    assert arithmetic().read_answer(text) == answer
+    assert arithmetic().read_answer(text, QUESTION) == answer
 
 
 @pytest.mark.parametrize("text", ["7.5", "7/2", "7,5", "1e-3", "7 000 000"])
 def test_arithmetic_reads_no_part_of_a_number(text: str) -> None:
     with pytest.raises(AnswerError):
-        arithmetic().read_answer(text)
+        arithmetic().read_answer(text, QUESTION)
 
 
 def test_impossible_settings_of_arithmetic_are_refused() -> None:
