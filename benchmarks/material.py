@@ -50,7 +50,7 @@ class Solutions:
         """None."""
         return ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         """The text."""
         return text
 

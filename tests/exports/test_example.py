@@ -185,9 +185,9 @@ def test_a_choice_is_scored_as_a_whole_and_without_padding_rows(second: tuple[fl
     """One token of probability 0.4 against two: 0.6 times 0.6 or 0.8. The last row of the head is padding."""
     rows = torch.tensor([(0.4, 0.6, 0.0, 0.0), second]).log()
     student = object.__new__(example.Student)
-    student.prompt = {"choices": {"short": [0], "long": [1, 2]}, "vocabulary_size": 3}
+    student.prompt = {"vocabulary_size": 3}
     student.model = lambda ids_BT: SimpleNamespace(logits=rows[: ids_BT.shape[1]].unsqueeze(0))
-    assert student.choose([9]) == expected
+    assert student.choose([9], {"short": [0], "long": [1, 2]}) == expected
 
 
 def test_a_question_that_is_too_long_is_refused_by_the_example(make_run: MakeRun, tmp_path: Path) -> None:
