@@ -62,11 +62,14 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+Role = Literal["system", "user", "assistant"]
+
+
 @dataclass(frozen=True)
 class Message:
     """A turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 
@@ -93,6 +96,16 @@ class Example:
             return content_id(self.question)
         turns = [(message.role, content_id(message.content)) for message in self.history]
         return _digest(repr((turns, content_id(self.question), [*map(content_id, self.choices)])))
+
+    @property
+    def opening(self) -> str:
+        """The first message of the user: conversations that begin alike belong to one split."""
+        return next((message.content for message in self.history if message.role == "user"), self.question)
+
+    @property
+    def text(self) -> str:
+        """The question, and what was said before it."""
+        return "\n".join([message.content for message in self.history if message.role != "system"] + [self.question])
 
     def unlabelled(self) -> Example:
         """The same question, without an answer and a rationale."""

@@ -25,8 +25,7 @@ from distill.errors import ConfigError
 from distill.lessons.join import Join, Joined, Lesson, Read
 from distill.losses import Objective
 from distill.models import loading, naming
-from distill.prompts.rendering import Prompts
-from distill.prompts.tokenizers import load_tokenizer
+from distill.prompts.rendering import Prompts, student_prompts
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
 from distill.records import Example, FilteredRationale, RowCounts, Span
 from distill.tasks.splitting import require_examples
@@ -79,7 +78,7 @@ def prepare(config: Config, run_dir: Path) -> Job:
     check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
     _check_models(config, folder, soft_annotation_job)
-    prompts = annotation_job.prompts.zero_shot(load_tokenizer(folder))
+    prompts = student_prompts(annotation_job.prompts, folder)
     pairing = _pairing(objectives, soft_annotation_job or annotation_job, prompts)
     return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, pairing)
 
@@ -93,7 +92,8 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
             raise ConfigError(
                 f"{', '.join(soft)}: an answer begins with {teacher.frame.target_lead!r} in the prompt of the teacher "
                 f"and with {student.frame.target_lead!r} in that of the student, so its first tokens differ; choose "
-                "models whose chat templates agree, set prompt=few_shot, or train without these losses"
+                "models whose chat templates agree, give the student without a template another one "
+                "(prompt.without_template), set prompt=cues, or train without these losses"
             )
         pairing = pair_vocabularies(teacher.tokenizer, student.tokenizer, ends=(teacher.end, student.end))
     except ConfigError:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
 from distill.prompts.pieces import Ids, Pieces
-from distill.records import Example, Span
+from distill.records import Example, Message, Span
 
 
 @runtime_checkable
@@ -18,24 +18,31 @@ class Frame(Protocol):
     """What a prompt has around a question and its targets, in the tokens of one model.
 
     `question_lead` and `target_lead` are the spaces before a question and before an answer or rationale, which are
-    encoded with it. `separator` is the text between a
-    rationale and the answer after it, up to the spaces. `end` is the id of the token that ends a target. `template` is
-    the chat template that is rendered, if it is one.
+    encoded with it. `separator` is the text between a rationale and the answer after it, up to the spaces. `end` is
+    the id of the token that ends a target. `layout` is what was laid out, a part of the fingerprint.
     """
 
+    layout: Any
     pieces: Pieces
     question_lead: str
     target_lead: str
     separator: str
     end: int
-    template: str | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is rendered, if it is one."""
+        ...
 
     def prefix(self, span: Span) -> Ids:
         """Token ids before every question."""
         ...
 
-    def question(self, span: Span, text: str) -> tuple[Ids, Ids, Ids]:
-        """Token ids from the prefix to the target: those before the question, its own, and those after it."""
+    def question(self, span: Span, text: str, history: Sequence[Message] = ()) -> tuple[Ids, Ids, Ids]:
+        """Token ids from the prefix to the target: those before the question, its own, and those after it.
+
+        `history` are the messages before the question; raises ConfigError if the frame cannot have them.
+        """
         ...
 
     def separator_ids(self) -> Ids:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.errors import ConfigError
 from distill.prompts import check_texts
 from distill.prompts.pieces import Ids, Pieces
-from distill.records import Example, Span
+from distill.records import Example, Message, Span
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,40 @@ class Cues:
         self.end: int = int(tokenizer.eos_token_id)
         self.separator = f"\n{layout.answer_cue}"
         self.pieces = Pieces(tokenizer, _samples(layout))
-        self._layout = layout
+        self.layout = layout
         self._shots = shots
 
     def prefix(self, span: Span) -> Ids:
         """Token ids of the start token if the model has one, the instruction, and the shots."""
         ids, encode = self.pieces.start, self.pieces
-        if self._layout.instruction:
-            ids = self._followed(ids, self._layout.instruction + "\n\n")
+        if self.layout.instruction:
+            ids = self._followed(ids, self.layout.instruction + "\n\n")
         for shot in self._shots:
             if shot.answer is None or (span == "rationale" and shot.rationale is None):
                 raise ConfigError(f"the shot {shot.question[:60]!r} has no answer or no rationale")
-            ids = self._followed(ids, f"{self._layout.question_cue} {shot.question}\n")
+            ids = self._followed(ids, f"{self.layout.question_cue} {shot.question}\n")
             if span == "rationale":
-                ids += encode(self._layout.rationale_cue) + encode(f" {shot.rationale}") + encode("\n")
-            ids += (*encode(self._layout.answer_cue), *encode(f" {shot.answer}"), self.end, *encode("\n"))
+                ids += encode(self.layout.rationale_cue) + encode(f" {shot.rationale}") + encode("\n")
+            ids += (*encode(self.layout.answer_cue), *encode(f" {shot.answer}"), self.end, *encode("\n"))
         return ids
 
-    def question(self, span: Span, text: str) -> tuple[Ids, Ids, Ids]:
+    def question(self, span: Span, text: str, history: Sequence[Message] = ()) -> tuple[Ids, Ids, Ids]:
         """Token ids of the question's cue, of the question, and of the target's cue."""
-        is_first = not self._layout.instruction and not self._shots
+        if history:
+            raise ConfigError("conversations of several messages need a chat template; set prompt=chat")
+        is_first = not self.layout.instruction and not self._shots
         encode_cue = self.pieces.first if is_first else self.pieces
         after = self.pieces("\n") + self.pieces(self._cue(span))
-        return encode_cue(self._layout.question_cue), self.pieces(f" {text}"), after
+        return encode_cue(self.layout.question_cue), self.pieces(f" {text}"), after
 
     def separator_ids(self) -> Ids:
         """Token ids between a rationale and the answer after it."""
-        return self.pieces("\n") + self.pieces(self._layout.answer_cue)
+        return self.pieces("\n") + self.pieces(self.layout.answer_cue)
 
     def around(self, span: Span) -> tuple[str, str]:
         """The texts before and after the question in a prompt without shots."""
-        instruction = f"{self._layout.instruction}\n\n" if self._layout.instruction else ""
-        return f"{instruction}{self._layout.question_cue} ", f"\n{self._cue(span)}"
+        instruction = f"{self.layout.instruction}\n\n" if self.layout.instruction else ""
+        return f"{instruction}{self.layout.question_cue} ", f"\n{self._cue(span)}"
 
     def literal(self, span: Span) -> tuple[str, str]:
         """The same texts, after the name of the start token if the model has one."""
@@ -94,7 +96,7 @@ class Cues:
         return {}
 
     def _cue(self, span: Span) -> str:
-        return self._layout.answer_cue if span == "answer" else self._layout.rationale_cue
+        return self.layout.answer_cue if span == "answer" else self.layout.rationale_cue
 
     def _followed(self, ids: Ids, text: str) -> Ids:
         """Append a text, which some tokenizers encode differently if it is the first of the prompt."""

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.app import config as configuration
 from distill.app.config import Config
+from distill.app.console import say
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.errors import ConfigError
-from distill.prompts import Layout
+from distill.prompts import Layout, auto
 from distill.prompts.pieces import same_text
 from distill.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from distill.records import Example, Prompt, Request, Span
@@ -72,8 +73,8 @@ class Prompts:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything in the prompts that affects a teacher's targets."""
-        tokenizer = tokenizer_fingerprint(self.tokenizer)
-        return fingerprint_of(self, self._arguments, tokenizer=tokenizer, **self.frame.fingerprint())
+        contents = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "layout": self.frame.layout}
+        return fingerprint_of(self, self._arguments, **contents, **self.frame.fingerprint())
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text inside a prompt; a text from data never produces a special token."""
@@ -89,7 +90,7 @@ class Prompts:
         If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough. A
         question with choices of its own is never cut, because they stand at its end.
         """
-        head, body, tail = self.frame.question(span, example.question)
+        head, body, tail = self.frame.question(span, example.question, example.history)
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
         if surplus > 0:
             if self.too_long == "refuse":
@@ -214,14 +215,34 @@ class Prompts:
 
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
-    """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`.
-
-    The task's layout has its cues; `prompt=chat` brings a layout of its own.
-    """
-    return Prompts(
+    """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`."""
+    prompts = Prompts(
         load_tokenizer(model_dir),
-        configuration.build(config.prompt.get("layout") or config.task.layout),
+        _layout(config),
         list(shots)[: config.prompt.num_shots],
         max_length=config.prompt.max_length,
         too_long=config.prompt.too_long,
     )
+    return _said(prompts)
+
+
+def student_prompts(teacher: Prompts, model_dir: Path) -> Prompts:
+    """Prompts for the student in a folder, laid out like those of its teacher, without shots."""
+    return _said(teacher.zero_shot(load_tokenizer(model_dir)))
+
+
+def _layout(config: Config) -> Layout:
+    """The task's layout, which has its cues; or that of `prompt=chat`, and what models without a template get."""
+    if not config.prompt.get("layout"):
+        return configuration.build(config.task.layout)  # type: ignore[no-any-return]
+    conversation, otherwise = configuration.build(config.prompt.layout), config.prompt.get("without_template")
+    if not otherwise:
+        return conversation  # type: ignore[no-any-return]
+    return auto.Layout(conversation, configuration.build(config.task.layout) if otherwise == "cues" else otherwise)
+
+
+def _said(prompts: Prompts) -> Prompts:
+    """The same prompts; where the model decides how it is asked, this is said."""
+    if isinstance(prompts.layout, auto.Layout):
+        say(prompts.layout.choice(prompts.tokenizer))
+    return prompts

@@ -39,14 +39,14 @@ def find_overlaps(splits: Splits, n: int) -> list[Overlap]:
     if n < 1:
         raise ConfigError(f"overlap.words={n}: expected at least 1")
     held_out = [(split, example) for split in ("validation", "test") for example in getattr(splits, split)]
-    questions = [example.question for _, example in held_out]
+    questions = [example.text for _, example in held_out]
     index = _Index([_hashes(_words(question), n) for question in questions])
-    shared = [index.shared(_hashes(_words(example.question), n)) for example in splits.train]
+    shared = [index.shared(_hashes(_words(example.text), n)) for example in splits.train]
     common = index.common(shared)
     index = _Index([_hashes(_own_words(question, n, common), n) for question in questions]) if len(common) else index
     overlaps = []
     for example in (example for example, ngrams in zip(splits.train, shared, strict=True) if len(ngrams)):
-        words = _own_words(example.question, n, common)
+        words = _own_words(example.text, n, common)
         places = index.places(_hashes(words, n))
         for start in np.flatnonzero(places >= 0)[:1]:
             split, other = held_out[index.first_owners[places[start]]]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 from distill.errors import AnswerError, ConfigError
-from distill.records import SPLITS, Example, RowCounts, Splits, folded_id
+from distill.records import SPLITS, Example, RowCounts, Splits, content_id, folded_id
 from distill.tasks.answers import AnswerFormat
 from distill.tasks.options import Options
 from distill.tasks.splitting import Conflicts, cut, distinct_questions
@@ -24,13 +24,37 @@ _HELD_OUT, _MAX_HELD_OUT = 10, 2000  # by default one labelled row in 10, at mos
 _SPACE = " \t\r\n"
 
 
+@runtime_checkable
+class RowReader(Protocol):
+    """How the rows of a table become examples; `answer` names what an example without label lacks."""
+
+    answer: str
+
+    def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
+        """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Columns of an example; `question` is a column or a template with {columns} in braces."""
+    """Examples of one question; `question` is a column or a template with {columns} in braces.
+
+    `options` say how rows with choices of their own are read; None, or without a column: there are none.
+    """
 
     question: str
     answer: str
     rationale: str | None
+    options: Options | None
+
+    @property
+    def own(self) -> Options | None:
+        """The options, if rows have choices of their own."""
+        return self.options if self.options and self.options.column else None
+
+    def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
+        """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
+        return read_examples(table, self if rationales else replace(self, rationale=None), answers)
 
 
 @final
@@ -46,11 +70,8 @@ class FileTask:
         path: str,
         test_path: str | None,
         validation_path: str | None,
-        question: str,
-        answer: str,
-        rationale: str | None,
+        rows: RowReader,
         read: AnswerFormat,
-        options: Options | None,
         split_names: dict[str, str | None] | None,
         conflicts: Conflicts,
         shots: list[dict[str, Any]],
@@ -62,18 +83,16 @@ class FileTask:
     ) -> None:
         """Downloads from the hub are kept in `root`; local files are only read.
 
-        `options` says how rows with choices of their own are read. `split_names` are those of the train, validation and
-        test splits in a data set, None for a split to draw from train. `conflicts` says what happens to a question
-        whose rows have different answers.
+        `split_names` are those of the train, validation and test splits in a data set, None for a split to draw from
+        train. `conflicts` says what happens to a question whose rows have different answers.
         """
         self.choices = read.choices
         self._root, self._path = Path(root), path
         self._split_paths = {"validation": validation_path, "test": test_path}
-        self._columns = Columns(question, answer, rationale)
+        self._rows = rows
         self._format, self._conflicts = read, conflicts
-        self._options = options if options and options.column else None
         self._names = _names(split_names or {})
-        self._shots = [_shot(shot, read, self._options) for shot in shots]
+        self._shots = [_shot(shot, read, rows) for shot in shots]
         self._sizes = {"labelled": num_labelled, "unlabelled": num_unlabelled}
         self._sizes |= {"validation": num_validation, "test": num_test}
         self._split_seed = split_seed
@@ -139,20 +158,22 @@ class FileTask:
         return Splits.disjoint(examples["train"], examples["validation"], examples["test"], counts=counts)
 
     def _examples(self, name: str, table: Table) -> tuple[list[Example], RowCounts]:
-        columns = self._columns if name == "train" else replace(self._columns, rationale=None)
-        rows = read_examples(table, columns, self._format, self._options)
+        rows = self._rows.examples(table, self._format, rationales=name == "train")
         num_unlabelled = sum(example.answer is None for example in rows.values())
         if num_unlabelled and name != "train":
-            raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {columns.answer!r}; all need one")
+            raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {self._rows.answer!r}; all need one")
         examples, counts = distinct_questions(table.name, rows, self.value, self._conflicts)
-        num_rows = len(table.rows)
-        valid = RowCounts(num_rows, {}, num_rows).less("invalid choices", num_rows - len(rows))
-        return sorted(examples, key=self._rank), valid.then(counts)
+        num_invalid = max(0, len(table.rows) - len(rows))  # a row is one example, or several
+        read = RowCounts(len(rows) + num_invalid, {}, len(rows) + num_invalid)
+        return sorted(examples, key=self._rank), read.less("invalid choices", num_invalid).then(counts)
 
-    def _rank(self, example: Example) -> tuple[bytes, str]:
-        """A pseudorandom order by seed and question; near duplicates, such as those in capitals, are neighbours."""
-        digest = hashlib.blake2b(f"{self._split_seed} {folded_id(example.question)}".encode(), digest_size=16).digest()
-        return digest, example.id
+    def _rank(self, example: Example) -> tuple[bytes, str, str]:
+        """A pseudorandom order by seed and question; near duplicates, such as those in capitals, are neighbours.
+
+        The turns of a conversation stand together.
+        """
+        digest = hashlib.blake2b(f"{self._split_seed} {folded_id(example.opening)}".encode(), digest_size=16).digest()
+        return digest, content_id(example.opening), example.id
 
     def _hold_out(
         self, name: str, own: Sequence[Example] | None, labelled: Sequence[Example], default_size: int
@@ -170,6 +191,8 @@ class FileTask:
                 f"task.examples.num_{name}={size}: {self._split_paths.get(name) or self._path} has {len(examples)} "
                 "distinct examples left for it; request fewer, or provide more rows"
             )
+        while 0 < size < len(examples) and examples[size - 1].opening == examples[size].opening:
+            size += 1  # a conversation is in one split
         taken, rest = cut(examples, [size])
         return taken, rest
 
@@ -199,20 +222,18 @@ def _names(given: Mapping[str, str | None]) -> dict[str, str | None]:
     return {name: given.get(name, name) for name in SPLITS}
 
 
-def read_examples(
-    table: Table, columns: Columns, answers: AnswerFormat, options: Options | None = None
-) -> dict[str, Example]:
+def read_examples(table: Table, columns: Columns, answers: AnswerFormat) -> dict[str, Example]:
     """The examples of a table by their places, in its order; ConfigError names the first invalid rows.
 
-    With `options` a row has choices of its own; rows with invalid ones are left out if they are to be dropped.
+    Rows with invalid choices of their own are left out if they are to be dropped.
     """
-    lay_out = question_layout(table, columns.question)
+    lay_out, options = question_layout(table, columns.question), columns.own
     check_columns(table, [name for name in (columns.answer, columns.rationale, options and options.column) if name])
     examples: dict[str, Example] = {}
     problems: list[str] = []
     for place, row in table.rows.items():
         try:
-            examples[place] = _example(lay_out(row), row, columns, answers, options)
+            examples[place] = _example(lay_out(row), row, columns, answers)
         except (ValueError, AnswerError, RecursionError) as error:
             if not (options and options.drops_invalid and isinstance(error, AnswerError)):
                 problems.append(f"{place}: {error}")
@@ -227,14 +248,12 @@ def read_examples(
     return examples
 
 
-def _example(
-    question: str, row: Mapping[str, Any], columns: Columns, answers: AnswerFormat, options: Options | None
-) -> Example:
+def _example(question: str, row: Mapping[str, Any], columns: Columns, answers: AnswerFormat) -> Example:
     """An example of a row; of several answers, the first is trained on, and the others are accepted."""
     texts = [text for value in texts_of(row.get(columns.answer)) if (text := value.strip(_SPACE))]
     read_gold: Callable[[str], str] = answers.read_gold
     choices: tuple[str, ...] = ()
-    if options:
+    if options := columns.own:
         own = options.read(row.get(str(options.column)), answers)
         question, read_gold, choices = question + options.shown(own), partial(options.gold, choices=own), own.answers
     if not texts:
@@ -244,16 +263,17 @@ def _example(
     return Example(question, answer, rationale or None, tuple(others), choices)
 
 
-def _shot(shot: Mapping[str, Any], answers: AnswerFormat, options: Options | None) -> Example:
+def _shot(shot: Mapping[str, Any], answers: AnswerFormat, rows: RowReader) -> Example:
     """A demonstration; where rows have choices of their own, it has them too, under the key `choices`."""
+    options = rows.own if isinstance(rows, Columns) else None
     own = {"choices"} if options else set()
     if not {"question", "answer", *own} <= set(shot) <= {"question", "rationale", "answer", *own}:
         keys = ", ".join(["question", "rationale", *own])
         raise ConfigError(f"task.examples.shots: {dict(shot)!r:.80}: expected the keys {keys} and answer")
-    columns = Columns("question", "answer", "rationale")
+    columns = Columns("question", "answer", "rationale", options)
     row = {**shot, options.column: shot["choices"]} if options and options.column else shot
     try:
-        example = _example(text_of(shot["question"]), row, columns, answers, options)
+        example = _example(text_of(shot["question"]), row, columns, answers)
         if example.answer is None:
             raise AnswerError("the answer is empty")
     except (ValueError, AnswerError) as error:

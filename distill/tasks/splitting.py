@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from distill.errors import ConfigError
 from distill.records import Example, RowCounts, Splits
 
-Conflicts = Literal["refuse", "drop", "majority"] | None  # None is "refuse"
+Conflicts = Literal["refuse", "drop", "majority", "accept"] | None  # None is "refuse"
 Value = Callable[[str], str]
 
 _MAX_SHOWN = 3  # questions, in a message
@@ -21,12 +22,14 @@ def distinct_questions(
     """Keep one example per question, and count the rows left out; independent of the order of rows.
 
     `rows` are the examples of the table `name` by their places. A question whose rows have different answers is
-    refused, dropped, or kept with the answer of most rows; without a single most frequent answer it is dropped.
+    refused, dropped, or kept with the answer of most rows; without a single most frequent answer it is dropped. With
+    `accept`, all its answers are right.
     """
     by_question: defaultdict[str, dict[str, Example]] = defaultdict(dict)
     for place, example in rows.items():
         by_question[example.id][place] = example
-    contradicting = {id_: group for id_, group in by_question.items() if not _agree(group.values(), value)}
+    compared = {} if conflicts == "accept" else by_question
+    contradicting = {id_: group for id_, group in compared.items() if not _agree(group.values(), value)}
     if contradicting and conflicts in (None, "refuse"):
         raise ConfigError(_refusal(name, list(contradicting.values()), value))
     kept: list[Example] = []
@@ -37,7 +40,8 @@ def distinct_questions(
             matching = _of_most(matching, value) if conflicts == "majority" else []
             lost["contradicting"] += len(group) - len(matching)
         if matching:
-            kept.append(min(matching, key=_preference))
+            best = min(matching, key=_preference)
+            kept.append(_accepting(best, matching) if conflicts == "accept" else best)
             lost["repeated"] += len(matching) - 1
     return kept, RowCounts(len(rows), {reason: n for reason, n in lost.items() if n}, len(kept))
 
@@ -46,6 +50,12 @@ def _agree(examples: Iterable[Example], value: Value) -> bool:
     """Whether one answer is right in all labelled examples."""
     right = [set(map(value, example.right_answers)) for example in examples if example.answer is not None]
     return len(right) < 2 or bool(set.intersection(*right))
+
+
+def _accepting(best: Example, others: Iterable[Example]) -> Example:
+    """The example, with the right answers of all others."""
+    answers = dict.fromkeys([*best.accepted, *sorted(answer for other in others for answer in other.right_answers)])
+    return replace(best, accepted=tuple(answer for answer in answers if answer != best.answer))
 
 
 def _of_most(examples: Sequence[Example], value: Value) -> list[Example]:

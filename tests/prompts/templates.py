@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from distill.prompts.templates import FOLDER, TOKENS
 from tests.prompts.kinds import byte_level
 
 _CHATML = (
@@ -51,8 +52,10 @@ TEMPLATES = {
     "Zephyr": (_ZEPHYR, (), {}),
     "Zephyr, start token": (f"{{{{ bos_token }}}}{_ZEPHYR}", (), {}),
 }
-ENDS = dict.fromkeys(("Mistral", "Zephyr", "Zephyr, start token"), "</s>")
-ENDS |= {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>"}
+# The project's own, for models without one.
+TEMPLATES |= {name: ((FOLDER / f"{name}.jinja").read_text().strip(), tokens, {}) for name, tokens in TOKENS.items()}
+ENDS = dict.fromkeys(("Mistral", "Zephyr", "Zephyr, start token", "zephyr", "plain"), "</s>")
+ENDS |= {"Llama 3": "<|eot_id|>", "Gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 
 
 def chat_tokenizer(template: str, tokens: tuple[str, ...] = (), kind: Callable[[], Any] = byte_level) -> Any:

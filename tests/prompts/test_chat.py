@@ -61,7 +61,7 @@ def test_prompt_and_target_are_the_templates_own_rendering_in_tokens(name: str, 
         prompt = prompts.answer_prompt(Example(question), answer)
         start, stop = prompt.spans["answer"]
         turns = conversation(prompts, shots, question, answer)
-        if system and name in ("Gemma", "Mistral"):  # no turns of the system
+        if system and name in ("Gemma", "gemma", "Mistral"):  # no turns of the system
             del turns[0]
             turns[0]["content"] = f"{system}\n\n{turns[0]['content']}"
         whole = ids_of(prompts, turns, begin=False)
@@ -135,8 +135,10 @@ def test_a_template_that_already_renders_the_prompt_is_kept() -> None:
     assert changed.chat_template["base"] == prompts.tokenizer.chat_template != changed.chat_template["default"]
     two = [{"role": "user", "content": "Is 5 odd?"}, {"role": "assistant", "content": "yes"}]
     assert changed.apply_chat_template(two, tokenize=False).endswith("\n\nyes<|eot_id|>")
+    assert changed.apply_chat_template([*two, two[0]], tokenize=False).count("Be brief.") == 1
+    reasoned = served_tokenizer(prompts, "rationale")  # whose question is followed by a request
     with pytest.raises(Exception, match="answers one question"):
-        changed.apply_chat_template([*two, two[0]], tokenize=False)
+        reasoned.apply_chat_template([*two, two[0]], tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,6 @@ def test_a_shot_without_what_it_shows_is_refused(shot: Example) -> None:
 def test_the_prompt_is_laid_out_by_the_task_unless_it_brings_a_layout_of_its_own(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(*TEMPLATES["ChatML"][:2])
     tokenizer.save_pretrained(tmp_path)
-    by_task, by_chat = (build_prompts(compose(f"prompt={name}"), tmp_path) for name in ("few_shot", "chat"))
+    by_task, by_chat = (build_prompts(compose(f"prompt={name}"), tmp_path) for name in ("cues", "chat"))
     assert by_task.layout.question_cue == "Review:"
     assert isinstance(by_chat.layout, Layout)

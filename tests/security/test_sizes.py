@@ -25,7 +25,7 @@ from tests.security.conftest import ANY_TEXT
 
 
 def read_rows(path: Path, rationale: str | None = None) -> list[Example]:
-    columns = Columns("question", "answer", rationale)
+    columns = Columns("question", "answer", rationale, None)
     answers = AnswerFormat(kind="line", pattern=None, choices=[])
     return list(read_examples(tables.read_file(path), columns, answers).values())
 

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.records import RowCounts
-from distill.tasks.files import FileTask
+from distill.tasks.files import Columns, FileTask
 from tests.conftest import compose
 from tests.tasks.conftest import answer_format
 
@@ -32,14 +32,16 @@ SHOT = {"question": "Is it?", "rationale": "It is so.", "answer": "yes"}
 
 def task(path: Path | str, **settings: Any) -> FileTask:
     """A yes/no task from a file with the default column names."""
-    defaults = dict.fromkeys(("test_path", "validation_path", "rationale", "num_labelled", "num_unlabelled"))
+    defaults = dict.fromkeys(("test_path", "validation_path", "num_labelled", "num_unlabelled"))
     defaults |= dict.fromkeys(("num_validation", "num_test"))
-    sizes = {"root": str(Path(path).parent / "root"), "question": "question", "answer": "answer", "split_seed": 0}
+    sizes = {"root": str(Path(path).parent / "root"), "split_seed": 0}
+    columns = {"question": "question", "answer": "answer", "rationale": None, "options": None}
+    rows = Columns(**{name: settings.pop(name, column) for name, column in columns.items()})
     arguments = {
         "path": str(path),
+        "rows": rows,
         "read": answer_format(choices=["yes", "no"]),
         "shots": [],
-        "options": None,
         "split_names": None,
         "conflicts": None,
     } | settings

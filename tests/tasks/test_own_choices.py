@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
+from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.records import Example, RowCounts
 from distill.tasks import readable_answer
 from distill.tasks.answers import AnswerFormat
 from distill.tasks.files import FileTask
 from distill.tasks.options import Options
+from tests.conftest import compose
 from tests.tasks.test_files import error_of, task, write
 
 TEXTS = ["a hat", "a shoe", "the rain"]
@@ -171,3 +174,81 @@ def test_a_pattern_reads_the_letter_behind_reasoning(tmp_path: Path) -> None:
 
 def readable(built: FileTask, text: str) -> str | None:
     return readable_answer(built, text, built.splits().train[0])
+
+
+HUB_ROWS: dict[str, list[dict[str, Any]]] = {  # in the columns of the data sets on the hub
+    "commonsense_qa": [
+        {
+            "id": f"{n}",
+            "question": question,
+            "question_concept": "tool",
+            "choices": {"label": list("ABCDE"), "text": ["cow", "saw", "sea", "sky", "sand"]},
+            "answerKey": "B",
+        }
+        for n, question in enumerate(["A tool?", "Another?"])
+    ],
+    "arc": [
+        {
+            "id": "M1",
+            "question": "A tool?",
+            "choices": {"text": ["cow", "saw", "sea"], "label": list("ABC")},
+            "answerKey": "B",
+        },
+        {
+            "id": "M2",
+            "question": "Another?",
+            "choices": {"text": ["1", "2", "3", "4"], "label": list("1234")},
+            "answerKey": "3",
+        },
+    ],
+    "mmlu": [
+        {"question": "A tool?", "subject": "tools", "choices": ["cow", "saw", "sea", "sky"], "answer": 1},
+        {"question": "Another?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2},
+    ],
+    "aqua": [
+        {"question": "A tool?", "options": ["A)cow", "B)saw", "C)sea"], "rationale": "It saws.", "correct": "B"},
+        {"question": "Another?", "options": ["A)1", "B)2", "C)3 : 4"], "rationale": "It is 3 : 4.", "correct": "C"},
+        {"question": "Twice?", "options": ["A)1", "B)1", "C)2"], "rationale": "It is 2.", "correct": "C"},
+    ],
+}
+SHOWN = {"commonsense_qa": "\nD. sky\nE. sand", "mmlu": "\nD. sky"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_rows_of_public_sets_are_read_from_disk(name: str, suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"rows.{suffix}", HUB_ROWS[name])
+    sizes = ["task.examples.num_test=0", "task.examples.num_validation=0"]
+    config = compose(f"task={name}", f"task.path={path}", *sizes)
+    configuration.check(config)
+    built = configuration.build(config.task.examples)
+    first, second = sorted(built.splits().train, key=lambda example: example.question)
+    assert first.question == f"A tool?\nA. cow\nB. saw\nC. sea{SHOWN.get(name, '')}"
+    assert first.answer == "B"
+    assert second.answer == {"commonsense_qa": "B"}.get(name, "C")
+    assert len(first.choices) == first.question.count("\n")
+    assert sum(built.splits().counts["train"].lost.values()) == len(HUB_ROWS[name]) - 2
+    assert all(shot.answer in shot.choices and shot.rationale for shot in built.shots())
+    assert {len(shot.choices) for shot in built.shots()} <= {3, 4, 5}
+
+
+def test_the_splits_of_a_data_set_have_the_names_that_it_gives_them(tmp_path: Path) -> None:
+    rows = HUB_ROWS["commonsense_qa"]
+    tables = {
+        "train": [row | {"question": f"Train {n}?"} for n, row in enumerate(rows * 4)],
+        "validation": [rows[0]],
+        "test": [rows[1] | {"answerKey": ""}],
+    }
+    saved = {name: datasets.Dataset.from_list(part) for name, part in tables.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    config = compose("task=commonsense_qa", f"task.path={tmp_path / 'saved'}", "task.examples.num_validation=2")
+    splits = configuration.build(config.task.examples).splits()
+    assert [example.question[:7] for example in splits.test] == ["A tool?"]
+    assert len(splits.validation) == 2
+    assert all(example.question.startswith("Train") for example in (*splits.train, *splits.validation))
+    config = compose("task=mmlu", f"task.path={tmp_path / 'saved'}")
+    with pytest.raises(ConfigError, match="has no split 'auxiliary_train'; it has train, validation, test"):
+        configuration.build(config.task.examples).splits()
+    config = compose("task=jsonl", f"task.path={tmp_path / 'saved'}", "+task.splits.dev=test")
+    with pytest.raises(ConfigError, match=r"task\.splits: dev"):
+        configuration.build(config.task.examples)

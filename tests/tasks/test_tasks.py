@@ -19,7 +19,8 @@ from tests.conftest import arithmetic, compose, conf_names
 QUESTION = Example("?")
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}
 USER_SETTINGS = {  # of tasks that work only with settings of the user
-    "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"]
+    "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"],
+    "chat": ["task.examples.shots=[{question: Is it?, rationale: It is so., answer: It is.}]"],
 }
 
 
@@ -34,7 +35,7 @@ def build_task(name: str, tmp_path: Path, **sizes: int) -> Any:
         node.file = str(tmp_path / "ratings.tsv")
         lines = [f"{i}\t{2.5 if i % 2 else -2.5}\tSentence number {i} is rated." for i in range(90)]
         Path(node.file).write_text("\n".join([*lines, lines[5].upper().replace("5\t", "91\t", 1)]))
-    if OmegaConf.is_missing(task, "path"):
+    if "path" in task or OmegaConf.is_missing(task, "path"):
         task.path = str(tmp_path / "rows.jsonl")
         Path(task.path).write_text("\n".join(json.dumps(row_of(task, i)) for i in range(90)))
     if "root" in node:
@@ -44,9 +45,15 @@ def build_task(name: str, tmp_path: Path, **sizes: int) -> Any:
 
 def row_of(task: DictConfig, number: int) -> dict[str, Any]:
     """A row with the columns of the task's file."""
+    if "messages" in task:
+        contents = (("user", f"Question number {number} appears."), ("assistant", f"It is\n\n{number}."))
+        return {"messages": [{"role": role, "content": content} for role, content in contents]}
     kinds = {"expression": f"( {number}.0 + 2.0 )", "number": f"{number},000"}
-    answer = task.choices[number % 2] if task.choices else kinds[task.read.kind]
-    row = {task.question: f"Question number {number} appears.", task.answer: answer}
+    row = {task.question: f"Question number {number} appears."}
+    if isinstance(task.choices, str):
+        row |= {task.choices: ["one", "two", "three"], task.answer: "ABC"[number % 3]}
+    else:
+        row |= {task.answer: task.choices[number % 2] if task.choices else kinds[task.read.kind]}
     return row | ({task.rationale: [f"Because of {number}."]} if task.rationale else {})
 
 
@@ -92,7 +99,7 @@ def test_splits_are_reproducible_and_differ_with_another_seed(name: str, tmp_pat
     assert build_task(name, tmp_path).splits().test != build_task(name, tmp_path, split_seed=1).splits().test
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", [name for name in conf_names("task") if name != "chat"])  # where any text answers
 @pytest.mark.parametrize("text", ["", "?", "\n7 negative"[:1]])
 def test_a_text_without_an_answer_raises_an_answer_error(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError):

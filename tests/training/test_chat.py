@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
+from distill.app import config as configuration
 from distill.errors import ConfigError
+from distill.exports.folder import export
 from distill.lessons.curriculum import prepare
+from distill.prompts.templates import named_template
 from distill.records import Example
 from tests.prompts.templates import TEMPLATES
 from tests.training.test_saved import SHORT, distilled
@@ -65,5 +69,34 @@ def test_a_model_without_a_template_is_refused_before_anything_is_annotated(
     configured: Configured, teacher_folder: Path, tmp_path: Path
 ) -> None:
     teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr")
-    with pytest.raises(ConfigError, match="has no chat template; set prompt=few_shot"):
+    with pytest.raises(ConfigError, match=r"no chat template; .*\.without_template=plain\|zephyr, or set"):
         prepare(configured(*CHAT, f"teacher.model={teacher}"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_an_instructed_teacher_teaches_a_base_student_that_leaves_with_a_template(
+    configured: Configured,
+    teacher_folder: Path,
+    student_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher = with_template(teacher_folder, tmp_path / "teacher", "Zephyr, start token")
+    named = (*CHAT, f"teacher.model={teacher}", "prompt.without_template=zephyr")
+    config = configured(*named)
+    job = prepare(config, tmp_path / "run")
+    assert f"{student_folder} has no chat template and gets the template zephyr" in capsys.readouterr().err
+    facts, results = distilled(job)
+    assert {"template", "text", "end"} <= {check["check"] for check in facts["preflight"] if check["passed"]}
+    assert results["rows"]["student"]
+    configuration.save(config, tmp_path / "run" / "config.yaml")
+    for name, content in (("run", facts | {"losses": list(job.objectives), "seed": 0}), ("results", results)):
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(content))
+    export(tmp_path / "run", tmp_path / "out")
+    answer = pipeline("text-generation", model=str(tmp_path / "out"))
+    messages = [{"role": "user", "content": "1 + 1?"}]
+    assert answer(messages)[0]["generated_text"][-1]["role"] == "assistant"
+    assert answer.tokenizer.chat_template == named_template("zephyr", job.prompts.tokenizer)
+    text = answer.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    learned = job.prompts.prefix("answer") + job.prompts.question(Example("1 + 1?"), "answer")
+    assert tuple(answer.tokenizer.encode(text, add_special_tokens=False)) == learned
