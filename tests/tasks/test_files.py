@@ -289,7 +289,7 @@ def test_only_the_first_problems_are_shown_and_the_others_counted(tmp_path: Path
 
 
 def test_a_missing_file_or_wrong_folder_is_refused(tmp_path: Path) -> None:
-    assert "does not exist; expected a file, a folder saved" in error_of(task(tmp_path / "none.jsonl"))
+    assert "does not exist; expected a file, a folder, " in error_of(task(tmp_path / "none.jsonl"))
     (tmp_path / "empty").mkdir()
     assert "was not saved by datasets.save_to_disk" in error_of(task(tmp_path / "empty"))
 
