@@ -241,6 +241,7 @@ def _prediction(
     return Prediction(
         example_id=example.id,
         question=example.question,
+        history=example.history,
         gold=example.answer or "",
         accepted=example.accepted,
         right_values=tuple(dict.fromkeys(map(task.value, example.right_answers))),

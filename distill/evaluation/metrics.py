@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from distill.records import Message
 from distill.reports.proportions import wilson_interval
 from distill.reports.statistics import calibration_error, confidence_bins
 
@@ -41,11 +42,13 @@ class Prediction:
     agrees: bool | None = None
     choices: tuple[str, ...] = ()
     rationale: str | None = None
+    history: tuple[Message, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         """Return the prediction as a line of predictions.jsonl."""
         return {
             "id": self.example_id,
+            **({"history": [*map(asdict, self.history)]} if self.history else {}),
             "question": self.question,
             "gold": self.gold,
             "accepted": list(self.accepted),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def card(run: Run, recipe: Recipe | None, num_literal: int, usage: str) -> str:
     facts = "\n".join(f"- {name}: {visible(text)}" for name, text in _facts(run, recipe))
     parts = [_front_matter(run), f"# {visible(run.name)}", facts]
     if recipe:
-        parts += [_prompt(recipe, len(run.predictions), num_literal)]
+        parts += [_prompt(recipe, [not row.get("history") for row in run.predictions], num_literal)]
     return "\n\n".join([*parts, to_markdown(summarise([run])).strip()]) + f"\n{usage}"
 
 
@@ -82,7 +82,10 @@ def _labels(run: Run) -> Mapping[str, Mapping[str, int]]:
     return {split: dict(sorted(labels.items())) for split, labels in splits.items() if 0 < len(labels) <= _MAX_LABELS}
 
 
-def _prompt(recipe: Recipe, num_questions: int, num_literal: int) -> str:
+def _prompt(recipe: Recipe, is_single: Sequence[bool], num_literal: int) -> str:
+    """How to ask a student; `is_single` says which test questions were a conversation's first message."""
+    num_questions = sum(is_single)
+    way = "one message of the user, the question alone" if all(is_single) else "the messages of a conversation"
     fence = "`" * (1 + max(map(len, re.findall("`+", f"{recipe.text}``"))))
     goes_on = "its reasoning" if recipe.mode == "reasoned" else "its answer"
     if num_literal == num_questions:
@@ -93,11 +96,11 @@ def _prompt(recipe: Recipe, num_questions: int, num_literal: int) -> str:
             f"for {num_questions - num_literal} of {num_questions} test questions"
         )
     return (
-        "## Prompt\n\nAsk it by one message of the user, the question alone: the chat template makes the prompt that "
-        'it has learned.\n\n```python\nfrom transformers import pipeline\n\nstudent = pipeline("text-generation", '
-        'model=".")\nstudent([{"role": "user", "content": "a question"}])\n```\n\nThe prompt is this text, with the '
-        f"question in place of `{PLACE}`:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on with "
-        f"{goes_on}, and ends it with `{recipe.end}`. `example.py` answers as the student was evaluated:\n\n"
+        f"## Prompt\n\nAsk it by {way}: the chat template makes the prompt that it has "
+        'learned.\n\n```python\nfrom transformers import pipeline\n\nstudent = pipeline("text-generation", '
+        'model=".")\nstudent([{"role": "user", "content": "a question"}])\n```\n\nThe prompt of a question is this '
+        f"text, with it in place of `{PLACE}`:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on "
+        f"with {goes_on}, and ends it with `{recipe.end}`. `example.py` answers as the student was evaluated:\n\n"
         f"```bash\npython {recipe.usage}\n```{_own_choices(recipe)}"
     )
 

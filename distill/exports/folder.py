@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distill.app import config as configuration
 from distill.app.config import Config
@@ -17,7 +18,7 @@ from distill.lessons.join import first_span
 from distill.prompts.rendering import Prompts, build_prompts
 from distill.prompts.serving import served_tokenizer
 from distill.prompts.tokenizers import load_tokenizer
-from distill.records import Example
+from distill.records import Example, Message
 from distill.reports.runs import Run, number, read_run
 from distill.students.saving import write_greedy_settings
 
@@ -56,7 +57,8 @@ def _write_tokenizer(run: Run, to: Path) -> None:
 
 def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:
     try:
-        prompts, config, questions = _parts(run)
+        prompts, config, examples = _parts(run)
+        questions = [example for example in examples if not example.history]  # example.py takes single questions
         recipe = make_recipe(prompts, config, questions)
         recipe.write(to)
         count = num_literal(recipe, prompts, questions)
@@ -91,16 +93,14 @@ def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
     prompts, config = _prompts(run)
     if damaged := [problem for problem in run.problems if problem.startswith("predictions.jsonl")]:
         raise ConfigError(*damaged)
-    examples = [
-        Example(
-            row["question"],
-            row["gold"],
-            accepted=tuple(row.get("accepted") or ()),
-            choices=tuple(row.get("choices") or ()),
-        )
-        for row in run.predictions
-    ]
-    return prompts, config, examples
+    return prompts, config, [*map(_example, run.predictions)]
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    """The question of a prediction, with its right answers."""
+    history = tuple(Message(**message) for message in row.get("history", ()))
+    accepted, choices = tuple(row.get("accepted") or ()), tuple(row.get("choices") or ())
+    return Example(row["question"], row["gold"], accepted=accepted, choices=choices, history=history)
 
 
 def _task(run: Run) -> HarnessTask:

@@ -68,7 +68,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         prepare_model(folder)
         tiny = [o for o in tiny_overrides(tmp_path, folder, folder) if not o.startswith("task")]
         sizes = [f"task.examples.num_{name}=6" for name in ("labelled", "unlabelled", "validation", "test")]
-        task = [] if "task=jsonl" in overrides else reviews(tmp_path)
+        task = [] if {"task=jsonl", "task=chat"} & {*overrides} else reviews(tmp_path)
         config = compose(*task, *tiny, *sizes, "max_new_tokens=40", "loss=[answer]", *overrides)
         return write_run(prepare(config, tmp_path / "run"), folder)
 

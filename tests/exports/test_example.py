@@ -32,6 +32,8 @@ MODES = {
     "chat": ("prompt=chat", "prompt.num_shots=0"),
     "chat with instruction": ("prompt=chat", "prompt.num_shots=0", "prompt.layout.system=Judge it."),
     "reasoned chat": ("prompt=chat", "prompt.num_shots=0", "task.answer_mode=reasoned", "loss=[answer,rationale]"),
+    "conversation": ("task=chat", "prompt=chat", "prompt.num_shots=0", "task.system=Judge it."),
+    "own systems": ("task=chat", "prompt=chat", "prompt.num_shots=0"),
     "cut": ("prompt.max_length=36", "prompt.too_long=cut"),
 }
 
@@ -39,6 +41,11 @@ MODES = {
 def overrides(mode: str, folder: Path) -> list[str]:
     """The overrides of a mode, with a file of rows if its task reads one."""
     chosen = list(MODES[mode])
+    if "task=chat" in chosen:
+        has_systems = "task.system=Judge it." not in chosen
+        rows = [{"messages": _messages(index, has_system=has_systems)} for index in range(40)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        chosen += [f"task.path={folder / 'rows.jsonl'}"]
     if "task=jsonl" in chosen:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map(_row, range(40))))
         chosen += [f"task.path={folder / 'rows.jsonl'}"]
@@ -48,6 +55,15 @@ def overrides(mode: str, folder: Path) -> list[str]:
 def _row(index: int) -> dict[str, str]:
     size, animal = ("big", "ox") if index % 2 else ("small", "ant")
     return {"question": f"Thing {index}, {size}?", "answer": f"say {animal}"}
+
+
+def _messages(index: int, *, has_system: bool) -> list[dict[str, str]]:
+    """A conversation of two questions, or of one; every second one may have a turn of the system."""
+    first, second = _row(index), _row(index + 1)
+    pairs = (first, second) if index % 3 else (first,)
+    turns = [("system", f"Be {index}.")] if has_system and index % 2 else []
+    turns += [turn for row in pairs for turn in (("user", row["question"]), ("assistant", row["answer"]))]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def lines(path: Path) -> list[Any]:
@@ -76,7 +92,7 @@ def assert_same_answers(replies: list[Any], run_dir: Path, *, num_answers: int =
             assert task.read_answer(reply["written"], Example("?")) == row["student_written_answer"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("conversation", "own systems")])
 def test_the_example_gives_the_answers_of_the_run(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
     run_dir = make_run(*overrides(mode, tmp_path))
     message = export(run_dir, tmp_path / "out")
@@ -110,7 +126,9 @@ def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, make_r
     assert_same_answers(replies, run_dir)
 
 
-@pytest.mark.parametrize("mode", ["choices", "reasoned text", "instruction", "chat", "chat with instruction"])
+@pytest.mark.parametrize(
+    "mode", ["choices", "reasoned text", "instruction", "chat", "chat with instruction", "conversation", "own systems"]
+)
 def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
     mode: str, make_run: MakeRun, tmp_path: Path
 ) -> None:
@@ -119,7 +137,8 @@ def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
     student = pipeline("text-generation", model=str(tmp_path / "out"))
     task = configuration.build(configuration.of(read_run(run_dir).config).task.examples)
     for row in lines(run_dir / "predictions.jsonl"):
-        reply = student([{"role": "user", "content": row["question"]}])[0]["generated_text"][-1]["content"]
+        messages = [*row.get("history", ()), {"role": "user", "content": row["question"]}]
+        reply = student(messages)[0]["generated_text"][-1]["content"]
         if row["student_rationale"] is not None:
             rationale, _, reply = reply.partition("\nAnswer:")
             assert rationale.strip() == row["student_rationale"]
