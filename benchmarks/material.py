@@ -51,7 +51,7 @@ class Solutions:
         """None."""
         return ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:  # noqa: ARG002 - all tasks have it
         """The text."""
         return text
 

@@ -230,7 +230,8 @@ def _named(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    is_line = isinstance(value, str) and "\n" not in value  # a text of several lines is quoted as in YAML
+    text = value if is_line else json.dumps(value, ensure_ascii=False)
     if value == "???":
         return "must be given"
     return f"`{text[:LONGEST]}{' …' * (len(text) > LONGEST)}`" if text else "empty"

@@ -126,7 +126,7 @@ def _whole_prompt(request: Request, annotation: Annotation, prompts: Prompts) ->
 
 def export_parquet(reader: AnnotationReader, requests: Sequence[Request], prompts: Prompts, path: Path) -> int:
     """Write the records of `requests` as one nested Parquet table with a row per target; return the number of rows."""
-    records = [(request, reader.read(request.key)) for request in requests if request.key in reader.store]
+    records = [(request, reader.read(request)) for request in requests if request.key in reader.store]
     rows = [
         _row(request, annotation, span, target, prompts)
         for request, annotation in records

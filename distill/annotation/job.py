@@ -85,7 +85,7 @@ def _show(job: AnnotationJob, requests: Sequence[Request], selector: str) -> str
             "expected the id of an example, the key of a record or the beginning of a question"
         )
     reader = job.reader({})
-    return "\n\n".join(format_record(request, reader.read(request.key), job.prompts) for request in stored)
+    return "\n\n".join(format_record(request, reader.read(request), job.prompts) for request in stored)
 
 
 def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:

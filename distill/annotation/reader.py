@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from distill.cache.store import Store
 from distill.prompts.rendering import Prompts
-from distill.records import Annotation, AnswerDefect, Request, SoftTargetsKey, Span
+from distill.records import Annotation, AnswerDefect, Example, Request, SoftTargetsKey, Span
 from distill.tasks import Task, with_reading
 
 _CHUNK = 1024  # records whose soft targets are decoded together
@@ -31,29 +31,29 @@ class AnnotationReader:
     def find(self, example_id: str, span: Span) -> Annotation | None:
         """Return the annotation, or None if none was requested."""
         request = self.requests.get((example_id, span))
-        return self.read(request.key) if request else None
+        return self.read(request) if request else None
 
     def find_words(self, example_id: str, span: Span) -> Annotation | None:
         """Return the annotation without its targets, or None if none was requested."""
         request = self.requests.get((example_id, span))
-        return self.words(request.key) if request else None
+        return self.words(request) if request else None
 
-    def words(self, key: str) -> Annotation:
-        """Return a record without its targets."""
-        return with_reading(self.store.words(key), self.task)
+    def words(self, request: Request) -> Annotation:
+        """Return the record of a request without its targets."""
+        return with_reading(self.store.words(request.key), self.task, request.example)
 
-    def read(self, key: str) -> Annotation:
-        """Return a record with the targets that belong to its answer."""
-        stored = self.store.read(key)
-        present, target = with_reading(stored, self.task), stored.targets.get("answer")
+    def read(self, request: Request) -> Annotation:
+        """Return the record of a request with the targets that belong to its answer."""
+        stored = self.store.read(request.key)
+        present, target = with_reading(stored, self.task, request.example), stored.targets.get("answer")
         if target and not self._has_tokens(present, stored, target.token_ids):
             return replace(present, targets={span: t for span, t in stored.targets.items() if span != "answer"})
         return present
 
-    def scored_ids(self, key: str) -> dict[Span, tuple[int, ...]]:
-        """Return the tokens that have soft targets, by span, as in `read`; nothing is decoded."""
+    def scored_ids(self, key: str, example: Example) -> dict[Span, tuple[int, ...]]:
+        """Return the tokens of an example's record that have soft targets, as in `read`; nothing is decoded."""
         scored_ids, stored = self.store.scored_ids(key), self.store.words(key)
-        present, token_ids = with_reading(stored, self.task), scored_ids.get("answer")
+        present, token_ids = with_reading(stored, self.task, example), scored_ids.get("answer")
         if token_ids and not self._has_tokens(present, stored, token_ids):
             return {span: ids for span, ids in scored_ids.items() if span != "answer"}
         return scored_ids
@@ -102,18 +102,18 @@ class AnswerCounts:
 def count_answers(reader: AnnotationReader, requests: Iterable[Request]) -> AnswerCounts:
     """Count the answers to requests for a direct answer of the teacher's own, and the changed ones of all requests."""
     defects, num_answers = Counter[AnswerDefect](), 0
-    changed: list[str] = []
+    changed: list[Request] = []
     for request in requests:
         if request.key not in reader.store:
             continue
         stored = reader.store.words(request.key)
-        present = with_reading(stored, reader.task)
+        present = with_reading(stored, reader.task, request.example)
         if present.answer != stored.answer:
-            changed.append(request.key)
+            changed.append(request)
         if request.span == "answer" and not request.given_ids:
             num_answers += 1
             defects.update([present.defect] if present.defect else [])
-    num_words_only = sum(_has_words_only(reader.read(key)) for key in changed)
+    num_words_only = sum(_has_words_only(reader.read(request)) for request in changed)
     return AnswerCounts(num_answers, defects, len(changed), num_words_only)
 
 

@@ -22,7 +22,8 @@ MOVED: Mapping[str, str] = {
 # Arguments that a configuration saved before does not have, and their present defaults.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     "distill.prompts.chat.Layout": {"reasoning_marks": None},
-    "distill.tasks.files.FileTask": {"conflicts": None},
+    "distill.tasks.files.Columns": {"options": None},
+    "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None},
 }
 
 # Arguments that are now those of a part: the argument that holds it, its class, and their names.
@@ -44,7 +45,8 @@ def _grouped(part: dict[str, Any]) -> dict[str, Any]:
     argument, class_name, names = GROUPED.get(str(part.get("_target_")), ("", "", ()))
     if not set(names) & set(part):
         return part
-    group = {"_target_": class_name, **{name: part[name] for name in names if name in part}}
+    arguments = {name: part[name] for name in names if name in part}
+    group = {"_target_": class_name, **ADDED.get(class_name, {}), **arguments}
     return {argument: group, **{key: value for key, value in part.items() if key not in names}}
 
 

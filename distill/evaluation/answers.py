@@ -28,7 +28,7 @@ from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.rendering import Prompts, Reply
 from distill.records import Annotation, Example, Span, Target
 from distill.students.saving import size_bytes
-from distill.tasks import Task, is_right, readable_answer
+from distill.tasks import Task, choices_of, is_right, readable_answer
 
 _DEFAULT_LIMIT = BatchLimit(32)
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
@@ -52,12 +52,8 @@ class Evaluation:
         self._limit = limit
         self._model, self._prompts, self._task, self._mode = model, prompts, task, mode
         self._span = first_span(mode)
-        self._choices = prompts.choice_ids(task.choices)
-        self._max_new_tokens = self._max_answer_tokens = max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self._way: Way | None = None
-        if self._choices and mode == "direct":
-            # A model that has not learned to stop would generate up to the limit, and stay unreadable.
-            self._max_answer_tokens = max(map(len, self._choices))
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Example], teacher: Mapping[str, Annotation]) -> list[Prediction]:
@@ -75,7 +71,8 @@ class Evaluation:
         results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
         order = list(questions)
-        for places in self._limit.batches([len(questions[index]) + self._room(examples[index]) for index in order]):
+        lengths = [len(questions[index]) + self._room(examples[index]) for index in order]
+        for places in self._limit.batches(lengths):
             indices = [order[place] for place in places]
             batch = [examples[index] for index in indices]
             annotations = [teacher.get(example.id) for example in batch]
@@ -110,7 +107,21 @@ class Evaluation:
     def _room(self, example: Example) -> int:
         """Return the number of tokens that are read or written after a question."""
         is_read = self._task.is_free_text and example.answer is not None
-        return max(self._max_answer_tokens, len(self._prompts.answer_ids(example.answer or "")) if is_read else 0)
+        num_read = len(self._prompts.answer_ids(example.answer or "")) if is_read else 0
+        return max(self._max_answer_tokens(example), num_read)
+
+    def _choice_ids(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        return self._prompts.choice_ids(choices_of(self._task, example))
+
+    def _max_answer_tokens(self, example: Example) -> int:
+        """The limit of a written answer: a model that has not learned to stop would go on, and stay unreadable."""
+        choices = self._choice_ids(example) if self._mode == "direct" else ()
+        return max(map(len, choices), default=self._max_new_tokens)
+
+    def _write(self, reading: Reading, examples: Sequence[Example]) -> list[list[int]]:
+        limits = [self._max_answer_tokens(example) for example in examples]
+        written = reading.greedy(max_new_tokens=max(limits), stops=self._prompts.ends)
+        return [ids[:limit] for ids, limit in zip(written, limits, strict=True)]
 
     def fits(self, example: Example) -> bool:
         """Whether the question is not too long."""
@@ -140,10 +151,10 @@ class Evaluation:
         @torch.inference_mode()
         def answer(example: Example) -> int:
             reading = reader.read(list(self._questions([example], self._span).values()))
-            if self._choices and self._mode == "direct":
-                self._choose(reading, [None])
+            if choices_of(self._task, example) and self._mode == "direct":
+                self._choose(reading, [example], [None])
                 return 0
-            return sum(map(len, reading.greedy(max_new_tokens=self._max_answer_tokens, stops=self._prompts.ends)))
+            return sum(map(len, self._write(reading, [example])))
 
         return answer
 
@@ -167,7 +178,7 @@ class Evaluation:
         teacher: Sequence[Annotation | None],
     ) -> list[Prediction]:
         reading = reader.read(questions)
-        written = reading.greedy(max_new_tokens=self._max_answer_tokens, stops=self._prompts.ends)
+        written = self._write(reading, examples)
         texts = [self._prompts.text(ids) for ids in written]
         rationales: list[str | None] = [None] * len(examples)
         if self._mode == "reasoned":
@@ -175,9 +186,9 @@ class Evaluation:
             rationales, texts = [reply.rationale for reply in replies], [reply.answer for reply in replies]
             questions = [(*q, *self._reasoning(r)) for q, r in zip(questions, replies, strict=True)]
             reading = reader.read(questions)
-        answers = [readable_answer(self._task, text) for text in texts]
+        answers = [readable_answer(self._task, text, example) for text, example in zip(texts, examples, strict=True)]
         if self._task.is_free_text:
-            has_ended = [ids[-1] == self._prompts.end for ids in written]
+            has_ended = [self._prompts.has_ended(ids) for ids in written]
             measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
             return [
                 replace(
@@ -187,7 +198,7 @@ class Evaluation:
                 )
                 for k, e in enumerate(examples)
             ]
-        best, confidence = self._choose(reading, answers)
+        best, confidence = self._choose(reading, examples, answers)
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
@@ -203,12 +214,24 @@ class Evaluation:
         """Token ids of the model's rationale, after which its answer is scored."""
         return (*self._prompts.rationale_ids(reply.rationale), *self._prompts.separator_ids())
 
-    def _choose(self, reading: Reading, answers: Sequence[str | None]) -> tuple[list[str | None], list[float | None]]:
+    def _choose(
+        self, reading: Reading, examples: Sequence[Example], answers: Sequence[str | None]
+    ) -> tuple[list[str | None], list[float | None]]:
         """Return the most likely choices and their probabilities; without choices the generated answers."""
-        if not self._choices:
-            return list(answers), [None] * len(answers)
-        probability_B, choice_B = reading.choice_logprobs(reading.first_BV, self._choices).softmax(-1).max(-1)
-        return [self._task.choices[k] for k in choice_B.tolist()], probability_B.tolist()
+        best, confidence = list(answers), list[float | None]([None] * len(answers))
+        for row, logprob_C in enumerate(self._choice_logprobs(reading, examples)):
+            if len(logprob_C):
+                probability_C = logprob_C.softmax(-1)
+                best[row] = choices_of(self._task, examples[row])[int(probability_C.argmax())]
+                confidence[row] = float(probability_C.max())
+        return best, confidence
+
+    def _choice_logprobs(self, reading: Reading, examples: Sequence[Example]) -> Sequence[Tensor]:
+        """Return the log-probabilities [C] of the choices of each example."""
+        if any(example.choices for example in examples):
+            return reading.own_choice_logprobs(list(map(self._choice_ids, examples)))
+        choices = self._prompts.choice_ids(self._task.choices)
+        return list(reading.choice_logprobs(reading.first_BV, choices)) if choices else []
 
     def _text_measures(
         self,
@@ -281,6 +304,7 @@ def _prediction(
         written_answer=written,
         is_correct=None if is_text else is_right(task, answer, example),
         is_written_correct=None if is_text else is_right(task, written, example),
+        choices=example.choices,
         confidence=None,
         kl=None,
         text=TextMeasures() if is_text else None,

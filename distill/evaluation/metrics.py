@@ -19,11 +19,12 @@ from distill.reports.statistics import calibration_error, confidence_bins
 class Prediction:
     """A model's answer to one question.
 
-    `answer` is judged: the most likely choice if the task has choices, else `written_answer`; None for a text
+    `answer` is judged: the most likely choice if the question has choices, else `written_answer`; None for a text
     without a readable answer. `confidence` is its probability among the choices, None without choices. An answer is
     right if its value is one of `right_values`, those of `gold` and of all further `accepted` answers. `kl` is
-    KL(teacher || model) in nats per answer token. Fields about the teacher are None if it did not annotate the
-    question. Free texts are neither right nor wrong: `is_correct` is None, and `text` has what was measured instead.
+    KL(teacher || model) in nats per answer token. `choices` are the question's own, not those of the task. Fields about
+    the teacher are None if it did not annotate the question. Free texts are neither right nor wrong: `is_correct` is
+    None, and `text` has what was measured instead.
     """
 
     example_id: str
@@ -41,6 +42,7 @@ class Prediction:
     teacher_confidence: float | None = None
     is_teacher_correct: bool | None = None
     agrees: bool | None = None
+    choices: tuple[str, ...] = ()
     rationale: str | None = None
     text: TextMeasures | None = None
     history: tuple[Message, ...] = ()
@@ -54,6 +56,7 @@ class Prediction:
             "gold": self.gold,
             "accepted": list(self.accepted),
             "right_values": list(self.right_values),
+            **({"choices": list(self.choices)} if self.choices else {}),
             "teacher_answer": self.teacher_answer,
             "teacher_confidence": self.teacher_confidence,
             "teacher_rationale": None,

@@ -63,10 +63,16 @@ def _facts(run: Run, recipe: Recipe | None) -> Iterator[tuple[str, str]]:
     yield "Data", f"{run.facts.get('task')}: {sizes} (license: {_task(run, 'license') or _NOT_STATED})"
     yield "Trained on", f"{', '.join(run.loss_labels) or _NOT_STATED}; {counts.get('lessons', '?')} lessons"
     yield "Language", _task(run, "language") or _NOT_STATED
-    yield "Choices", (", ".join(recipe.choices) if recipe else "") or "none, its answers are free text"
+    yield "Choices", _choices(recipe) if recipe else _NOT_STATED
     for split, labels in _labels(run).items():
         yield f"Labels in {split}", ", ".join(f"{label} {count}" for label, count in labels.items())
     yield "Weights", str(mapping(run.facts.get("saved")).get("dtype") or "float32")
+
+
+def _choices(recipe: Recipe) -> str:
+    if recipe.has_own_choices:
+        return "those of each question"
+    return ", ".join(recipe.choices) or "none, its answers are free text"
 
 
 def _labels(run: Run) -> Mapping[str, Mapping[str, int]]:
@@ -95,7 +101,16 @@ def _prompt(recipe: Recipe, is_single: Sequence[bool], num_literal: int) -> str:
         'model=".")\nstudent([{"role": "user", "content": "a question"}])\n```\n\nThe prompt of a question is this '
         f"text, with it in place of `{PLACE}`:\n\n{fence}text\n{recipe.text}\n{fence}\n\n{ids}. The student goes on "
         f"with {goes_on}, and ends it with `{recipe.end}`. `example.py` answers as the student was evaluated:\n\n"
-        '```bash\npython example.py "a question"\n```'
+        f"```bash\npython {recipe.usage}\n```{_own_choices(recipe)}"
+    )
+
+
+def _own_choices(recipe: Recipe) -> str:
+    if not recipe.has_own_choices:
+        return ""
+    return (
+        "\n\nA question has choices of its own: `choices` are its possible answers, and the text of the question shows "
+        f"them as in training, if they were shown. A test question:\n\n```json\n{recipe.example}\n```"
     )
 
 

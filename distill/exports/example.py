@@ -1,7 +1,8 @@
 """Answers questions with the student in this folder: python example.py "a question" "another one".
 
 It needs only torch and transformers. prompt.json has the prompt: token ids before and after a question, which is
-tokenized by itself, as in training. Each question gives one line of JSON.
+tokenized by itself, as in training. Each question gives one line of JSON. Where questions have choices of their own, it
+is given as JSON too: python example.py '{"question": "a question and its choices", "choices": ["A", "B"]}'
 """
 
 from __future__ import annotations
@@ -34,6 +35,20 @@ def prompt_ids(tokenizer: Any, prompt: Mapping[str, Any], question: str) -> list
     return [*prompt["before"], *ids[:limit], *prompt["after"]]
 
 
+def choice_ids(tokenizer: Any, prompt: Mapping[str, Any], choices: Sequence[str]) -> dict[str, list[int]]:
+    """Token ids of possible answers, with the end token."""
+    spaces, contexts = prompt["target_spaces"], prompt["contexts"]
+    return {choice: [*text_ids(tokenizer, contexts, spaces + choice), prompt["end_id"]] for choice in choices}
+
+
+def asked(prompt: Mapping[str, Any], argument: str) -> tuple[str, list[str]]:
+    """The question of an argument of the command line, and its own choices."""
+    if not (prompt["has_own_choices"] and argument.startswith("{")):
+        return argument, []
+    parsed = json.loads(argument)
+    return parsed["question"], parsed["choices"]
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
 
@@ -47,36 +62,39 @@ class Student:
         self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def reply(self, question: str) -> dict[str, Any]:
+    def reply(self, question: str, own_choices: Sequence[str] = ()) -> dict[str, Any]:
         """Return the answer, the answer as written, and the reasoning if the student reasons first."""
         ids = prompt_ids(self.tokenizer, self.prompt, question)
-        reply, written = {}, self.write(ids)
+        choices = choice_ids(self.tokenizer, self.prompt, own_choices) or self.prompt["choices"]
+        is_direct = self.prompt["mode"] == "direct"
+        limit = max(map(len, choices.values())) if choices and is_direct else self.prompt["max_new_tokens"]
+        reply, written = {}, self.write(ids, limit)
         if self.prompt["mode"] == "reasoned":
             rationale, cue, written = written.partition(self.prompt["answer_cue"])
             reply, written = {"rationale": rationale.strip()}, written if cue else ""
             reasoning = self.prompt["target_spaces"] + rationale.strip()
             ids += text_ids(self.tokenizer, self.prompt["contexts"], reasoning) + self.prompt["separator"]
         written = written.strip()
-        return {"answer": self.choose(ids) if self.prompt["choices"] else written, "written": written} | reply
+        return {"answer": self.choose(ids, choices) if choices else written, "written": written} | reply
 
-    def write(self, ids: list[int]) -> str:
+    def write(self, ids: list[int], limit: int) -> str:
         """Return the most likely continuation; generation_config.json says how it is found."""
-        limit = self.prompt["max_new_tokens"]
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         out = self.model.generate(**inputs, max_new_tokens=limit)[0, len(ids) :]
         return str(self.tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def choose(self, ids: list[int]) -> str:
+    def choose(self, ids: list[int], choices: Mapping[str, Sequence[int]]) -> str:
         """Return the choice that is most likely as a whole, with its end token."""
         scores: dict[str, float] = {}
-        for choice, choice_ids in self.prompt["choices"].items():
-            logits = self.model(torch.tensor([ids + choice_ids[:-1]])).logits[0, -len(choice_ids) :]
+        for choice, tokens in choices.items():
+            logits = self.model(torch.tensor([[*ids, *tokens[:-1]]])).logits[0, -len(tokens) :]
             logprobs = logits[:, : self.prompt["vocabulary_size"]].float().log_softmax(-1)
-            scores[choice] = sum(float(logprobs[n, token]) for n, token in enumerate(choice_ids))
+            scores[choice] = sum(float(logprobs[n, token]) for n, token in enumerate(tokens))
         return max(scores, key=scores.__getitem__)
 
 
 if __name__ == "__main__":
     student = Student(Path(__file__).parent)
-    for question in sys.argv[1:] or [student.prompt["example"]]:
-        print(json.dumps({"question": question} | student.reply(question), ensure_ascii=False))
+    for argument in sys.argv[1:] or [student.prompt["example"]]:
+        question, own_choices = asked(student.prompt, argument)
+        print(json.dumps({"question": question} | student.reply(question, own_choices), ensure_ascii=False))

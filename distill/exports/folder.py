@@ -65,7 +65,8 @@ def _write_recipe(run: Run, to: Path) -> tuple[Recipe | None, int, str]:
         count = num_literal(recipe, prompts, questions)
     except (*configuration.INVALID_CONFIG, ValueError) as error:
         return None, 0, f"no example: {' '.join(str(error).split())}"
-    return recipe, count, f'answers with transformers alone: python {shlex.quote(str(to / "example.py"))} "a question"'
+    usage = recipe.usage.replace("example.py", shlex.quote(str(to / "example.py")), 1)
+    return recipe, count, f"answers with transformers alone: python {usage}"
 
 
 def _write_task(run: Run, to: Path) -> tuple[str, str]:
@@ -99,7 +100,8 @@ def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:
 def _example(row: Mapping[str, Any]) -> Example:
     """The question of a prediction, with its right answers."""
     history = tuple(Message(**message) for message in row.get("history", ()))
-    return Example(row["question"], row["gold"], accepted=tuple(row.get("accepted") or ()), history=history)
+    accepted, choices = tuple(row.get("accepted") or ()), tuple(row.get("choices") or ())
+    return Example(row["question"], row["gold"], accepted=accepted, choices=choices, history=history)
 
 
 def _task(run: Run) -> HarnessTask:

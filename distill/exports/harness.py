@@ -20,7 +20,7 @@ import yaml
 from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
 from distill.records import Example
-from distill.tasks import Task, is_right
+from distill.tasks import Task, choices_of, is_right
 
 FOLDER = "lm_eval"
 _MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 255 bytes
@@ -30,7 +30,7 @@ _MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 
 class HarnessTask:
     """A multiple-choice task: prompts and their choices; the model's answer is the most likely choice.
 
-    `gold` of a row has the places of all choices that are right.
+    Rows have their choices where `choices` is empty. `gold` of a row has the places of all choices that are right.
     `num_differing` counts the prompts that the harness tokenizes differently from the student's training.
     """
 
@@ -70,7 +70,7 @@ class HarnessTask:
             "output_type": "multiple_choice",
             "num_fewshot": 0,
             "doc_to_text": "prompt",
-            "doc_to_choice": list(self.choices),
+            "doc_to_choice": list(self.choices) or "choices",
             "doc_to_target": "gold",
             "target_delimiter": "",  # the choices include the delimiter
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -79,29 +79,40 @@ class HarnessTask:
 
 def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Example]) -> HarnessTask:
     """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers."""
-    if not (choices := task.choices):
+    if not task.choices and not all(example.choices for example in examples):
         raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
-    right = [[k for k, choice in enumerate(choices) if is_right(task, choice, example)] for example in examples]
-    if not all(right):
-        answer = examples[right.index([])].answer
-        raise ConfigError(f"a test question has the answer {answer!r}; expected one of {', '.join(choices)}")
-    ids_of_choices = zip(choices, prompts.choice_ids(choices), strict=True)
-    answers = {_continuation(prompts, choice): ids for choice, ids in ids_of_choices}
     rows, num_differing = [], 0
-    for example, gold in zip(examples, right, strict=True):
+    for example in examples:
+        gold, answers = _gold(task, example), _continuations(prompts, choices_of(task, example))
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
         text = prompts.frame.pieces.decode(ids[_num_added(prompts, ids) :], skip_special=False)
-        rows.append({"id": example.id, "prompt": text, "gold": gold})
+        own = {"choices": list(answers)} if example.choices else {}
+        rows.append({"id": example.id, "prompt": text, "gold": gold, **own})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
     safe_name = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
-    return HarnessTask(f"distill_{safe_name}", tuple(answers), tuple(rows), num_differing)
+    choices = tuple(_continuations(prompts, tuple(task.choices)))
+    return HarnessTask(f"distill_{safe_name}", choices, tuple(rows), num_differing)
+
+
+def _gold(task: Task, example: Example) -> list[int]:
+    """Places of the choices that are right."""
+    choices = choices_of(task, example)
+    right = [place for place, choice in enumerate(choices) if is_right(task, choice, example)]
+    if not right:
+        raise ConfigError(f"a test question has the answer {example.answer!r}; expected one of {', '.join(choices)}")
+    return right
 
 
 def _num_added(prompts: Prompts, ids: Sequence[int]) -> int:
     """Number of special tokens at the start of a prompt that the harness's tokenizer adds by itself."""
     start = prompts.frame.pieces.start
     return len(start) if tuple(ids[: len(start)]) == start else 0
+
+
+def _continuations(prompts: Prompts, choices: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Texts of whole answers after a prompt, and their token ids."""
+    return {_continuation(prompts, text): ids for text, ids in zip(choices, prompts.choice_ids(choices), strict=True)}
 
 
 def _continuation(prompts: Prompts, choice: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,10 +37,18 @@ class Recipe:
     answer_cue: str
     separator: tuple[int, ...]
     choices: Mapping[str, tuple[int, ...]]
+    has_own_choices: bool
     end: str
+    end_id: int
     vocabulary_size: int
     max_new_tokens: int
     example: str
+
+    @property
+    def usage(self) -> str:
+        """How to ask a question on the command line."""
+        argument = '{"question": "a question and its choices", "choices": ["A", "B"]}'
+        return f"example.py {shlex.quote(argument)}" if self.has_own_choices else 'example.py "a question"'
 
     def write(self, folder: Path) -> None:
         """Write the prompt, and the example that reads it."""
@@ -53,6 +62,7 @@ def make_recipe(prompts: Prompts, config: Config, questions: Sequence[Example]) 
     span = first_span(mode)
     before, after = _around(prompts, span)
     choices = {choice: prompts.answer_ids(choice) for choice in configuration.build(config.task.examples).choices}
+    has_own_choices = any(question.choices for question in questions)
     recipe = Recipe(
         mode=mode,
         text=PLACE.join(prompts.literal(span)),
@@ -60,23 +70,38 @@ def make_recipe(prompts: Prompts, config: Config, questions: Sequence[Example]) 
         after=after,
         contexts=_contexts(prompts, questions),
         max_question_tokens=prompts.max_length - len(before) + len(prompts.prefix(span)) - len(after),
-        is_cut=prompts.too_long == "cut",
+        is_cut=prompts.too_long == "cut" and not has_own_choices,
         question_spaces=prompts.frame.question_lead,
         target_spaces=prompts.frame.target_lead,
         answer_cue=prompts.frame.separator,
         separator=prompts.separator_ids(),
         choices=choices,
+        has_own_choices=has_own_choices,
         end=prompts.token_text(prompts.end),
+        end_id=prompts.end,
         vocabulary_size=prompts.vocabulary_size,
         max_new_tokens=max(map(len, choices.values())) if choices and mode == "direct" else config.max_new_tokens,
-        example=questions[0].question if questions else _SHORT.question,
+        example=_argument(questions[0]) if questions else _SHORT.question,
     )
     for question in questions:
         if (ids := _learned(prompts, question, span)) and tuple(_read(prompts, recipe, question)) != ids:
             raise ValueError(
                 f"example.py would read {question.question[:60]!r} in other tokens than the student learned"
             )
+        _check_choices(prompts, recipe, question.choices)
     return recipe
+
+
+def _argument(question: Example) -> str:
+    """A question as an argument of example.py, with its choices where it has its own."""
+    own = {"question": question.question, "choices": question.choices}
+    return json.dumps(own, ensure_ascii=False) if question.choices else question.question
+
+
+def _check_choices(prompts: Prompts, recipe: Recipe, choices: Sequence[str]) -> None:
+    read = example.choice_ids(prompts.tokenizer, asdict(recipe), choices)
+    if tuple(map(tuple, read.values())) != prompts.choice_ids(choices):
+        raise ValueError(f"example.py would read {', '.join(choices)[:60]!r} in other tokens than the student learned")
 
 
 def num_literal(recipe: Recipe, prompts: Prompts, questions: Sequence[Example]) -> int:

@@ -216,19 +216,19 @@ class Join:
         if answer is None:
             return
         soft = self._soft_places(
-            self._scored(example.id, "answer", annotation), "answer", self._prompts.answer_ids(answer)
+            self._scored(example, "answer", annotation), "answer", self._prompts.answer_ids(answer)
         )
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
         yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
 
     def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
         if example.rationale is not None:
-            yield from self._reason(example, example.rationale, None, self._scored(example.id, "rationale", None))
+            yield from self._reason(example, example.rationale, None, self._scored(example, "rationale", None))
             return
         for index, rationale in enumerate(self._rationales.get(example.id, ())):
             annotation, text = rationale.annotation, rationale.annotation.rationale
             if text is not None:
-                scored = self._scored(example.id, "rationale", annotation)
+                scored = self._scored(example, "rationale", annotation)
                 # A second teacher scores only the first of an example's rationales.
                 yield from self._reason(
                     example, text, annotation.answer, None if index and self._soft_teacher else scored
@@ -254,15 +254,15 @@ class Join:
         same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
         return next(same, example.answer or conclusion)
 
-    def _scored(self, example_id: str, span: Span, own: Annotation | None) -> Scored | None:
+    def _scored(self, example: Example, span: Span, own: Annotation | None) -> Scored | None:
         """Return the tokens with soft targets that belong to the learned text, None if no loss reads any."""
         if all(source != "soft" for _, source in self._needed):
             return None
-        annotation = self._soft_teacher.find_words(example_id, span) if self._soft_teacher else own
+        annotation = self._soft_teacher.find_words(example.id, span) if self._soft_teacher else own
         if annotation is None:
             return None
         known = {name: target.token_ids for name, target in annotation.targets.items() if target.soft is not None}
-        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key)
+        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key, example)
 
     def _soft_places(self, scored: Scored | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
         key, scored_ids = scored or ("", {})

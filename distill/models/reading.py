@@ -146,6 +146,38 @@ class Reading:
         self.rewind(len(read))
         return [torch.stack(columns, -1) for columns in tokens]
 
+    def own_token_logprobs(self, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[Float[Tensor, "_"]]]:
+        """Log-probabilities of the tokens of each prompt's own choices, whose number may differ."""
+        rows = range(len(choices))
+        logprobs: list[list[Tensor]] = [[] for _ in rows]
+        for column in range(max(map(len, choices))):
+            members = [row for row in rows if column < len(choices[row])]
+            read = [choices[row][column][:-1] if row in members else () for row in rows]
+            hidden = self._fed(read)
+            for row in members:
+                later_TV = self.reader.logprobs(hidden[row])
+                whole_TV = torch.cat([self.first_BV[row : row + 1], later_TV])
+                ids_T = torch.tensor(choices[row][column], device=whole_TV.device)
+                logprobs[row].append(whole_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1))
+        return logprobs
+
+    def own_choice_logprobs(self, choices: Sequence[Sequence[Sequence[int]]]) -> list[Float[Tensor, "_"]]:
+        """Log-probabilities of each prompt's own choices as the continuation."""
+        return [
+            torch.stack([logprobs_T.sum() for logprobs_T in of_prompt]) if of_prompt else self.last_BH.new_empty(0)
+            for of_prompt in self.own_token_logprobs(choices)
+        ]
+
+    def _fed(self, texts: Sequence[Sequence[int]]) -> list[Float[Tensor, "_ H"]]:
+        """Hidden states at the tokens of a text after each prompt, which are then dropped."""
+        longest = max(map(len, texts))
+        if not longest:
+            return [self.last_BH[:0]] * len(texts)
+        ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=self.last_BH.device)
+        hidden_BTH = self.feed(ids_BT)
+        self.rewind(longest)
+        return [hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, texts, strict=True)]
+
     def greedy(self, *, max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
         """Continue all prompts with the most likely tokens, up to and including one of `stops`, or to the limit."""
         return self._generate(lambda logits_BV, _: logits_BV.argmax(-1, keepdim=True), max_new_tokens, stops)

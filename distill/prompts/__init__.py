@@ -49,7 +49,7 @@ class Frame(Protocol):
         """Token ids between a rationale and the answer after it."""
         ...
 
-    def around(self, span: Span) -> tuple[str, str]:
+    def around(self, span: Span, history: Sequence[Message] = ()) -> tuple[str, str]:
         """The texts before and after the question, without special tokens; meant for prompts without shots."""
         ...
 

@@ -120,10 +120,11 @@ class Chat:
         """The text between a turn as the template begins it and a target, in which reasoning begins or ends."""
         return self._openings[span] if self._marks else ""
 
-    def around(self, span: Span) -> tuple[str, str]:
+    def around(self, span: Span, history: Sequence[Message] = ()) -> tuple[str, str]:
         """The texts before and after the question, without special tokens."""
-        head, _, after = self.question(span, "")
-        return self.pieces.decode(self.prefix(span) + head) + self.question_lead, self.pieces.decode(after)
+        head, _, after = self.question(span, "?", history)
+        lead, _ = self._around_question(span, _roles(history))
+        return self.pieces.decode(self.prefix(span) + head) + lead, self.pieces.decode(after)
 
     def literal(self, span: Span) -> tuple[str, str]:
         """The same texts with the names of special tokens, as a tokenizer reads them."""

@@ -81,7 +81,7 @@ class Cues:
         """Token ids between a rationale and the answer after it."""
         return self.pieces("\n") + self.pieces(self.layout.answer_cue)
 
-    def around(self, span: Span) -> tuple[str, str]:
+    def around(self, span: Span, history: Sequence[Message] = ()) -> tuple[str, str]:  # noqa: ARG002
         """The texts before and after the question in a prompt without shots."""
         instruction = f"{self.layout.instruction}\n\n" if self.layout.instruction else ""
         return f"{instruction}{self.layout.question_cue} ", f"\n{self._cue(span)}"

@@ -23,9 +23,10 @@ from distill.errors import ConfigError
 from distill.prompts import Layout, auto
 from distill.prompts.pieces import same_text
 from distill.prompts.tokenizers import listed_ends, load_tokenizer, tokenizer_fingerprint
-from distill.records import Example, Prompt, Request, Span
+from distill.records import Example, Message, Prompt, Request, Span
 
 TooLong = Literal["drop", "cut", "refuse"]
+_NUM_CACHED_CHOICES = 512  # tuples of choices, of which tasks have one, or a few where they are letters
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Prompts:
         self.end = self.frame.end
         self._other_ends = tuple(other_ends)
         self._prefix = functools.cache(self.frame.prefix)
+        self._choice_ids = functools.lru_cache(_NUM_CACHED_CHOICES)(self._whole_answers)
 
     def zero_shot(self, tokenizer: PreTrainedTokenizerBase, other_ends: Sequence[int] = ()) -> Prompts:
         """Prompts of the same layout and limits, without shots, for another tokenizer."""
@@ -100,7 +102,8 @@ class Prompts:
     def question(self, example: Example, span: Span, room: int = 0) -> tuple[int, ...]:
         """Token ids between prefix and target; with `too_long=cut`, cut to leave space for `room` more tokens.
 
-        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough.
+        If it is too long, raises ConfigError with `refuse`, ValueError with `drop` or if cutting is not enough. A
+        question with choices of its own is never cut, because they stand at its end.
         """
         head, body, tail = self.frame.question(span, example.question, example.history)
         surplus = len(head) + len(body) + len(tail) + room - self.max_length
@@ -110,14 +113,14 @@ class Prompts:
                     f"{example.question[:60]!r}… is {surplus} tokens over max_length={self.max_length}; "
                     "increase max_length, or set too_long=drop or too_long=cut"
                 )
-            if self.too_long == "drop" or surplus >= len(body):
+            if self.too_long == "drop" or example.choices or surplus >= len(body):
                 raise ValueError(f"{surplus} tokens over max_length={self.max_length}")
             body = body[: len(body) - surplus]
         return head + body + tail
 
-    def around_question(self, span: Span) -> tuple[str, str]:
+    def around_question(self, span: Span, history: Sequence[Message] = ()) -> tuple[str, str]:
         """The texts before and after the question in a prompt without shots, up to the target."""
-        return self.frame.around(span)
+        return self.frame.around(span, history)
 
     def literal(self, span: Span) -> tuple[str, str]:
         """The same texts with the names of special tokens, as a tokenizer reads them."""
@@ -137,6 +140,9 @@ class Prompts:
 
         Raises ConfigError if two of them have the same tokens, or one has tokens of another text.
         """
+        return self._choice_ids(tuple(choices))
+
+    def _whole_answers(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         by_ids: dict[tuple[int, ...], str] = {}
         for choice in choices:
             ids = self.answer_ids(choice)
@@ -184,7 +190,7 @@ class Prompts:
         return self.frame.separator_ids()
 
     def request(self, example: Example, span: Span, *, given: str | None = None, sample: int = 0) -> Request:
-        """A request, whose key is a hash of all token ids that the teacher reads.
+        """A request, whose key is a hash of all token ids that the teacher reads, also of an example's own choices.
 
         The teacher reads `given`, or else the example's gold answer if it has one, instead of generating a text.
         """
@@ -195,7 +201,9 @@ class Prompts:
         elif given is not None:
             ids = self.rationale_ids(given)
         question = self.question(example, span)
-        content = json.dumps([span, self.prefix(span), question, ids, *([sample] if sample else [])])
+        more = [sample] if sample else []
+        own = [{"choices": self.choice_ids(example.choices)}] if example.choices else []
+        content = json.dumps([span, self.prefix(span), question, ids, *more, *own])
         key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         return Request(key, span, example, question, ids, sample)
 

@@ -51,15 +51,25 @@ def gold_answers(arms: Sequence[Arm]) -> dict[str, str]:
     return {str(line.get("id")): str(line["gold"]) for line in lines if line.get("gold") not in (None, "")}
 
 
-def _right_values(arms: Sequence[Arm]) -> list[set[str]]:
+def _lists(arms: Sequence[Arm], key: str) -> dict[str, list[str]]:
+    """Return the texts that the arms' test examples have in a list, by id, of those that have it."""
+    lines = {str(line.get("id")): line.get(key) for arm in arms for run in arm.runs for line in run.predictions}
+    return {id_: list(map(str, values)) for id_, values in lines.items() if isinstance(values, list)}
+
+
+def _right_values(arms: Sequence[Arm]) -> dict[str, set[str]]:
     """Return the values of all right answers to each test example; earlier runs recorded the gold answer alone."""
-    lines = {str(line.get("id")): line for arm in arms for run in arm.runs for line in run.predictions}
-    recorded = {id_: line["right_values"] for id_, line in lines.items() if isinstance(line.get("right_values"), list)}
-    return [set(map(str, recorded.get(id_) or [gold])) for id_, gold in gold_answers(arms).items()]
+    recorded = _lists(arms, "right_values")
+    return {id_: set(recorded.get(id_) or [gold]) for id_, gold in gold_answers(arms).items()}
 
 
 def classes(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """Return the classes of a task, the most frequent first; none if answers are free text or all are the same."""
+    """Return the classes of a task, the most frequent first; none if answers are free text or all are the same.
+
+    Choices of a question's own are no classes: the letter A stands for another answer in every question.
+    """
+    if _lists(arms, "choices"):
+        return ()
     counts = Counter(gold_answers(arms).values())
     is_classification = 1 < len(counts) <= min(MAX_CLASSES, counts.total() // 2)
     return tuple(sorted(counts, key=lambda name: (-counts[name], name))) if is_classification else ()
@@ -68,16 +78,24 @@ def classes(arms: Sequence[Arm]) -> tuple[str, ...]:
 def guesses(arms: Sequence[Arm]) -> list[Guess]:
     """Return the answer that is most often right and, with classes, a random one; none if only one is ever right."""
     right = _right_values(arms)
-    counts = Counter(value for values in right for value in values)
+    counts = Counter(value for values in right.values() for value in values)
     if len(counts) < 2:
         return []
     top = min(counts, key=lambda value: (-counts[value], value))
     majority = Guess(f"always answering “{top}”", counts[top] / len(right))
+    own = _lists(arms, "choices")
+    if chances := [_chance(values, own[id_]) for id_, values in right.items() if own.get(id_)]:
+        return [majority, Guess("a random choice", sum(chances) / len(chances))]
     if not (names := classes(arms)):
         return [majority]
     answers = max([names, *map(_choices, arms)], key=len)
-    num_right = sum(max(1, len(values.intersection(answers))) for values in right)
-    return [majority, Guess(f"a random one of {len(answers)} answers", num_right / len(right) / len(answers))]
+    chance = sum(_chance(values, answers) for values in right.values()) / len(right)
+    return [majority, Guess(f"a random one of {len(answers)} answers", chance)]
+
+
+def _chance(right: set[str], answers: Sequence[str]) -> float:
+    """Return the share of the answers to a question that are right."""
+    return max(1, len(right.intersection(answers))) / len(answers)
 
 
 def best_guess(arms: Sequence[Arm]) -> Guess | None:

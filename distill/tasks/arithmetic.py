@@ -50,7 +50,7 @@ class Arithmetic:
         """Further problems that are in no split."""
         return self._problems()[2]
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         """Read the first number in the text, which must be whole."""
         number, _ = read_number(0, text)
         if "." in number:

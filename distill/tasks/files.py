@@ -6,14 +6,16 @@ A file is read into rows, rows become examples, and the examples not held out fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from distill.errors import AnswerError, ConfigError
 from distill.records import SPLITS, Example, RowCounts, Splits, content_id, folded_id
 from distill.tasks.answers import AnswerFormat
+from distill.tasks.options import Options
 from distill.tasks.splitting import Conflicts, cut, distinct_questions
 from distill.tasks.tables import Table, check_columns, open_tables, raise_problems, select_split
 from distill.tasks.texts import joined_text, question_layout, text_of, texts_of
@@ -35,11 +37,20 @@ class RowReader(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Examples of one question; `question` is a column or a template with {columns} in braces."""
+    """Examples of one question; `question` is a column or a template with {columns} in braces.
+
+    `options` say how rows with choices of their own are read; None, or without a column: there are none.
+    """
 
     question: str
     answer: str
     rationale: str | None
+    options: Options | None
+
+    @property
+    def own(self) -> Options | None:
+        """The options, if rows have choices of their own."""
+        return self.options if self.options and self.options.column else None
 
     def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
         """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
@@ -61,6 +72,7 @@ class FileTask:
         validation_path: str | None,
         rows: RowReader,
         read: AnswerFormat,
+        split_names: dict[str, str | None] | None,
         conflicts: Conflicts,
         shots: list[dict[str, Any]],
         num_labelled: int | None,
@@ -71,7 +83,8 @@ class FileTask:
     ) -> None:
         """Downloads from the hub are kept in `root`; local files are only read.
 
-        `conflicts` says what happens to a question whose rows have different answers.
+        `split_names` are those of the train, validation and test splits in a data set, None for a split to draw from
+        train. `conflicts` says what happens to a question whose rows have different answers.
         """
         self.choices = read.choices
         self.is_free_text = read.is_free_text
@@ -79,7 +92,8 @@ class FileTask:
         self._split_paths = {"validation": validation_path, "test": test_path}
         self._rows = rows
         self._format, self._conflicts = read, conflicts
-        self._shots = [_shot(shot, read) for shot in shots]
+        self._names = _names(split_names or {})
+        self._shots = [_shot(shot, read, rows) for shot in shots]
         self._sizes = {"labelled": num_labelled, "unlabelled": num_unlabelled}
         self._sizes |= {"validation": num_validation, "test": num_test}
         self._split_seed = split_seed
@@ -112,9 +126,9 @@ class FileTask:
         """The demonstrations of the configuration."""
         return self._shots
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         """Read the canonical answer from a text, as configured in `task.read`."""
-        return self._format.read(text)
+        return self._format.read(text, example.choices)
 
     def value(self, answer: str) -> str:
         """Value of an answer, as configured in `task.read`."""
@@ -122,12 +136,15 @@ class FileTask:
 
     def _tables(self) -> dict[str, Table]:
         """The train table, and the tables of splits that have their own file or a split of this name in `path`."""
-        tables = open_tables(self._path, self._root)
-        own = {name: tables[name] for name in self._split_paths if name in tables and "train" in tables}
+        tables, names = open_tables(self._path, self._root), self._names
+        named = {name: names[name] or "" for name in self._split_paths}
+        own = {name: tables[named[name]] for name in named if named[name] in tables and len(tables) > 1}
         own |= {
-            name: select_split(open_tables(path, self._root), name) for name, path in self._split_paths.items() if path
+            name: select_split(open_tables(path, self._root), named[name] or name)
+            for name, path in self._split_paths.items()
+            if path
         }
-        return {"train": select_split(tables, "train"), **own}
+        return {"train": select_split(tables, names["train"] or "train"), **own}
 
     def _available(self, tables: Mapping[str, Table]) -> Splits:
         """All examples of the tables, in an order that does not depend on the order of rows."""
@@ -147,7 +164,9 @@ class FileTask:
         if num_unlabelled and name != "train":
             raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {self._rows.answer!r}; all need one")
         examples, counts = distinct_questions(table.name, rows, self.value, self._conflicts)
-        return sorted(examples, key=self._rank), counts
+        num_invalid = max(0, len(table.rows) - len(rows))  # a row is one example, or several
+        read = RowCounts(len(rows) + num_invalid, {}, len(rows) + num_invalid)
+        return sorted(examples, key=self._rank), read.less("invalid choices", num_invalid).then(counts)
 
     def _rank(self, example: Example) -> tuple[bytes, str, str]:
         """A pseudorandom order by seed and question; near duplicates, such as those in capitals, are neighbours.
@@ -197,39 +216,67 @@ def _counts(
     return {name: counts[name] for name in SPLITS}
 
 
+def _names(given: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Names of the splits in a data set; ConfigError for a split that there is not."""
+    if unknown := set(given) - set(SPLITS):
+        raise ConfigError(f"task.splits: {', '.join(sorted(unknown))}: expected {', '.join(SPLITS)}")
+    return {name: given.get(name, name) for name in SPLITS}
+
+
 def read_examples(table: Table, columns: Columns, answers: AnswerFormat) -> dict[str, Example]:
-    """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
-    lay_out = question_layout(table, columns.question)
-    check_columns(table, (columns.answer, columns.rationale or columns.answer))
+    """The examples of a table by their places, in its order; ConfigError names the first invalid rows.
+
+    Rows with invalid choices of their own are left out if they are to be dropped.
+    """
+    lay_out, options = question_layout(table, columns.question), columns.own
+    check_columns(table, [name for name in (columns.answer, columns.rationale, options and options.column) if name])
     examples: dict[str, Example] = {}
     problems: list[str] = []
     for place, row in table.rows.items():
         try:
             examples[place] = _example(lay_out(row), row, columns, answers)
         except (ValueError, AnswerError, RecursionError) as error:
-            problems.append(f"{place}: {error}")
-    raise_problems(table.name, problems, f"a question, and an answer of kind {answers.kind} or an empty one")
+            if not (options and options.drops_invalid and isinstance(error, AnswerError)):
+                problems.append(f"{place}: {error}")
+    raise_problems(
+        table.name,
+        problems,
+        "a question, at least 2 different choices, and one of them or nothing as the answer; to leave out rows with "
+        "invalid choices or answers, set task.options.invalid=drop"
+        if options
+        else f"a question, and an answer of kind {answers.kind} or an empty one",
+    )
     return examples
 
 
 def _example(question: str, row: Mapping[str, Any], columns: Columns, answers: AnswerFormat) -> Example:
     """An example of a row; of several answers, the first is trained on, and the others are accepted."""
     texts = [text for value in texts_of(row.get(columns.answer)) if (text := value.strip(_SPACE))]
+    read_gold: Callable[[str], str] = answers.read_gold
+    choices: tuple[str, ...] = ()
+    if options := columns.own:
+        own = options.read(row.get(str(options.column)), answers)
+        question, read_gold, choices = question + options.shown(own), partial(options.gold, choices=own), own.answers
     if not texts:
-        return Example(question)
-    answer, *others = dict.fromkeys(map(answers.read_gold, texts))
+        return Example(question, choices=choices)
+    answer, *others = dict.fromkeys(map(read_gold, texts))
     rationale = joined_text(row.get(columns.rationale)).strip(_SPACE) if columns.rationale else ""
-    return Example(question, answer, rationale or None, tuple(others))
+    return Example(question, answer, rationale or None, tuple(others), choices)
 
 
-def _shot(shot: Mapping[str, Any], answers: AnswerFormat) -> Example:
-    if not {"question", "answer"} <= set(shot) <= {"question", "rationale", "answer"}:
-        raise ConfigError(f"task.examples.shots: {dict(shot)!r:.80}: expected the keys question, rationale and answer")
+def _shot(shot: Mapping[str, Any], answers: AnswerFormat, rows: RowReader) -> Example:
+    """A demonstration; where rows have choices of their own, it has them too, under the key `choices`."""
+    options = rows.own if isinstance(rows, Columns) else None
+    own = {"choices"} if options else set()
+    if not {"question", "answer", *own} <= set(shot) <= {"question", "rationale", "answer", *own}:
+        keys = ", ".join(["question", "rationale", *own])
+        raise ConfigError(f"task.examples.shots: {dict(shot)!r:.80}: expected the keys {keys} and answer")
+    columns = Columns("question", "answer", "rationale", options)
+    row = {**shot, options.column: shot["choices"]} if options and options.column else shot
     try:
-        return Example(
-            text_of(shot["question"]),
-            answers.read_gold(text_of(shot["answer"])),
-            joined_text(shot.get("rationale")) or None,
-        )
+        example = _example(text_of(shot["question"]), row, columns, answers)
+        if example.answer is None:
+            raise AnswerError("the answer is empty")
     except (ValueError, AnswerError) as error:
         raise ConfigError(f"task.examples.shots: {error}") from None
+    return example

@@ -71,7 +71,7 @@ class MovieReviews:
         """The demonstrations of the configuration."""
         return self._shots
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         """Read the choice on the first line of the text."""
         word = text.strip().lower().split("\n")[0].strip(" .!\"'")
         if word not in self.choices:

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import ConfigError
+from distill.records import SPLITS
 from distill.tasks.numerals import exact
+from distill.tasks.packed import PACKED, content_of, format_of, too_large, unpacked_limit
 
 Rows = dict[str, dict[str, Any]]  # columns of each row, keyed by its place for error messages, such as "line 3"
 
-_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_WILDCARD = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}")
 _MAX_SHOWN_PROBLEMS = 3  # per file, in a message
 _BATCH_ROWS = 256
-# An unpacked file may exceed one of these limits, not both.
-_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO = 2**30, 1000
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,20 @@ class Table:
 
 
 def open_tables(path: str, root: Path) -> dict[str, Table]:
-    """Open the tables of a file, folder or hub dataset, by split; the table of a file is `train`."""
+    """Open the tables of files, a folder or a hub dataset, by split; the table of files is `train`.
+
+    The files of a folder are those of its splits if all of their names begin with one, as in train-1.jsonl.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
-        tables = _read_saved(file)
+        files = [member for member in sorted(file.iterdir()) if _is_table(member)]
+        tables = _read_splits(file, files) if files else _read_saved(file)
     elif file.is_file():
         tables = {"train": read_file(file)}
-    elif file.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(path):
-        raise ConfigError(f"{path} does not exist; expected a file, a folder saved by datasets, or a hub id")
+    elif _WILDCARD.search(path):
+        tables = {"train": _read_files(path, _matches(file))}
+    elif format_of(file) in _SUFFIXES or not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"{path} does not exist; expected a file, a folder, files such as data/*.jsonl, or a hub id")
     else:
         tables = _download(path, root)
     for table in tables.values():
@@ -87,8 +94,41 @@ def raise_problems(name: str, problems: Sequence[str], expected: str) -> None:
         raise ConfigError(f"{name}: {'; '.join(problems[:_MAX_SHOWN_PROBLEMS])}{more}; expected {expected}")
 
 
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern such as data/*.jsonl matches."""
+    root = Path(pattern.anchor)
+    return sorted(path for path in root.glob(str(pattern.relative_to(root))) if path.is_file())
+
+
+def _is_table(file: Path) -> bool:
+    """Whether a file of a folder holds rows; those beside the Arrow files of a saved dataset do not."""
+    is_of_dataset = file.name in ("dataset_info.json", "dataset_dict.json", "state.json")
+    return file.is_file() and format_of(file) in _SUFFIXES and not file.name.startswith(".") and not is_of_dataset
+
+
+def _read_splits(folder: Path, files: Sequence[Path]) -> dict[str, Table]:
+    by_split = defaultdict[str, list[Path]](list)
+    for file in files:
+        by_split[re.split(r"[-_.]", file.name)[0]].append(file)
+    if not {"train"} <= set(by_split) <= set(SPLITS):
+        by_split = defaultdict(list, train=list(files))
+    return {split: _read_files(f"{folder} ({split})", members) for split, members in by_split.items()}
+
+
+def _read_files(name: str, files: Sequence[Path]) -> Table:
+    """Read several files as one table, whose places name them."""
+    if not files:
+        raise ConfigError(f"{name} matches no file; expected files that end in {_endings()}")
+    tables = map(read_file, files)
+    return Table(name, {f"{table.name}, {place}": row for table in tables for place, row in table.rows.items()})
+
+
+def _endings() -> str:
+    return f"{', '.join(_SUFFIXES)}, all but the last also with {' or '.join(PACKED)} behind it"
+
+
 def read_file(file: Path) -> Table:
-    """Read a file in the format of its suffix."""
+    """Read a file in the format of its suffix, packed or not."""
     readers: dict[str, Callable[[Path], Rows]] = {
         ".jsonl": _read_json_lines,
         ".json": _read_json,
@@ -96,16 +136,17 @@ def read_file(file: Path) -> Table:
         ".tsv": partial(_read_csv, delimiter="\t"),
         ".parquet": _read_parquet,
     }
-    if file.suffix.lower() not in readers:
-        raise ConfigError(f"{file}: expected a file that ends in {', '.join(readers)}")
-    return Table(str(file), readers[file.suffix.lower()](file))
+    suffix, is_packed = format_of(file), file.suffix.lower() in PACKED
+    if suffix not in readers or (is_packed and suffix == ".parquet"):
+        raise ConfigError(f"{file}: expected a file that ends in {_endings()}")
+    return Table(str(file), readers[suffix](file))
 
 
 def _lines(file: Path) -> list[str]:
     """Lines of a file with their line ends, without a leading byte order mark."""
     lines: list[str] = []
     problems: list[str] = []
-    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True), start=1):
+    for number, line in enumerate(content_of(file).removeprefix(codecs.BOM_UTF8).splitlines(keepends=True), start=1):
         try:
             lines.append(line.decode())
         except UnicodeDecodeError as error:
@@ -193,18 +234,15 @@ def _read_parquet(file: Path) -> Rows:
     from pyarrow import parquet
 
     rows: list[dict[str, Any]] = []
-    packed = file.stat().st_size
-    remaining = limit = max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * packed)
+    remaining = limit = unpacked_limit(file)
     try:
         table = parquet.ParquetFile(file)
         _check_header(file, table.schema_arrow.names)
         for batch in table.iter_batches(_BATCH_ROWS):
             remaining -= batch.nbytes
             if remaining < 0:
-                raise ConfigError(
-                    f"{file} has {packed:,} bytes and unpacks to more than {limit:,}, which is not allowed; remove "
-                    "columns that repeat the same value, or convert the table to JSON lines"
-                )
+                advice = "remove columns that repeat the same value, or convert the table to JSON lines"
+                raise too_large(file, limit, advice)
             rows += _rows_of(batch)
     except (pyarrow.ArrowException, OSError, OverflowError) as error:  # Python has no dates after the year 9999
         raise ConfigError(f"{file} is not readable as Parquet: {error}") from None
@@ -231,7 +269,9 @@ def _read_saved(folder: Path) -> dict[str, Table]:
     try:
         return _tables(str(folder), datasets.load_from_disk(str(folder)))
     except (OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{folder} was not saved by datasets.save_to_disk: {error}") from None
+        raise ConfigError(
+            f"{folder} has no files of rows and was not saved by datasets.save_to_disk: {error}"
+        ) from None
 
 
 def _download(name: str, root: Path) -> dict[str, Table]:

@@ -1,15 +1,17 @@
 """A teacher that runs a causal language model in this process, few-shot, with a shared prefix computed once.
 
-If a task has fixed choices, the answer is the most likely choice, read to its end token. A small model prefers some
+If a question has choices, the answer is the most likely choice, read to its end token. A small model prefers some
 words regardless of the question, so choices can be calibrated: they get offsets that make the median question of a
-sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real instead of content-free questions). The
-answer can also be constrained to the choices, as in constrained decoding. Soft targets include both, see `choices`.
+sample undecided (after Zhao et al. 2021, "Calibrate Before Use", with real instead of content-free questions). Where
+questions have choices of their own, these are the offsets of their letters. The answer can also be constrained to the
+choices, as in constrained decoding. Soft targets include both, see `choices`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -29,9 +31,9 @@ from distill.models import hub, identity, loading, placement
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
-from distill.tasks import Task, readable_answer, with_reading
+from distill.tasks import Task, choices_of, readable_answer, with_reading
 from distill.teachers import Calibration
-from distill.teachers.choices import Adjustment, Place, calibrated_offsets
+from distill.teachers.choices import Adjusting, Adjustment, OwnAdjustments, Place, calibrated_offsets
 
 _CALIBRATION_BATCH = 32
 
@@ -72,9 +74,10 @@ class CausalLMTeacher:
             )
         self._folder, self._hashes, self._prompts, self._task, self._codec = folder, hashes, prompts, task, codec
         self._dtype = placement.native_dtype() if dtype == "auto" else getattr(torch, dtype)
-        self._max_new_tokens, self._constrain = max_new_tokens, constrain and bool(task.choices)
+        self._max_new_tokens, self._constrain = max_new_tokens, constrain
         self._sampling_temperature, self._top_p = sampling_temperature, top_p
         self._calibration, self._choices = calibration, prompts.choice_ids(task.choices)
+        self._calibrated = _calibrated(task, calibration)
         self._readers: dict[Span, PrefixedReader] = {}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -83,7 +86,8 @@ class CausalLMTeacher:
         How the task reads an answer is not part of it: texts are stored, and read when they are used.
         """
         contents = {"folder": identity.fingerprint(self._folder, self._hashes), "task": list(self._task.choices)}
-        num_calibrated = self._calibration.number if self._choices else 0  # the questions are a record of the cache
+        has_choices = bool(self._choices or self._calibrated)
+        num_calibrated = self._calibration.number if has_choices else 0  # the questions are a record of the cache
         return fingerprint_of(self, self._arguments, **contents, calibration=num_calibrated)
 
     def backend(self) -> dict[str, str]:
@@ -111,14 +115,20 @@ class CausalLMTeacher:
         if len(spans) != 1:
             raise ValueError(f"all requests of a call must have the same span, got {sorted(spans)}")
         _ = self._offsets  # before the first record of any span: all records of a cache share one calibration
-        # Given texts are only scored, nothing is generated; but answers to fixed choices always need all scores.
-        has_choices = spans == {"answer"} and bool(self._choices)
-        to_score = [r for r in requests if r.given_ids and not has_choices]
-        to_generate = [r for r in requests if not r.given_ids or has_choices]
-        generate = self._answer if spans == {"answer"} else self._reason
-        annotations = [*(self._score(to_score) if to_score else []), *(generate(to_generate) if to_generate else [])]
+        by_way = defaultdict[Callable[[Sequence[Request]], list[Annotation]], list[Request]](list)
+        for request in requests:
+            by_way[self._way(request)].append(request)
+        annotations = [annotation for way, members in by_way.items() for annotation in way(members)]
         by_key = {annotation.key: annotation for annotation in annotations}
         return [by_key[request.key] for request in requests]
+
+    def _way(self, request: Request) -> Callable[[Sequence[Request]], list[Annotation]]:
+        """How to annotate. Given texts are only scored, nothing is generated; but choices always need all scores."""
+        if request.span == "answer" and choices_of(self._task, request.example):
+            return self._choose
+        if request.given_ids:
+            return self._score
+        return self._answer if request.span == "answer" else self._reason
 
     def _score(self, requests: Sequence[Request]) -> list[Annotation]:
         """Soft targets at every token of the given texts."""
@@ -132,18 +142,24 @@ class CausalLMTeacher:
             soft = soft[len(ids) :]
         return annotations
 
+    def _choose(self, requests: Sequence[Request]) -> list[Annotation]:
+        reading, chosen = self._read(requests), list[Annotation]()
+        adjustment, scores = self._scored(requests, reading)
+        for request, score_C in zip(requests, scores, strict=True):
+            answer = choices_of(self._task, request.example)[int(score_C.argmax())]
+            chosen.append(Annotation(request.key, {}, answer, choice_logprobs=tuple(score_C.tolist())))
+        return self._with_targets(requests, chosen, reading, adjustment)
+
     def _answer(self, requests: Sequence[Request]) -> list[Annotation]:
-        reading, adjustment = self._read(requests), None
-        if self._choices:
-            adjustment = self._adjustment(reading)
-            score_BC = adjustment.score_BC
-            chosen = [
-                Annotation(request.key, {}, self._task.choices[k], choice_logprobs=tuple(row))
-                for request, k, row in zip(requests, score_BC.argmax(-1).tolist(), score_BC.tolist(), strict=True)
-            ]
-        else:
-            chosen = self._write(requests, reading)
-        answers = [with_reading(annotation, self._task).whole_answer for annotation in chosen]
+        reading = self._read(requests)
+        return self._with_targets(requests, self._write(requests, reading), reading, None)
+
+    def _with_targets(
+        self, requests: Sequence[Request], chosen: Sequence[Annotation], reading: Reading, adjustment: Adjusting | None
+    ) -> list[Annotation]:
+        """Annotations of answers, with their soft targets, or with those of the given answers."""
+        pairs = zip(requests, chosen, strict=True)
+        answers = [with_reading(annotation, self._task, request.example).whole_answer for request, annotation in pairs]
         own_ids = [self._prompts.answer_ids(answer) if answer else () for answer in answers]
         ids = [request.given_ids or own for request, own in zip(requests, own_ids, strict=True)]
         softs = self._soft_targets(requests, reading, ids, adjustment)
@@ -160,7 +176,7 @@ class CausalLMTeacher:
             Annotation(
                 request.key,
                 {},
-                readable_answer(self._task, texts[k]),
+                readable_answer(self._task, texts[k], request.example),
                 is_truncated=not self._prompts.has_ended(generated[k]),
                 text=texts[k],
             )
@@ -171,7 +187,8 @@ class CausalLMTeacher:
         reading = self._read(requests)
         generated = self._generate_rationales(requests, reading)
         replies = [self._prompts.split_reply(ids) for ids in generated]
-        answers = [readable_answer(self._task, reply.answer) for reply in replies]
+        pairs = zip(requests, replies, strict=True)
+        answers = [readable_answer(self._task, reply.answer, request.example) for request, reply in pairs]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
         # Generated text is tokenized again and read again, so that text, ids and targets always match.
         endings = [self._prompts.answer_ids(a) if a and r else () for a, r in zip(answers, rationales, strict=True)]
@@ -214,41 +231,69 @@ class CausalLMTeacher:
     def _read(self, requests: Sequence[Request]) -> Reading:
         return self._reader(requests[0].span).read([request.question_ids for request in requests])
 
-    def _adjustment(self, reading: Reading) -> Adjustment:
+    def _scored(self, requests: Sequence[Request], reading: Reading) -> tuple[Adjusting, Sequence[Tensor]]:
+        """The adjustment of a batch, and the log-probabilities [C] of each prompt's choices among themselves."""
+        if any(request.example.choices for request in requests):
+            choices = [choices_of(self._task, request.example) for request in requests]
+            own = self._own_adjustments(reading, choices)
+            return OwnAdjustments(own), [adjustment.score_BC[0] for adjustment in own]
         token_logprobs = reading.token_logprobs(reading.first_BV, self._choices)
-        offset_C = torch.tensor(self._offsets, dtype=torch.float32, device=reading.first_BV.device)
-        return Adjustment.of(self._choices, offset_C, self._constrain, token_logprobs)
+        offset_C = self._offset_of(self._task.choices, reading)
+        adjustment = Adjustment.of(self._choices, offset_C, self._constrain, token_logprobs)
+        return adjustment, list(adjustment.score_BC)
+
+    def _own_adjustments(self, reading: Reading, choices: Sequence[tuple[str, ...]]) -> list[Adjustment]:
+        ids = [self._prompts.choice_ids(of_prompt) for of_prompt in choices]
+        return [
+            Adjustment.of(
+                ids[row], self._offset_of(choices[row], reading), self._constrain, [x.unsqueeze(0) for x in own]
+            )
+            for row, own in enumerate(reading.own_token_logprobs(ids))
+        ]
+
+    def _offset_of(self, choices: Sequence[str], reading: Reading) -> Float[Tensor, "C"]:
+        offsets = [self._offsets.get(choice, 0.0) for choice in choices]
+        return torch.tensor(offsets, dtype=torch.float32, device=reading.first_BV.device)
 
     @cached_property
-    def _offsets(self) -> list[float]:
-        """Offsets of the choices, those of an earlier calibration if there was one; zeros without calibration."""
-        if not self._choices or not self._calibration.questions:
-            return [0.0] * len(self._choices)
+    def _offsets(self) -> Mapping[str, float]:
+        """Offsets of the choices, those of an earlier calibration if there was one; none without calibration."""
+        if not self._calibrated:
+            return {}
         recall = self._calibration.recall
         record = recall("calibration", self._calibrate) if recall else self._calibrate()
-        return [float(offset) for offset in record["offsets"]]
+        return dict(zip(record["choices"], map(float, record["offsets"]), strict=True))
 
     def _calibrate(self) -> Json:
         """Measure the offsets of the choices on the calibration questions, without those that are too long."""
-        reader, ids, chunks = self._reader("answer"), dict[str, tuple[int, ...]](), list[Tensor]()
+        reader, requests, chunks = self._reader("answer"), dict[str, Request](), list[Tensor]()
         for example in self._calibration.questions:
-            with suppress(ValueError):
-                ids[example.id] = self._prompts.question(example, "answer")
-        questions = list(ids.values())
-        if not questions:
+            with suppress(ValueError):  # too long
+                requests[example.id] = self._prompts.request(example, "answer")
+        ordered, choices = list(requests.values()), self._calibrated
+        if not ordered:
             raise ConfigError("every question to calibrate on is too long; increase prompt.max_length")
-        for start in range(0, len(questions), _CALIBRATION_BATCH):
-            reading = reader.read(questions[start : start + _CALIBRATION_BATCH])
-            chunks.append(reading.choice_logprobs(reading.first_BV, self._choices))
+        for start in range(0, len(ordered), _CALIBRATION_BATCH):
+            batch = ordered[start : start + _CALIBRATION_BATCH]
+            reading = reader.read([request.question_ids for request in batch])
+            chunks.append(self._scores(reading, [choices_of(self._task, request.example) for request in batch]))
         offset_C = calibrated_offsets(torch.cat(chunks))
-        return {"choices": list(self._task.choices), "offsets": offset_C.tolist(), "questions": list(ids)}
+        return {"choices": list(choices), "offsets": offset_C.tolist(), "questions": list(requests)}
+
+    def _scores(self, reading: Reading, choices: Sequence[tuple[str, ...]]) -> Float[Tensor, "N C"]:
+        """Log-probabilities of the calibrated choices, NaN where a question does not have one."""
+        if self._choices:
+            return reading.choice_logprobs(reading.first_BV, self._choices)
+        own = reading.own_choice_logprobs([self._prompts.choice_ids(of_prompt) for of_prompt in choices])
+        missing = torch.full((len(self._calibrated),), torch.nan, device=reading.first_BV.device)
+        return torch.stack([torch.cat([score_C, missing[len(score_C) :]]) for score_C in own])
 
     def _soft_targets(
         self,
         requests: Sequence[Request],
         reading: Reading,
         targets: Sequence[tuple[int, ...]],
-        adjustment: Adjustment | None,
+        adjustment: Adjusting | None,
     ) -> list[SoftTargets]:
         """Distributions at every token of the targets; the first follows the prompt, which has been read."""
         # No target depends on the prediction after the last token, so that token is not read.
@@ -278,7 +323,7 @@ class CausalLMTeacher:
         reader: PrefixedReader,
         hidden_NH: Float[Tensor, "N H"],
         uniform_N: Float[Tensor, "N"],
-        adjustment: Adjustment | None = None,
+        adjustment: Adjusting | None = None,
         places: Sequence[Place] = (),
     ) -> SoftTargets:
         parts, start = list[SoftTargets](), 0
@@ -293,6 +338,20 @@ class CausalLMTeacher:
     def _uniforms(self, request: Request, number: int) -> Float[Tensor, "N"]:
         """Random numbers for the positions of a target, the same in any batch."""
         return torch.from_numpy(uniforms(request.key, number, self._codec.seed or 0))
+
+
+def _calibrated(task: Task, calibration: Calibration) -> tuple[str, ...]:
+    """The choices to calibrate: those of the task, or the letters of its questions; empty without calibration."""
+    if not calibration.questions:
+        return ()
+    choices = {choices_of(task, example) for example in calibration.questions}
+    longest = max(choices, key=len)
+    if any(longest[: len(few)] != few for few in choices):
+        raise ConfigError(
+            f"teacher.calibrate={calibration.number}: the questions have choices of their own, as texts, which are too "
+            "rare to calibrate; set teacher.calibrate=0, or task.options.answer=letter"
+        )
+    return longest
 
 
 def _targets(rationale: tuple[int, ...], answer: tuple[int, ...], soft: SoftTargets) -> dict[Span, Target]:

@@ -18,12 +18,37 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Place = tuple[int, tuple[int, ...]]  # a prompt's row in a batch, and the tokens read after it
+
+
+@runtime_checkable
+class Adjusting(Protocol):
+    """Changes the next-token distributions of a batch of prompts, at some places."""
+
+    def adjust(self, logprobs_NV: Float[Tensor, "N V"], places: Sequence[Place]) -> Float[Tensor, "N V"]:
+        """Return the distributions at `places`, from those of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnAdjustments:
+    """The adjustment of each prompt of a batch, for choices of its own."""
+
+    by_row: Sequence[Adjustment]
+
+    def adjust(self, logprobs_NV: Float[Tensor, "N V"], places: Sequence[Place]) -> Float[Tensor, "N V"]:
+        """Return the distributions at `places`, from those of the model."""
+        adjusted_NV = logprobs_NV.clone()
+        for position, (row, beginning) in enumerate(places):
+            at = slice(position, position + 1)
+            adjusted_NV[at] = self.by_row[row].adjust(logprobs_NV[at], [(0, beginning)])
+        return adjusted_NV
 
 
 @dataclass(frozen=True)
@@ -99,7 +124,7 @@ def calibrated_offsets(score_NC: Float[Tensor, "N C"]) -> Float[Tensor, "C"]:
     """Offsets of choices that leave the median of these questions undecided, from log-probabilities of the choices.
 
     A question's scores are taken relative to their mean, so only differences between its choices count: with two
-    choices, the median of their log-odds becomes 0.
+    choices, the median of their log-odds becomes 0. The score of a choice that a question does not have is NaN.
     """
-    typical_C = (score_NC - score_NC.mean(-1, keepdim=True)).quantile(0.5, 0)
+    typical_C = (score_NC - score_NC.nanmean(-1, keepdim=True)).nanquantile(0.5, 0)
     return typical_C.mean() - typical_C

@@ -97,9 +97,11 @@ class RecordedTeacher:
         return [self._annotation(request) for request in requests]
 
     def _annotation(self, request: Request) -> Annotation:
-        rows = self._rows.get(request.example.id, [])
+        example = request.example  # a file has questions as they are shown, with their choices in the text if at all
+        rows = self._rows.get(content_id(example.question) if example.choices else example.id, [])
         if request.sample >= len(rows):
             return Annotation(request.key, {}, None)
         row = rows[request.sample]
         rationale = row["rationale"] if request.span == "rationale" else None
-        return Annotation(request.key, {}, readable_answer(self._task, row["answer"]), rationale, text=row["answer"])
+        answer = readable_answer(self._task, row["answer"], request.example)
+        return Annotation(request.key, {}, answer, rationale, text=row["answer"])

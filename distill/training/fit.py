@@ -181,7 +181,7 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         read=training.curriculum.read,
         annotation=lambda key: (job.pairing or Pairing()).annotation(store.read(key)),
         has_second_teacher=job.soft_annotation_job is not None,
-        question=lambda id_: next(e.question for e in job.annotation_job.splits.train if e.id == id_),
+        example=lambda id_: next(e for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,

@@ -50,6 +50,7 @@ from distill.records import (
     Span,
     Target,
 )
+from distill.tasks import choices_of
 from distill.training.preflight import Finding, PreflightInput, resource_findings
 from distill.training.preflight.resources import format_bytes, format_seconds, kept_bytes
 
@@ -80,7 +81,7 @@ class TeacherWork:
 
     def num_written(self, request: Request) -> int:
         """Return the maximum number of tokens that the teacher generates for a request."""
-        longest = _longest_choice(self.annotation_job)
+        longest = _longest_choice(self.annotation_job, request.example)
         if request.given_ids or not self.annotation_job.teacher.gives_soft_targets:
             return 0
         if request.span == "answer":
@@ -207,7 +208,8 @@ def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Text
     for (id_, span), request in sorted(first.requests.items()):  # answers sort first
         example, room = request.example, _room(job.prompts, request.example, span) - 1
         if span == "answer":
-            choices = sorted(job.annotation_job.task.choices, key=lambda choice: len(job.prompts.answer_ids(choice)))
+            own = choices_of(job.annotation_job.task, example)
+            choices = sorted(own, key=lambda choice: len(job.prompts.answer_ids(choice)))
             texts[id_, span] = example.answer or (choices[-1] if choices else filler(min(max_tokens, room)))
         else:
             if job.config.task.answer_mode == "reasoned":
@@ -272,8 +274,8 @@ def _filler(prompts: Prompts) -> Callable[[int], str]:
     return lambda num_tokens: " ".join([word] * max(1, num_tokens))
 
 
-def _longest_choice(annotation_job: AnnotationJob) -> int:
-    return max((len(annotation_job.prompts.answer_ids(choice)) for choice in annotation_job.task.choices), default=0)
+def _longest_choice(annotation_job: AnnotationJob, example: Example) -> int:
+    return max(map(len, annotation_job.prompts.choice_ids(choices_of(annotation_job.task, example))), default=0)
 
 
 def _largest_target(annotation_job: AnnotationJob) -> SoftTargets:

@@ -16,7 +16,7 @@ from distill.annotation.reader import count_answers
 from distill.annotation.requests import collect_requests
 from distill.annotation.row_counts import say_answers
 from distill.lessons.curriculum import build_curriculum, examples_to_annotate, prepare
-from distill.records import Annotation, Request, SoftTargets, Target
+from distill.records import Annotation, Example, Request, SoftTargets, Target
 from distill.tasks import with_reading
 from distill.tasks.files import AnswerFormat
 from tests.conftest import compose, counted, tiny_overrides
@@ -59,7 +59,7 @@ class Writer:
         text = self._texts.get(request.example.question, "1")
         rationale = None if request.span == "answer" else f"One reason for {text!r}."
         words = Annotation(request.key, {}, None, rationale, is_truncated=self._is_truncated, text=text)
-        present = with_reading(words, self._job.task)
+        present = with_reading(words, self._job.task, request.example)
         ids = request.given_ids or (self._job.prompts.answer_ids(present.answer) if present.answer else ())
         targets = {"answer": Target(ids, certain(ids, self._job.codec))} if ids and rationale is None else {}
         return replace(words, answer=present.answer, targets=targets)
@@ -133,11 +133,12 @@ def test_the_tokens_that_have_soft_targets_are_known_without_decoding_any(questi
         filled = collect_requests(job.annotation_job, examples_to_annotate(job))
         reader, scored_ids = job.annotation_job.reader(filled.requests), dict[str, Any]()
         for request in filled.all_requests:
-            targets = reader.read(request.key).targets
-            scored_ids[request.key] = reader.scored_ids(request.key)
+            targets = reader.read(request).targets
+            scored_ids[request.key] = reader.scored_ids(request.key, request.example)
             assert scored_ids[request.key] == {span: t.token_ids for span, t in targets.items() if t.soft is not None}
         assert sum(map(bool, scored_ids.values())) == num_targets
-        ids = [int(reader.read(key).targets["answer"].soft.ids_E.max()) for key, ids in scored_ids.items() if ids]
+        with_soft = [request for request in filled.all_requests if scored_ids[request.key]]
+        ids = [int(reader.read(request).targets["answer"].soft.ids_E.max()) for request in with_soft]
         assert reader.largest_soft_id([(key, "answer") for key, ids in scored_ids.items() if ids]) == max(ids)
 
 
@@ -170,10 +171,12 @@ def test_a_text_that_was_cut_off_has_an_answer_only_if_no_continuation_changes_i
     kind: Any, text: str, is_whole: bool
 ) -> None:
     class Task(Verbs):
-        read_answer = AnswerFormat(kind=kind, pattern=None, choices=[]).read
+        def read_answer(self, text: str, example: Example) -> str:
+            return AnswerFormat(kind=kind, pattern=None, choices=[]).read(text)
 
     cut, whole = (
-        with_reading(Annotation("", {}, None, is_truncated=is_cut, text=text), Task()) for is_cut in (True, False)
+        with_reading(Annotation("", {}, None, is_truncated=is_cut, text=text), Task(), Example("?"))
+        for is_cut in (True, False)
     )
     assert (cut.whole_answer is not None) == is_whole
     assert cut.is_truncated == (not is_whole)

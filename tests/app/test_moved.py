@@ -58,12 +58,14 @@ def test_a_moved_class_name_is_no_difference_to_a_saved_configuration(tmp_path: 
 
 def test_a_part_saved_before_it_gained_an_argument_has_its_default() -> None:
     part = "distill.tasks.files.FileTask"
-    assert current({"_target_": part, "path": "a"}) == {"_target_": part, "path": "a", "conflicts": None}
+    added = {"conflicts": None, "split_names": None}
+    assert current({"_target_": part, "path": "a"}) == {"_target_": part, "path": "a", **added}
     assert current({"_target_": part, "conflicts": "drop"})["conflicts"] == "drop"
 
 
 def test_arguments_that_are_now_those_of_a_part_stand_in_it() -> None:
     part = {"_target_": "distill.tasks.files.FileTask", "question": "q", "answer": "a", "rationale": None, "path": "p"}
     rows = {"_target_": "distill.tasks.files.Columns", "question": "q", "answer": "a", "rationale": None}
-    assert current(part) == {"_target_": part["_target_"], "rows": rows, "path": "p", "conflicts": None}
+    added = {"conflicts": None, "split_names": None}
+    assert current(part) == {"_target_": part["_target_"], "rows": {**rows, "options": None}, "path": "p", **added}
     assert current(current(part)) == current(part)

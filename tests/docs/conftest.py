@@ -182,6 +182,9 @@ def write_files(folder: Path) -> None:
         for i in range(40)
     ]
     _write(my / "strategyqa.jsonl", facts)
+    own = [{"label": list("ABCDE"), "text": [f"{i + k}" for k in range(5)]} for i in range(40)]
+    choices = [{"question": f"What is {i}?", "choices": o, "answerKey": "ABCDE"[i % 5]} for i, o in enumerate(own)]
+    _write(my / "commonsense_qa.jsonl", choices)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

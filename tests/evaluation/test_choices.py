@@ -19,7 +19,7 @@ from tests.teachers.conftest import Verbs
 
 
 def task_of(choices: Sequence[str]) -> Any:
-    def read_answer(self: Any, text: str) -> str:
+    def read_answer(self: Any, text: str, example: Example) -> str:
         assert text.strip() in choices
         return text.strip()
 

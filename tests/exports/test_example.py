@@ -88,10 +88,12 @@ def assert_same_answers(replies: list[Any], run_dir: Path, *, num_answers: int =
     rows = lines(run_dir / "predictions.jsonl")
     assert len({row["student_answer"] for row in rows}) >= num_answers
     for reply, row in zip(replies, rows, strict=True):
-        assert (reply["answer"] if task.choices else task.read_answer(reply["answer"])) == row["student_answer"]
+        assert (reply["answer"] if task.choices else task.read_answer(reply["answer"], Example("?"))) == row[
+            "student_answer"
+        ]
         assert reply.get("rationale") == row["student_rationale"]
         if row["student_written_answer"] is not None:
-            assert task.read_answer(reply["written"]) == row["student_written_answer"]
+            assert task.read_answer(reply["written"], Example("?")) == row["student_written_answer"]
 
 
 ANSWERING = [mode for mode in MODES if mode not in ("conversation", "own systems")]
@@ -149,7 +151,7 @@ def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
         if row["student_rationale"] is not None:
             rationale, _, reply = reply.partition("\nAnswer:")
             assert rationale.strip() == row["student_rationale"]
-        assert task.read_answer(reply) == row["student_written_answer"]
+        assert task.read_answer(reply, Example("?")) == row["student_written_answer"]
 
 
 @pytest.mark.parametrize("mode", ["choices", "reasoned choices", "instruction", "chat with instruction"])
@@ -203,7 +205,7 @@ def test_an_answer_is_the_most_likely_continuation_each_time(make_run: MakeRun, 
     student = example_of(tmp_path / "out").Student(tmp_path / "out")
     for weight in student.model.parameters():
         torch.nn.init.normal_(weight, std=0.02)  # an untaught student is sure of nothing, so that draws would differ
-    assert len({student.write([5, 6, 7]) for _ in range(5)}) == 1
+    assert len({student.write([5, 6, 7], 8) for _ in range(5)}) == 1
 
 
 @pytest.mark.parametrize(("second", "expected"), [((0.2, 0.2, 0.6, 0.0), "short"), ((0.1, 0.1, 0.8, 1.0), "long")])
@@ -211,9 +213,9 @@ def test_a_choice_is_scored_as_a_whole_and_without_padding_rows(second: tuple[fl
     """One token of probability 0.4 against two: 0.6 times 0.6 or 0.8. The last row of the head is padding."""
     rows = torch.tensor([(0.4, 0.6, 0.0, 0.0), second]).log()
     student = object.__new__(example.Student)
-    student.prompt = {"choices": {"short": [0], "long": [1, 2]}, "vocabulary_size": 3}
+    student.prompt = {"vocabulary_size": 3}
     student.model = lambda ids_BT: SimpleNamespace(logits=rows[: ids_BT.shape[1]].unsqueeze(0))
-    assert student.choose([9]) == expected
+    assert student.choose([9], {"short": [0], "long": [1, 2]}) == expected
 
 
 def test_a_question_that_is_too_long_is_refused_by_the_example(make_run: MakeRun, tmp_path: Path) -> None:

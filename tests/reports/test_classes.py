@@ -125,3 +125,18 @@ def test_the_right_answers_are_those_of_all_seeds(make_run: Make) -> None:
 def test_guessing_is_named_by_task_where_there_are_several(make_run: Make) -> None:
     summary = summary_of(*(make_run(("kl",), 0.59, predictions=LINES, student=FEW, task=task) for task in ("a", "b")))
     assert [guess.label for guess in summary.guesses][::2] == ["a: always answering “no”", "b: always answering “no”"]
+
+
+def test_guessing_among_a_questions_own_choices(make_run: Make) -> None:
+    own = [["A", "B", "C", "D"][: 2 + k % 3] for k in range(60)]
+    lines = [line(k, "AB"[k % 2], "A") | {"choices": own[k], "right_values": ["AB"[k % 2]]} for k in range(60)]
+    (arm,) = summary_of(make_run(("answer",), 0.5, predictions=lines, student={"num_examples": 60})).trained
+    majority, random = guesses([arm])
+    assert majority == ("always answering “A”", 0.5)
+    assert random.label == "a random choice"
+    assert random.accuracy == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert classes([arm]) == ()  # A stands for another answer in every question
+    assert confusion(arm) is None
+    both = [one | {"right_values": ["A", "B"]} for one in lines]
+    (arm,) = summary_of(make_run(("kl",), 0.5, predictions=both, student={"num_examples": 60})).trained
+    assert guesses([arm])[1].accuracy == pytest.approx((2 / 2 + 2 / 3 + 2 / 4) / 3)

@@ -148,4 +148,4 @@ def test_an_answer_in_the_question_is_not_read_as_the_models(tmp_path: Path) -> 
         (prediction,) = Evaluation(model, prompts, task, answer_mode, 4).predict([example], {})
         assert prediction.answer is None
         assert not prediction.is_correct
-    assert task.read_answer("42") == "42"
+    assert task.read_answer("42", Example("?")) == "42"

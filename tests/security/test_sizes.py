@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distill.annotation.rationales import has_wrong_arithmetic, leaks
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example
-from distill.tasks import tables
+from distill.tasks import packed, tables
 from distill.tasks.answers import AnswerFormat
 from distill.tasks.expressions import evaluate_expression
 from distill.tasks.files import Columns, read_examples
@@ -25,7 +25,7 @@ from tests.security.conftest import ANY_TEXT
 
 
 def read_rows(path: Path, rationale: str | None = None) -> list[Example]:
-    columns = Columns("question", "answer", rationale)
+    columns = Columns("question", "answer", rationale, None)
     answers = AnswerFormat(kind="line", pattern=None, choices=[])
     return list(read_examples(tables.read_file(path), columns, answers).values())
 
@@ -56,7 +56,7 @@ def test_a_deeply_nested_value_is_read_or_refused_with_its_file(depth: int, name
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MAX_UNPACKED_BYTES", 2**24)
+    monkeypatch.setattr(packed, "_MAX_UNPACKED_BYTES", 2**24)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 100_000])
     pq.write_table(pa.table({"question": column.cast(pa.string()), "answer": ["4"] * 2000}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 120_000
@@ -65,7 +65,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_large_table_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MAX_UNPACKED_BYTES", 0)
+    monkeypatch.setattr(packed, "_MAX_UNPACKED_BYTES", 0)
     rows = [{"question": f"{i} why?", "answer": str(i)} for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert list(tables.read_file(tmp_path / "a.parquet").rows.values()) == rows

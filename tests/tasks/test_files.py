@@ -35,13 +35,14 @@ def task(path: Path | str, **settings: Any) -> FileTask:
     defaults = dict.fromkeys(("test_path", "validation_path", "num_labelled", "num_unlabelled"))
     defaults |= dict.fromkeys(("num_validation", "num_test"))
     sizes = {"root": str(Path(path).parent / "root"), "split_seed": 0}
-    columns = {"question": "question", "answer": "answer", "rationale": None}
+    columns = {"question": "question", "answer": "answer", "rationale": None, "options": None}
     rows = Columns(**{name: settings.pop(name, column) for name, column in columns.items()})
     arguments = {
         "path": str(path),
         "rows": rows,
         "read": answer_format(choices=["yes", "no"]),
         "shots": [],
+        "split_names": None,
         "conflicts": None,
     } | settings
     return FileTask(**{**defaults, **sizes, **arguments})
@@ -288,7 +289,7 @@ def test_only_the_first_problems_are_shown_and_the_others_counted(tmp_path: Path
 
 
 def test_a_missing_file_or_wrong_folder_is_refused(tmp_path: Path) -> None:
-    assert "does not exist; expected a file, a folder saved" in error_of(task(tmp_path / "none.jsonl"))
+    assert "does not exist; expected a file, a folder, " in error_of(task(tmp_path / "none.jsonl"))
     (tmp_path / "empty").mkdir()
     assert "was not saved by datasets.save_to_disk" in error_of(task(tmp_path / "empty"))
 

@@ -12,7 +12,7 @@ import pytest
 
 from distill.app import config as configuration
 from distill.errors import AnswerError
-from distill.records import Splits
+from distill.records import Example, Splits
 from distill.tasks.contamination import find_overlaps
 from distill.tasks.files import FileTask
 from tests.conftest import compose
@@ -44,7 +44,7 @@ def test_every_gold_equation_of_svamp_is_readable_and_has_the_right_value(name: 
         sum(map(len, (splits.train, splits.validation, splits.test))) + sum(splits.counts["train"].lost.values())
         == size
     )
-    read = [(built.read_answer(row["equation"]), row) for row in rows]
+    read = [(built.read_answer(row["equation"], Example("?")), row) for row in rows]
     assert all(Fraction(built.value(answer)) == Fraction(row["answer"]) for answer, row in read)
     tokens = (answer.replace("(", "").replace(")", "").split(" ") for answer, _ in read)
     assert all(token in "+-*/" or str(float(token)).removesuffix(".0") == token for line in tokens for token in line)
@@ -56,7 +56,7 @@ def test_most_answers_of_the_published_svamp_teacher_are_readable() -> None:
     unreadable = []
     for row in rows:
         try:
-            built.read_answer(row["teacher_answer"] or "")
+            built.read_answer(row["teacher_answer"] or "", Example("?"))
         except AnswerError:
             unreadable.append(row["teacher_answer"] or "()")
     is_open = [text.count("(") != text.count(")") for text in unreadable]

@@ -205,10 +205,10 @@ def test_composed_and_decomposed_letters_are_the_same(tmp_path: Path) -> None:
     for choice, label in ((composed, decomposed), (decomposed, composed)):
         lines = task(jsonl(tmp_path, *rows(label)), read=answer_format(choices=[choice, "kleiner"]), **ALL)
         assert lines.choices[0] == lines.splits().train[0].answer == composed
-        assert [lines.read_answer(f"{text}, ja") for text in (composed, decomposed)] == [composed] * 2
+        assert [lines.read_answer(f"{text}, ja", Example("?")) for text in (composed, decomposed)] == [composed] * 2
     for kind, pattern in (("line", None), ("pattern", f"({decomposed})")):
         lines = task(jsonl(tmp_path, *rows(decomposed)), read=answer_format(kind, pattern), **ALL)
-        assert lines.value(lines.read_answer(composed)) == lines.splits().train[0].answer == composed
+        assert lines.value(lines.read_answer(composed, Example("?"))) == lines.splits().train[0].answer == composed
     both = jsonl(tmp_path, *rows("yes", question=composed), *rows("yes", question=decomposed))
     assert task(both, **ALL).splits().counts["train"] == RowCounts(2, {"repeated": 1}, 1)
 

@@ -16,6 +16,7 @@ from distill.records import SPLITS, Example, RowCounts, Splits, content_id, fold
 from distill.tasks.movie_reviews import read_ratings
 from tests.conftest import arithmetic, compose, conf_names
 
+QUESTION = Example("?")
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}
 USER_SETTINGS = {  # of tasks that work only with settings of the user
     "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"],
@@ -34,7 +35,7 @@ def build_task(name: str, tmp_path: Path, **sizes: int) -> Any:
         node.file = str(tmp_path / "ratings.tsv")
         lines = [f"{i}\t{2.5 if i % 2 else -2.5}\tSentence number {i} is rated." for i in range(90)]
         Path(node.file).write_text("\n".join([*lines, lines[5].upper().replace("5\t", "91\t", 1)]))
-    if OmegaConf.is_missing(task, "path"):
+    if "path" in task or OmegaConf.is_missing(task, "path"):
         task.path = str(tmp_path / "rows.jsonl")
         Path(task.path).write_text("\n".join(json.dumps(row_of(task, i)) for i in range(90)))
     if "root" in node:
@@ -48,8 +49,11 @@ def row_of(task: DictConfig, number: int) -> dict[str, Any]:
         contents = (("user", f"Question number {number} appears."), ("assistant", f"It is\n\n{number}."))
         return {"messages": [{"role": role, "content": content} for role, content in contents]}
     kinds = {"expression": f"( {number}.0 + 2.0 )", "number": f"{number},000"}
-    answer = task.choices[number % 2] if task.choices else kinds[task.read.kind]
-    row = {task.question: f"Question number {number} appears.", task.answer: answer}
+    row = {task.question: f"Question number {number} appears."}
+    if isinstance(task.choices, str):
+        row |= {task.choices: ["one", "two", "three"], task.answer: "ABC"[number % 3]}
+    else:
+        row |= {task.answer: task.choices[number % 2] if task.choices else kinds[task.read.kind]}
     return row | ({task.rationale: [f"Because of {number}."]} if task.rationale else {})
 
 
@@ -69,7 +73,7 @@ def test_labelled_train_examples_come_first_and_the_others_have_no_labels(name: 
     splits = task.splits()
     assert all(example.answer is not None for example in (*splits.train[:8], *splits.validation, *splits.test))
     assert all(example.answer is None and example.rationale is None for example in splits.train[8:])
-    assert all(task.read_answer(f" {e.answer}\n") == e.answer for e in (*splits.train[:8], *splits.test))
+    assert all(task.read_answer(f" {e.answer}\n", e) == e.answer for e in (*splits.train[:8], *splits.test))
 
 
 @pytest.mark.parametrize("name", conf_names("task"))
@@ -99,7 +103,7 @@ def test_splits_are_reproducible_and_differ_with_another_seed(name: str, tmp_pat
 @pytest.mark.parametrize("text", ["", "?", "\n7 negative"[:1]])
 def test_a_text_without_an_answer_raises_an_answer_error(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError):
-        build_task(name, tmp_path).read_answer(text)
+        build_task(name, tmp_path).read_answer(text, QUESTION)
 
 
 def test_examples_shared_by_two_splits_are_dropped_from_the_earlier_split_and_counted() -> None:
@@ -169,13 +173,13 @@ def test_generated_rationales_derive_their_answers() -> None:
     [("7", "7"), (" 007.", "7"), ("1,204 pens", "1204"), ("-3", "-3"), ("so 4 or 5", "4"), ("7.0", "7")],
 )
 def test_arithmetic_reads_the_first_whole_number(text: str, answer: str) -> None:
-    assert arithmetic().read_answer(text) == answer
+    assert arithmetic().read_answer(text, QUESTION) == answer
 
 
 @pytest.mark.parametrize("text", ["7.5", "7/2", "7,5", "1e-3", "7 000 000"])
 def test_arithmetic_reads_no_part_of_a_number(text: str) -> None:
     with pytest.raises(AnswerError):
-        arithmetic().read_answer(text)
+        arithmetic().read_answer(text, QUESTION)
 
 
 def test_impossible_settings_of_arithmetic_are_refused() -> None:

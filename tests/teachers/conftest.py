@@ -67,7 +67,7 @@ class Verbs:
     def shots(self) -> Sequence[Example]:
         return ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         matches = [choice for choice in self.choices if text.strip().startswith(choice)]
         if not matches:
             raise AnswerError(text)

@@ -210,16 +210,18 @@ def test_a_calibration_is_made_once_and_survives_a_grown_train_set(calibrated: A
 def test_two_processes_share_the_first_calibration(calibrated: Any) -> None:
     first, second = open_annotation_job(calibrated(8)), open_annotation_job(calibrated(16))
     with second.store.writing(), first.store.writing():
-        kept = first.store.recall("calibration", lambda: {"offsets": [0.5, -0.5]})
-        assert second.store.recall("calibration", lambda: {"offsets": [9.0, -9.0]}) == kept == {"offsets": [0.5, -0.5]}
+        choices = ["negative", "positive"]
+        record = {"choices": choices, "offsets": [0.5, -0.5]}
+        kept = first.store.recall("calibration", lambda: record)
+        assert second.store.recall("calibration", lambda: {**record, "offsets": [9.0, -9.0]}) == kept == record
     second.teacher.load()
-    assert second.teacher._offsets == [0.5, -0.5]
+    assert second.teacher._offsets == {"negative": 0.5, "positive": -0.5}
 
 
 def test_a_calibration_is_only_kept_where_records_are_written(calibrated: Any) -> None:
     job = open_annotation_job(calibrated(8))
     job.teacher.load()
-    assert any(job.teacher._offsets)
+    assert any(job.teacher._offsets.values())
     assert not job.store.folder.exists()
 
 

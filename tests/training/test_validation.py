@@ -80,7 +80,7 @@ class SevensTask:
     def shots(self) -> Sequence[Example]:
         return ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         return "7"
 
     def value(self, answer: str) -> str:

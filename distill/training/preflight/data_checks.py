@@ -203,13 +203,13 @@ def _difference(
 
 
 def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
-    """The tokens before a target decode to the text that the layout and the question give."""
+    """The tokens before a target decode to the text that the layout and the question give; so do labels."""
     lessons = [lesson for sample in samples for lesson in sample.lessons]
     differences = [reason for lesson in lessons if (reason := _lost_text(inputs, lesson))]
     yield Finding(
         "text",
         not differences,
-        f"{len(differences)} of {len(lessons)} prompts are not their text"
+        f"{len(differences)} of {len(lessons)} prompts or labels are not their text"
         + (f", for example: {differences[0]}" if differences else ""),
         "0",
         "The student's tokenizer has no tokens for parts of these texts: replace them in the data, or choose a model "
@@ -220,9 +220,13 @@ def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
 
 def _lost_text(inputs: PreflightInput, lesson: Lesson) -> str | None:
     """Return the prompt of a lesson as it is decoded if that differs from its text; it may be cut at its end."""
-    prompts, question = inputs.prompts, inputs.question(lesson.example_id)
+    prompts, example = inputs.prompts, inputs.example(lesson.example_id)
+    question = example.question
+    for text in (*(message.content for message in example.history), example.answer, example.rationale):
+        if text is not None and not same_text(decoded := prompts.text(prompts.encode(text)), text.strip()):
+            return f"{text[:40]!r} is read back as {decoded[:40]!r}"
     for _, prompt, span, start, _ in spans_of([lesson]):
-        before, after = prompts.around_question(span)
+        before, after = prompts.around_question(span, example.history)
         decoded = prompts.decode(prompt.ids[:start])
         middle = decoded.removeprefix(before).removesuffix(after)
         is_whole = decoded == f"{before}{middle}{after}" and same_text(middle, question)

@@ -17,7 +17,7 @@ from distill.lessons.join import Lesson, Read, TrainingSequence
 from distill.lessons.loader import BatchUnit
 from distill.losses import Objective
 from distill.prompts.rendering import Prompts
-from distill.records import Annotation, Batch, Prompt, RowCounts, SoftTargets, Span
+from distill.records import Annotation, Batch, Example, Prompt, RowCounts, SoftTargets, Span
 from distill.training.module import MakeOptimizer, StudentModule
 
 _NUM_LESSONS, SAMPLE_SIZE = 32, 4  # lessons sampled in all, and in one batch
@@ -50,8 +50,8 @@ class PreflightInput:
     """What a run trains, on which data, on which device.
 
     `rows` counts what became of the rows of train and of the rationales. `annotation` reads a record of the cache by
-    its key; `has_second_teacher`: the records are of a teacher that scored the texts of another one. `question` returns
-    the question of an example by its id; `precision` is the context in which a step computes.
+    its key; `has_second_teacher`: the records are of a teacher that scored the texts of another one. `example` returns
+    an example by its id; `precision` is the context in which a step computes.
     """
 
     module: StudentModule
@@ -61,7 +61,7 @@ class PreflightInput:
     read: Read
     annotation: Callable[[str], Annotation]
     has_second_teacher: bool
-    question: Callable[[str], str]
+    example: Callable[[str], Example]
     prompts: Prompts
     is_vocabulary_shared: bool
     is_from_scratch: bool

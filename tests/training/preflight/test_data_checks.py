@@ -210,9 +210,23 @@ def test_the_words_of_another_teacher_need_not_be_those_of_the_teacher_that_scor
         assert [finding.check for finding in findings if finding.stops] == ([] if has_second_teacher else ["template"])
 
 
+def _changed(inputs: PreflightInput, change: Callable[[str], str]) -> Callable[[str], Example]:
+    return lambda id_: replace(inputs.example(id_), question=change(inputs.example(id_).question))
+
+
+def test_a_label_that_the_tokenizer_cannot_write_is_detected(valid_input: PreflightInput) -> None:
+    prompts = copy.copy(valid_input.prompts)
+    prompts.encode = lambda text: valid_input.prompts.encode(text.replace("²", ""))
+    label = "12²"
+    examples = lambda id_: replace(valid_input.example(id_), answer=label)  # noqa: E731
+    finding = findings_by_check(replace(valid_input, prompts=prompts, example=examples))["text"]
+    assert finding.passed is False
+    assert "'12²' is read back as '12'" in finding.found
+
+
 @pytest.mark.parametrize("change", [str.lower, lambda text: text.replace("many", "many "), lambda text: text + "²"])
 def test_a_prompt_that_is_not_its_text_is_detected(change: Callable[[str], str], valid_input: PreflightInput) -> None:
-    changed = replace(valid_input, question=lambda id_: change(valid_input.question(id_)))
+    changed = replace(valid_input, example=_changed(valid_input, change))
     finding = findings_by_check(changed)["text"]
     assert finding.passed is False
     assert "is read back as" in finding.found
@@ -221,7 +235,7 @@ def test_a_prompt_that_is_not_its_text_is_detected(change: Callable[[str], str],
 def test_a_question_that_was_cut_is_its_text(valid_input: PreflightInput) -> None:
     prompts = copy.copy(valid_input.prompts)
     prompts.too_long = "cut"
-    changed = replace(valid_input, prompts=prompts, question=lambda id_: valid_input.question(id_) + " And so on.")
+    changed = replace(valid_input, prompts=prompts, example=_changed(valid_input, lambda text: f"{text} And so on."))
     assert findings_by_check(changed)["text"].passed
 
 
