@@ -41,7 +41,7 @@ class TextTask:
     def shots(self) -> Sequence[Example]:
         return ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         return self._format.read(text)
 
     def value(self, answer: str) -> str:

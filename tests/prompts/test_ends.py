@@ -29,7 +29,7 @@ class Lines(Verbs):
 
     choices = ()
 
-    def read_answer(self, text: str) -> str:
+    def read_answer(self, text: str, example: Example) -> str:
         return text.strip()
 
 

@@ -35,7 +35,7 @@ def shared_input(
         read=curriculum.read,
         annotation=job.annotation_job.store.read,
         has_second_teacher=False,
-        question={example.id: example.question for example in job.annotation_job.splits.train}.__getitem__,
+        example={example.id: example for example in job.annotation_job.splits.train}.__getitem__,
         prompts=job.prompts,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=False,

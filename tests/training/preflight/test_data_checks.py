@@ -15,7 +15,7 @@ import torch
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson
-from distill.records import Annotation, Batch, RowCounts, SoftTargets, SoftTargetsKey
+from distill.records import Annotation, Batch, Example, RowCounts, SoftTargets, SoftTargetsKey
 from distill.training import module as modules
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.module import StudentModule
