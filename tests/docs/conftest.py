@@ -182,6 +182,14 @@ def write_files(folder: Path) -> None:
         for i in range(40)
     ]
     _write(my / "strategyqa.jsonl", facts)
+    turns = (
+        ("user", "What is {}?"),
+        ("assistant", "It is {}."),
+        ("user", "And {} and 1?"),
+        ("assistant", "One\nmore."),
+    )
+    chats = [[{"role": role, "content": content.format(i)} for role, content in turns] for i in range(40)]
+    _write(my / "chats.jsonl", [{"messages": chat} for chat in chats])
     own = [{"label": list("ABCDE"), "text": [f"{i + k}" for k in range(5)]} for i in range(40)]
     choices = [{"question": f"What is {i}?", "choices": o, "answerKey": "ABCDE"[i % 5]} for i, o in enumerate(own)]
     _write(my / "commonsense_qa.jsonl", choices)

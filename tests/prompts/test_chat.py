@@ -144,7 +144,7 @@ def test_a_template_that_already_renders_the_prompt_is_kept() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("", "has no chat template"),
+        ("", "the tokenizer of TokenizersBackend has no chat template"),
         (TEMPLATES["Qwen 3"][0], "enable_thinking: false"),
         ("{{ strftime_now('%d %b %Y') }}" + TEMPLATES["ChatML"][0], "date_string"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "begins an assistant's turn"),

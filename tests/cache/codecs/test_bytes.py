@@ -278,3 +278,16 @@ def test_a_sampled_position_takes_few_bytes(kind: str, max_bytes: int, entropy: 
     assert abs(float(log_p_NV.max(-1).values.exp().mean()) - top) < 0.06
     arrays = codec("sampled").pack(codec("sampled").cut(log_p_NV, uniform_draws(60)))
     assert num_bytes(arrays) / 60 <= max_bytes
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_N"), [((0.5, 0.375), (2,)), ((0.5, 0.5), (2, 0)), ((0.5, 0.5), (1, 1)), ((1.0, 0.5), (1, 1))]
+)
+def test_draws_that_are_not_all_of_each_position_are_refused(
+    weights: tuple[float, ...], num_N: tuple[int, ...]
+) -> None:
+    tail_N, none_N = np.ones(len(num_N), np.float32), np.zeros(len(num_N), np.int64)
+    logprobs_E = np.log(np.array(weights, np.float32))
+    soft = SoftTargets(np.array([3, 7]), logprobs_E, tail_N, none_N, np.array(num_N))
+    with pytest.raises(CacheError, match=r"expected .* samples per position and nothing else"):
+        codec("rs_kd").pack(soft)
