@@ -31,12 +31,19 @@ GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "distill.tasks.files.FileTask": ("rows", "distill.tasks.files.Columns", ("question", "answer", "rationale")),
 }
 
+# Settings that a task of files has gained, with the present defaults, which are what it did before.
+_FILE_TASK, _COLUMNS, _OPTIONS = (
+    f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
+)
+_OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
+_SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
+
 
 def current(value: Any) -> Any:
     """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
         present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
-        return _grouped({**ADDED.get(str(present.get("_target_")), {}), **present})
+        return _task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))
     return [current(item) for item in value] if isinstance(value, list) else value
 
 
@@ -48,6 +55,17 @@ def _grouped(part: dict[str, Any]) -> dict[str, Any]:
     arguments = {name: part[name] for name in names if name in part}
     group = {"_target_": class_name, **ADDED.get(class_name, {}), **arguments}
     return {argument: group, **{key: value for key, value in part.items() if key not in names}}
+
+
+def _task(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a task of files with all its settings; any other part as it is."""
+    examples = section.get("examples")
+    if not isinstance(examples, dict) or examples.get("_target_") != _FILE_TASK or "splits" in section:
+        return section
+    options = {"_target_": _OPTIONS, "column": section.get("choices", []), **_OPTION_SETTINGS}
+    rows = examples["rows"] | ({"options": options} if examples["rows"]["_target_"] == _COLUMNS else {})
+    own = {"options": _OPTION_SETTINGS, "splits": _SPLIT_NAMES}
+    return {**own, **section, "examples": {**examples, "rows": rows, "split_names": _SPLIT_NAMES}}
 
 
 def _moved(name: Any) -> Any:

@@ -63,6 +63,21 @@ def test_a_part_saved_before_it_gained_an_argument_has_its_default() -> None:
     assert current({"_target_": part, "conflicts": "drop"})["conflicts"] == "drop"
 
 
+def test_a_task_of_files_saved_before_its_rows_had_choices_is_the_same_task(tmp_path: Path) -> None:
+    config = compose("task=jsonl", "task.path=a.jsonl", "task.choices=[yes,no]", "teacher.model=none")
+    before = configuration.plain(config)
+    for name in ("options", "splits"):
+        del before["task"][name]
+    examples = before["task"]["examples"]
+    examples |= {name: value for name, value in examples.pop("rows").items() if name not in ("_target_", "options")}
+    del examples["split_names"]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(before))
+    assert configuration.differences(config, saved, ignored=()) == []
+    config.task.options.answer = "text"
+    assert configuration.differences(config, saved, ignored=()) != []
+
+
 def test_arguments_that_are_now_those_of_a_part_stand_in_it() -> None:
     part = {"_target_": "distill.tasks.files.FileTask", "question": "q", "answer": "a", "rationale": None, "path": "p"}
     rows = {"_target_": "distill.tasks.files.Columns", "question": "q", "answer": "a", "rationale": None}

@@ -22,6 +22,7 @@ def rows(folder: Path) -> list[str]:
     return ["task=jsonl", f"task.path={path}", "task.choices=choices", "prompt.num_shots=0", "teacher.calibrate=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [pytest.param("letter", marks=pytest.mark.slow), "text"])
 def test_example_card_and_harness_have_each_questions_choices(answer: str, make_run: MakeRun, tmp_path: Path) -> None:
     run_dir = make_run(*rows(tmp_path), f"task.options.answer={answer}")

@@ -130,6 +130,7 @@ def test_equal_students_are_not_shown_to_differ(make_texts: Make) -> None:
     assert (verdict.status, verdict.points) == ("not shown", 0)
 
 
+@pytest.mark.slow
 def test_free_texts_are_never_called_right_or_wrong(make_texts: Make) -> None:
     summary = of_two_arms(make_texts)
     for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text.partition("Did distillation")[2]):

@@ -40,6 +40,7 @@ def conversations(configured: Configured, teacher_folder: Path, student_folder: 
     return lambda *overrides: configured(*SHORT, *own, "prompt.num_shots=0", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["all", "last"])
 def test_every_learned_turn_of_a_conversation_is_a_lesson_after_its_whole_rendering(
     learn: str, conversations: Configured, tmp_path: Path
