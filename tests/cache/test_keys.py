@@ -25,6 +25,7 @@ GROUPS = ("teacher", "prompt", "rationales", "cache", "task")
 OTHERS: dict[str, Any] = {
     "task.read.kind": "line",
     "task.answer_mode": "reasoned",
+    "task.options.answer": "text",
     "prompt.too_long": "cut",
     "teacher.kind.dtype": "bfloat16",
     "teacher.calibrate": 3,
@@ -38,7 +39,15 @@ OTHERS: dict[str, Any] = {
 }
 # Where something is, how the task picks its rows, and what is not a value of its own.
 PLACES = ("teacher.model", "teacher.kind.files", "cache.dir", "cache.accept", "task.path", "task.examples")
-PLACES += ("task.test_path", "task.validation_path", "task.question", "task.answer", "task.rationale", "task.choices")
+PLACES += (
+    "task.splits",
+    "task.test_path",
+    "task.validation_path",
+    "task.question",
+    "task.answer",
+    "task.rationale",
+    "task.choices",
+)
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
