@@ -41,7 +41,7 @@ def choice_ids(tokenizer: Any, prompt: Mapping[str, Any], choices: Sequence[str]
     return {choice: [*text_ids(tokenizer, contexts, spaces + choice), prompt["end_id"]] for choice in choices}
 
 
-def asked(prompt: Mapping[str, Any], argument: str) -> tuple[str, list[str]]:
+def question_and_choices(prompt: Mapping[str, Any], argument: str) -> tuple[str, list[str]]:
     """The question of an argument of the command line, and its own choices."""
     if not (prompt["has_own_choices"] and argument.startswith("{")):
         return argument, []
@@ -96,5 +96,5 @@ class Student:
 if __name__ == "__main__":
     student = Student(Path(__file__).parent)
     for argument in sys.argv[1:] or [student.prompt["example"]]:
-        question, own_choices = asked(student.prompt, argument)
+        question, own_choices = question_and_choices(student.prompt, argument)
         print(json.dumps({"question": question} | student.reply(question, own_choices), ensure_ascii=False))

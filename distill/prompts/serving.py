@@ -30,7 +30,7 @@ def served_tokenizer(prompts: Prompts, span: Span) -> PreTrainedTokenizerBase:
     tokenizer = copy.deepcopy(prompts.tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(prompts.end)
     base = prompts.frame.template
-    tokenizer.chat_template = tokenizer.chat_template or base  # which a model may have been given
+    tokenizer.chat_template = tokenizer.chat_template or base  # a named one, if the model has none
     before, after = prompts.literal(span)
     one_question = _of_one_question(before, after, prompts.frame.target_lead, tokenizer)
     further = [*_with_settings(prompts.frame, span), one_question]

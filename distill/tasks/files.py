@@ -216,11 +216,11 @@ def _counts(
     return {name: counts[name] for name in SPLITS}
 
 
-def _names(given: Mapping[str, str | None]) -> dict[str, str | None]:
+def _names(configured: Mapping[str, str | None]) -> dict[str, str | None]:
     """Names of the splits in a data set; ConfigError for a split that there is not."""
-    if unknown := set(given) - set(SPLITS):
+    if unknown := set(configured) - set(SPLITS):
         raise ConfigError(f"task.splits: {', '.join(sorted(unknown))}: expected {', '.join(SPLITS)}")
-    return {name: given.get(name, name) for name in SPLITS}
+    return {name: configured.get(name, name) for name in SPLITS}
 
 
 def read_examples(table: Table, columns: Columns, answers: AnswerFormat) -> dict[str, Example]:

@@ -36,8 +36,11 @@ def test_example_card_and_harness_have_each_questions_choices(answer: str, make_
     assert len({len(row["choices"]) for row in predictions}) > 1
 
     first = predictions[0]
-    assert example.asked(student.prompt, student.prompt["example"]) == (first["question"], first["choices"])
-    assert example.asked(student.prompt, "A question?") == ("A question?", [])
+    assert example.question_and_choices(student.prompt, student.prompt["example"]) == (
+        first["question"],
+        first["choices"],
+    )
+    assert example.question_and_choices(student.prompt, "A question?") == ("A question?", [])
 
     task = yaml.safe_load((tmp_path / "out" / "lm_eval" / "distill_jsonl.yaml").read_text())
     assert task["doc_to_choice"] == "choices"
