@@ -176,8 +176,7 @@ def _workload(
         codec=cache_codec,
         constrain=False,
         dtype="auto",
-        sampling_temperature=0.7,
-        top_p=0.95,
+        generation=configuration.build(compose().teacher.kind.generation),
         max_new_tokens=1,  # a free answer is always generated; here it ends after one token
     )
     requests = tuple(prompts.request(example, "answer") for example in examples)

@@ -22,12 +22,24 @@ MOVED: Mapping[str, str] = {
 # Arguments that a configuration saved before does not have, and their present defaults.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     "distill.prompts.chat.Layout": {"reasoning_marks": None},
+    "distill.models.generation.Generation": {
+        "temperature": 0.0,
+        "top_k": None,
+        "from_model": False,
+        "min_new_tokens": 0,
+        "stops": [],
+    },
     "distill.tasks.files.Columns": {"options": None},
     "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None},
 }
 
 # Arguments that are now those of a part: the argument that holds it, its class, and their names.
 GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "distill.teachers.causal_lm.CausalLMTeacher": (
+        "generation",
+        "distill.models.generation.Generation",
+        ("sampling_temperature", "top_p"),
+    ),
     "distill.tasks.files.FileTask": ("rows", "distill.tasks.files.Columns", ("question", "answer", "rationale")),
 }
 

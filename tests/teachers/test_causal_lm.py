@@ -304,12 +304,25 @@ def test_sampling_settings_are_in_the_fingerprint(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"sampling_temperature": 0.0}, {"sampling_temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "setting",
+    [
+        {"sampling_temperature": 0.0},
+        {"sampling_temperature": float("nan")},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 7},
+        {"stops": ["x", ""]},
+    ],
+    ids=str,
 )
 def test_impossible_sampling_settings_are_refused(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="sampling_temperature"):
+    with pytest.raises(ConfigError, match=f"generation.{next(iter(setting))}="):
         make_teacher(teacher_folder, prompts, **setting)
 
 
