@@ -13,6 +13,7 @@ from distill.annotation.requests import collect_requests, without_labels
 from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
+from distill.app.progress import token_speed
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
 from distill.records import SPANS, Example, Request, Span, unique_requests
@@ -94,10 +95,11 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
     if not missing:
         return summary
     with loaded(job.teacher):
-        result = estimate(job.teacher, job.codec, missing, job.batch_size)
+        result = estimate(job.teacher, job.codec, job.prompts, missing, job.batch_limit)
     return (
         f"{summary}; they will take about {result.seconds:.0f} s and {result.num_bytes / 1e6:.2f} MB "
-        f"(measured on {result.num_sampled} of them; nothing was written)"
+        f"({token_speed(result.num_read, result.num_written, result.seconds)}; measured on {result.num_sampled} of "
+        "them; nothing was written)"
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.app.machine import paused_collector
 from distill.prompts.rendering import Prompts
-from distill.records import SPANS, Example, Group, Request, Span, unique_requests
+from distill.records import SPANS, Annotation, Example, Group, Request, Span, unique_requests
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
             keys = "".join(request.key for request in members)
             groups.append(Group(hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), members))
     return groups
+
+
+def count_tokens(prompts: Prompts, requests: Iterable[Request], annotations: Iterable[Annotation]) -> tuple[int, int]:
+    """Numbers of tokens that a teacher reads after the shared prefix, and of those in the texts that it wrote."""
+    texts = [text for annotation in annotations for text in (annotation.rationale, annotation.text) if text]
+    return sum(map(_num_tokens, requests)), sum(len(prompts.encode(text)) for text in texts)
 
 
 def without_labels(examples: Sequence[Example]) -> list[Example]:

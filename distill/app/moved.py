@@ -48,6 +48,7 @@ _FILE_TASK, _COLUMNS, _OPTIONS = (
     f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
 )
 _OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
+_TEACHER_SETTINGS = {"batch_unit": "examples"}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
 
 
@@ -55,7 +56,7 @@ def current(value: Any) -> Any:
     """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
         present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
-        return _task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))
+        return _teacher(_task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present})))
     return [current(item) for item in value] if isinstance(value, list) else value
 
 
@@ -78,6 +79,11 @@ def _task(section: dict[str, Any]) -> dict[str, Any]:
     rows = examples["rows"] | ({"options": options} if examples["rows"]["_target_"] == _COLUMNS else {})
     own = {"options": _OPTION_SETTINGS, "splits": _SPLIT_NAMES}
     return {**own, **section, "examples": {**examples, "rows": rows, "split_names": _SPLIT_NAMES}}
+
+
+def _teacher(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a teacher with all its settings; any other part as it is."""
+    return {**_TEACHER_SETTINGS, **section} if {"kind", "group_size"} <= section.keys() else section
 
 
 def _moved(name: Any) -> Any:

@@ -113,6 +113,12 @@ class CausalLMTeacher:
         self.__dict__.pop("_offsets", None)
         del self._model
 
+    def num_tokens(self, request: Request) -> int:
+        """Number of tokens after the shared prefix: those to read, and those that are written at most."""
+        choices = choices_of(self._task, request.example) if request.span == "answer" else ()
+        longest_choice = max(map(len, self._prompts.choice_ids(choices)), default=0)
+        return len(request.question_ids) + (len(request.given_ids) or longest_choice or self._max_new_tokens)
+
     @torch.inference_mode()
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         """Annotate requests of a single span; ValueError if their spans differ."""

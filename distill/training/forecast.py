@@ -378,7 +378,13 @@ def _measured(work: TeacherWork) -> Estimate | None:
     annotation_job = work.annotation_job
     try:
         with loaded(annotation_job.teacher):
-            return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
+            return estimate(
+                annotation_job.teacher,
+                annotation_job.codec,
+                annotation_job.prompts,
+                work.missing,
+                annotation_job.batch_limit,
+            )
     except torch.OutOfMemoryError:
         return None
 

@@ -20,6 +20,7 @@ from distill.annotation.teacher_module import TeacherModule
 from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Group, Request, SoftTargets, Target
@@ -41,7 +42,7 @@ from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teach
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    module = TeacherModule(teacher, batch_size=2)
+    module = TeacherModule(teacher, BatchLimit(2))
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
