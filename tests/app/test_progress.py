@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import lightning
 import pytest
 
 from distill.annotation.requests import count_tokens
@@ -31,12 +30,13 @@ def test_lines_of_annotation_count_records_and_tokens(
 ) -> None:
     clock = iter([0.0, 10.0, 20.0])
     monkeypatch.setattr(progress_of.time, "monotonic", lambda: next(clock))
-    lines: Any = ProgressLines("answers", 4, lambda *both: count_tokens(prompts, *both), every_seconds=5.0)
-    lines.on_predict_start(None, None)
+    of_lightning = lightning.Trainer(logger=False, enable_checkpointing=False), lightning.LightningModule()
+    lines = ProgressLines("answers", 4, lambda *both: count_tokens(prompts, *both), every_seconds=5.0)
+    lines.on_predict_start(*of_lightning)
     for number in (1, 2):
         requests = tuple(prompts.request(Example(f"{number} and {k}?"), "answer") for k in (1, 2))
         written = [Annotation(request.key, {}, "x", text="four five six") for request in requests]
-        lines.on_predict_batch_end(None, None, written, Group("", requests), number)
+        lines.on_predict_batch_end(*of_lightning, written, Group("", requests), number)
     num_read = len(requests[0].question_ids)
     num_written = len(prompts.encode("four five six"))
     assert capsys.readouterr().err.splitlines() == [
