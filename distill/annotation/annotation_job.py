@@ -48,6 +48,7 @@ class AnnotationJob:
     group_size: int
     num_rationales: int
     rationales_each: int
+    answers_each: int
 
     def reader(self, requests: Mapping[tuple[str, Span], Request]) -> AnnotationReader:
         """Return a reader of these requests' records."""
@@ -91,9 +92,9 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     accepted = _accepted(config.cache.accept)
     store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
-    sizes = _batch_limit(settings, name), settings.group_size, settings.num_rationales, settings.rationales_each
+    numbers = settings.group_size, settings.num_rationales, settings.rationales_each, settings.answers_each
     parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
-    return AnnotationJob(*parts, *sizes)
+    return AnnotationJob(*parts, _batch_limit(settings, name), *numbers)
 
 
 def _batch_limit(settings: Config, name: str) -> BatchLimit:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.answers import choose_answers
 from distill.annotation.codec_probe import candidate_codecs, compare_codecs, format_fidelity, sample_distributions
 from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
@@ -64,11 +65,14 @@ def _fill(job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], part: 
     filled = fill(job, examples, part=part)
     say_answers(job, filled)
     rationales = rationale_counts(filled, filter_rationales(job, filled))
+    rows = {**job.splits.counts, "rationales": rationales}
+    if filled.answers:
+        rows["answers"] = choose_answers(job, filled).counts
     if is_first_process():
         print(
             f"{job.store.location}\n{len(job.store)} records, {filled.num_annotated} of them new in "
             f"{filled.seconds:.0f} s; kept {rationales.kept} of {rationales.read} rationales; "
-            f"{len(filled.too_long)} examples too long\n{table({**job.splits.counts, 'rationales': rationales})}"
+            f"{len(filled.too_long)} examples too long\n{table(rows)}"
         )
     return float(filled.num_annotated)
 

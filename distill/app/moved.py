@@ -48,7 +48,7 @@ _FILE_TASK, _COLUMNS, _OPTIONS = (
     f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
 )
 _OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
-_TEACHER_SETTINGS = {"batch_unit": "examples"}
+_TEACHER_SETTINGS = {"answers_each": 1, "batch_unit": "examples"}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
 
 

@@ -82,7 +82,7 @@ def test_a_teacher_saved_before_its_texts_had_settings_is_the_same_teacher(tmp_p
     config = compose("task=arithmetic", "teacher=causal_lm", "teacher.model=none")
     before = configuration.plain(config)
     generation = before["teacher"]["kind"].pop("generation")
-    del before["teacher"]["batch_unit"]
+    del before["teacher"]["batch_unit"], before["teacher"]["answers_each"]
     before["teacher"]["kind"] |= {name: generation[name] for name in ("sampling_temperature", "top_p")}
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(before))

@@ -40,6 +40,7 @@ OTHERS: dict[str, Any] = {
     "rationales.min_confidence": 0.5,
     "cache.codec.temperature": 2.0,
     "teacher.rationales_each": 2,
+    "teacher.answers_each": 2,
 }
 # Where something is, how the task picks its rows, and what is not a value of its own.
 PLACES = ("teacher.model", "teacher.kind.files", "cache.dir", "cache.accept", "task.path", "task.examples")
