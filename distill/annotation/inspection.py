@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
 
     The teacher must be loaded.
     """
-    stored = [request for request in requests if request.key in store]
+    stored = [again for request in requests if request.key in store and (again := _again(request, store))]
     indices = np.random.default_rng(seed).permutation(len(stored))[:number]
     sample = [stored[index] for index in indices.tolist()]
     if not sample:
@@ -99,6 +99,14 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
         max(_distance(a, b) for a, b in zip(single, batched, strict=True)),
         len(sample),
     )
+
+
+def _again(request: Request, store: Store) -> Request | None:
+    """The request to repeat; of a sampled answer one to score its words, since sampled again they may be others."""
+    if not store.words(request.key).is_sampled:
+        return request
+    ids = store.scored_ids(request.key).get(request.span) if request.span == "answer" else None
+    return replace(request, given_ids=ids) if ids else None
 
 
 def format_record(request: Request, annotation: Annotation, prompts: Prompts) -> str:

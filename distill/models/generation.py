@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
 
 IsComplete = Callable[[Sequence[int]], bool]  # whether the tokens of a generated text hold a text that ends it
@@ -60,8 +61,10 @@ class Generation:
             f"min_new_tokens={self.min_new_tokens}: expected at least 0": self.min_new_tokens >= 0,
             f"stops={list(self.stops)}: expected texts of at least one character": all(self.stops),
         }
-        if problems := [problem for problem, is_valid in conditions.items() if not is_valid]:
-            raise ConfigError(*(f"teacher.kind.generation.{problem}" for problem in problems))
+        problems = [f"teacher.kind.generation.{problem}" for problem, is_valid in conditions.items() if not is_valid]
+        problems += filter(None, (escape_problem("teacher.kind.generation.stops", stop) for stop in self.stops))
+        if problems:
+            raise ConfigError(*problems)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide a text, without those that change nothing."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from distill.annotation.inspection import rescore
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.records import RowCounts
 from distill.training.forecast import forecast_run
-from tests.conftest import compose, tiny_overrides
+from tests.conftest import CountingTeacher, compose, tiny_overrides
 
 Folders = tuple[Path, Path]
 ANSWERS = {  # recorded answers to unlabelled questions, and those that are taught as texts and as numbers
@@ -101,10 +102,10 @@ def test_a_further_answer_that_is_too_long_is_counted_and_costs_no_other(tmp_pat
 def test_each_sampled_text_is_learned_with_the_soft_targets_along_its_own_words(
     tmp_path: Path, folders: Folders
 ) -> None:
-    teacher = ["teacher=causal_lm", f"teacher.model={folders[0]}", "teacher.kind.dtype=float32", "loss=[kl]"]
-    teacher += ["teacher.kind.max_new_tokens=8", "teacher.kind.generation.stops=[e,o,a]"]
-    teacher += ["teacher.kind.generation.sampling_temperature=1.5", "teacher.rationales_each=1"]
-    job = prepare(compose(*overrides(tmp_path, folders, "text", *teacher)), tmp_path)
+    settings = ["teacher=causal_lm", f"teacher.model={folders[0]}", "teacher.kind.dtype=float32", "loss=[kl]"]
+    settings += ["teacher.kind.max_new_tokens=8", "teacher.kind.generation.stops=[e,o,a]"]
+    settings += ["teacher.kind.generation.sampling_temperature=1.5", "teacher.rationales_each=1"]
+    job = prepare(compose(*overrides(tmp_path, folders, "text", *settings)), tmp_path)
     forecast = forecast_run(job)
     curriculum = build_curriculum(job)
     texts = taught(job, curriculum)
@@ -124,3 +125,12 @@ def test_each_sampled_text_is_learned_with_the_soft_targets_along_its_own_words(
             start, stop = sequence.prompt.spans["answer"]
             assert stored[key].targets["answer"].token_ids == sequence.prompt.ids[start:stop]
     assert {sequence.soft["answer"].place[0] for sequence in learned} & {k for k, r in requests.items() if r.sample}
+    teacher = CountingTeacher(job.annotation_job.teacher)
+    teacher.load()
+    compared = rescore(job.annotation_job.store, teacher, [r for r in requests.values() if r.sample], 99, seed=0)
+    # Sampled again they could be others by rounding: they are compared along their own words.
+    assert (compared.num_records, compared.is_close) == (
+        sum(r.sample > 0 for r in requests.values() if stored[r.key].targets),
+        True,
+    )
+    assert all(request.given_ids for request in teacher.asked)

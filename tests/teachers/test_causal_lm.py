@@ -317,6 +317,7 @@ def test_sampling_settings_are_in_the_fingerprint(
         {"min_new_tokens": -1},
         {"min_new_tokens": 7},
         {"stops": ["x", ""]},
+        {"stops": ["x\\n"]},
     ],
     ids=str,
 )
