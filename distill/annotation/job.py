@@ -94,7 +94,7 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
     if not missing:
         return summary
     with loaded(job.teacher):
-        result = estimate(job.teacher, job.codec, missing, job.batch_size)
+        result = estimate(job.teacher, job.codec, job.positions, missing, job.batch_size)
     return (
         f"{summary}; they will take about {result.seconds:.0f} s and {result.num_bytes / 1e6:.2f} MB "
         f"(measured on {result.num_sampled} of them; nothing was written)"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.app.machine import paused_collector
-from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Example, Group, Request, Span, unique_requests
 
 
@@ -35,7 +34,7 @@ def collect_requests(
     job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], *, use_given_rationales: bool = False
 ) -> AnnotationRequests:
     """Return the requests that `fill` would have annotated, without annotating any."""
-    requests, too_long = _requests(job.prompts, examples, use_given_rationales)
+    requests, too_long = _requests(job, examples, use_given_rationales)
     return AnnotationRequests(requests, _samples(job, requests), too_long, 0, 0, 0.0)
 
 
@@ -74,16 +73,18 @@ def _samples(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -
 
 
 def _requests(
-    prompts: Prompts, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
+    job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
 ) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
     """Return the requests, and an error message per example that is too long."""
     requests: dict[tuple[str, Span], Request] = {}
     too_long: dict[str, str] = {}
+    learned = {example.id for example in job.splits.train}
     for span, examples_of_span in examples.items():
         for example in examples_of_span:
             try:
                 rationale = example.rationale if use_given_rationales and span == "rationale" else None
-                requests[example.id, span] = prompts.request(example, span, given=rationale)
+                request = job.prompts.request(example, span, given=rationale)
+                requests[example.id, span] = job.positions.asked(request, is_held_out=example.id not in learned)
             except ValueError as error:
                 too_long[example.id] = str(error)
     return requests, too_long

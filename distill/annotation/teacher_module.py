@@ -7,6 +7,7 @@ from typing import Any, final
 import lightning
 import torch
 
+from distill.annotation.positions import Positions
 from distill.errors import CacheError
 from distill.records import Annotation, Group
 from distill.teachers import Teacher
@@ -19,10 +20,10 @@ class TeacherModule(lightning.LightningModule):
     Its model is no submodule: a trainer would switch it to training mode, and move it away from its readers.
     """
 
-    def __init__(self, teacher: Teacher, batch_size: int) -> None:
+    def __init__(self, teacher: Teacher, positions: Positions, batch_size: int) -> None:
         """`batch_size` requests pass through the model together."""
         super().__init__()
-        self._teacher, self._batch_size = teacher, batch_size
+        self._teacher, self._positions, self._batch_size = teacher, positions, batch_size
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch
@@ -36,4 +37,4 @@ class TeacherModule(lightning.LightningModule):
                 f"the teacher returned {len(annotations)} annotations for {len(batch.requests)} requests, expected one "
                 "per request in order; none of them is written"
             )
-        return annotations
+        return self._positions.kept(batch.requests, annotations)

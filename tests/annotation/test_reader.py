@@ -131,15 +131,15 @@ def test_the_tokens_that_have_soft_targets_are_known_without_decoding_any(questi
     for kind, num_targets in (("number", 42), ("last_number", 40)):
         job, _ = written(questions(kind))
         filled = collect_requests(job.annotation_job, examples_to_annotate(job))
-        reader, scored_ids = job.annotation_job.reader(filled.requests), dict[str, Any]()
+        reader, scored = job.annotation_job.reader(filled.requests), dict[str, Any]()
         for request in filled.all_requests:
             targets = reader.read(request).targets
-            scored_ids[request.key] = reader.scored_ids(request.key, request.example)
-            assert scored_ids[request.key] == {span: t.token_ids for span, t in targets.items() if t.soft is not None}
-        assert sum(map(bool, scored_ids.values())) == num_targets
-        with_soft = [request for request in filled.all_requests if scored_ids[request.key]]
+            scored[request.key] = reader.scored(request.key, request.example)
+            assert scored[request.key] == {span: t.scored for span, t in targets.items() if t.soft is not None}
+        assert sum(map(bool, scored.values())) == num_targets
+        with_soft = [request for request in filled.all_requests if scored[request.key]]
         ids = [int(reader.read(request).targets["answer"].soft.ids_E.max()) for request in with_soft]
-        assert reader.largest_soft_id([(key, "answer") for key, ids in scored_ids.items() if ids]) == max(ids)
+        assert reader.largest_soft_id([(key, "answer") for key, tokens in scored.items() if tokens]) == max(ids)
 
 
 def test_rationales_are_judged_by_the_present_reading(questions: Any) -> None:
