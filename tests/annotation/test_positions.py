@@ -123,7 +123,7 @@ def test_what_decides_the_positions_is_in_the_fingerprint(configured: Configured
         open_annotation_job(configured("cache.positions.share=0.0"))
 
 
-@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("second", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_on_words_see_all_tokens_and_those_on_soft_targets_the_chosen_ones(
     second: bool, configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:

@@ -93,12 +93,8 @@ def write_with_codec(name: str, folder: Path) -> None:
         rng = np.random.default_rng(number)
         logits_NV = torch.from_numpy(4 * rng.normal(size=(number, 300)).astype(np.float32))
         uniform_N = torch.from_numpy(rng.random(number))
-        soft, chosen = named_codec.cut(logits_NV.log_softmax(-1), uniform_N), (0, 3)
-        target = (
-            Target(tuple(range(number)), soft[np.array(chosen)], chosen)
-            if number == 5
-            else Target(tuple(range(9)), soft)
-        )
+        soft, chosen = named_codec.cut(logits_NV.log_softmax(-1), uniform_N), (0, 3) if number == 5 else None
+        target = Target(tuple(range(number)), soft if chosen is None else soft[np.array(chosen)], chosen)
         records.append(Annotation(key(number), {"answer": target}, "so"))
     store = Store(folder, FINGERPRINT, named_codec)
     with store.writing() as writer:
