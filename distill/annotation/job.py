@@ -102,10 +102,10 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
 
 
 def _probe(config: Config, job: AnnotationJob, requests: Sequence[Request]) -> str:
-    teacher = job.build_teacher(codec=Dense())
+    teacher = job.build_teacher(codec=job.positions.cut(Dense()))
     say(f"reading full distributions of some of {len(requests)} targets to compare codecs; nothing is written")
     with loaded(teacher):
-        distributions = sample_distributions(teacher, requests, config.seed)
+        distributions = sample_distributions(teacher, job.positions, requests, config.seed)
     if not distributions:
         raise ConfigError("this teacher gives no soft targets, so there are no codecs to compare")
     fidelities = compare_codecs(distributions, candidate_codecs(config.cache.codec.get("temperature", 1.0)))

@@ -39,6 +39,14 @@ class Positions:
         """Whether every position is kept."""
         return self._share == 1
 
+    @property
+    def description(self) -> str:
+        """Which positions are kept, in words."""
+        if self.are_all:
+            return "all"
+        where = "of the highest entropy" if self._by == "entropy" else "at random"
+        return f"{self._share:g} of the positions of each target of train, {where}; all of validation and test"
+
     def number(self, num_tokens: int) -> int:
         """Number of positions that are kept of a target of so many tokens, at least one."""
         return max(1, round(self._share * num_tokens))

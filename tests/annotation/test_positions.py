@@ -14,9 +14,11 @@ import torch
 from omegaconf import DictConfig
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.codec_probe import sample_distributions
 from distill.annotation.fill import fill
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
 from distill.annotation.positions import ALL_POSITIONS, Positions
+from distill.cache.codecs.dense import Dense
 from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import ConfigError
@@ -187,6 +189,15 @@ def test_stored_positions_are_compared_with_the_live_teacher(caches: tuple[Fille
     num_bytes = [estimate(job.teacher, job.codec, p, learned, 99).num_bytes for p in (job.positions, ALL_POSITIONS)]
     assert num_bytes[0] < 0.6 * num_bytes[1]
     job.teacher.close()
+
+
+def test_codecs_are_compared_on_the_positions_that_are_kept(caches: tuple[Filled, Filled]) -> None:
+    job, learned = caches[1].job, caches[1].learned
+    teacher = job.build_teacher(codec=job.positions.cut(Dense()))
+    teacher.load()
+    numbers = [sum(map(len, sample_distributions(teacher, p, learned, 0))) for p in (job.positions, ALL_POSITIONS)]
+    teacher.close()
+    assert numbers[0] < 0.5 * numbers[1]
 
 
 def later(targets: Mapping[Any, Target]) -> dict[Any, Target]:
