@@ -59,7 +59,7 @@ class Cache:
             uniform_N = torch.from_numpy(uniforms(text.id, len(text.solution), codec.seed or 0))
             soft = positions.cut(codec).cut(teacher.logprobs(text.hidden_NH), uniform_N)
             whole = Annotation(text.id, {"rationale": Target(text.solution, soft)}, None)
-            (kept,) = positions.kept([Request(text.id, "rationale", Example(""), ())], [whole])
+            (kept,) = positions.reduced([Request(text.id, "rationale", Example(""), ())], [whole])
             arrays = pack_annotation(kept, codec)
             num_bytes += sum(array.nbytes for array in arrays.values()) + TOKEN_BYTES * len(text.solution)
             targets.append(Target(text.solution, codec.unpack(arrays).for_training(), kept.targets["rationale"].chosen))

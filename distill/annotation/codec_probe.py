@@ -82,7 +82,7 @@ def sample_distributions(
         order = np.random.default_rng(seed).permutation(len(of_span)).tolist()
         while order and num_positions < _NUM_POSITIONS:
             batch, order = [of_span[index] for index in order[:_BATCH_SIZE]], order[_BATCH_SIZE:]
-            annotations = positions.kept(batch, teacher.annotate(batch))
+            annotations = positions.reduced(batch, teacher.annotate(batch))
             softs = [t.soft for a in annotations for t in a.targets.values() if t.soft is not None]
             distributions += softs
             num_positions += sum(map(len, softs))

@@ -68,7 +68,7 @@ def estimate(
         if sample:
             teacher.annotate(sample[:1])
             start = time.perf_counter()
-            annotations = positions.kept(sample, teacher.annotate(sample))
+            annotations = positions.reduced(sample, teacher.annotate(sample))
             scale = len(requests) / len(sample)
             seconds += (time.perf_counter() - start) * scale
             num_bytes += sum(_stored_bytes(annotation, codec) for annotation in annotations) * scale

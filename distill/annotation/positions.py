@@ -65,14 +65,14 @@ class Positions:
         """Return what cuts a teacher's distributions as the codec does, and measures them if the choice needs it."""
         return codec if self.are_all or self._by == "random" else _WithEntropy(codec)
 
-    def asked(self, request: Request, *, is_held_out: bool) -> Request:
+    def keyed(self, request: Request, *, is_held_out: bool) -> Request:
         """Return the request with a key of its own if, being held out, it keeps more positions than others."""
         if self.are_all or not is_held_out:
             return request
         key = hashlib.blake2b(f"{request.key}/every position".encode(), digest_size=16).hexdigest()
         return replace(request, key=key, is_held_out=True)
 
-    def kept(self, requests: Sequence[Request], annotations: Sequence[Annotation]) -> list[Annotation]:
+    def reduced(self, requests: Sequence[Request], annotations: Sequence[Annotation]) -> list[Annotation]:
         """Return the annotations of the requests with the soft targets of the chosen positions alone."""
         if self.are_all:
             return list(annotations)

@@ -84,7 +84,7 @@ def _requests(
             try:
                 rationale = example.rationale if use_given_rationales and span == "rationale" else None
                 request = job.prompts.request(example, span, given=rationale)
-                requests[example.id, span] = job.positions.asked(request, is_held_out=example.id not in learned)
+                requests[example.id, span] = job.positions.keyed(request, is_held_out=example.id not in learned)
             except ValueError as error:
                 too_long[example.id] = str(error)
     return requests, too_long

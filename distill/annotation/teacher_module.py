@@ -37,4 +37,4 @@ class TeacherModule(lightning.LightningModule):
                 f"the teacher returned {len(annotations)} annotations for {len(batch.requests)} requests, expected one "
                 "per request in order; none of them is written"
             )
-        return self._positions.kept(batch.requests, annotations)
+        return self._positions.reduced(batch.requests, annotations)

@@ -188,7 +188,7 @@ class LongestAnnotations(AnnotationReader):
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
         whole = Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
-        return self.positions.kept([request], [whole])[0]
+        return self.positions.reduced([request], [whole])[0]
 
     find_words = find
 

@@ -154,7 +154,7 @@ def cut_of(logits: Any) -> SoftTargets:
 
 def chosen(positions: Positions, soft: SoftTargets, key: str = "") -> tuple[int, ...] | None:
     target = Target((5,) * len(soft), soft)
-    (kept,) = positions.kept([Request(key, "answer", Example("?"), ())], [Annotation(key, {"answer": target}, None)])
+    (kept,) = positions.reduced([Request(key, "answer", Example("?"), ())], [Annotation(key, {"answer": target}, None)])
     return kept.targets["answer"].chosen
 
 
