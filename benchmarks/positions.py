@@ -1,8 +1,9 @@
 """What a student learns if only a share of the positions keeps soft targets, chosen by entropy or at random.
 
 Students with the same initial weights, data order and number of steps train on gold tokens alone (`answers`), and on
-the teacher's soft targets at all or some positions, without a loss on words. Models, texts, codec and settings are
-those of `benchmarks.students`; the held-out KL(teacher || student) is of whole distributions, at all positions.
+the teacher's soft targets at all or some positions, without a loss on words and with one (`words + …`). Models, texts,
+codec and settings are those of `benchmarks.students`; the held-out KL(teacher || student) is of whole distributions, at
+all positions.
 
     scripts/benchmark positions data=gsm8k_train.jsonl [num_steps=100 batch_size=4 num_held_out=80 num_seeds=3]
 """
@@ -75,20 +76,21 @@ def main(arguments: Sequence[str]) -> None:
     num_train = settings.num_steps * settings.batch_size
     train, held_out = teacher.texts[:num_train], teacher.texts[num_train:]
     teacher_logprobs = [teacher.logprobs(text.hidden_NH) for text in held_out]
-    print(f"{'':16} {'seed':>5} {'bytes per token':>16} {'KL':>7} {'agreement':>10}")
+    print(f"{'':21} {'seed':>5} {'bytes per token':>16} {'KL':>7} {'agreement':>10}")
     for seed in range(num_seeds):
         for name, arm in _arms(teacher, train):
             module = trained(folder, arm, train, seed, settings)
             figures = held_out_figures(module, held_out, teacher_logprobs, settings)
             line = f"{arm.num_bytes:16.1f} {figures['kl']:7.3f} {figures['agreement']:10.3f}"
-            print(f"{name:16} {seed:5} {line}", flush=True)
+            print(f"{name:21} {seed:5} {line}", flush=True)
 
 
 def _arms(teacher: Teacher, train: Sequence[Text]) -> Iterator[tuple[str, Arm]]:
-    yield "answers", Arm(LABELS, cached_loss)
+    yield "answers", Arm([LABELS], cached_loss)
     for name, positions in ARMS.items():
         cache = Cache.of(teacher, train, positions)
-        yield name, Arm(SOFT, cached_loss, cache.num_bytes, cache=cache.targets)
+        for prefix, objectives in (("", [SOFT]), ("words + ", [LABELS, SOFT])):
+            yield prefix + name, Arm(objectives, cached_loss, cache.num_bytes, cache=cache.targets)
 
 
 if __name__ == "__main__":

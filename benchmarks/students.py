@@ -103,9 +103,9 @@ Loss = Callable[[StudentModule, Batch, Sequence[Text]], Tensor]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: its loss, and for a codec its cache and the bytes per position."""
+    """One way to train: its losses, and for a codec its cache and the bytes per position."""
 
-    objective: Objective
+    objectives: Sequence[Objective]
     loss: Loss
     num_bytes: float = 0.0
     codec: Mapping[str, Any] = field(default_factory=dict)
@@ -169,11 +169,11 @@ def _arms(teacher: Teacher, train: Sequence[Text]) -> dict[str, Arm]:
     caches, num_bytes = _caches(teacher, train, codecs)
     _log(f"{len(codecs)} caches of {sum(len(text.hidden_NH) for text in train)} positions filled")
     without_codec = {
-        "answers": Arm(LABELS, cached_loss),
-        "dense": Arm(SOFT, partial(_dense_loss, teacher), 4.0 * len(teacher.weight_VH)),
+        "answers": Arm([LABELS], cached_loss),
+        "dense": Arm([SOFT], partial(_dense_loss, teacher), 4.0 * len(teacher.weight_VH)),
     }
     return without_codec | {
-        name: Arm(SOFT, cached_loss, num_bytes[name], codec.fingerprint(), caches[name])
+        name: Arm([SOFT], cached_loss, num_bytes[name], codec.fingerprint(), caches[name])
         for name, codec in codecs.items()
     }
 
@@ -289,14 +289,14 @@ def _dense_loss(teacher: Teacher, module: StudentModule, batch: Batch, texts: Se
     return cross_entropy(hidden_NH @ module.head().weight_VH.T, p_NV)
 
 
-def _module(model: Any, objective: Objective, settings: Settings, seed: int) -> StudentModule:
-    """The training module of a student with one loss and the learning rate of `settings`."""
+def _module(model: Any, objectives: Sequence[Objective], settings: Settings, seed: int) -> StudentModule:
+    """The training module of a student with these losses and the learning rate of `settings`."""
     node = _conf("optim/adamw.yaml")["optimizer"]
     optimizer_settings = {name: value for name, value in node.items() if not name.startswith("_")}
     optimizer_settings["lr"] = settings.learning_rate
     return StudentModule(
         model,
-        objectives={"loss": objective},
+        objectives={objective.source: objective for objective in objectives},
         vocabulary_size=model.config.vocab_size,
         retemper=lambda logprobs_MK, _: logprobs_MK,
         make_optimizer=lambda parameters: torch.optim.AdamW(parameters, **optimizer_settings),
@@ -313,7 +313,7 @@ def trained(folder: Path, arm: Arm, train: Sequence[Text], seed: int, settings: 
     """Train a student for one pass over the texts, in the order of the seed."""
     cut = {name: _conf("student/smollm2_6_layers.yaml")[name] for name in ("keep_layers", "freeze")}
     model = open_student(folder, **cut, from_scratch=False, lora=None, gradient_checkpointing=False)
-    module = _module(model, arm.objective, settings, seed)
+    module = _module(model, arm.objectives, settings, seed)
     torch.manual_seed(seed)
     module.train()
     configured = module.configure_optimizers()
