@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.requests import group_requests
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import config as configuration
@@ -78,9 +79,8 @@ class Workload:
         cls, teacher: Teacher, prompts: Prompts, codec: Codec, requests: tuple[Request, ...], sizes: tuple[int, int]
     ) -> Workload:
         """Load the teacher; `sizes` are those of a batch and of a group."""
-        return cls(
-            TeacherModule(teacher, BatchLimit(sizes[0])), place(teacher.load()), prompts, codec, requests, *sizes
-        )
+        module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(sizes[0]))
+        return cls(module, place(teacher.load()), prompts, codec, requests, *sizes)
 
     def prompt(self, request: Request) -> tuple[int, ...]:
         """Everything before the target: the input of a reader that shares no prefix."""

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from distill.annotation.positions import Positions
 from distill.annotation.rationales import RationaleFilter
 from distill.annotation.reader import AnnotationReader
 from distill.app import config as configuration
@@ -40,6 +41,7 @@ class AnnotationJob:
     overlaps: Sequence[Overlap]
     prompts: Prompts
     codec: Codec
+    positions: Positions
     teacher: Teacher
     build_teacher: Callable[..., Teacher]  # builds the same teacher for another `codec`
     store: Store
@@ -69,6 +71,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
+    positions: Positions = configuration.build(config.cache.positions)
     questions = [example.unlabelled() for example in splits.train[: settings.calibrate]]
     # The teacher calibrates after the store is open, which needs the teacher's fingerprint.
     calibration = Calibration(settings.calibrate, questions, lambda name, make: store.recall(name, make))
@@ -80,11 +83,12 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
         task=task,
         calibration=calibration,
     )
-    teacher: Teacher = build_teacher(codec=codec)
+    teacher: Teacher = build_teacher(codec=positions.cut(codec))
     fingerprint = {
         "task": config.task.name,
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
+        **positions.fingerprint(),
     }
     cache_dir, url = cache_location(config, root, fingerprint, name)
     if config.get("rebuild"):
@@ -93,7 +97,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
     numbers = settings.group_size, settings.num_rationales, settings.rationales_each, settings.answers_each
-    parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
+    parts = folder, task, splits, overlaps, prompts, codec, positions, teacher, build_teacher, store, rationale_filter
     return AnnotationJob(*parts, _batch_limit(settings, name), *numbers)
 
 

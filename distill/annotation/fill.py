@@ -105,7 +105,7 @@ def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_d
         check_length(model, _longest(job, _requests_of(groups)))
         record_cost = partial(_record_cost, writer, sum(p.numel() for p in model.parameters()), start)
         del model  # the teacher alone keeps it
-        module = TeacherModule(job.teacher, job.batch_limit)
+        module = TeacherModule(job.teacher, job.positions, job.batch_limit)
         try:
             _annotate_spans(job, groups, module, writer, num_devices)
             _complete_claimed(job.store, groups, module, writer)

@@ -99,7 +99,7 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
     if not missing:
         return summary
     with loaded(job.teacher):
-        result = estimate(job.teacher, job.codec, job.prompts, missing, job.batch_limit)
+        result = estimate(job, missing)
     return (
         f"{summary}; they will take about {result.seconds:.0f} s and {result.num_bytes / 1e6:.2f} MB "
         f"({token_speed(result.num_read, result.num_written, result.seconds)}; measured on {result.num_sampled} of "
@@ -108,10 +108,10 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
 
 
 def _probe(config: Config, job: AnnotationJob, requests: Sequence[Request]) -> str:
-    teacher = job.build_teacher(codec=Dense())
+    teacher = job.build_teacher(codec=job.positions.cut(Dense()))
     say(f"reading full distributions of some of {len(requests)} targets to compare codecs; nothing is written")
     with loaded(teacher):
-        distributions = sample_distributions(teacher, requests, config.seed)
+        distributions = sample_distributions(teacher, job.positions, requests, config.seed)
     if not distributions:
         raise ConfigError("this teacher gives no soft targets, so there are no codecs to compare")
     fidelities = compare_codecs(distributions, candidate_codecs(config.cache.codec.get("temperature", 1.0)))

@@ -41,7 +41,7 @@ def collect_requests(
     job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], *, use_given_rationales: bool = False
 ) -> AnnotationRequests:
     """Return the requests that `fill` would have annotated, without annotating any."""
-    requests, too_long = _requests(job.prompts, examples, use_given_rationales)
+    requests, too_long = _requests(job, examples, use_given_rationales)
     return AnnotationRequests(requests, _samples(job, requests), _answers(job, requests), too_long, 0, 0, 0.0)
 
 
@@ -97,16 +97,18 @@ def _answers(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -
 
 
 def _requests(
-    prompts: Prompts, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
+    job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
 ) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
     """Return the requests, and an error message per example that is too long."""
     requests: dict[tuple[str, Span], Request] = {}
     too_long: dict[str, str] = {}
+    learned = {example.id for example in job.splits.train}
     for span, examples_of_span in examples.items():
         for example in examples_of_span:
             try:
                 rationale = example.rationale if use_given_rationales and span == "rationale" else None
-                requests[example.id, span] = prompts.request(example, span, given=rationale)
+                request = job.prompts.request(example, span, given=rationale)
+                requests[example.id, span] = job.positions.keyed(request, is_held_out=example.id not in learned)
             except ValueError as error:
                 too_long[example.id] = str(error)
     return requests, too_long

@@ -8,6 +8,7 @@ import lightning
 import numpy as np
 import torch
 
+from distill.annotation.positions import Positions
 from distill.errors import CacheError
 from distill.models.batches import BatchLimit
 from distill.records import Annotation, Group
@@ -21,10 +22,10 @@ class TeacherModule(lightning.LightningModule):
     Its model is no submodule: a trainer would switch it to training mode, and move it away from its readers.
     """
 
-    def __init__(self, teacher: Teacher, batch_limit: BatchLimit) -> None:
+    def __init__(self, teacher: Teacher, positions: Positions, batch_limit: BatchLimit) -> None:
         """Requests of similar lengths pass through the model together, as many as `batch_limit` allows."""
         super().__init__()
-        self._teacher, self._batch_limit = teacher, batch_limit
+        self._teacher, self._positions, self._batch_limit = teacher, positions, batch_limit
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch
@@ -39,4 +40,4 @@ class TeacherModule(lightning.LightningModule):
                 f"the teacher returned {len(annotations)} annotations for {len(batch.requests)} requests, expected one "
                 "per request in order; none of them is written"
             )
-        return [annotations[index] for index in np.argsort(order)]
+        return self._positions.reduced(batch.requests, [annotations[index] for index in np.argsort(order)])

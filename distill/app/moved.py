@@ -43,12 +43,13 @@ GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "distill.tasks.files.FileTask": ("rows", "distill.tasks.files.Columns", ("question", "answer", "rationale")),
 }
 
-# Settings that a task of files has gained, with the present defaults, which are what it did before.
+# Settings that a task of files, and a cache, have gained, with the present defaults, which are what it did before.
 _FILE_TASK, _COLUMNS, _OPTIONS = (
     f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
 )
 _OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
 _TEACHER_SETTINGS = {"answers_each": 1, "batch_unit": "examples"}
+_ALL_POSITIONS = {"_target_": "distill.annotation.positions.Positions", "share": 1.0, "by": "entropy"}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
 
 
@@ -56,7 +57,7 @@ def current(value: Any) -> Any:
     """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
         present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
-        return _teacher(_task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present})))
+        return _teacher(_cache(_task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))))
     return [current(item) for item in value] if isinstance(value, list) else value
 
 
@@ -84,6 +85,13 @@ def _task(section: dict[str, Any]) -> dict[str, Any]:
 def _teacher(section: dict[str, Any]) -> dict[str, Any]:
     """The section of a teacher with all its settings; any other part as it is."""
     return {**_TEACHER_SETTINGS, **section} if {"kind", "group_size"} <= section.keys() else section
+
+
+def _cache(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a cache with all its settings; any other part as it is."""
+    codec = section.get("codec")
+    is_cache = isinstance(codec, dict) and str(codec.get("_target_")).startswith("distill.cache.codecs.")
+    return {"positions": _ALL_POSITIONS, **section} if is_cache else section
 
 
 def _moved(name: Any) -> Any:

@@ -21,6 +21,7 @@ from distill.records import (
     FilteredRationale,
     Prompt,
     RowCounts,
+    ScoredTokens,
     SoftTargets,
     SoftTargetsKey,
     Span,
@@ -35,16 +36,20 @@ def first_span(mode: AnswerMode) -> Span:
 
 
 Needed = frozenset[tuple[Span, str]]
-Scored = tuple[str, Mapping[Span, tuple[int, ...]]]  # the key of a record, and its tokens that have soft targets
+Scored = tuple[str, Mapping[Span, ScoredTokens]]  # the key of a record, and its tokens that have soft targets
 Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]
 
 
 @dataclass(frozen=True)
 class SoftPlace:
-    """The place of a span's soft targets in the cache."""
+    """The place of a span's soft targets in the cache.
+
+    They are for the tokens of the span at the offsets `chosen`; None: for the first `num_positions` ones.
+    """
 
     place: SoftTargetsKey
     num_positions: int
+    chosen: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -281,14 +286,14 @@ class Join:
         annotation = self._soft_teacher.find_words(example.id, span) if self._soft_teacher else own
         if annotation is None:
             return None
-        known = {name: target.token_ids for name, target in annotation.targets.items() if target.soft is not None}
-        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key, example)
+        known = {name: target.scored for name, target in annotation.targets.items() if target.soft is not None}
+        return annotation.key, known or (self._soft_teacher or self._teacher).scored(annotation.key, example)
 
     def _soft_places(self, scored: Scored | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
-        key, scored_ids = scored or ("", {})
-        if (span, "soft") not in self._needed or span not in scored_ids:
+        key, by_span = scored or ("", {})
+        if (span, "soft") not in self._needed or span not in by_span:
             return {}
-        paired_ids = self._pairing.ids(scored_ids[span])
+        paired_ids = self._pairing.ids(by_span[span].token_ids)
         if paired_ids != ids and (-1 in paired_ids or not self._pairing.has(ids)):
             return {}  # one of the two has a token for a part of this text that the other lacks
         if paired_ids != ids:
@@ -296,7 +301,7 @@ class Join:
                 f"the {span} is {paired_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
                 "student tokenize this target differently, so its soft targets cannot be used"
             )
-        return {span: SoftPlace((key, span), len(ids))}
+        return {span: SoftPlace((key, span), by_span[span].num_positions, by_span[span].chosen)}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(count and key in self._needed for key, count in sequence.counts().items())

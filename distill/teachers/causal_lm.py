@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distill.app.files import Json
 from distill.app.fingerprint import arguments_of, fingerprint_of
-from distill.cache import Codec, uniforms
+from distill.cache import Cut, uniforms
 from distill.errors import ConfigError
 from distill.models import hub, identity, loading, placement
 from distill.models.generation import Generation
@@ -56,7 +56,7 @@ class CausalLMTeacher:
         prompts: Prompts,
         task: Task,
         calibration: Calibration,
-        codec: Codec,
+        codec: Cut,
         constrain: bool,
         dtype: Literal["auto", "float32", "bfloat16", "float16"],
         max_new_tokens: int,

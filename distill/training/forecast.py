@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.fill import filter_rationales, loaded
-from distill.annotation.inspection import Estimate, estimate
+from distill.annotation.inspection import TOKEN_BYTES, Estimate, estimate
+from distill.annotation.positions import Positions
 from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
@@ -175,6 +176,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
 class LongestAnnotations(AnnotationReader):
     """The annotations that a teacher would leave for `texts`, each token with the largest soft target."""
 
+    positions: Positions
     texts: Texts
     rows: Rows
 
@@ -186,7 +188,8 @@ class LongestAnnotations(AnnotationReader):
             return None
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
-        return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+        whole = Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+        return self.positions.reduced([request], [whole])[0]
 
     find_words = find
 
@@ -198,9 +201,8 @@ class LongestAnnotations(AnnotationReader):
 def _longest(
     annotation_job: AnnotationJob, requests: AnnotationRequests, texts: Texts, rows: Rows
 ) -> LongestAnnotations:
-    return LongestAnnotations(
-        annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts, texts, rows
-    )
+    parts = annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts
+    return LongestAnnotations(*parts, annotation_job.positions, texts, rows)
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
@@ -287,10 +289,11 @@ def _longest_choice(annotation_job: AnnotationJob, example: Example) -> int:
 def _largest_target(annotation_job: AnnotationJob) -> SoftTargets:
     """Return the soft target that takes most bytes: uniform over a part of the vocabulary, of several sizes."""
     size, targets = annotation_job.prompts.vocabulary_size, list[SoftTargets]()
+    cut = annotation_job.positions.cut(annotation_job.codec)
     for num_likely in {size, *(2**power - 1 for power in range(1, size.bit_length()))}:
         logprobs_1V = torch.full((1, size), _UNLIKELY)
         logprobs_1V[:, -num_likely:] = 0.0  # ids above 16 bits take more bytes
-        targets.append(annotation_job.codec.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
+        targets.append(cut.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
     return max(targets, key=lambda row: _packed_bytes(row, annotation_job))
 
 
@@ -321,9 +324,10 @@ def _max_growth(work: TeacherWork) -> int:
     fixed = num_shards * _SHARD_BYTES + len(missing_keys) * _RECORD_BYTES + 2 * work.text_bytes
     if not annotation_job.teacher.gives_soft_targets:
         return fixed
-    per_token = _packed_bytes(_largest_target(annotation_job), annotation_job) + 4 + _TEXT_BYTES
-    num_tokens = sum(work.num_written(request) + len(request.given_ids) for request in work.missing)
-    return fixed + round(num_tokens * per_token)
+    per_position = _packed_bytes(_largest_target(annotation_job), annotation_job)
+    num_tokens = {request.key: work.num_written(request) + len(request.given_ids) for request in work.missing}
+    num_positions = sum(annotation_job.positions.most(request, num_tokens[request.key]) for request in work.missing)
+    return fixed + round(sum(num_tokens.values()) * (TOKEN_BYTES + _TEXT_BYTES) + num_positions * per_position)
 
 
 def _examples(job: Job, work: Sequence[TeacherWork]) -> Finding:
@@ -384,13 +388,7 @@ def _measured(work: TeacherWork) -> Estimate | None:
     annotation_job = work.annotation_job
     try:
         with loaded(annotation_job.teacher):
-            return estimate(
-                annotation_job.teacher,
-                annotation_job.codec,
-                annotation_job.prompts,
-                work.missing,
-                annotation_job.batch_limit,
-            )
+            return estimate(annotation_job, work.missing)
     except torch.OutOfMemoryError:
         return None
 

@@ -108,7 +108,7 @@ def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., Di
     job = open_annotation_job(configured("task.examples.num_unlabelled=60"))
     requests = [job.prompts.request(example, "answer") for example in job.splits.train]
     job.teacher.load()
-    result = estimate(job.teacher, job.codec, job.prompts, requests, BatchLimit(8))
+    result = estimate(replace(job, batch_limit=BatchLimit(8)), requests)
     job.teacher.close()
     assert result.num_sampled == 8
     assert result.seconds > 0

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from distill.annotation.annotation_job import open_annotation_job
 from distill.annotation.fill import fill
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.teacher_module import TeacherModule
 from distill.cache import uniforms
 from distill.errors import ConfigError
@@ -42,7 +43,7 @@ from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teach
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    module = TeacherModule(teacher, BatchLimit(2))
+    module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(2))
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -23,8 +23,11 @@ from tests.training.conftest import (
 )
 
 
-def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(prompts: Prompts, student_folder: Path) -> None:
-    model, all_lessons = open_whole_student(student_folder), lessons(prompts, BATCH)
+@pytest.mark.parametrize("are_chosen", [False, True])
+def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(
+    are_chosen: bool, prompts: Prompts, student_folder: Path
+) -> None:
+    model, all_lessons = open_whole_student(student_folder), lessons(prompts, BATCH, are_chosen=are_chosen)
     expected = plain_loss(model, all_lessons, prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     expected_gradients = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
