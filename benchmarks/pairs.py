@@ -244,10 +244,10 @@ def two_task_variants(case: str, folder: Path, data: Path) -> dict[str, Variant]
         prompts = Prompts(prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
         examples = _long_questions(data)
     pairs = [_two_sequences(prompts, example) for example in examples]
-    separate = [Lesson(example.id, pair) for example, pair in zip(examples, pairs, strict=True)]
+    separate = [Lesson(pair) for pair in pairs]
     counts = sum((lesson.counts() for lesson in separate), Counter[Any]())
     branched = [lesson.branched() for lesson in separate]
-    tasks = [[Lesson("", (pair[task],)) for pair in pairs] for task in (0, 1)]
+    tasks = [[Lesson((pair[task],)) for pair in pairs] for task in (0, 1)]
     passes = [collate(task_lessons, {}, 0, _no_soft_targets) for task_lessons in tasks]
 
     def ours(lessons: Sequence[Lesson]) -> Tensor:
@@ -277,8 +277,8 @@ def _two_sequences(prompts: Prompts, example: Example) -> tuple[TrainingSequence
     assert example.answer is not None
     assert example.rationale is not None
     return (
-        TrainingSequence(prompts.answer_prompt(example, example.answer), frozenset({"answer"}), {}),
-        TrainingSequence(prompts.rationale_prompt(example, example.rationale, None), frozenset({"rationale"}), {}),
+        TrainingSequence.of(prompts.answer_prompt(example, example.answer), example.id, {"answer"}, {}),
+        TrainingSequence.of(prompts.rationale_prompt(example, example.rationale, None), example.id, {"rationale"}, {}),
     )
 
 
@@ -380,4 +380,4 @@ def _answer_lessons(source: Any) -> Sequence[Lesson]:
     """Lessons of the default task, all with an answer."""
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     targets = [(e, prompts.answer_prompt(e, e.answer or "positive")) for e in source.splits.train]
-    return [Lesson(e.id, (TrainingSequence(target, frozenset({"answer"}), {}),)) for e, target in targets]
+    return [Lesson((TrainingSequence.of(target, e.id, {"answer"}, {}),)) for e, target in targets]

@@ -337,7 +337,7 @@ def _lesson(text: Text, soft: SoftTargets | None) -> Lesson:
     soft_by_span: dict[Span, SoftPlace] = {}
     if soft is not None:
         soft_by_span["rationale"] = SoftPlace((text.id, "rationale"), len(soft))
-    return Lesson(text.id, (TrainingSequence(text.prompt, frozenset({"rationale"}), soft_by_span),))
+    return Lesson((TrainingSequence.of(text.prompt, text.id, {"rationale"}, soft_by_span),))
 
 
 def _joined(soft: Mapping[str, SoftTargets], keys: Sequence[SoftTargetsKey]) -> SoftTargets:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, identity_of, prepare
 from distill.records import Example, Splits
-from tests.conftest import compose, tiny_overrides
+from tests.conftest import compose, tiny_overrides, with_targets
 
 Change = Callable[[Job, Curriculum], tuple[Job, Curriculum]]
 
@@ -49,8 +49,8 @@ def other_test(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
 
 
 def without_labels(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
-    lesson = next(lesson for lesson in curriculum.train if lesson.sequences[0].labelled)
-    unlabelled = replace(lesson, sequences=tuple(replace(s, labelled=frozenset()) for s in lesson.sequences))
+    lesson = next(lesson for lesson in curriculum.train if lesson.sequences[0].targets[0].is_labelled)
+    unlabelled = with_targets(lesson, is_labelled=False)
     return job, replace(curriculum, train=[unlabelled if item is lesson else item for item in curriculum.train])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import socket
 import subprocess
 import threading
@@ -89,18 +90,16 @@ def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> T
     sums: dict[str, Tensor] = {}
     numbers: Counter[str] = Counter()
     for sequence in (s for lesson in lessons for s in lesson.sequences):
-        logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
-        for name, objective in objectives().items():
-            start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
-            soft = read([sequence.soft[objective.span].place]) if objective.span in sequence.soft else None
-            for row, position in enumerate(range(start, stop)):
+        logits_TV = model(torch.tensor([sequence.ids])).logits[0, :, :vocabulary_size]
+        for (name, objective), target in itertools.product(objectives().items(), sequence.targets):
+            if target.span != objective.span:
+                continue
+            soft = read([target.soft.place]) if target.soft else None
+            for row, position in enumerate(range(target.start, target.stop)):
                 log_q_V = logits_TV[position - 1].log_softmax(-1)
-                has_source = {
-                    "labels": objective.span in sequence.labelled,
-                    "teacher": objective.span not in sequence.labelled,
-                }
+                has_source = {"labels": target.is_labelled, "teacher": not target.is_labelled}
                 if has_source.get(objective.source, False):
-                    value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.prompt.ids[position]))
+                    value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.ids[position]))
                 elif objective.source == "soft" and soft is not None and row < len(soft):
                     ids, logprobs = list(soft.rows())[row]
                     kept_K = log_q_V[torch.tensor(ids)]
