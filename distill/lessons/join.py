@@ -165,16 +165,10 @@ def with_shared_turns(lessons: Sequence[Lesson]) -> list[Lesson]:
     A causal model reads the earlier turn as it reads it alone, so losses and gradients stay the same, and the common
     tokens are read once. Where a template renders earlier turns otherwise, they are no such beginning and stay apart.
     """
-    # In lexicographic order, the sequences that begin like another one follow it, before all others.
     answers = [index for index, lesson in enumerate(lessons) if lesson.sequences[0].targets[-1].span == "answer"]
     answers.sort(key=lambda index: lessons[index].sequences[0].ids)
-    beginnings, next_turn = list[int](), dict[int, int]()
-    for index in answers:
-        while beginnings and not _continues(lessons[index], lessons[beginnings[-1]]):
-            beginnings.pop()
-        if beginnings:
-            next_turn.setdefault(beginnings[-1], index)
-        beginnings.append(index)
+    # In lexicographic order, a sequence that begins with another one follows it at once, or others that do so.
+    next_turn = {a: b for a, b in itertools.pairwise(answers) if _continues(lessons[b], lessons[a])}
     firsts = sorted({*range(len(lessons))} - {*next_turn.values()})
     return [_conversation([lessons[index] for index in _chain(first, next_turn)]) for first in firsts]
 

@@ -99,7 +99,7 @@ def test_a_beginning_of_several_conversations_is_learned_in_one_of_them() -> Non
 
 
 def test_a_turn_is_shared_only_with_its_end_and_before_the_next_answer() -> None:
-    unended = [of_tokens("a", 2, 1, 2, 3, END), of_tokens("b", 6, 1, 2, 3, 4, 5, 6, 7, END)]
+    unended = [of_tokens("a", 2, 1, 2, 3, END), of_tokens("b", 6, 1, 2, 3, END + 1, 5, 6, 7, END)]
     assert with_shared_turns(unended) == unended
     overlapping = [of_tokens("a", 2, 1, 2, 3, END), of_tokens("b", 3, 1, 2, 3, END, 4, END)]
     assert with_shared_turns(overlapping) == overlapping
