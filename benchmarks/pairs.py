@@ -28,14 +28,15 @@ from distill.app import config as configuration
 from distill.app.progress import progress
 from distill.cache.store import Store
 from distill.lessons.collate import collate
-from distill.lessons.join import Join, Lesson, TrainingSequence
+from distill.lessons.join import Join, Lesson, TrainingSequence, with_shared_turns
 from distill.lessons.loader import StepSampler
 from distill.losses.head import head_loss
 from distill.models.placement import native_dtype
+from distill.prompts import auto
 from distill.prompts.cues import Layout
 from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
-from distill.records import Annotation, Batch, Example, Request, SoftTargets, Target
+from distill.records import Annotation, Batch, Example, Message, Request, SoftTargets, Target
 from distill.training.module import StudentModule
 
 _EXAMPLES, _WIDE_EXAMPLES = 8, 4  # per step
@@ -250,10 +251,10 @@ def two_task_variants(case: str, folder: Path, data: Path) -> dict[str, Variant]
         prompts = Prompts(prompts.tokenizer, layout, (), max_length=4096, too_long="refuse")
         examples = _long_questions(data)
     pairs = [_two_sequences(prompts, example) for example in examples]
-    separate = [Lesson(example.id, pair) for example, pair in zip(examples, pairs, strict=True)]
+    separate = [Lesson(pair) for pair in pairs]
     counts = sum((lesson.counts() for lesson in separate), Counter[Any]())
     branched = [lesson.branched() for lesson in separate]
-    tasks = [[Lesson("", (pair[task],)) for pair in pairs] for task in (0, 1)]
+    tasks = [[Lesson((pair[task],)) for pair in pairs] for task in (0, 1)]
     passes = [collate(task_lessons, {}, 0, _no_soft_targets) for task_lessons in tasks]
 
     def ours(lessons: Sequence[Lesson]) -> Tensor:
@@ -283,8 +284,8 @@ def _two_sequences(prompts: Prompts, example: Example) -> tuple[TrainingSequence
     assert example.answer is not None
     assert example.rationale is not None
     return (
-        TrainingSequence(prompts.answer_prompt(example, example.answer), frozenset({"answer"}), {}),
-        TrainingSequence(prompts.rationale_prompt(example, example.rationale, None), frozenset({"rationale"}), {}),
+        TrainingSequence.of(prompts.answer_prompt(example, example.answer), example.id, {"answer"}, {}),
+        TrainingSequence.of(prompts.rationale_prompt(example, example.rationale, None), example.id, {"rationale"}, {}),
     )
 
 
@@ -309,6 +310,46 @@ def _long_questions(data: Path) -> list[Example]:
         rationale, _, answer = str(last.answer).rpartition("####")
         long_examples.append(Example(f"{context}\n\n{last.question}", answer.strip(), rationale.strip()))
     return long_examples
+
+
+# Conversations
+
+
+TURNS = "turns of a conversation"
+_TURNS = 4  # in each conversation
+
+
+def turn_lessons(prompts: Prompts, data: Path) -> list[Lesson]:
+    """A lesson for each turn of conversations in which solved questions follow each other."""
+    solved, lessons = material.read_solutions(data)[: _TURNS * _EXAMPLES], []
+    layout: Any = configuration.build(material.compose("prompt=chat").prompt.layout)
+    prompts = Prompts(prompts.tokenizer, auto.Layout(layout, "zephyr"), (), max_length=4096, too_long="refuse")
+    history: tuple[Message, ...] = ()
+    for number, example in enumerate(solved):
+        turn = replace(example, history=history if number % _TURNS else ())
+        answer = str(turn.answer)
+        lessons.append(Lesson((TrainingSequence.of(prompts.answer_prompt(turn, answer), turn.id, {"answer"}, {}),)))
+        history = (*turn.history, Message("user", turn.question), Message("assistant", answer))
+    return lessons
+
+
+def turn_variants(folder: Path, data: Path) -> dict[str, Variant]:
+    """Cross-entropy on the answers of all turns, one sequence for each conversation or for each turn."""
+    source = material.default_source(folder)
+    config = material.compose("loss=[answer]")
+    module, optimizer = material.student(source.folder, config, source.prompts.vocabulary_size, source.codec)
+    separate = turn_lessons(source.prompts, data)
+    counts = sum((lesson.counts() for lesson in separate), Counter[Any]())
+
+    def ours(lessons: Sequence[Lesson]) -> Tensor:
+        """As many sequences at a time as there are conversations, of similar lengths."""
+        ordered = sorted(lessons, key=lambda lesson: lesson.num_tokens)
+        parts = (ordered[start : start + _EXAMPLES] for start in range(0, len(ordered), _EXAMPLES))
+        batches = (collate(part, counts, 0, _no_soft_targets) for part in parts)
+        return torch.stack([total_loss(module, batch) for batch in batches]).sum()
+
+    lessons = {"one sequence": with_shared_turns(separate), "one for each turn": separate}
+    return {name: optimizer_step(module, optimizer, partial(ours, part)) for name, part in lessons.items()}
 
 
 # The loop around the step
@@ -386,4 +427,4 @@ def _answer_lessons(source: Any) -> Sequence[Lesson]:
     """Lessons of the default task, all with an answer."""
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     targets = [(e, prompts.answer_prompt(e, e.answer or "positive")) for e in source.splits.train]
-    return [Lesson(e.id, (TrainingSequence(target, frozenset({"answer"}), {}),)) for e, target in targets]
+    return [Lesson((TrainingSequence.of(target, e.id, {"answer"}, {}),)) for e, target in targets]

@@ -21,9 +21,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+from benchmarks import material
 from benchmarks.heads import HEADS
 from benchmarks.measure import Row, Variant, medians, printed, save
-from benchmarks.pairs import PAIRS, TWO_TASKS, loop_step_seconds, padding_fraction, step_variants, two_task_variants
+from benchmarks.pairs import (
+    PAIRS,
+    TURNS,
+    TWO_TASKS,
+    loop_step_seconds,
+    padding_fraction,
+    step_variants,
+    turn_lessons,
+    turn_variants,
+    two_task_variants,
+)
+from distill.lessons.join import with_shared_turns
 from distill.models.loading import flush_denormals
 
 
@@ -65,6 +77,7 @@ def _rows(folder: Path, settings: Settings) -> Iterator[Row]:
     if settings.data.is_file():
         sections |= {case: partial(_step_rows, case, folder, settings) for case in PAIRS}
         sections |= {case: partial(_two_task_rows, case, folder, settings) for case in TWO_TASKS}
+        sections[TURNS] = partial(_turn_rows, folder, settings)
     else:
         print(f"data={settings.data} is not a file: rows on GSM8K are skipped", file=sys.stderr)
     sections |= {"the training loop": partial(_loop_rows, folder, settings), "padding": partial(_padding_rows, folder)}
@@ -137,6 +150,18 @@ def _two_task_rows(case: str, folder: Path, settings: Settings) -> Iterator[Row]
     yield Row(f"{case}: time, one sequence / two passes", seconds["ours"] / seconds["two passes"], 0.50, "lower")
     yield Row(f"{case}: peak, one sequence / two passes", peaks["ours"] / peaks["two passes"], None, "lower")
     yield Row(f"{case}: time, one sequence / ours in two", seconds["ours"] / seconds["ours in two"], 1.0, "lower")
+
+
+def _turn_rows(folder: Path, settings: Settings) -> Iterator[Row]:
+    separate = turn_lessons(material.default_source(folder).prompts, settings.data)
+    num_tokens, num_separate = (
+        sum(lesson.num_tokens for lesson in lessons) for lessons in (with_shared_turns(separate), separate)
+    )
+    yield Row(f"{TURNS}: tokens, one sequence / one for each turn", num_tokens / num_separate, None, "lower")
+    seconds = medians(turn_variants(folder, settings.data), settings.repetitions)
+    ratio = seconds["one sequence"] / seconds["one for each turn"]
+    yield Row(f"{TURNS}: one sequence, seconds", seconds["one sequence"], None, "lower")
+    yield Row(f"{TURNS}: time, one sequence / one for each turn", ratio, 1.0, "lower")
 
 
 def _loop_rows(folder: Path, settings: Settings) -> Iterator[Row]:

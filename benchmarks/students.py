@@ -343,7 +343,7 @@ def _lesson(text: Text, target: Target | None) -> Lesson:
     soft_by_span: dict[Span, SoftPlace] = {}
     if target is not None:
         soft_by_span["rationale"] = SoftPlace((text.id, "rationale"), target.scored.num_positions, target.chosen)
-    return Lesson(text.id, (TrainingSequence(text.prompt, frozenset({"rationale"}), soft_by_span),))
+    return Lesson((TrainingSequence.of(text.prompt, text.id, {"rationale"}, soft_by_span),))
 
 
 def _joined(targets: Mapping[str, Target], keys: Sequence[SoftTargetsKey]) -> SoftTargets:

@@ -195,15 +195,10 @@ class Splits:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and the half-open ranges of the supervised spans, in order of position.
-
-    `branches` are the start positions of alternative continuations of the tokens before the first of them. Each
-    branch attends to this shared beginning and to itself, not to other branches.
-    """
+    """Token ids and the half-open ranges of the supervised spans, in order of position."""
 
     ids: tuple[int, ...]
     spans: Mapping[Span, tuple[int, int]] = field(default_factory=dict)
-    branches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the spans; the token at position 0 has no context to be predicted from."""
@@ -493,11 +488,11 @@ class Entries:
 class Batch:
     """One microbatch. Sequences are padded on the right; losses ignore padding.
 
-    The label of position n is `label_N[n]`, predicted from hidden state `[sequence_N[n], before_N[n]]`. `is_soft_N`
-    marks positions with soft targets. A token attends to earlier tokens of its own branch and of branch 0, the
-    shared beginning; `position_BT` counts along this path. `branch_BT` is None without branches. `counts` are the
-    positions per (span, source) in the *whole* optimizer step, over all microbatches and processes: the divisors of
-    the losses' sums.
+    The label of position n is `label_N[n]`, predicted from hidden state `[sequence_N[n], before_N[n]]`. `target_N`
+    numbers the targets, each an answer or a rationale. `is_soft_N` marks positions with soft targets. A token attends
+    to earlier tokens of its own branch and of branch 0, the shared beginning; `position_BT` counts along this path.
+    `branch_BT` is None without branches. `counts` are the positions per (span, source) in the *whole* optimizer step,
+    over all microbatches and processes: the divisors of the losses' sums.
     """
 
     input_ids_BT: Int[Tensor, "B T"]
@@ -509,6 +504,7 @@ class Batch:
     label_N: Int[Tensor, "N"]
     is_labelled_N: Bool[Tensor, "N"]
     span_N: Int[Tensor, "N"]
+    target_N: Int[Tensor, "N"]
     is_soft_N: Bool[Tensor, "N"]
     soft: Entries | None
     counts: Mapping[tuple[Span, str], int]

@@ -43,7 +43,7 @@ from distill.app.moved import MOVED  # noqa: E402
 from distill.cache import uniforms  # noqa: E402
 from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
-from distill.lessons.join import Lesson, SoftPlace, TrainingSequence  # noqa: E402
+from distill.lessons.join import Lesson, PlacedTarget, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
 from distill.prompts.cues import Layout  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
@@ -320,19 +320,32 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None, are_chosen: boo
 
     made = []
     for index, example in enumerate(examples(number)):
-        labelled = frozenset({"answer"} if index % 3 else ())
-        answer = TrainingSequence(
+        answer = TrainingSequence.of(
             prompts.answer_prompt(example, example.answer),
-            labelled,
+            example.id,
+            {"answer"} if index % 3 else (),
             {"answer": soft(prompts.answer_ids(example.answer))},
         )
         sequences = [answer]
         if index % 3 == 2:
             ids = prompts.rationale_ids(example.rationale)
             prompt = prompts.rationale_prompt(example, example.rationale, None)
-            sequences.append(TrainingSequence(prompt, frozenset({"rationale"}), {"rationale": soft(ids)}))
-        made.append(Lesson(example.id, tuple(sequences)))
+            sequences.append(TrainingSequence.of(prompt, example.id, {"rationale"}, {"rationale": soft(ids)}))
+        made.append(Lesson(tuple(sequences)))
     return made
+
+
+def by_span(sequence: TrainingSequence) -> dict[str, PlacedTarget]:
+    """The targets of a sequence that has one of a kind."""
+    assert len(sequence.spans) == len(sequence.targets)
+    return {target.span: target for target in sequence.targets}
+
+
+def with_targets(lesson: Lesson, **changes: Any) -> Lesson:
+    """The lesson with changes to all its targets."""
+    targets = [tuple(replace(target, **changes) for target in sequence.targets) for sequence in lesson.sequences]
+    changed = (replace(s, targets=own) for s, own in zip(lesson.sequences, targets, strict=True))
+    return replace(lesson, sequences=tuple(changed))
 
 
 @functools.cache

@@ -15,31 +15,28 @@ from distill.records import SPANS, Batch, Entries, SoftTargets, Span
 def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], padding_id: int, read: Read) -> Batch:
     """Pad on the right, list the supervised positions by sequence and position, and read their soft targets."""
     sequences = [sequence for lesson in lessons for sequence in lesson.sequences]
-    length_B = np.array([len(sequence.prompt.ids) for sequence in sequences])
+    length_B = np.array([len(sequence.ids) for sequence in sequences])
     mask_BT = np.arange(length_B.max()) < length_B[:, None]
     ids_BT = np.full(mask_BT.shape, padding_id)
-    ids_BT[mask_BT] = np.concatenate([sequence.prompt.ids for sequence in sequences])
+    ids_BT[mask_BT] = np.concatenate([sequence.ids for sequence in sequences])
     branch_BT, position_BT = np.zeros_like(ids_BT), np.where(mask_BT, np.arange(mask_BT.shape[1]), 0)
-    for row, prompt in enumerate(sequence.prompt for sequence in sequences):
-        for branch, start in enumerate(prompt.branches, 1):
+    for row, sequence in enumerate(sequences):
+        for branch, start in enumerate(sequence.branches, 1):
             branch_BT[row, start:] = branch
-            position_BT[row, start : len(prompt.ids)] = prompt.branches[0] + np.arange(len(prompt.ids) - start)
-    spans = [
-        (row, span, where, sequence.soft.get(span), span in sequence.labelled)
-        for row, sequence in enumerate(sequences)
-        for span, where in sorted(sequence.prompt.spans.items(), key=lambda item: item[1])
-    ]
-    sequence_S, start_S, stop_S = np.array([(row, *where) for row, _, where, _, _ in spans]).T
+            position_BT[row, start : length_B[row]] = sequence.branches[0] + np.arange(length_B[row] - start)
+    placed = [(row, target) for row, sequence in enumerate(sequences) for target in sequence.targets]
+    sequence_S, start_S, stop_S = np.array([(row, target.start, target.stop) for row, target in placed]).T
     span_id_S, num_soft_S, is_labelled_S = np.array(
-        [(SPANS.index(span), _num_leading(soft), known) for _, span, _, soft, known in spans]
+        [(SPANS.index(target.span), _num_leading(target.soft), target.is_labelled) for _, target in placed]
     ).T
-    span_N = np.repeat(np.arange(len(spans)), stop_S - start_S)
+    target_N = np.repeat(np.arange(len(placed)), stop_S - start_S)
     first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
-    offset_N = np.arange(len(span_N)) - first_S[span_N]
-    index_N, sequence_N = start_S[span_N] + offset_N, sequence_S[span_N]
-    places = [soft.place for *_, soft, _ in spans if soft]
-    is_soft_N = offset_N < num_soft_S[span_N]
-    for first, (*_, soft, _) in zip(first_S, spans, strict=True):
+    offset_N = np.arange(len(target_N)) - first_S[target_N]
+    index_N, sequence_N = start_S[target_N] + offset_N, sequence_S[target_N]
+    softs = [target.soft for _, target in placed]
+    places = [soft.place for soft in softs if soft]
+    is_soft_N = offset_N < num_soft_S[target_N]
+    for first, soft in zip(first_S, softs, strict=True):
         if soft and soft.chosen is not None:
             is_soft_N[first + np.array(soft.chosen)] = True
     return Batch(
@@ -50,12 +47,13 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         sequence_N=torch.from_numpy(sequence_N),
         before_N=torch.from_numpy(index_N - 1),
         label_N=torch.from_numpy(ids_BT[sequence_N, index_N]),
-        is_labelled_N=torch.from_numpy(is_labelled_S[span_N] > 0),
-        span_N=torch.from_numpy(span_id_S[span_N]),
+        is_labelled_N=torch.from_numpy(is_labelled_S[target_N] > 0),
+        span_N=torch.from_numpy(span_id_S[target_N]),
+        target_N=torch.from_numpy(target_N),
         is_soft_N=torch.from_numpy(is_soft_N),
         soft=entries(is_soft_N, read(places).for_training()) if places else None,
         counts=counts,
-        example_ids=tuple(lesson.example_id for lesson in lessons),
+        example_ids=tuple(id_ for lesson in lessons for id_ in lesson.example_ids),
     )
 
 

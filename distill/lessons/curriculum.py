@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -193,8 +194,8 @@ def row_counts(
 def _learned_rationales(rationales: Sequence[FilteredRationale], train: Joined) -> RowCounts:
     """Count the kept rationales that are in lessons, and the others by their reason."""
     kept = Counter(rationale.example_id for rationale in rationales if rationale.reason is None)
-    sequences = ((lesson.example_id, sequence) for lesson in train.lessons for sequence in lesson.sequences)
-    learned = Counter(id_ for id_, sequence in sequences if "rationale" in sequence.prompt.spans and id_ in kept)
+    targets = (target for lesson in train.lessons for sequence in lesson.sequences for target in sequence.targets)
+    learned = Counter(t.example_id for t in targets if t.span == "rationale" and t.example_id in kept)
     lost = Counter[str]()
     for id_, number in (kept - learned).items():
         lost["too long" if id_ in train.too_long else "no soft targets"] += number
@@ -205,7 +206,8 @@ def _answer_counts(answers: TaughtAnswers, train: Joined) -> dict[str, RowCounts
     """Count the answers of examples with several that are in lessons, and the others by their reason."""
     if not answers.counts.read:
         return {}
-    learned = Counter(lesson.example_id for lesson in train.lessons if lesson.example_id in answers.num_taught)
+    targets = (target for lesson in train.lessons for sequence in lesson.sequences for target in sequence.targets)
+    learned = Counter(t.example_id for t in targets if t.span == "answer" and t.example_id in answers.num_taught)
     lost = Counter[str]({"too long": train.num_answers_too_long})
     for id_, number in answers.num_taught.items():
         lost[train.lost.get(id_, "no soft targets")] += number - learned[id_]
@@ -358,7 +360,10 @@ def _hash_of(lessons: Sequence[Lesson]) -> str:
     content = hashlib.sha256()
     for lesson in lessons:
         for sequence in lesson.sequences:
-            spans = sorted(sequence.prompt.spans.items()), sorted(sequence.labelled), sorted(sequence.soft)
-            content.update(repr((lesson.example_id, *spans)).encode())
-            content.update(np.array(sequence.prompt.ids, np.int64).tobytes())
+            for example_id, grouped in itertools.groupby(sequence.targets, key=lambda target: target.example_id):
+                targets = sorted(grouped, key=lambda target: target.span)
+                spans = [(target.span, (target.start, target.stop)) for target in targets]
+                labelled, soft = [t.span for t in targets if t.is_labelled], [t.span for t in targets if t.soft]
+                content.update(repr((example_id, spans, labelled, soft)).encode())
+            content.update(np.array(sequence.ids, np.int64).tobytes())
     return content.hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -53,67 +53,154 @@ class SoftPlace:
 
 
 @dataclass(frozen=True)
-class TrainingSequence:
-    """One prompt with its targets; spans in `labelled` hold gold labels, the others the teacher's words.
+class PlacedTarget:
+    """A range [start, stop) of a sequence that is learned: the gold words of an example, or else the teacher's.
 
-    Soft targets stay in the cache until their batch is made.
+    Its soft targets stay in the cache until their batch is made.
     """
 
-    prompt: Prompt
-    labelled: frozenset[Span]
-    soft: Mapping[Span, SoftPlace]
+    span: Span
+    start: int
+    stop: int
+    example_id: str
+    is_labelled: bool
+    soft: SoftPlace | None = None
+
+    def moved(self, by: int) -> PlacedTarget:
+        """Return the target in a sequence in which its tokens stand so many positions later."""
+        return replace(self, start=self.start + by, stop=self.stop + by)
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """Token ids and the targets among them, in order of position.
+
+    `branches` are the start positions of alternative continuations of the tokens before the first of them. Each
+    branch attends to this shared beginning and to itself, not to other branches.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[PlacedTarget, ...]
+    branches: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the targets follow each other; the token at position 0 has no context to be predicted from."""
+        bounds = [bound for target in self.targets for bound in (target.start, target.stop)]
+        if sorted(ordered := [1, *bounds, len(self.ids)]) != ordered:
+            raise ValueError(f"targets at {bounds} do not follow each other in [1, {len(self.ids)})")
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, example_id: str, labelled: Collection[Span], soft: Mapping[Span, SoftPlace]
+    ) -> TrainingSequence:
+        """A prompt as a sequence; the spans in `labelled` hold gold labels, the others the teacher's words."""
+        spans = sorted(prompt.spans.items(), key=lambda item: item[1])
+        targets = (PlacedTarget(n, *where, example_id, n in labelled, soft.get(n)) for n, where in spans)
+        return cls(prompt.ids, tuple(targets))
+
+    @property
+    def spans(self) -> set[Span]:
+        """The kinds of its targets."""
+        return {target.span for target in self.targets}
 
     def counts(self) -> Counter[tuple[Span, str]]:
         """Return the number of supervised positions per (span, source)."""
         counts: Counter[tuple[Span, str]] = Counter()
-        for span, (start, stop) in self.prompt.spans.items():
-            counts[span, "labels"] = (stop - start) * (span in self.labelled)
-            counts[span, "teacher"] = (stop - start) * (span not in self.labelled)
-            counts[span, "soft"] = self.soft[span].num_positions if span in self.soft else 0
+        for target in self.targets:
+            num_positions = target.stop - target.start
+            counts[target.span, "labels"] += num_positions * target.is_labelled
+            counts[target.span, "teacher"] += num_positions * (not target.is_labelled)
+            counts[target.span, "soft"] += target.soft.num_positions if target.soft else 0
         return counts
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The sequences of one example, its answer, and the teacher's confidence in its own answer."""
+    """The sequences of an example, or of a conversation whose turns share one; what balances and grades it.
 
-    example_id: str
+    `answer` is the answer, of a conversation its last one, and `confidence` the teacher's in its own answers.
+    """
+
     sequences: tuple[TrainingSequence, ...]
     answer: str | None = None
     confidence: float | None = None
 
     @property
+    def example_ids(self) -> tuple[str, ...]:
+        """The examples that it teaches."""
+        return tuple(dict.fromkeys(target.example_id for s in self.sequences for target in s.targets))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in a batch of lessons like this, including padding."""
-        return len(self.sequences) * max(len(sequence.prompt.ids) for sequence in self.sequences)
+        return len(self.sequences) * max(len(sequence.ids) for sequence in self.sequences)
 
     def branched(self) -> Lesson:
-        """Return the lesson as one sequence: the common prefix of its sequences, and the rest of each as a branch."""
-        if len(self.sequences) == 1:
+        """Return the lesson as one sequence: the common prefix of its sequences, and the rest of each as a branch.
+
+        A conversation with rationales stays as it is: the mask of so many branches would need more memory.
+        """
+        if len(self.sequences) == 1 or len(self.example_ids) > 1:
             return self
-        prompts = [sequence.prompt for sequence in self.sequences]
+        all_ids = [sequence.ids for sequence in self.sequences]
         # The token before a target belongs to the branch: the hidden state at p predicts token p + 1.
-        limit = min(start for prompt in prompts for start, _ in prompt.spans.values()) - 1
-        columns = zip(*(prompt.ids[:limit] for prompt in prompts), strict=True)
+        limit = min(target.start for sequence in self.sequences for target in sequence.targets) - 1
+        columns = zip(*(ids[:limit] for ids in all_ids), strict=True)
         shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
         if not shared:
             return self
-        branches = [prompt.ids[shared:] for prompt in prompts]
+        branches = [ids[shared:] for ids in all_ids]
         starts = np.cumsum([shared, *map(len, branches)])[:-1].tolist()
-        spans: dict[Span, tuple[int, int]] = {
-            span: (start - shared + first, stop - shared + first)
-            for prompt, first in zip(prompts, starts, strict=True)
-            for span, (start, stop) in prompt.spans.items()
-        }
-        ids = (*prompts[0].ids[:shared], *itertools.chain.from_iterable(branches))
-        labelled = frozenset[Span]().union(*(sequence.labelled for sequence in self.sequences))
-        soft = {span: place for sequence in self.sequences for span, place in sequence.soft.items()}
-        whole = TrainingSequence(Prompt(ids, spans, tuple(starts)), labelled, soft)
-        return replace(self, sequences=(whole,))
+        targets = tuple(
+            target.moved(first - shared)
+            for sequence, first in zip(self.sequences, starts, strict=True)
+            for target in sequence.targets
+        )
+        ids = (*all_ids[0][:shared], *itertools.chain.from_iterable(branches))
+        return replace(self, sequences=(TrainingSequence(ids, targets, tuple(starts)),))
 
     def counts(self) -> Counter[tuple[Span, str]]:
         """Return the number of supervised positions per (span, source)."""
         return sum((sequence.counts() for sequence in self.sequences), Counter())
+
+
+def with_shared_turns(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Join the lessons of a conversation's turns where an earlier turn is, token for token, the beginning of a later.
+
+    A causal model reads the earlier turn as it reads it alone, so losses and gradients stay the same, and the common
+    tokens are read once. Where a template renders earlier turns otherwise, they are no such beginning and stay apart.
+    """
+    answers = [index for index, lesson in enumerate(lessons) if lesson.sequences[0].targets[-1].span == "answer"]
+    answers.sort(key=lambda index: lessons[index].sequences[0].ids)
+    # In lexicographic order, a sequence that begins with another one follows it at once, or others that do so.
+    next_turn = {a: b for a, b in itertools.pairwise(answers) if _continues(lessons[b], lessons[a])}
+    firsts = sorted({*range(len(lessons))} - {*next_turn.values()})
+    return [_conversation([lessons[index] for index in _chain(first, next_turn)]) for first in firsts]
+
+
+def _continues(later: Lesson, earlier: Lesson) -> bool:
+    """Whether the tokens of a turn with its answer and end stand before the next turn's answer, at the beginning."""
+    ids, sequence = earlier.sequences[0].ids, later.sequences[0]
+    return len(ids) <= sequence.targets[0].start and sequence.ids[: len(ids)] == ids
+
+
+def _chain(first: int, next_turn: Mapping[int, int]) -> Iterator[int]:
+    turn: int | None = first
+    while turn is not None:
+        yield turn
+        turn = next_turn.get(turn)
+
+
+def _conversation(turns: Sequence[Lesson]) -> Lesson:
+    """Put the answers of consecutive turns into the sequence of the last one; their rationales keep their own."""
+    if len(turns) == 1:
+        return turns[0]
+    targets = tuple(target for turn in turns for target in turn.sequences[0].targets)
+    whole = replace(turns[-1].sequences[0], targets=targets)
+    others = (sequence for turn in turns for sequence in turn.sequences[1:])
+    confidences = [turn.confidence for turn in turns if turn.confidence is not None]
+    confidence = sum(confidences) / len(turns) if len(confidences) == len(turns) else None
+    return Lesson((whole, *others), turns[-1].answer, confidence)
 
 
 @dataclass(frozen=True)
@@ -134,7 +221,8 @@ class Joined:
     def counts(self) -> RowCounts:
         """Count the examples that have become lessons, and the others by their reason."""
         lost = Counter(self.lost.values())
-        return RowCounts(self.num_examples, dict(lost.most_common()), len({le.example_id for le in self.lessons}))
+        learned = {id_ for lesson in self.lessons for id_ in lesson.example_ids}
+        return RowCounts(self.num_examples, dict(lost.most_common()), len(learned))
 
 
 @final
@@ -184,14 +272,16 @@ class Join:
             further = self._further(example) if sequences else []
             num_too_long += further.count(None)
             parts = [*_split_rationales(sequences), *((s,) for s in further if s and self._is_needed(s))]
-            lessons += [Lesson(example.id, part, answer, confidence) for part in parts]
+            lessons += [Lesson(part, answer, confidence) for part in parts]
+        if any(example.history for example in examples):
+            lessons = with_shared_turns(lessons)
         self._check_soft_ids(lessons)
         return Joined(len(examples), lessons, lost, too_long, num_too_long)
 
     def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
         """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
         sequences = (sequence for lesson in lessons for sequence in lesson.sequences)
-        places = [soft.place for sequence in sequences for soft in sequence.soft.values()]
+        places = [target.soft.place for sequence in sequences for target in sequence.targets if target.soft]
         largest = (self._soft_teacher or self._teacher).largest_soft_id(places)
         if self._pairing.id_V is None and largest >= self._prompts.vocabulary_size:
             raise CacheError(
@@ -231,8 +321,8 @@ class Join:
 
     def _answered(self, example: Example, answer: str, scored: Scored | None) -> TrainingSequence:
         soft = self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
-        labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
-        return TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
+        labelled: set[Span] = {"answer"} if example.answer is not None else set()
+        return TrainingSequence.of(self._prompts.answer_prompt(example, answer), example.id, labelled, soft)
 
     def _further(self, example: Example) -> list[TrainingSequence | None]:
         """The further answers of an example, None for each that is too long."""
@@ -266,12 +356,12 @@ class Join:
         soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
-            yield TrainingSequence(self._prompts.rationale_prompt(example, text, None), frozenset(labelled), soft)
+            yield TrainingSequence.of(self._prompts.rationale_prompt(example, text, None), example.id, labelled, soft)
         elif answer is not None:
             if conclusion in (None, answer):  # the teacher's words for a gold answer may be others
                 soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
-            yield TrainingSequence(self._prompts.rationale_prompt(example, text, answer), frozenset(labelled), soft)
+            yield TrainingSequence.of(self._prompts.rationale_prompt(example, text, answer), example.id, labelled, soft)
 
     def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
         """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""
@@ -314,7 +404,7 @@ def _answer_of(example: Example, annotation: Annotation | None) -> str | None:
 
 def _split_rationales(sequences: Sequence[TrainingSequence]) -> list[tuple[TrainingSequence, ...]]:
     """Return the sequences of the first lesson, then one lesson for each further rationale."""
-    reasoned = [sequence for sequence in sequences if "rationale" in sequence.prompt.spans]
+    reasoned = [sequence for sequence in sequences if "rationale" in sequence.spans]
     further = reasoned[1:]
     first = tuple(sequence for sequence in sequences if sequence not in further)
     return [part for part in (first, *((sequence,) for sequence in further)) if part]

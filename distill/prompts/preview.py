@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from distill.prompts.rendering import Prompts
 from distill.records import Prompt
@@ -13,12 +13,16 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def preview(prompts: Prompts, prompt: Prompt) -> str:
     """The text of a prompt's tokens, with ⟦ ⟧ around those of each span."""
-    spans = set(prompt.spans.values())
-    cuts = sorted({0, len(prompt.ids), *itertools.chain.from_iterable(spans)})
+    return marked(prompts, prompt.ids, prompt.spans.values())
+
+
+def marked(prompts: Prompts, ids: Sequence[int], ranges: Collection[tuple[int, int]]) -> str:
+    """The text of tokens, with ⟦ ⟧ around those of each range."""
+    cuts = sorted({0, len(ids), *itertools.chain.from_iterable(ranges)})
     parts = []
     for start, stop in itertools.pairwise(cuts):
-        text = _text(prompts, prompt.ids, start, stop)
-        parts.append(f"{OPEN}{text}{CLOSE}" if (start, stop) in spans else text)
+        text = _text(prompts, ids, start, stop)
+        parts.append(f"{OPEN}{text}{CLOSE}" if (start, stop) in ranges else text)
     return "".join(parts)
 
 

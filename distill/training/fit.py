@@ -18,12 +18,14 @@ from torch import nn
 
 from distill.app import config as configuration
 from distill.app import preemption
+from distill.app.config import Config
 from distill.app.console import say
 from distill.app.files import Json
 from distill.app.progress import progress
 from distill.errors import ConfigError, OutOfMemoryError, PreemptedError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
+from distill.lessons.join import Lesson
 from distill.lessons.loader import Arrangement, DistillData
 from distill.prompts.vocabularies import Pairing
 from distill.records import Span
@@ -215,8 +217,7 @@ def fit(job: Job, training: Training) -> Trained:
     """Train the student, resuming the folder's run if there is one; its weights are those of the step to keep."""
     config, trainer = job.config, training.trainer
     checkpoint = _checkpoint_to_resume(config.resume, job.run_dir / "checkpoints", training.identity)
-    steps = f"{config.trainer.max_steps} steps of {config.batch_size} {config.batch_unit}"
-    say(f"training on {len(training.curriculum.train)} examples: {steps}")
+    say(_what_is_trained(training.curriculum.train, config))
     if checkpoint:
         say(f"resuming from {checkpoint}")
     training.curves.resume(step_of(checkpoint) if checkpoint else 0)
@@ -238,6 +239,15 @@ def fit(job: Job, training: Training) -> Trained:
             "student.gradient_checkpointing=true"
         ) from None
     return _trained(job, training)
+
+
+def _what_is_trained(lessons: Sequence[Lesson], config: Config) -> str:
+    num_examples = len({id_ for lesson in lessons for id_ in lesson.example_ids})
+    # A conversation's turns may share a lesson; each further rationale of an example has one of its own.
+    are_same = num_examples == len(lessons)
+    unit = "lessons" if config.batch_unit == "examples" and not are_same else config.batch_unit
+    examples = f"{num_examples} examples" if are_same else f"{num_examples} examples in {len(lessons)} lessons"
+    return f"training on {examples}: {config.trainer.max_steps} steps of {config.batch_size} {unit}"
 
 
 def _trained(job: Job, training: Training) -> Trained:

@@ -309,8 +309,8 @@ def _packed_bytes(row: SoftTargets, annotation_job: AnnotationJob) -> float:
 
 
 def _reader(lessons: Sequence[Lesson], row: SoftTargets) -> Read:
-    softs = (soft for lesson in lessons for sequence in lesson.sequences for soft in sequence.soft.values())
-    num_positions = {soft.place: soft.num_positions for soft in softs}
+    targets = (target for lesson in lessons for sequence in lesson.sequences for target in sequence.targets)
+    num_positions = {target.soft.place: target.soft.num_positions for target in targets if target.soft}
     return lambda places: _copies(row, sum(num_positions[place] for place in places))
 
 

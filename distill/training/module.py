@@ -234,7 +234,7 @@ class StudentModule(lightning.LightningModule):
             if count := int(term.is_used_N.sum()):
                 self._tally(f"val/{name}", sum_, count)
         is_wrong_M = predicted_M != batch.label_N[is_answer_N]
-        answers_M = batch.sequence_N[is_answer_N]
+        answers_M = batch.target_N[is_answer_N]
         num_answers, wrong = len(answers_M.unique()), answers_M[is_wrong_M].unique()
         if num_answers:
             self._tally("val/accuracy", torch.tensor(num_answers - len(wrong)), num_answers)

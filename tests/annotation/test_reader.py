@@ -115,7 +115,7 @@ class Reasoner(Writer):
 
 def answers_of(curriculum: Any, job: Any) -> dict[str, str]:
     """What is taught as the answer to each of the questions without label."""
-    by_id = {lesson.example_id: lesson.answer for lesson in curriculum.train}
+    by_id = {id_: lesson.answer for lesson in curriculum.train for id_ in lesson.example_ids}
     examples = job.annotation_job.splits.train
     return {e.question: by_id[e.id] for e in examples if e.answer is None and e.id in by_id}
 
@@ -138,7 +138,9 @@ def test_soft_targets_of_other_words_are_not_learned(questions: Any) -> None:
         job, _ = written(questions(kind))
         names = {e.id: e.question for e in job.annotation_job.splits.train}
         lessons = build_curriculum(job).train
-        return {names[lesson.example_id]: bool(lesson.sequences[0].soft) for lesson in lessons}
+        return {
+            names[target.example_id]: bool(target.soft) for lesson in lessons for target in lesson.sequences[0].targets
+        }
 
     assert soft("number") | {"How many?": True} == soft("number")
     after = soft("last_number")

@@ -104,6 +104,16 @@ def test_every_variant_of_a_step_runs(case: str, tmp_path: Path, solutions_file:
 
 @pytest.mark.slow
 @on_tiny_models
+def test_every_variant_of_turns_runs_and_their_sequences_are_shared(tmp_path: Path, solutions_file: Path) -> None:
+    rows = {row.name: row.value for row in step._turn_rows(tmp_path, step.Settings(1, solutions_file))}
+    tokens, _, time = rows
+    assert "tokens" in tokens
+    assert "time" in time
+    assert 0.3 < rows[tokens] < 0.6
+
+
+@pytest.mark.slow
+@on_tiny_models
 @pytest.mark.parametrize("case", pairs.TWO_TASKS)
 def test_every_variant_of_two_tasks_runs(case: str, tmp_path: Path, solutions_file: Path) -> None:
     for variant in pairs.two_task_variants(case, tmp_path, solutions_file).values():

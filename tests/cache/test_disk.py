@@ -94,7 +94,7 @@ def test_a_complete_cache_can_be_read_on_a_read_only_disk(
     teacher = CountingTeacher(job.annotation_job.teacher)
     again = build_curriculum(replace(job, annotation_job=replace(job.annotation_job, teacher=teacher)))
     assert teacher.num_loads == 0
-    assert [lesson.example_id for lesson in again.train] == [lesson.example_id for lesson in first.train]
+    assert [lesson.example_ids for lesson in again.train] == [lesson.example_ids for lesson in first.train]
     assert [lesson.counts() for lesson in again.train] == [lesson.counts() for lesson in first.train]
     assert "records exist; the teacher is not loaded" in capsys.readouterr().err
     assert job.annotation_job.store.check() == []

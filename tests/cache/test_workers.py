@@ -69,7 +69,16 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     for left, right in zip(of_workers, of_process, strict=True):
         assert left.counts == right.counts
         assert left.example_ids == right.example_ids
-        for name in ("input_ids_BT", "mask_BT", "sequence_N", "before_N", "label_N", "is_labelled_N", "is_soft_N"):
+        for name in (
+            "input_ids_BT",
+            "mask_BT",
+            "sequence_N",
+            "before_N",
+            "label_N",
+            "is_labelled_N",
+            "is_soft_N",
+            "target_N",
+        ):
             assert torch.equal(getattr(left, name), getattr(right, name))
         assert left.soft.ends_N.tolist() == right.soft.ends_N.tolist()
         for name in ("position_E", "ids_E", "logprobs_E", "tail_N"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from distill.lessons.join import Lesson, TrainingSequence
 from distill.lessons.loader import Arrangement, DistillData
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Prompt, SoftTargets, Target
-from tests.conftest import lessons, read
+from tests.conftest import by_span, lessons, read
 from tests.lessons.conftest import soft
 
 
@@ -31,10 +32,10 @@ def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> N
     batch = collate(all_lessons, {}, 9, read)
     sequences = [sequence for lesson in all_lessons for sequence in lesson.sequences]
     expected = [
-        (row, index - 1, sequence.prompt.ids[index], SPANS.index(span), span in sequence.labelled)
+        (row, index - 1, sequence.ids[index], SPANS.index(target.span), target.is_labelled)
         for row, sequence in enumerate(sequences)
-        for span, (start, stop) in sequence.prompt.spans.items()
-        for index in range(start, stop)
+        for target in sequence.targets
+        for index in range(target.start, target.stop)
     ]
     positions = zip(
         *(x.tolist() for x in (batch.sequence_N, batch.before_N, batch.label_N, batch.span_N, batch.is_labelled_N)),
@@ -57,20 +58,20 @@ def test_a_target_with_distributions_for_other_tokens_than_the_chosen_ones_is_re
 def test_soft_targets_are_aligned_with_their_tokens(are_chosen: bool, prompts: Prompts) -> None:
     all_lessons = lessons(prompts, 7, are_chosen=are_chosen)
     batch = collate(all_lessons, {}, 9, read)
-    soft_spans = [
-        (s.prompt.ids[s.prompt.spans[span][0] :], soft, read([soft.place]))
-        for lesson in all_lessons
-        for s in lesson.sequences
-        for span, soft in s.soft.items()
-    ]
+    placed = [(s.ids, target) for lesson in all_lessons for s in lesson.sequences for target in s.targets]
+    softs = [read([target.soft.place]) for _, target in placed]
     assert batch.soft is not None
-    joined_soft = SoftTargets.join([targets for _, _, targets in soft_spans])
+    joined_soft = SoftTargets.join(softs)
     assert batch.soft.tail_N is not None
     assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
     assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
     assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
-    assert all(soft.num_positions == len(targets) for _, soft, targets in soft_spans)
-    tokens = [ids[n] for ids, soft, targets in soft_spans for n in soft.chosen or range(len(targets))]
+    assert all(target.soft.num_positions == len(soft) for (_, target), soft in zip(placed, softs, strict=True))
+    tokens = [
+        ids[target.start :][offset]
+        for (ids, target), soft in zip(placed, softs, strict=True)
+        for offset in target.soft.chosen or range(len(soft))
+    ]
     assert batch.label_N[batch.is_soft_N].tolist() == tokens
     tokens_by_entry = np.repeat(tokens, joined_soft.num_N)
     assert batch.label_N[batch.soft.position_E.long()].tolist() == tokens_by_entry.tolist()
@@ -83,7 +84,7 @@ def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(prompts: Pr
     batch = collate(all_lessons, {}, prompts.end, read)
     num_sequences = sum(len(lesson.sequences) for lesson in all_lessons)
     assert (batch.label_N == prompts.end).sum() == num_sequences
-    lengths = [len(sequence.prompt.ids) for lesson in all_lessons for sequence in lesson.sequences]
+    lengths = [len(sequence.ids) for lesson in all_lessons for sequence in lesson.sequences]
     assert batch.mask_BT.sum(1).tolist() == lengths
     assert batch.mask_BT[batch.sequence_N, batch.before_N + 1].all()
     is_end_N = batch.label_N == prompts.end
@@ -108,11 +109,11 @@ def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts)
     batches = list(data.val_dataloader())
     assert [len(batch.example_ids) for batch in batches] == [*[8] * 9, 3]
     assert sorted(i for batch in batches for i in batch.example_ids) == sorted(
-        lesson.example_id for lesson in all_lessons
+        i for lesson in all_lessons for i in lesson.example_ids
     )
     widths = [batch.mask_BT.shape[1] for batch in batches]
     assert widths == sorted(widths)
-    assert widths[0] < widths[-1] == max(len(s.prompt.ids) for lesson in all_lessons for s in lesson.sequences)
+    assert widths[0] < widths[-1] == max(len(s.ids) for lesson in all_lessons for s in lesson.sequences)
 
 
 def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:
@@ -123,29 +124,28 @@ def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts)
         if len(lesson.sequences) == 1:
             assert branched is lesson
             continue
-        assert branched.num_tokens < sum(len(sequence.prompt.ids) for sequence in lesson.sequences)
-        branch_start, *_ = shared.prompt.branches
-        ends = (*shared.prompt.branches[1:], len(shared.prompt.ids))
-        for sequence, start, end in zip(lesson.sequences, shared.prompt.branches, ends, strict=True):
-            assert shared.prompt.ids[:branch_start] + shared.prompt.ids[start:end] == sequence.prompt.ids
-            ((span, span_bounds),) = sequence.prompt.spans.items()
-            assert shared.prompt.spans[span] == tuple(start + bound - branch_start for bound in span_bounds)
-            assert start < shared.prompt.spans[span][0]  # the token before a target belongs to its branch
-            assert (span in shared.labelled) == (span in sequence.labelled)
-            assert shared.soft.get(span) == sequence.soft.get(span)
+        assert branched.num_tokens < sum(len(sequence.ids) for sequence in lesson.sequences)
+        branch_start, *_ = shared.branches
+        ends = (*shared.branches[1:], len(shared.ids))
+        for sequence, start, end in zip(lesson.sequences, shared.branches, ends, strict=True):
+            assert shared.ids[:branch_start] + shared.ids[start:end] == sequence.ids
+            (target,) = sequence.targets
+            assert by_span(shared)[target.span] == target.moved(start - branch_start)
+            assert start < by_span(shared)[target.span].start  # the token before a target belongs to its branch
 
 
 @pytest.mark.parametrize("last", [7, 8])
 def test_a_target_with_a_common_beginning_is_not_shared(last: int) -> None:
     answer, rationale = Prompt((5, 6, 7), {"answer": (2, 3)}), Prompt((5, 6, last), {"rationale": (2, 3)})
-    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    lesson = Lesson(tuple(TrainingSequence.of(prompt, "", (), {}) for prompt in (answer, rationale)))
     (sequence,) = lesson.branched().sequences
-    assert sequence.prompt == Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)}, branches=(1, 3))
+    prompt = Prompt((5, 6, 7, 6, last), {"answer": (2, 3), "rationale": (4, 5)})
+    assert sequence == replace(TrainingSequence.of(prompt, "", (), {}), branches=(1, 3))
 
 
 def test_sequences_without_a_common_prefix_stay_separate() -> None:
     answer, rationale = Prompt((5, 6), {"answer": (1, 2)}), Prompt((5, 6, 8), {"rationale": (2, 3)})
-    lesson = Lesson("", tuple(TrainingSequence(prompt, frozenset(), {}) for prompt in (answer, rationale)))
+    lesson = Lesson(tuple(TrainingSequence.of(prompt, "", (), {}) for prompt in (answer, rationale)))
     assert lesson.branched() is lesson
 
 
@@ -154,21 +154,21 @@ def test_positions_continue_from_the_shared_prompt_in_each_branch(prompts: Promp
     batch = collate(branched_lessons, {}, 9, read)
     assert batch.branch_BT is not None
     for row, lesson in enumerate(branched_lessons):
-        prompt = lesson.sequences[0].prompt
-        starts, length = prompt.branches or (len(prompt.ids),), len(prompt.ids)
+        (sequence,) = lesson.sequences
+        starts, length = sequence.branches or (len(sequence.ids),), len(sequence.ids)
         expected = [*range(starts[0])]
         for start, end in itertools.pairwise((*starts, length)):
             expected += range(starts[0], starts[0] + end - start)
         assert batch.position_BT[row, :length].tolist() == expected
         assert (batch.position_BT[row, length:] == 0).all()  # no position beyond the model's maximum
-        assert int(batch.branch_BT[row].max()) == len(prompt.branches)
+        assert int(batch.branch_BT[row].max()) == len(sequence.branches)
     assert collate(lessons(prompts, 9), {}, 9, read).branch_BT is None
 
 
 def test_counts_are_per_span_and_source(prompts: Prompts) -> None:
     lesson = lessons(prompts, 3)[2]
-    answer, rationale = (sequence.prompt.spans for sequence in lesson.sequences)
-    num_answer, num_rationale = (stop - start for start, stop in (answer["answer"], rationale["rationale"]))
+    answer, rationale = (target for sequence in lesson.sequences for target in sequence.targets)
+    num_answer, num_rationale = (target.stop - target.start for target in (answer, rationale))
     assert lesson.counts() == {
         ("answer", "labels"): num_answer,
         ("answer", "soft"): num_answer,

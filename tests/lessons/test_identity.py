@@ -12,8 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, identity_of, prepare
+from distill.lessons.join import with_shared_turns
 from distill.records import Example, Splits
-from tests.conftest import compose, tiny_overrides
+from tests.conftest import compose, tiny_overrides, with_targets
+from tests.lessons.test_orders import lesson_of
 
 Change = Callable[[Job, Curriculum], tuple[Job, Curriculum]]
 
@@ -49,8 +51,8 @@ def other_test(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
 
 
 def without_labels(job: Job, curriculum: Curriculum) -> tuple[Job, Curriculum]:
-    lesson = next(lesson for lesson in curriculum.train if lesson.sequences[0].labelled)
-    unlabelled = replace(lesson, sequences=tuple(replace(s, labelled=frozenset()) for s in lesson.sequences))
+    lesson = next(lesson for lesson in curriculum.train if lesson.sequences[0].targets[0].is_labelled)
+    unlabelled = with_targets(lesson, is_labelled=False)
     return job, replace(curriculum, train=[unlabelled if item is lesson else item for item in curriculum.train])
 
 
@@ -79,6 +81,15 @@ def test_whatever_decides_what_is_learned_is_in_the_identity(key: str, made: tup
 def test_the_identity_holds_the_weights_of_the_student(made: tuple[Job, Curriculum]) -> None:
     assert identity_of(*made, "weights")["student"] == "weights"
     assert {*CHANGES, "student"} == identity_of(*made, "weights").keys()
+
+
+def test_a_conversation_in_one_sequence_is_another_run_than_its_turns_apart(made: tuple[Job, Curriculum]) -> None:
+    job, curriculum = made
+    turns = [lesson_of(6), lesson_of(9)]
+    lessons = (turns, with_shared_turns(turns))
+    apart, shared = (identity_of(job, replace(curriculum, train=part), "") for part in lessons)
+    assert [len(part) for part in lessons] == [2, 1]
+    assert [name for name in apart if apart[name] != shared[name]] == ["train"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("trainer.max_steps", 9), ("checkpoint_every", 9), ("microbatch_size", 1)])

@@ -21,7 +21,7 @@ from distill.lessons.join import Join, Joined, Lesson, SoftPlace, TrainingSequen
 from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import SPANS, Annotation, Example, FilteredRationale, Prompt, RowCounts, Span, Target
-from tests.conftest import CountingTeacher, arithmetic, examples
+from tests.conftest import CountingTeacher, arithmetic, by_span, examples
 from tests.lessons.conftest import soft
 
 ALL_TARGETS = frozenset((span, source) for span in SPANS for source in ("labels", "teacher", "soft"))
@@ -46,6 +46,12 @@ def make_join(
     return Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
 
 
+def is_of(sequence: TrainingSequence, prompt: Prompt) -> bool:
+    """Whether a sequence has the tokens and spans of a prompt."""
+    spans = {target.span: (target.start, target.stop) for target in sequence.targets}
+    return (sequence.ids, spans) == (prompt.ids, prompt.spans)
+
+
 def annotation(prompts: Prompts, answer: str) -> Annotation:
     ids = prompts.answer_ids(answer)
     return Annotation("", {"answer": Target(ids, soft(len(ids)))}, answer)
@@ -60,9 +66,9 @@ def test_gold_answers_are_labels_and_teacher_answers_are_not(prompts: Prompts, t
     by_gold, by_teacher = (
         lesson.sequences[0] for lesson in join.join([replace(gold, rationale=None), unlabelled]).lessons
     )
-    assert (by_gold.labelled, by_teacher.labelled) == ({"answer"}, set())
-    assert by_teacher.prompt == prompts.answer_prompt(unlabelled, "8")
-    assert by_gold.soft["answer"].num_positions == len(prompts.answer_ids(gold.answer))
+    assert [sequence.targets[0].is_labelled for sequence in (by_gold, by_teacher)] == [True, False]
+    assert is_of(by_teacher, prompts.answer_prompt(unlabelled, "8"))
+    assert by_gold.targets[0].soft.num_positions == len(prompts.answer_ids(gold.answer))
 
 
 def test_targets_for_other_token_ids_are_refused(prompts: Prompts, tmp_path: Path) -> None:
@@ -101,15 +107,14 @@ def test_only_kept_rationales_reach_the_lessons(prompts: Prompts, tmp_path: Path
         writer.add([reasoned])
     filtered = {kept.id: [FilteredRationale(kept.id, replace(reasoned, targets={}), "gold", None)]}
     join = make_join(prompts, tmp_path, [kept, rejected, explained], annotations, rationales=filtered)
-    sequences_by_example = {
-        lesson.example_id: lesson.sequences for lesson in join.join([kept, rejected, explained]).lessons
-    }
-    spans = {name: [set(s.prompt.spans) for s in sequences] for name, sequences in sequences_by_example.items()}
+    lessons = join.join([kept, rejected, explained]).lessons
+    sequences_by_example = {id_: lesson.sequences for lesson in lessons for id_ in lesson.example_ids}
+    spans = {name: [s.spans for s in sequences] for name, sequences in sequences_by_example.items()}
     assert spans[kept.id] == spans[explained.id] == [{"answer"}, {"rationale"}]
     assert spans[rejected.id] == [{"answer"}]
-    assert sequences_by_example[kept.id][1].prompt == prompts.rationale_prompt(kept, "By the teacher.", None)
-    assert sequences_by_example[kept.id][1].soft["rationale"].num_positions == len(ids)
-    assert sequences_by_example[explained.id][1].soft == {}
+    assert is_of(sequences_by_example[kept.id][1], prompts.rationale_prompt(kept, "By the teacher.", None))
+    assert sequences_by_example[kept.id][1].targets[0].soft.num_positions == len(ids)
+    assert sequences_by_example[explained.id][1].targets[0].soft is None
 
 
 def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_path: Path) -> None:
@@ -121,14 +126,14 @@ def test_each_further_rationale_is_a_lesson_of_its_own(prompts: Prompts, tmp_pat
     records = {example.id: annotation(prompts, example.answer)}
     join = make_join(prompts, tmp_path, [example], records, rationales=filtered, needed=words)
     joined_lessons = join.join([example]).lessons
-    assert [[set(s.prompt.spans) for s in lesson.sequences] for lesson in joined_lessons] == [
+    assert [[s.spans for s in lesson.sequences] for lesson in joined_lessons] == [
         [{"answer"}, {"rationale"}],
         [{"rationale"}],
         [{"rationale"}],
     ]
     expected_prompts = [prompts.rationale_prompt(example, text, None) for text in texts]
-    assert [lesson.sequences[-1].prompt for lesson in joined_lessons] == expected_prompts
-    assert {(lesson.example_id, lesson.answer, lesson.confidence) for lesson in joined_lessons} == {
+    assert all(is_of(le.sequences[-1], prompt) for le, prompt in zip(joined_lessons, expected_prompts, strict=True))
+    assert {(*lesson.example_ids, lesson.answer, lesson.confidence) for lesson in joined_lessons} == {
         (example.id, example.answer, 0.75)
     }
 
@@ -138,8 +143,8 @@ def test_a_reasoned_answer_follows_its_rationale(prompts: Prompts, tmp_path: Pat
     join = make_join(prompts, tmp_path, [example], {example.id: annotation(prompts, example.answer)}, answer="reasoned")
     (lesson,) = join.join([example, Example("And this, which nobody explained?", "3")]).lessons
     (sequence,) = lesson.sequences
-    assert sequence.prompt == prompts.rationale_prompt(example, example.rationale, example.answer)
-    assert sequence.labelled == {"answer", "rationale"}
+    assert is_of(sequence, prompts.rationale_prompt(example, example.rationale, example.answer))
+    assert [target.is_labelled for target in sequence.targets] == [True, True]
 
 
 @pytest.mark.parametrize(("conclusion", "learned"), [("8", "8"), ("7", "7"), ("9", "7")])
@@ -152,8 +157,8 @@ def test_a_rationale_is_followed_by_the_right_answer_that_it_leads_to(
     words = frozenset((span, "labels") for span in SPANS)
     join = make_join(prompts, tmp_path, [example], {}, rationales=filtered, needed=words, answer="reasoned")
     ((sequence,),) = (lesson.sequences for lesson in join.join([example]).lessons)
-    assert sequence.prompt == prompts.rationale_prompt(example, "By the teacher.", learned)
-    assert sequence.labelled == {"answer", "rationale"}
+    assert is_of(sequence, prompts.rationale_prompt(example, "By the teacher.", learned))
+    assert [target.is_labelled for target in sequence.targets] == [True, True]
 
 
 def test_unread_targets_make_no_lesson_and_too_long_examples_are_listed(prompts: Prompts, tmp_path: Path) -> None:
@@ -183,7 +188,8 @@ def test_an_annotation_that_holds_its_targets_is_not_looked_up_in_the_cache(
     join = make_join(prompts, tmp_path, [example], {}, rationales=filtered, answer="reasoned")
     ((sequence,),) = (lesson.sequences for lesson in join.join([example]).lessons)
     (number, span) = (len(ids), "rationale") if is_soft else (len(answer_ids), "answer")
-    assert sequence.soft == {span: SoftPlace(("f" * 32, span), number)}
+    softs = {name: target.soft for name, target in by_span(sequence).items() if target.soft}
+    assert softs == {span: SoftPlace(("f" * 32, span), number)}
 
 
 def paired(prompts: Prompts, folder: Path, id_V: np.ndarray, answer: str = "8") -> Joined:
@@ -199,13 +205,13 @@ def test_soft_targets_are_left_out_where_one_of_the_models_lacks_a_token_of_the_
     same = np.arange(prompts.vocabulary_size)
     ids = prompts.answer_ids("8")
     (lesson,) = paired(prompts, tmp_path / "same", same).lessons
-    assert lesson.sequences[0].soft["answer"].num_positions == len(ids)
+    assert lesson.sequences[0].targets[0].soft.num_positions == len(ids)
     teacher_lacks, student_lacks = same.copy(), same.copy()
     student_lacks[[ids[0], -1]] = -1, ids[0]  # another token of the teacher is the student's first one
     teacher_lacks[ids[0]] = same[-1]  # no token of the teacher is the student's first one
     for name, id_V in (("student", student_lacks), ("teacher", teacher_lacks)):
         (lesson,) = paired(prompts, tmp_path / name, id_V).lessons
-        assert lesson.sequences[0].soft == {}
+        assert lesson.sequences[0].targets[0].soft is None
     swapped = same.copy()
     swapped[[ids[0], 0]] = 0, ids[0]
     with pytest.raises(CacheError, match="tokenize this target differently"):
@@ -215,12 +221,12 @@ def test_soft_targets_are_left_out_where_one_of_the_models_lacks_a_token_of_the_
 def test_positions_are_counted_by_span_and_source() -> None:
     prompt = Prompt((0,) * 12, {"rationale": (3, 8), "answer": (8, 12)})
     place = SoftPlace(("0" * 32, "rationale"), 4)
-    counts = TrainingSequence(prompt, frozenset({"answer"}), {"rationale": place}).counts()
+    sequence = TrainingSequence.of(prompt, "", {"answer"}, {"rationale": place})
     numbers = {"labels": (0, 4), "teacher": (5, 0), "soft": (4, 0)}
     spans: tuple[Span, ...] = ("rationale", "answer")
     expected = {(span, key): pair[index] for key, pair in numbers.items() for index, span in enumerate(spans)}
-    assert dict(counts) == expected
-    twice = Lesson("", (TrainingSequence(prompt, frozenset({"answer"}), {"rationale": place}),) * 2)
+    assert dict(sequence.counts()) == expected
+    twice = Lesson((sequence,) * 2)
     assert twice.counts() == Counter({key: 2 * number for key, number in expected.items()})
     assert twice.num_tokens == 24
 
@@ -238,7 +244,7 @@ def test_a_student_learns_from_train_and_is_validated_on_validation_only(configu
     job = prepare(configured("loss=[answer,kl,rationale]"), Path("unused"))
     curriculum, splits = build_curriculum(job), job.annotation_job.splits
     train_ids, validation_ids = (
-        {lesson.example_id for lesson in part} for part in (curriculum.train, curriculum.validation)
+        {id_ for lesson in part for id_ in lesson.example_ids} for part in (curriculum.train, curriculum.validation)
     )
     assert train_ids
     assert train_ids <= {example.id for example in splits.train}

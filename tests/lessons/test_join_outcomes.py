@@ -98,13 +98,13 @@ def described(prompts: Prompts, lesson: Lesson) -> list[str]:
     lines = []
     for sequence in lesson.sequences:
         words = []
-        for span, (start, stop) in sequence.prompt.spans.items():
-            ids = sequence.prompt.ids[start:stop]
+        for target in sequence.targets:
+            span, ids = target.span, sequence.ids[target.start : target.stop]
             text = prompts.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            place = sequence.soft.get(span)
+            place = target.soft
             key = f" ({place.place[0][0]}{int(place.place[0][1:], 16)})" if place else ""
             assert place is None or (place.place[1], place.num_positions) in ((span, len(ids)), (span, len(ids) - 1))
-            words.append(f"{'*' * (span in sequence.labelled)}{text}{key}")
+            words.append(f"{'*' * target.is_labelled}{text}{key}")
         lines.append(" | ".join(words))
     return lines
 
@@ -240,11 +240,13 @@ def test_an_example_becomes_these_lessons_or_is_lost_for_this_reason(
 ) -> None:
     joined = join(prompts, tmp_path, answer, needed, has_second=has_second)
     name_of = {example.id: name for name, example in EXAMPLES.items()}
-    assert [(name_of[lesson.example_id], *described(prompts, lesson)) for lesson in joined.lessons] == lessons
+    assert [
+        (*map(name_of.get, lesson.example_ids), *described(prompts, lesson)) for lesson in joined.lessons
+    ] == lessons
     assert {name_of[key]: reason for key, reason in joined.lost.items()} == {
         name: reason for reason, names in lost.items() for name in names.split()
     }
     for lesson in joined.lessons:
-        assert (lesson.answer, lesson.confidence) == ANSWERS[name_of[lesson.example_id]]
+        assert (lesson.answer, lesson.confidence) == ANSWERS[name_of[lesson.example_ids[0]]]
     assert joined.counts.read == len(EXAMPLES) == joined.counts.kept + sum(joined.counts.lost.values())
     assert {name_of[key] for key in joined.too_long} == ({"long"} if answer == "direct" else set())

@@ -108,7 +108,7 @@ def test_validation_reads_no_more_at_once_than_training(prompts: Prompts) -> Non
         shapes = [batch.input_ids_BT.numel() if unit == "tokens" else len(batch.example_ids) for batch in batches]
         assert max(shapes) <= size
         assert sorted(name for batch in batches for name in batch.example_ids) == sorted(
-            x.example_id for x in validation
+            id_ for lesson in validation for id_ in lesson.example_ids
         )
 
 

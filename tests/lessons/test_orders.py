@@ -20,7 +20,7 @@ from tests.conftest import read
 def lesson_of(num_tokens: int, confidence: float | None = None) -> Lesson:
     """A lesson of so many tokens, the last of which is its answer."""
     prompt = Prompt((0,) * num_tokens, {"answer": (num_tokens - 1, num_tokens)})
-    return Lesson("", (TrainingSequence(prompt, frozenset(), {}),), None, confidence)
+    return Lesson((TrainingSequence.of(prompt, "", (), {}),), None, confidence)
 
 
 def sampler(all_lessons: list[Lesson], **settings: Any) -> StepSampler:

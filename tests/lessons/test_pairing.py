@@ -13,7 +13,7 @@ from distill.prompts.tokenizers import load_tokenizer
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.preflight import data_checks
 from distill.training.preflight.inputs import samples_of
-from tests.conftest import compose, tiny_overrides
+from tests.conftest import by_span, compose, tiny_overrides
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,17 @@ def taught(chat_folder: Path, student_folder: Path, tmp_path_factory: pytest.Tem
 def test_lessons_end_with_the_students_end_and_its_soft_target_is_that_of_the_teachers(taught: Any) -> None:
     job, curriculum = taught
     assert (job.annotation_job.prompts.end, job.prompts.end) == (320, 1)
-    assert any(lesson.sequences[0].soft for lesson in curriculum.train)
+    assert any(lesson.sequences[0].targets[0].soft for lesson in curriculum.train)
     for lesson in curriculum.train:
         (sequence,) = lesson.sequences
-        place = sequence.soft["answer"].place
-        assert sequence.prompt.ids[-1] == 1
+        place = by_span(sequence)["answer"].soft.place
+        assert sequence.ids[-1] == 1
         stored = job.annotation_job.store.soft_targets([place])
         pairs = zip(curriculum.read([place]).rows(), stored.rows(), strict=True)
         for (ids, logprobs), (own_ids, own_logprobs) in pairs:
             own = [(1 if i == 320 else i, p) for i, p in zip(own_ids.tolist(), own_logprobs, strict=True) if i != 1]
             assert list(zip(ids.tolist(), logprobs, strict=True)) == own
-    read = [curriculum.read([lesson.sequences[0].soft["answer"].place]).ids_E for lesson in curriculum.train]
+    read = [curriculum.read([lesson.sequences[0].targets[0].soft.place]).ids_E for lesson in curriculum.train]
     assert max(ids_E.max() for ids_E in read) < job.prompts.vocabulary_size == 320
     assert any(1 in ids_E for ids_E in read)  # the end
 

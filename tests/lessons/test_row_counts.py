@@ -195,8 +195,8 @@ def test_every_row_and_every_rationale_is_counted_under_its_reason(
     num_learned, number = data.rationales.pop("", 0), data.rationales.total()
     assert rows["rationales"] == RowCounts(num_learned + number, dict(data.rationales), num_learned)
     for split, lessons in (("train", curriculum.train), ("validation", curriculum.validation)):
-        assert rows[split].kept == len({lesson.example_id for lesson in lessons})
-    spans = [span for lesson in curriculum.train for sequence in lesson.sequences for span in sequence.prompt.spans]
+        assert rows[split].kept == len({id_ for lesson in lessons for id_ in lesson.example_ids})
+    spans = [span for lesson in curriculum.train for sequence in lesson.sequences for span in sequence.spans]
     assert spans.count("rationale") == num_learned
     if "rationale" in losses:
         impossible = {"outvoted", "surplus"} if num_samples == 1 else {"no reference"}

@@ -56,11 +56,11 @@ def taught(job: Job, curriculum: Curriculum) -> dict[str, list[str]]:
     """The answers in the lessons of the unlabelled examples, by question."""
     questions = {example.id: example.question for example in job.annotation_job.splits.train if example.answer is None}
     texts: dict[str, list[str]] = {question: [] for question in questions.values()}
-    for lesson in curriculum.train:
-        for sequence in lesson.sequences:
-            start, stop = sequence.prompt.spans["answer"]
-            if lesson.example_id in questions:
-                texts[questions[lesson.example_id]].append(job.prompts.text(sequence.prompt.ids[start:stop]))
+    for sequence in (sequence for lesson in curriculum.train for sequence in lesson.sequences):
+        for target in sequence.targets:
+            if target.example_id in questions:
+                learned = job.prompts.text(sequence.ids[target.start : target.stop])
+                texts[questions[target.example_id]].append(learned)
     return texts
 
 
@@ -86,7 +86,7 @@ def test_texts_are_all_taught_and_numbers_are_votes(
     assert answers == split_of(job, column)
     num_taught = sum(map(len, answers.values()))
     assert curriculum.rows["answers"] == RowCounts(20, lost, num_taught)
-    assert curriculum.rows["train"].kept == len({lesson.example_id for lesson in curriculum.train})
+    assert curriculum.rows["train"].kept == len({id_ for lesson in curriculum.train for id_ in lesson.example_ids})
 
 
 def test_a_further_answer_that_is_too_long_is_counted_and_costs_no_other(tmp_path: Path, folders: Folders) -> None:

@@ -353,7 +353,11 @@ def test_only_kept_rationales_reach_the_student(configured: Callable[..., DictCo
     curriculum = build_curriculum(job)
     assert {c.reason for c in curriculum.rationales} == {None, "disagrees", "unreadable", "truncated", "empty"}
     taught = {
-        lesson.example_id for lesson in curriculum.train for s in lesson.sequences if "rationale" in s.prompt.spans
+        target.example_id
+        for lesson in curriculum.train
+        for sequence in lesson.sequences
+        for target in sequence.targets
+        if target.span == "rationale"
     }
     taught_by_teacher = taught & {e.id for e in unlabelled}
     assert taught_by_teacher == {i for i, case in cases.items() if case == "good"}

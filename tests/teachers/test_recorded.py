@@ -107,14 +107,14 @@ def test_a_second_teacher_scores_the_texts_of_the_first(
     index = 7  # without a label
     example = job.annotation_job.splits.train[index + 1]
     assert example.answer is None
-    (lesson,) = (lesson for lesson in curriculum.train if lesson.example_id == example.id)
+    (lesson,) = (lesson for lesson in curriculum.train if lesson.example_ids == (example.id,))
     prompts = job.soft_annotation_job.prompts
     for sequence, text in zip(lesson.sequences, (str(index), f"Since it is {index}, it is so."), strict=True):
-        (span,) = sequence.prompt.spans
-        start, stop = sequence.prompt.spans[span]
+        (target,) = sequence.targets
+        span = target.span
         target_ids = prompts.answer_ids(text) if span == "answer" else (*prompts.rationale_ids(text), prompts.end)
-        assert sequence.prompt.ids[start:stop] == target_ids
-        soft = curriculum.read([sequence.soft[span].place])
+        assert sequence.ids[target.start : target.stop] == target_ids
+        soft = curriculum.read([target.soft.place])
         # Reference: a single pass over the whole text, without a shared prefix or a cache.
         request = prompts.request(replace(example, answer=None), span, given=text)
         with loaded(job.soft_annotation_job.teacher) as model, torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import socket
 import subprocess
 import threading
@@ -89,20 +90,18 @@ def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> T
     sums: dict[str, Tensor] = {}
     numbers: Counter[str] = Counter()
     for sequence in (s for lesson in lessons for s in lesson.sequences):
-        logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
-        for name, objective in objectives().items():
-            start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
-            place = sequence.soft.get(objective.span)
+        logits_TV = model(torch.tensor([sequence.ids])).logits[0, :, :vocabulary_size]
+        for (name, objective), target in itertools.product(objectives().items(), sequence.targets):
+            if target.span != objective.span:
+                continue
+            place = target.soft
             soft = read([place.place]) if place else None
             chosen = (place.chosen or range(place.num_positions)) if place else ()
-            for offset, position in enumerate(range(start, stop)):
+            for offset, position in enumerate(range(target.start, target.stop)):
                 log_q_V = logits_TV[position - 1].log_softmax(-1)
-                has_source = {
-                    "labels": objective.span in sequence.labelled,
-                    "teacher": objective.span not in sequence.labelled,
-                }
+                has_source = {"labels": target.is_labelled, "teacher": not target.is_labelled}
                 if has_source.get(objective.source, False):
-                    value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.prompt.ids[position]))
+                    value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.ids[position]))
                 elif objective.source == "soft" and soft is not None and offset in chosen:
                     row = chosen.index(offset)
                     ids, logprobs = list(soft.rows())[row]

@@ -43,7 +43,7 @@ def conversations(configured: Configured, teacher_folder: Path, student_folder: 
 @pytest.mark.slow
 @pytest.mark.parametrize("learn", ["all", "last"])
 def test_every_learned_turn_of_a_conversation_is_a_lesson_after_its_whole_rendering(
-    learn: str, conversations: Configured, tmp_path: Path
+    learn: str, conversations: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = prepare(conversations("prompt=chat", f"task.learn={learn}", "loss=[answer,kl]"), tmp_path / "run")
     splits = job.annotation_job.splits
@@ -59,7 +59,13 @@ def test_every_learned_turn_of_a_conversation_is_a_lesson_after_its_whole_render
         start, stop = learned[match]
         assert tokenizer.decode(match[start:stop]).removesuffix("</s>").strip() == example.answer
     facts, results = distilled(job)
+    assert not [check for check in facts["preflight"] if check["passed"] is False and check["is_fatal"]]
     assert {"template", "text", "end"} <= {check["check"] for check in facts["preflight"] if check["passed"]}
+    num_conversations = len({example.opening for example in splits.train})
+    assert facts["counts"]["lessons"] == num_conversations
+    assert (num_conversations < len(splits.train)) == (learn == "all")
+    unit = f"in {num_conversations} lessons: 2 steps of 4 lessons" if learn == "all" else ": 2 steps of 4 examples"
+    assert f"training on {len(splits.train)} examples{' ' * (learn == 'all')}{unit}" in capsys.readouterr().err
     assert results["rows"]["student"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert {row["id"] for row in rows} == {example.id for example in splits.test}

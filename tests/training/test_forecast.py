@@ -178,11 +178,11 @@ def test_bounds_are_not_below_the_actual_figures(
             if not request.given_ids
         )
         assert num_written <= max_written
-    longest = {lesson.example_id: 0 for lesson in forecast.curriculum.train}
+    longest = dict.fromkeys((lesson.example_ids for lesson in forecast.curriculum.train), 0)
     for lesson in forecast.curriculum.train:
-        longest[lesson.example_id] = max(longest[lesson.example_id], lesson.num_tokens)
+        longest[lesson.example_ids] = max(longest[lesson.example_ids], lesson.num_tokens)
     for lesson in curriculum.train:
-        assert lesson.num_tokens <= longest[lesson.example_id]
+        assert lesson.num_tokens <= longest[lesson.example_ids]
     assert len(curriculum.train) <= len(forecast.curriculum.train)
     assert max(lesson.num_tokens for lesson in forecast.curriculum.train) <= 2 * config.prompt.max_length
 

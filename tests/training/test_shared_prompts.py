@@ -99,11 +99,11 @@ def test_a_model_that_does_not_support_shared_prompts_is_detected(name: str, pro
 def test_no_branch_attends_to_another(name: str, prompts: Prompts) -> None:
     (lesson_with_branches,) = [lesson.branched() for lesson in lessons(prompts, 3) if len(lesson.sequences) > 1]
     batch, module = collate([lesson_with_branches], {}, 1, read), student_module(family_model(name), prompts)
-    prompt = lesson_with_branches.sequences[0].prompt
+    (sequence,) = lesson_with_branches.sequences
     assert batch.branch_BT is not None
     branch_N = batch.branch_BT[0, batch.before_N]
     before_NH = module.hidden(batch)
-    for branch, position in enumerate((prompt.branches[0] - 1, *prompt.branches)):
+    for branch, position in enumerate((sequence.branches[0] - 1, *sequence.branches)):
         changed_BT = batch.input_ids_BT.clone()
         changed_BT[0, position] = 300
         after_NH = module.hidden(replace(batch, input_ids_BT=changed_BT))

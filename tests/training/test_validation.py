@@ -111,7 +111,7 @@ def test_rationale_and_following_answer_have_targets_at_their_positions(
             continue
         prompt = few_shot_prompts.rationale_prompt(example, annotation.rationale, "7")
         soft = {span: keep(target.soft) for span, target in annotation.targets.items() if target.soft is not None}
-        made_lessons.append(Lesson(example.id, (TrainingSequence(prompt, frozenset(), soft),)))
+        made_lessons.append(Lesson((TrainingSequence.of(prompt, example.id, (), soft),)))
         assert set(soft) == {"answer", "rationale"}
     assert len(made_lessons) >= 4
     module = student_module(open_whole_student(teacher_folder, torch.float32).eval(), prompts, "kl", "rationale_kl")

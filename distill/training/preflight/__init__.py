@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from distill.models.placement import on_device
-from distill.prompts.preview import preview
+from distill.prompts.preview import marked
 from distill.training.preflight import data_checks, model_checks
-from distill.training.preflight.inputs import Finding, PreflightInput, plain_prompts, samples_of
+from distill.training.preflight.inputs import Finding, PreflightInput, plain, samples_of
 from distill.training.preflight.resources import resources
 
 __all__ = ["Finding", "PreflightInput", "example", "preflight", "resource_findings", "table"]
@@ -47,8 +47,10 @@ def resource_findings(inputs: PreflightInput) -> list[Finding]:
 
 def example(inputs: PreflightInput) -> str:
     """Return the first lesson as the student sees it, with the tokens that it learns in ⟦ ⟧."""
-    prompts = (prompt for sequence in inputs.lessons[0].sequences for prompt in plain_prompts(sequence))
-    texts = (textwrap.indent(preview(inputs.prompts, prompt), "  ") for prompt in prompts)
+    texts = []
+    for sequence in (part for whole in inputs.lessons[0].sequences for part in plain(whole)):
+        ranges = [(target.start, target.stop) for target in sequence.targets]
+        texts.append(textwrap.indent(marked(inputs.prompts, sequence.ids, ranges), "  "))
     return "the first lesson as the student sees it, with the tokens to learn in ⟦ ⟧:\n" + "\n  --\n".join(texts)
 
 

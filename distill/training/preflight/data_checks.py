@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from distill.lessons.join import Lesson, TrainingSequence
+from distill.lessons.join import Lesson, PlacedTarget, TrainingSequence
 from distill.models.body import max_positions
 from distill.prompts.pieces import same_text
-from distill.records import SPANS, AnswerDefect, Batch, Prompt, Span
-from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain_prompts, spans_of
+from distill.prompts.rendering import Prompts
+from distill.records import SPANS, AnswerDefect, Batch, Example, Span
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, plain, targets_of
 
 _ROUNDING = 1e-3  # tolerance of log-probabilities above 0
 _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
@@ -51,10 +52,7 @@ def _length(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
     """The model has a position for every token of the longest text."""
     limit = max_positions(inputs.module.model.config)
     longest = max(
-        len(prompt.ids)
-        for lesson in inputs.lessons
-        for sequence in lesson.sequences
-        for prompt in plain_prompts(sequence)
+        len(part.ids) for lesson in inputs.lessons for sequence in lesson.sequences for part in plain(sequence)
     )
     yield Finding(
         "length",
@@ -83,8 +81,8 @@ def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Findi
 
 def _lost(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
     """Most of what the teacher wrote can be learned."""
-    sequences = [sequence for lesson in inputs.lessons for sequence in lesson.sequences]
-    num_taught = sum("answer" in s.prompt.spans and "answer" not in s.labelled for s in sequences)
+    targets = (target for lesson in inputs.lessons for sequence in lesson.sequences for target in sequence.targets)
+    num_taught = sum(target.span == "answer" and not target.is_labelled for target in targets)
     spans = {objective.span for objective in inputs.objectives.values()}
     train, rationales = inputs.rows["train"], inputs.rows["rationales"]
     yield _lost_texts("answers", train.lost, num_taught, train.kept)
@@ -113,7 +111,7 @@ def _lost_texts(check: str, reasons: Mapping[str, int], num_taught: int, num_exa
 def _labels(_: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
     num_wrong, num_labels = 0, 0
     for batch, lessons in ((sample.batch, sample.lessons) for sample in samples):
-        expected = [token for _, prompt, _, a, b in spans_of(lessons) for token in prompt.ids[a:b]]
+        expected = [token for s, target in targets_of(lessons) for token in s.ids[target.start : target.stop]]
         after_N = (batch.before_N + 1).clamp(max=batch.input_ids_BT.shape[1] - 1)
         is_next_N = batch.label_N == batch.input_ids_BT[batch.sequence_N, after_N]
         is_complete = batch.label_N.tolist() == expected
@@ -157,8 +155,8 @@ def _likelihoods(batch: Batch, by: int) -> np.ndarray:
     soft, label_N = batch.soft, batch.label_N.numpy()
     position_E, ids_E, p_E = soft.position_E.numpy(), soft.ids_E.numpy(), soft.logprobs_E.double().exp().numpy()
     neighbour_N = np.roll(label_N, -by)
-    place_N = np.stack([batch.sequence_N.numpy(), batch.span_N.numpy(), batch.before_N.numpy()])
-    is_adjacent_N = (np.roll(place_N, -by, 1) == place_N + np.array([[0], [0], [by]])).all(0)
+    place_N = np.stack([batch.target_N.numpy(), batch.before_N.numpy()])
+    is_adjacent_N = (np.roll(place_N, -by, 1) == place_N + np.array([[0], [by]])).all(0)
     is_used_N = is_adjacent_N & batch.is_soft_N.numpy() & (label_N != neighbour_N)
     both = (label_N, neighbour_N)
     sums = [np.bincount(position_E, p_E * (ids_E == ids_N[position_E]), len(label_N)) for ids_N in both]
@@ -166,12 +164,12 @@ def _likelihoods(batch: Batch, by: int) -> np.ndarray:
 
 
 def _template(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
-    spans = [span for sample in samples for span in spans_of(sample.lessons)]
-    differences = [reason for span in spans if (reason := _difference(inputs, *span))]
+    targets = [placed for sample in samples for placed in targets_of(sample.lessons)]
+    differences = [reason for placed in targets if (reason := _difference(inputs, *placed))]
     yield Finding(
         "template",
         not differences,
-        f"{len(differences)} of {len(spans)} targets differ"
+        f"{len(differences)} of {len(targets)} targets differ"
         + (f", for example: {differences[0]}" if differences else ""),
         "0",
         "Teacher and student render prompts or targets differently: compare task.layout and tokenizers, annotate again",
@@ -179,22 +177,20 @@ def _template(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Fin
     )
 
 
-def _difference(
-    inputs: PreflightInput, sequence: TrainingSequence, prompt: Prompt, span: Span, start: int, stop: int
-) -> str | None:
+def _difference(inputs: PreflightInput, sequence: TrainingSequence, target: PlacedTarget) -> str | None:
     """Return how a target differs from the student's rendering of the teacher's text, or None."""
-    prompts, ids = inputs.prompts, prompt.ids[start:stop]
-    if not prompts.is_before_target(prompt.ids[:start], span):
+    prompts, span, ids = inputs.prompts, target.span, sequence.ids[target.start : target.stop]
+    if not prompts.is_before_target(sequence.ids[: target.start], span):
         return f"the {span} {prompts.text(ids)!r} does not follow {prompts.around_question(span)[1]!r}"
-    if span not in sequence.soft:
+    if target.soft is None:
         return None
-    key, _ = sequence.soft[span].place
+    key, _ = target.soft.place
     annotation = inputs.annotation(key)
     target_ids = annotation.targets[span].token_ids
     if target_ids != ids[: len(target_ids)]:
         return f"the teacher read {prompts.text(target_ids)!r}, the student {prompts.text(ids)!r}"
     text = annotation.answer if span == "answer" else annotation.rationale
-    if text is None or (span == "answer" and (span in sequence.labelled or inputs.has_second_teacher)):
+    if text is None or (span == "answer" and (target.is_labelled or inputs.has_second_teacher)):
         return None  # the teacher scored the gold answer or another teacher's, which need not be its own
     rendered = prompts.answer_ids(text) if span == "answer" else prompts.rationale_ids(text)
     if rendered != target_ids or "".join(prompts.text(target_ids).split()) != "".join(text.split()):
@@ -219,21 +215,33 @@ def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
 
 
 def _lost_text(inputs: PreflightInput, lesson: Lesson) -> str | None:
-    """Return the prompt of a lesson as it is decoded if that differs from its text; it may be cut at its end."""
-    prompts, example = inputs.prompts, inputs.example(lesson.example_id)
-    question = example.question
-    for text in (*(message.content for message in example.history), example.answer, example.rationale):
-        if text is not None and not same_text(decoded := prompts.text(prompts.encode(text)), text.strip()):
+    """Return a text of a lesson as it is decoded, or its prompt up to a target, if that differs from the text."""
+    prompts, examples = inputs.prompts, {id_: inputs.example(id_) for id_ in lesson.example_ids}
+    for text in dict.fromkeys(text for example in examples.values() for text in _texts(example)):
+        if not same_text(decoded := prompts.text(prompts.encode(text)), text.strip()):
             return f"{text[:40]!r} is read back as {decoded[:40]!r}"
-    for _, prompt, span, start, _ in spans_of([lesson]):
-        before, after = prompts.around_question(span, example.history)
-        decoded = prompts.decode(prompt.ids[:start])
-        middle = decoded.removeprefix(before).removesuffix(after)
-        is_whole = decoded == f"{before}{middle}{after}" and same_text(middle, question)
-        is_cut = prompts.too_long == "cut" and question.startswith(middle.rstrip("\ufffd"))
-        if start == min(begin for begin, _ in prompt.spans.values()) and not (is_whole or is_cut):
-            return f"{question[:40]!r} is read back as {middle[:40]!r}"
+    for sequence, target in targets_of([lesson]):
+        first = next(other for other in sequence.targets if other.example_id == target.example_id)
+        reason = _lost_question(prompts, sequence.ids[: first.start], first.span, examples[target.example_id])
+        if reason:
+            return reason
     return None
+
+
+def _texts(example: Example) -> Iterator[str]:
+    """Yield the texts before and after the question."""
+    yield from (message.content for message in example.history)
+    yield from (text for text in (example.answer, example.rationale) if text is not None)
+
+
+def _lost_question(prompts: Prompts, ids: Sequence[int], span: Span, example: Example) -> str | None:
+    """Return the question as it is decoded from the tokens before a target, if it differs; it may be cut at its end."""
+    before, after = prompts.around_question(span, example.history)
+    decoded, question = prompts.decode(ids), example.question
+    middle = decoded.removeprefix(before).removesuffix(after)
+    is_whole = decoded == f"{before}{middle}{after}" and same_text(middle, question)
+    is_cut = prompts.too_long == "cut" and question.startswith(middle.rstrip("\ufffd"))
+    return None if is_whole or is_cut else f"{question[:40]!r} is read back as {middle[:40]!r}"
 
 
 def _end(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -243,8 +251,8 @@ def _end(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]
         used = [term.is_used_N for term in inputs.module.terms(batch).values()]
         is_used_N = torch.stack(used).any(0) if used else torch.zeros_like(batch.is_soft_N)
         is_answer_N = is_used_N & (batch.span_N == SPANS.index("answer"))
-        answers = set(batch.sequence_N[is_answer_N].tolist())
-        ended = set(batch.sequence_N[is_answer_N & (batch.label_N == inputs.prompts.end)].tolist())
+        answers = set(batch.target_N[is_answer_N].tolist())
+        ended = set(batch.target_N[is_answer_N & (batch.label_N == inputs.prompts.end)].tolist())
         num_answers, num_endless = num_answers + len(answers), num_endless + len(answers - ended)
     yield Finding(
         "end",

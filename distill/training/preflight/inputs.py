@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from distill.lessons.collate import collate
-from distill.lessons.join import Lesson, Read, TrainingSequence
+from distill.lessons.join import Lesson, PlacedTarget, Read, TrainingSequence
 from distill.losses import Objective
 from distill.models.batches import BatchUnit
 from distill.prompts.rendering import Prompts
-from distill.records import Annotation, Batch, Example, Prompt, RowCounts, SoftTargets, Span
+from distill.records import Annotation, Batch, Example, RowCounts, SoftTargets, Span
 from distill.training.module import MakeOptimizer, StudentModule
 
 _NUM_LESSONS, SAMPLE_SIZE = 32, 4  # lessons sampled in all, and in one batch
@@ -101,7 +101,8 @@ def samples_of(inputs: PreflightInput) -> list[Sample]:
 
 
 def _sample(inputs: PreflightInput, lessons: Sequence[Lesson]) -> Sample:
-    places = [soft.place for lesson in lessons for s in lesson.sequences for soft in s.soft.values()]
+    targets = (target for lesson in lessons for sequence in lesson.sequences for target in sequence.targets)
+    places = [target.soft.place for target in targets if target.soft]
     return Sample(
         tuple(lessons), collated(inputs, lessons, inputs.prompts.end), inputs.read(places) if places else None
     )
@@ -121,19 +122,15 @@ def longest(inputs: PreflightInput) -> list[Lesson]:
     return ordered[:count]
 
 
-def plain_prompts(sequence: TrainingSequence) -> Iterator[Prompt]:
-    """Yield a plain prompt for each branch of a sequence."""
-    prompt = sequence.prompt
-    shared = prompt.ids[: prompt.branches[0]] if prompt.branches else ()
-    for start, stop in itertools.pairwise((*(prompt.branches or (0,)), len(prompt.ids))):
-        move = len(shared) - start
-        spans = {name: (a + move, b + move) for name, (a, b) in prompt.spans.items() if start <= a < stop}
-        yield Prompt(shared + prompt.ids[start:stop], spans)
+def plain(sequence: TrainingSequence) -> Iterator[TrainingSequence]:
+    """Yield a sequence without branches for each branch of a sequence."""
+    shared = sequence.ids[: sequence.branches[0]] if sequence.branches else ()
+    for start, stop in itertools.pairwise((*(sequence.branches or (0,)), len(sequence.ids))):
+        targets = (target.moved(len(shared) - start) for target in sequence.targets if start <= target.start < stop)
+        yield TrainingSequence(shared + sequence.ids[start:stop], tuple(targets))
 
 
-def spans_of(lessons: Sequence[Lesson]) -> Iterator[tuple[TrainingSequence, Prompt, Span, int, int]]:
-    """Yield every span of the lessons, in batch order."""
-    for sequence in (sequence for lesson in lessons for sequence in lesson.sequences):
-        for prompt in plain_prompts(sequence):
-            for span, (start, stop) in sorted(prompt.spans.items(), key=lambda item: item[1]):
-                yield sequence, prompt, span, start, stop
+def targets_of(lessons: Sequence[Lesson]) -> Iterator[tuple[TrainingSequence, PlacedTarget]]:
+    """Yield every target of the lessons in its plain sequence, in batch order."""
+    for whole in (sequence for lesson in lessons for sequence in lesson.sequences):
+        yield from ((sequence, target) for sequence in plain(whole) for target in sequence.targets)

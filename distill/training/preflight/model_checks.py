@@ -22,7 +22,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import Shape, Term, head_loss
 from distill.records import Batch, Entries, SoftTargets
 from distill.training.module import StudentModule
-from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, spans_of
+from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, targets_of
 
 _KEPT = 64  # kept entries of the student's own distributions
 _KL_ROUNDING, _LOSS_ROUNDING = 1e-3, 1e-3
@@ -56,12 +56,13 @@ def _self_kl(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
 
 
 def _own_targets(inputs: PreflightInput, lessons: Sequence[Lesson], temperature: float) -> SoftTargets:
-    """Return the student's distribution at each position, one prompt at a time, without padding, branches or chunks."""
+    """Return the student's distribution at each position, one sequence at a time: no padding, branches or chunks."""
     model, targets = inputs.module.model, []
     size, codec, shape = inputs.prompts.vocabulary_size, TopK(k=_KEPT, temperature=temperature), Shape.of(model)
-    for _, prompt, _, start, stop in spans_of(lessons):
-        ids_BT = torch.tensor([prompt.ids], device=inputs.device)
-        hidden_NH = model.base_model(ids_BT, use_cache=False).last_hidden_state[0, start - 1 : stop - 1]
+    for sequence, target in targets_of(lessons):
+        ids_BT = torch.tensor([sequence.ids], device=inputs.device)
+        hidden_TH = model.base_model(ids_BT, use_cache=False).last_hidden_state[0]
+        hidden_NH = hidden_TH[target.start - 1 : target.stop - 1]
         for part_NH in hidden_NH.split(64):
             logits_NV = shape(model.get_output_embeddings()(part_NH).float())[:, :size]
             targets.append(codec.cut(logits_NV.log_softmax(-1), torch.zeros(len(logits_NV), dtype=torch.float64)))

@@ -149,7 +149,8 @@ def test_targets_can_be_concatenated_and_selected_by_row() -> None:
 @ALL_CODECS
 def test_a_batch_holds_the_reading_for_training(name: str, prompts: Prompts) -> None:
     all_lessons = lessons(prompts, 7, codec=codec(name))
-    softs = [read([soft.place]) for lesson in all_lessons for s in lesson.sequences for soft in s.soft.values()]
+    targets = [target for lesson in all_lessons for sequence in lesson.sequences for target in sequence.targets]
+    softs = [read([target.soft.place]) for target in targets]
     assert len(np.unique(np.concatenate([soft.num_N for soft in softs]))) > 1 or name in ("topk", "dense")
     batch = collate(all_lessons, {}, 0, read)
     assert batch.soft is not None

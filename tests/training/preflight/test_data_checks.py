@@ -21,7 +21,7 @@ from distill.training.fit import build_training, open_job_student, preflight_inp
 from distill.training.module import StudentModule
 from distill.training.preflight import PreflightInput, data_checks, preflight
 from distill.training.preflight.inputs import samples_of
-from tests.conftest import compose, objectives, reviews, tiny_overrides
+from tests.conftest import compose, objectives, reviews, tiny_overrides, with_targets
 from tests.training.preflight.conftest import failed_checks, findings_by_check, with_losses
 
 
@@ -33,7 +33,7 @@ def test_a_correct_run_passes_every_check(valid_input: PreflightInput) -> None:
 
 def test_a_correct_run_with_shared_prompts_passes_every_check(valid_input: PreflightInput) -> None:
     lessons = [lesson.branched() for lesson in valid_input.lessons]
-    assert any(lesson.sequences[0].prompt.branches for lesson in lessons)
+    assert any(lesson.sequences[0].branches for lesson in lessons)
     assert failed_checks(replace(valid_input, lessons=lessons)) == set()
 
 
@@ -173,13 +173,8 @@ def test_a_target_that_the_teacher_did_not_read_is_detected(valid_input: Preflig
 
 
 def test_tokens_that_do_not_decode_to_the_teachers_text_are_detected(valid_input: PreflightInput) -> None:
-    unlabelled = [
-        Lesson(lesson.example_id, tuple(replace(s, labelled=frozenset[Any]()) for s in lesson.sequences))
-        for lesson in valid_input.lessons
-    ]
-    keys = {
-        key: lesson for lesson in unlabelled for s in lesson.sequences for key, _ in [p.place for p in s.soft.values()]
-    }
+    unlabelled = [with_targets(lesson, is_labelled=False) for lesson in valid_input.lessons]
+    keys = {target.soft.place[0] for target in _targets(valid_input) if target.soft}
     texts = {key: valid_input.prompts.text(valid_input.annotation(key).targets["answer"].token_ids) for key in keys}
     kl = with_losses(replace(valid_input, lessons=unlabelled), objectives("kl"))
     matching = replace(kl, annotation=lambda key: replace(valid_input.annotation(key), answer=texts[key]))
@@ -199,7 +194,7 @@ def test_the_words_of_another_teacher_need_not_be_those_of_the_teacher_that_scor
     job = prepare(compose(*tiny, *options, "teacher.calibrate=5", "loss=[kl]"), tmp_path / "run")
     inputs = preflight_input(job, build_training(job, build_curriculum(job), open_job_student(job), []))
     texts = {
-        inputs.annotation(s.soft["answer"].place[0]).answer != lesson.answer
+        inputs.annotation(s.targets[0].soft.place[0]).answer != lesson.answer
         for lesson in inputs.lessons
         for s in lesson.sequences
     }
@@ -251,9 +246,9 @@ def test_an_answer_without_its_end_token_is_detected(valid_input: PreflightInput
     def without_end(lesson: Lesson) -> Lesson:
         sequences = []
         for sequence in lesson.sequences:
-            spans = {name: (start, stop - 1) for name, (start, stop) in sequence.prompt.spans.items()}
-            sequences.append(replace(sequence, prompt=replace(sequence.prompt, spans=spans), soft={}))
-        return Lesson(lesson.example_id, tuple(sequences))
+            targets = (replace(target, stop=target.stop - 1, soft=None) for target in sequence.targets)
+            sequences.append(replace(sequence, targets=tuple(targets)))
+        return Lesson(tuple(sequences))
 
     label_losses = with_losses(valid_input, objectives("answer", "rationale"))
     assert findings_by_check(label_losses)["end"].passed
@@ -265,7 +260,7 @@ def test_an_answer_without_its_end_token_is_detected(valid_input: PreflightInput
 def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_input: PreflightInput) -> None:
     captured = float(
         np.mean(
-            [1 - valid_input.read([p.place]).tail_N.mean() for s in _sequences(valid_input) for p in s.soft.values()]
+            [1 - valid_input.read([target.soft.place]).tail_N.mean() for target in _targets(valid_input) if target.soft]
         )
     )
     assert captured < 0.5
@@ -277,8 +272,9 @@ def test_little_captured_mass_is_a_warning_for_losses_that_read_the_rest(valid_i
     assert findings_by_check(confident)["captured mass"].found.startswith("0.900")
 
 
-def _sequences(preflight_input: PreflightInput) -> list[Any]:
-    return [sequence for lesson in preflight_input.lessons for sequence in lesson.sequences]
+def _targets(preflight_input: PreflightInput) -> list[Any]:
+    sequences = (sequence for lesson in preflight_input.lessons for sequence in lesson.sequences)
+    return [target for sequence in sequences for target in sequence.targets]
 
 
 @pytest.mark.parametrize(
@@ -296,10 +292,7 @@ def _sequences(preflight_input: PreflightInput) -> list[Any]:
 def test_a_run_stops_if_nearly_all_answers_of_the_teacher_are_lost(
     kept: int, lost: dict[str, int], is_fatal: bool, valid_input: PreflightInput
 ) -> None:
-    labelled = [
-        replace(lesson, sequences=tuple(replace(s, labelled=frozenset(s.prompt.spans)) for s in lesson.sequences))
-        for lesson in valid_input.lessons
-    ]
+    labelled = [with_targets(lesson, is_labelled=True) for lesson in valid_input.lessons]
     rows = valid_input.rows | {"train": RowCounts(kept + sum(lost.values()), lost, kept)}
     finding, *_ = data_checks._lost(replace(valid_input, lessons=labelled, rows=rows), [])
     assert finding.stops == is_fatal

@@ -14,7 +14,7 @@ import torch
 from distill.records import SoftTargets, SoftTargetsKey
 from distill.training.preflight import PreflightInput
 from distill.training.preflight.data_checks import _length
-from distill.training.preflight.inputs import collated, plain_prompts, samples_of
+from distill.training.preflight.inputs import collated, plain, samples_of
 from tests.conftest import objectives, student_module
 from tests.training.preflight.conftest import LOSSES, findings_by_check, with_losses
 
@@ -62,10 +62,7 @@ def test_a_wrong_tokenizer_is_a_warning_at_once(valid_input: PreflightInput) -> 
 def test_texts_longer_than_the_positions_of_the_student_stop_the_run(limit: int, valid_input: PreflightInput) -> None:
     """An attention window is no limit: a student reads longer texts with it, in training and when it is evaluated."""
     longest = max(
-        len(prompt.ids)
-        for lesson in valid_input.lessons
-        for sequence in lesson.sequences
-        for prompt in plain_prompts(sequence)
+        len(part.ids) for lesson in valid_input.lessons for sequence in lesson.sequences for part in plain(sequence)
     )
     valid_input.module.model.config.update({"max_position_embeddings": longest + limit, "sliding_window": 4})
     finding = next(iter(_length(valid_input, [])))

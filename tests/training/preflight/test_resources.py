@@ -89,5 +89,5 @@ def test_activations_grow_with_the_lessons(valid_input: PreflightInput) -> None:
     )
     assert bytes_of_four == pytest.approx(4 * bytes_of_one, rel=0.15)
     assert (
-        bytes_of_four > 4 * sum(len(s.prompt.ids) for s in valid_input.lessons[0].sequences) * 32 * 4 * 2
+        bytes_of_four > 4 * sum(len(s.ids) for s in valid_input.lessons[0].sequences) * 32 * 4 * 2
     )  # hidden states, 2 layers
