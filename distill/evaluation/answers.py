@@ -19,7 +19,7 @@ from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
 from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
 from distill.evaluation.metrics import Prediction, score
-from distill.evaluation.texts import TextMeasures, chrf, require_text_measures
+from distill.evaluation.texts import TextMeasures, require_text_measures, wording
 from distill.lessons.join import AnswerMode, first_span
 from distill.lessons.loader import BatchLimit
 from distill.models.body import Way
@@ -254,8 +254,8 @@ class Evaluation:
                 length=len(self._prompts.encode(text)) if (text := answers[k]) else 0,
                 gold_length=len(self._prompts.encode(example.answer or "")),
                 has_ended=has_ended[k],
-                chrf=chrf(text or "", example.right_answers),
-                teacher_chrf=chrf(text or "", [annotation.answer]) if annotation and annotation.answer else None,
+                wording=wording(text or "", example.right_answers),
+                teacher_wording=wording(text or "", [annotation.answer] if annotation and annotation.answer else []),
             )
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
@@ -416,5 +416,5 @@ def _teacher_measures(prompts: Prompts, example: Example, annotation: Annotation
         length=len(prompts.encode(text)),
         gold_length=len(prompts.encode(example.answer or "")),
         has_ended=not annotation.is_truncated,
-        chrf=chrf(text, example.right_answers),
+        wording=wording(text, example.right_answers),
     )

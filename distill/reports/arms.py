@@ -187,6 +187,8 @@ OF_TEXTS = (
     Column("teacher_cross_entropy", "cross-entropy along the teacher's texts", "CE teacher", 3),
     Column("chrf", "chrF", "chrF", 1),
     Column("teacher_chrf", "chrF to the teacher", "chrF teacher", 1),
+    Column("rouge_l", "ROUGE-L", "ROUGE-L", 1),
+    Column("teacher_rouge_l", "ROUGE-L to the teacher", "ROUGE-L teacher", 1),
     Column("length_ratio", "length, of the gold texts", "length", 2),
     Column("ended", "ended by themselves", "ended %", 1, PERCENT),
 )

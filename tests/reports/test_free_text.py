@@ -45,6 +45,7 @@ def texts(level: float, seed: int, number: int = NUM_TEXTS) -> list[dict[str, An
                 "gold_tokens": num_bytes // 4,
                 "gold_bytes": num_bytes,
                 "chrf": 100 * (1 - level) + noise.gauss(0, 5),
+                "rouge_l": 90 * (1 - level) + noise.gauss(0, 4),
                 "length": 10,
                 "has_ended": True,
             }
@@ -64,6 +65,8 @@ def figures(lines: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "kl": 0.4,
         "chrf": 30.0,
         "teacher_chrf": 35.0,
+        "rouge_l": 20.0,
+        "teacher_rouge_l": 25.0,
         "length_ratio": 0.9,
         "ended": 1.0,
         "training_seconds": 3.0,
@@ -78,7 +81,7 @@ def make_texts(make_run: Make) -> Make:
     def make(losses: tuple[str, ...], level: float, seed: int = 0, number: int = NUM_TEXTS, **more: Any) -> Path:
         lines = texts(level, seed, number)
         folder = make_run(losses, 0.5, seed, predictions=lines, **more)
-        unknown = dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "kl", "teacher_chrf"))
+        unknown = dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "kl", "teacher_chrf", "teacher_rouge_l"))
         results = {
             "teacher": figures(lines, **unknown, chrf=41.0),
             "before": figures(texts(0.9, 0, number)),
@@ -103,14 +106,15 @@ def test_the_lower_cross_entropy_is_better(make_texts: Make) -> None:
     low, high = verdict.difference.ends
     assert low < verdict.points < high < 0
     assert "has a lower cross-entropy" in verdict.sentence
-    chrf = verdict.difference.chrf
-    assert chrf.low < chrf.estimate < chrf.high
     arms = verdict.difference.arm, verdict.difference.rival
-    soft, labels = (
-        np.mean([line["chrf"] for lines in arm.predictions.values() for line in lines.values()]) for arm in arms
-    )
-    assert chrf.estimate == pytest.approx(soft - labels)
-    assert f"chrF to the gold texts: {soft - labels:+.1f} [" in verdict.sentence
+    for key, name in (("chrf", "chrF"), ("rouge_l", "ROUGE-L")):
+        soft, labels = (
+            np.mean([line[key] for lines in arm.predictions.values() for line in lines.values()]) for arm in arms
+        )
+        interval = verdict.difference.wordings[name]
+        assert interval.low < interval.estimate < interval.high
+        assert interval.estimate == pytest.approx(soft - labels)
+        assert f"{name} {soft - labels:+.1f} [" in verdict.sentence
     assert "nats per byte below labels alone at equal budget" in verdict.sentence
     (turned,) = summary_of(make_texts(LABELS, 0.55), make_texts(SOFT, 0.60)).verdicts
     assert (turned.status, turned.wording) == ("worse", "higher cross-entropy")
