@@ -84,7 +84,7 @@ def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[Fi
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
     direct = {id_: reader.words(r).whole_answer for id_, r in answer_requests.items() if r and r.key in store}
     direct_answers = {id_: answer for id_, answer in direct.items() if answer is not None}
-    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
+    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter, job.task.is_same)
 
 
 @contextmanager

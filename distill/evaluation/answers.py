@@ -284,8 +284,8 @@ class Evaluation:
         ]
 
 
-def _is_same(task: Task, left: str | None, right: str | None) -> bool:
-    return left is not None and right is not None and task.value(left) == task.value(right)
+def _is_same(task: Task, answer: str | None, reference: str | None) -> bool:
+    return answer is not None and reference is not None and task.is_same(answer, reference)
 
 
 def _prediction(

@@ -101,7 +101,7 @@ def wording(text: str, references: Sequence[str]) -> Wording | None:
 
 
 def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
-    """Return a model's figures: cross-entropies and KL per token or byte of all texts, the others as means over texts."""
+    """Return a model's figures: cross-entropies and KL per token or byte of all texts, others as means over texts."""
     gold = [(m.gold, m) for m in measures if m.gold]
     teacher = [m.teacher for m in measures if m.teacher]
     scored = [(read.kl, read.num_tokens) for read in teacher if read.kl is not None]

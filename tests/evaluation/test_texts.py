@@ -57,6 +57,9 @@ class TextTask:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
+
 
 @pytest.fixture(scope="module")
 def student(student_folder: Path) -> Any:

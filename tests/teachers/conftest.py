@@ -76,6 +76,9 @@ class Verbs:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
+
 
 def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
     """A teacher for `Verbs` with dense soft targets, not loaded."""
