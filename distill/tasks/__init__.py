@@ -43,7 +43,7 @@ class Task(Protocol):
         ...
 
     def is_same(self, answer: str, reference: str) -> bool:
-        """Whether an answer counts as the same as a reference: by its value, or by a rule that needs not be symmetrical."""
+        """Whether an answer counts as the same as a reference, by a rule that needs not be symmetrical."""
         ...
 
 
