@@ -13,7 +13,6 @@ from distill.reports.measures import ACCURACY, Measure, Status
 from distill.reports.runs import number
 from distill.reports.statistics import Interval, Matrix, detectable, family_level, paired_interval, recovered
 
-WORDINGS = (("chrf", "chrF"), ("rouge_l", "ROUGE-L"))  # keys of predictions of free texts, and names
 ONE_SEED = (
     "With one seed, the interval covers the sampling of test examples, not the spread between seeds: run more seeds "
     "before you rely on it."
@@ -36,7 +35,7 @@ class Difference:
 
     `level` is that of this interval, such that the intervals of all `num_comparisons` hold together. `share` is the
     recovered share of the teacher's advantage over the rival; with `has_teacher`, None means that the teacher has no
-    advantage. `wordings` are differences of the scores of `WORDINGS` that both arms have of their free texts, by name.
+    advantage. `overlaps` are the differences of the scores of wording that both arms have, by name.
     """
 
     arm: Arm
@@ -47,7 +46,7 @@ class Difference:
     share: Interval | None
     has_teacher: bool
     caveats: tuple[str, ...]
-    wordings: Mapping[str, Interval] = field(default_factory=dict)
+    overlaps: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
     def measure(self) -> Measure:
@@ -112,12 +111,12 @@ def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Differe
     has_teacher = paired.teacher is not None
     share = recovered(paired.rival, paired.arm, paired.teacher, level=own_level) if paired.teacher is not None else None
     limits = _limits(arm, rival, paired)
-    compared = {} if is_proportion else {n: _wording(arm, rival, paired, own_level, key) for key, n in WORDINGS}
-    wordings = {name: interval for name, interval in compared.items() if interval}
-    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, wordings)
+    compared = {name: _overlap(arm, rival, paired, own_level, key) for key, name in arm.measure.overlaps}
+    overlaps = {name: interval for name, interval in compared.items() if interval}
+    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, overlaps)
 
 
-def _wording(arm: Arm, rival: Arm, paired: Paired, level: float, key: str) -> Interval | None:
+def _overlap(arm: Arm, rival: Arm, paired: Paired, level: float, key: str) -> Interval | None:
     sides = [
         [[number(part.predictions[seed][id_].get(key)) for id_ in paired.ids] for seed in paired.seeds]
         for part in (arm, rival)

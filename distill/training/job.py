@@ -260,7 +260,8 @@ def _results(
     rows["student"] = model_row(predictions, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
-        on_validation = model_row(evaluation.predict(validation, {}), student)
+        annotations = _annotations(job, curriculum, validation, "answer")
+        on_validation = model_row(evaluation.predict(validation, annotations), student)
         key = measure_of(on_validation).key
         rows["student"] |= {f"validation_{key}": on_validation[key]}
     for name, speed in _speeds(job, evaluation).items():

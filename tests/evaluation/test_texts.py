@@ -224,9 +224,9 @@ def test_a_text_that_ran_into_the_limit_did_not_end_by_itself(student: Any, prom
 
 def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None:
     first = TextMeasures(
-        Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 6, 2, True, Wording(80.0, 60.0), Wording(40.0, 30.0)
+        Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 25, 6, 2, True, Wording(80.0, 60.0), Wording(40.0, 30.0)
     )
-    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 2, 6, False, Wording(20.0, 0.0), None)
+    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 15, 2, 6, False, Wording(20.0, 0.0), None)
     row = score_texts([first, second, TextMeasures()])
     assert row == {
         "num_examples": 3,
@@ -234,6 +234,7 @@ def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None
         "cross_entropy": 9 / 9,
         "cross_entropy_per_byte": 9 / 30,
         "teacher_cross_entropy": 10 / 5,
+        "teacher_cross_entropy_per_byte": 10 / 40,
         "kl": 2 / 4,
         "chrf": 50.0,
         "teacher_chrf": 40.0,
@@ -259,7 +260,8 @@ def test_the_teachers_text_is_compared_with_the_gold_text(prompts: Prompts) -> N
     measured = _teacher_measures(prompts, EXAMPLES[0], annotation)
     assert measured.wording.chrf == sentence_chrf("A small hut", [GOLD[0]]).score
     assert (measured.has_ended, measured.gold) == (False, None)
-    assert (measured.length, measured.gold_length) == (len(prompts.encode("A small hut")), len(prompts.encode(GOLD[0])))
+    lengths = [len(prompts.encode(text)) for text in ("A small hut", GOLD[0])]
+    assert [measured.length, measured.reference_length] == lengths
 
 
 def test_a_text_that_the_model_cannot_hold_is_counted_as_not_measured(student: Any, prompts: Prompts) -> None:
