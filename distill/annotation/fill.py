@@ -78,6 +78,7 @@ def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[Fi
 
     The annotations of the result have no targets: soft targets stay in the cache.
     """
+    assert job.rationale_filter
     store, reader = job.store, job.reader(filled.requests)
     examples = [example for example in job.splits.train if example.id in filled.samples]
     samples = {e.id: [reader.words(r) for r in filled.samples[e.id] if r.key in store] for e in examples}
