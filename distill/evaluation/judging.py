@@ -51,7 +51,8 @@ def judge(config: Config) -> float:
 
 def _name(config: Config, job: AnnotationJob) -> str:
     """What identifies the judge in reports: its model, and the cache that holds its prompts and verdicts."""
-    return f"{config.judge.model} ({job.store.folder.name.rpartition('-')[2][:8]})"
+    model = str(config.judge.model).partition("#")[0].rstrip("/").rpartition("/")[2]
+    return f"{model} ({job.store.folder.name.rpartition('-')[2][:8]})"
 
 
 def _asked(pair: Pair) -> Sequence[Example]:

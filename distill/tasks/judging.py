@@ -54,7 +54,7 @@ class Judging:
     choices: Sequence[str] = CHOICES
     is_free_text = False
 
-    def __init__(self, *, runs: list[str], against: str | list[str], num_pairs: int | None, show: str) -> None:
+    def __init__(self, *, runs: str | list[str], against: str | list[str], num_pairs: int | None, show: str) -> None:
         """`against` is gold, teacher, or the folder of a rival for each of `runs`.
 
         `num_pairs` limits the questions, in order of their id. `show` lays out a question, with {question}, {first} and
@@ -63,7 +63,7 @@ class Judging:
         fields = {name for _, name, _, _ in string.Formatter().parse(show) if name is not None}
         if fields != _FIELDS:
             raise ConfigError(f"task.examples.show={show!r:.60}: expected {{question}}, {{first}} and {{second}} in it")
-        rivals = [against] if isinstance(against, str) else against
+        runs, rivals = ([names] if isinstance(names, str) else names for names in (runs, against))
         if len(rivals) not in (1, len(runs)):
             raise ConfigError(
                 f"against has {len(rivals)} rivals for {len(runs)} runs: expected one, or one for each run"
