@@ -113,5 +113,5 @@ def _task(run: Run) -> HarnessTask:
 
 def _usage(task: HarnessTask) -> str:
     usage = f"\n## lm-evaluation-harness\n\nTo evaluate the {len(task.rows)} test questions, run in this folder:\n\n"
-    usage += f"```bash\n{task.command}\n```\n\n`acc` is the student's accuracy above."
+    usage += f"```bash\n{task.command}\n```\n\n{task.figure}"
     return f"{usage} However, {task.caution}.\n" if task.caution else f"{usage}\n"

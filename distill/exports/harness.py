@@ -30,11 +30,13 @@ _MAX_NAME = 50  # characters, of up to four bytes each; a file name has at most 
 class HarnessTask:
     """A multiple-choice task: prompts and their choices; the model's answer is the most likely choice.
 
-    Rows have their choices where `choices` is empty. `gold` of a row has the places of all choices that are right.
-    `num_differing` counts the prompts that the harness tokenizes differently from the student's training.
+    Rows have their choices where `choices` is empty. `gold` of a row has the places of all choices that are right. Of
+    free texts, whose `gold` is the text, the harness measures the log-likelihood instead. `num_differing` counts the
+    prompts that the harness tokenizes differently from the student's training.
     """
 
     name: str
+    is_free_text: bool
     choices: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     num_differing: int
@@ -46,12 +48,19 @@ class HarnessTask:
         return f"HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 lm_eval run {arguments}"
 
     @property
+    def figure(self) -> str:
+        """What the harness measures, and which figure of the student's it equals."""
+        if self.is_free_text:
+            return "`perplexity` is the mean log-likelihood of a gold text: minus the cross-entropy along it, in nats."
+        return "`acc` is the student's accuracy above."
+
+    @property
     def caution(self) -> str:
-        """A caveat on the accuracy that the harness measures; empty if it equals the student's."""
+        """A caveat on the figure that the harness measures; empty if it equals the student's."""
         if not self.num_differing:
             return ""
         number = f"{self.num_differing} of {len(self.rows)}"
-        return f"the harness tokenizes {number} questions differently from training, so its accuracy may differ"
+        return f"the harness tokenizes {number} questions differently from training, so its figure may differ"
 
     def write(self, model_folder: Path) -> None:
         """Write the task and its prompts to a subfolder of the model's folder."""
@@ -61,38 +70,49 @@ class HarnessTask:
         (folder / f"{self.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _definition(self) -> dict[str, Any]:
+        # Not the harness's aggregation of `perplexity`, which overflows on texts of a few hundred tokens.
+        metric = "perplexity" if self.is_free_text else "acc"
+        choices = {} if self.is_free_text else {"doc_to_choice": list(self.choices) or "choices"}
         return {
             "task": self.name,
             "dataset_path": "json",
             # Relative to the working directory: the harness cannot name a file next to this one.
             "dataset_kwargs": {"data_files": {"test": f"{FOLDER}/{self.name}.jsonl"}},
             "test_split": "test",
-            "output_type": "multiple_choice",
+            "output_type": "loglikelihood" if self.is_free_text else "multiple_choice",
             "num_fewshot": 0,
             "doc_to_text": "prompt",
-            "doc_to_choice": list(self.choices) or "choices",
+            **choices,
             "doc_to_target": "gold",
-            "target_delimiter": "",  # the choices include the delimiter
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "target_delimiter": "",  # the choices and gold texts include the delimiter
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         }
 
 
 def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Example]) -> HarnessTask:
-    """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers."""
-    if not task.choices and not all(example.choices for example in examples):
+    """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers.
+
+    Of free texts, those with a gold text are scored.
+    """
+    if task.is_free_text:
+        examples = [example for example in examples if example.answer]
+        if not examples:
+            raise ConfigError(f"{name} has no gold texts, of which the harness could measure the likelihood")
+    elif not task.choices and not all(example.choices for example in examples):
         raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
     rows, num_differing = [], 0
     for example in examples:
-        gold, answers = _gold(task, example), _continuations(prompts, choices_of(task, example))
+        answers = _continuations(prompts, [example.answer or ""] if task.is_free_text else choices_of(task, example))
         ids = prompts.prefix("answer") + prompts.question(example, "answer")
         text = prompts.frame.pieces.decode(ids[_num_added(prompts, ids) :], skip_special=False)
         own = {"choices": list(answers)} if example.choices else {}
+        gold = next(iter(answers)) if task.is_free_text else _gold(task, example)
         rows.append({"id": example.id, "prompt": text, "gold": gold, **own})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
     # The prefix avoids clashes with tasks of the harness.
     safe_name = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
     choices = tuple(_continuations(prompts, tuple(task.choices)))
-    return HarnessTask(f"distill_{safe_name}", choices, tuple(rows), num_differing)
+    return HarnessTask(f"distill_{safe_name}", task.is_free_text, choices, tuple(rows), num_differing)
 
 
 def _gold(task: Task, example: Example) -> list[int]:

@@ -1,4 +1,4 @@
-"""Short instructions on texts of another task, without gold answers: what the teacher writes is all there is to learn."""
+"""Short instructions on texts of another task, without gold answers: only the teacher's can be learned."""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ from distill.records import Example
 from tests.conftest import LAYOUT, environment, make_model, make_tokenizer, reviews, run, tiny_overrides
 from tests.exports.conftest import choosing
 from tests.prompts.kinds import with_byte_tokens
+from tests.tasks.conftest import answer_format
+from tests.tasks.test_files import task
 
 CHOICES = ("negative", "positive")
 QUESTIONS = [
@@ -120,6 +122,26 @@ def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_
         answer = task["doc_to_choice"][right]
         text = row[task["doc_to_text"]] + task["target_delimiter"] + answer
         assert tuple(prompts.tokenizer.encode(text)) == prompts.answer_prompt(example, str(example.answer)).ids
+
+
+def test_the_harness_measures_the_likelihood_of_gold_texts(prompts: Prompts, tmp_path: Path) -> None:
+    of_texts = task(tmp_path / "none.jsonl", read=answer_format("text"))
+    texts = [
+        Example("Describe it.", "It is old.\n\n  - It is small."),
+        Example("And this?", None),
+        Example("Why?", "So."),
+    ]
+    made = harness_task("texts", prompts, of_texts, texts)
+    made.write(tmp_path)
+    written = yaml.safe_load((tmp_path / "lm_eval" / "distill_texts.yaml").read_text())
+    assert (written["output_type"], "doc_to_choice" in written) == ("loglikelihood", False)
+    assert written["metric_list"] == [{"metric": "perplexity", "aggregation": "mean", "higher_is_better": True}]
+    rows = lines(tmp_path / written["dataset_kwargs"]["data_files"][written["test_split"]])
+    for example, row in zip((texts[0], texts[2]), rows, strict=True):
+        ids = prompts.tokenizer.encode(row[written["doc_to_text"]] + row[written["doc_to_target"]])
+        assert tuple(ids) == prompts.answer_prompt(example, str(example.answer)).ids
+    with pytest.raises(ConfigError, match="texts has no gold texts"):
+        harness_task("texts", prompts, of_texts, texts[1:2])
 
 
 def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
