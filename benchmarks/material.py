@@ -61,6 +61,10 @@ class Solutions:
         """The answer itself."""
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether the answers are equal."""
+        return answer == reference
+
 
 @dataclass(frozen=True)
 class Workload:

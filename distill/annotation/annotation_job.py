@@ -27,6 +27,7 @@ from distill.tasks import Task
 from distill.tasks.contamination import Overlap, screen_splits
 from distill.teachers import Calibration, Teacher
 
+Role = Literal["teacher", "soft_teacher", "judge"]  # the section of the configuration that names the model
 # In characters. A folder name has at most 255 bytes; a task's name takes up to four bytes per character, a URL one.
 _MAX_TASK_NAME, _MAX_URL = 60, 200
 
@@ -45,7 +46,7 @@ class AnnotationJob:
     teacher: Teacher
     build_teacher: Callable[..., Teacher]  # builds the same teacher for another `codec`
     store: Store
-    rationale_filter: RationaleFilter
+    rationale_filter: RationaleFilter | None  # None: no rationales are requested
     batch_limit: BatchLimit
     group_size: int
     num_rationales: int
@@ -57,7 +58,7 @@ class AnnotationJob:
         return AnnotationReader(self.store, requests, self.task, self.prompts)
 
 
-def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teacher"] = "teacher") -> AnnotationJob:
+def open_annotation_job(config: Config, *, name: Role = "teacher") -> AnnotationJob:
     """Build the parts that the configuration names, and open the cache; raises ConfigError or CacheError."""
     loading.flush_denormals()
     settings = config[name]
@@ -67,7 +68,9 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
         )
     root = configuration.local_root(config.root)
     task: Task = configuration.build(config.task.examples)
-    splits, overlaps = screen_splits(task.splits(), config.overlap.words, config.overlap.action)
+    splits, overlaps = task.splits(), list[Overlap]()
+    if "overlap" in config:  # a judge has no train split that could overlap
+        splits, overlaps = screen_splits(splits, config.overlap.words, config.overlap.action)
     folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
@@ -95,7 +98,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
         drop_shard(cache_dir, str(config.rebuild), url=url)
     accepted = _accepted(config.cache.accept)
     store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
-    rationale_filter: RationaleFilter = configuration.build(config.rationales)
+    rationale_filter: RationaleFilter | None = configuration.build(config.get("rationales"))
     numbers = settings.group_size, settings.num_rationales, settings.rationales_each, settings.answers_each
     parts = folder, task, splits, overlaps, prompts, codec, positions, teacher, build_teacher, store, rationale_filter
     return AnnotationJob(*parts, _batch_limit(settings, name), *numbers)

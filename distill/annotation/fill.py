@@ -78,13 +78,14 @@ def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[Fi
 
     The annotations of the result have no targets: soft targets stay in the cache.
     """
+    assert job.rationale_filter
     store, reader = job.store, job.reader(filled.requests)
     examples = [example for example in job.splits.train if example.id in filled.samples]
     samples = {e.id: [reader.words(r) for r in filled.samples[e.id] if r.key in store] for e in examples}
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
     direct = {id_: reader.words(r).whole_answer for id_, r in answer_requests.items() if r and r.key in store}
     direct_answers = {id_: answer for id_, answer in direct.items() if answer is not None}
-    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
+    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter, job.task.is_same)
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def _text(row: Mapping[str, Any], split: str) -> str:
         ("cross_entropy", "cross-entropy", "nats per token"),
         ("cross_entropy_per_byte", "or", "nats per byte"),
         ("chrf", "chrF", "of 100"),
+        ("rouge_l", "ROUGE-L", "of 100"),
         ("length_ratio", "length", "of the reference texts"),
         ("ended", "ended by themselves", "of 1"),
     )

@@ -365,8 +365,8 @@ class Join:
 
     def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
         """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""
-        value = self._teacher.task.value
-        same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
+        is_same = self._teacher.task.is_same
+        same = (answer for answer in example.right_answers if conclusion and is_same(conclusion, answer))
         return next(same, example.answer or conclusion)
 
     def _scored(self, example: Example, span: Span, own: Annotation | None) -> Scored | None:

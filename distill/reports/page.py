@@ -16,6 +16,7 @@ from distill.reports.arms import cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.conclusion import conclude, tone
 from distill.reports.costs import cost, total_spread, yields
+from distill.reports.judgements import JUDGEMENT_TITLES, judged, verdicts_on_judges
 from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
@@ -73,7 +74,7 @@ def uncut(text: str) -> Uncut:
 
 def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
     costs = [cost(arm, prices) for arm in summary.trained]
-    shown, found = columns(summary), confusions(summary)
+    shown, found, judgements = columns(summary), confusions(summary), judged(summary.trained)
     return {
         "difference_titles": difference_titles(summary),
         "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
@@ -81,6 +82,9 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
         "steps_titles": STEPS_TITLES,
         "steps_rows": list(map(steps_row, steps_to_equal(summary.trained))),
+        "judgement_titles": JUDGEMENT_TITLES,
+        "judgement_rows": [line.cells for line in judgements],
+        "judges": verdicts_on_judges(judgements),
         "columns": shown,
         "guess_rows": guess_rows(summary, len(shown)),
         "confusions": found,

@@ -78,6 +78,9 @@ class Verbs:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
+
 
 def generation(**changes: Any) -> Generation:
     """The default settings of generated texts, with changes."""
