@@ -259,6 +259,9 @@ class CountingTeacher:
         self.num_loads += 1
         return self._teacher.load()
 
+    def num_tokens(self, request: Request) -> int:
+        return self._teacher.num_tokens(request)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         self.asked += requests
         return self._teacher.annotate(requests)

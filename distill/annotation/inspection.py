@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 
 from distill.annotation.positions import Positions
 from distill.annotation.reader import AnnotationReader
+from distill.annotation.requests import count_tokens
 from distill.app.console import visible
 from distill.app.files import atomic_write
 from distill.cache import Codec
 from distill.cache.shard import pack_annotation
 from distill.cache.store import Store
+from distill.models.batches import BatchLimit
 from distill.prompts.preview import preview
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Annotation, Prompt, Request, Span, Target
@@ -32,11 +34,13 @@ TOKEN_BYTES = 4 + 1 / 8  # a token's id, and whether it has soft targets
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and disk space that annotation will need, extrapolated from a sample."""
+    """Time, disk space and tokens that annotation will need, extrapolated from a sample."""
 
     seconds: float
     num_bytes: int
     num_sampled: int
+    num_read: int
+    num_written: int
 
 
 @dataclass(frozen=True)
@@ -58,22 +62,30 @@ class Rescored:
 
 
 def estimate(
-    teacher: Teacher, codec: Codec, positions: Positions, missing: Sequence[Request], batch_size: int
+    teacher: Teacher,
+    codec: Codec,
+    positions: Positions,
+    prompts: Prompts,
+    missing: Sequence[Request],
+    batch_limit: BatchLimit,
 ) -> Estimate:
     """Annotate a batch per span, with requests of all lengths. The teacher must be loaded; nothing is written."""
-    seconds, num_bytes, num_sampled = 0.0, 0.0, 0
+    seconds, num_bytes, num_written, num_sampled = 0.0, 0.0, 0.0, 0
     for span in SPANS:
         requests = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
-        sample = requests[:: max(1, len(requests) // batch_size)][:batch_size]
-        if sample:
+        if requests:
+            number = batch_limit.num_texts(max(map(teacher.num_tokens, requests)))
+            sample = requests[:: max(1, len(requests) // number)][:number]
             teacher.annotate(sample[:1])
             start = time.perf_counter()
             annotations = positions.reduced(sample, teacher.annotate(sample))
             scale = len(requests) / len(sample)
             seconds += (time.perf_counter() - start) * scale
             num_bytes += sum(_stored_bytes(annotation, codec) for annotation in annotations) * scale
+            num_written += count_tokens(prompts, sample, annotations)[1] * scale
             num_sampled += len(sample)
-    return Estimate(seconds, round(num_bytes), num_sampled)
+    num_read, _ = count_tokens(prompts, missing, ())
+    return Estimate(seconds, round(num_bytes), num_sampled, num_read, round(num_written))
 
 
 def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number: int, seed: int) -> Rescored:
@@ -81,7 +93,7 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
 
     The teacher must be loaded. It gives soft targets at all positions; those that are stored are compared.
     """
-    stored = [request for request in requests if request.key in store]
+    stored = [again for request in requests if request.key in store and (again := _again(request, store))]
     indices = np.random.default_rng(seed).permutation(len(stored))[:number]
     sample = [stored[index] for index in indices.tolist()]
     if not sample:
@@ -94,6 +106,14 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
         max(_distance(a, b) for a, b in zip(single, batched, strict=True)),
         len(sample),
     )
+
+
+def _again(request: Request, store: Store) -> Request | None:
+    """The request to repeat; of a sampled answer one to score its words, since sampled again they may be others."""
+    if not store.words(request.key).is_sampled:
+        return request
+    scored = store.scored(request.key).get(request.span) if request.span == "answer" else None
+    return replace(request, given_ids=scored.token_ids) if scored else None
 
 
 def format_record(request: Request, annotation: Annotation, prompts: Prompts) -> str:

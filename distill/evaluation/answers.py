@@ -21,7 +21,7 @@ from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
 from distill.evaluation.metrics import Prediction, score
 from distill.evaluation.texts import TextMeasures, chrf, require_text_measures
 from distill.lessons.join import AnswerMode, first_span
-from distill.lessons.loader import BatchLimit
+from distill.models.batches import BatchLimit
 from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading

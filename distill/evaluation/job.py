@@ -13,8 +13,8 @@ from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.evaluation.texts import require_text_measures
-from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
+from distill.models.batches import BatchLimit, BatchUnit
 from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
 from distill.reports.measures import ACCURACY, measure_of

@@ -121,12 +121,14 @@ class Joined:
     """The lessons that the losses can learn from `num_examples` examples.
 
     `lost` has the reason of every example without a lesson, `too_long` the details of those that are too long.
+    `num_answers_too_long` counts the further answers of examples with a lesson that are too long for one.
     """
 
     num_examples: int
     lessons: Sequence[Lesson]
     lost: Mapping[str, str]
     too_long: Mapping[str, str]
+    num_answers_too_long: int = 0
 
     @property
     def counts(self) -> RowCounts:
@@ -146,12 +148,15 @@ class Join:
         teacher: AnnotationReader,
         soft_teacher: AnnotationReader | None,
         rationales: Mapping[str, Sequence[FilteredRationale]],
+        further_answers: Mapping[str, Sequence[Annotation]],
         answer: AnswerMode,
         needed: Needed,
         pairing: Pairing,
         too_long: Mapping[str, str],
     ) -> None:
-        """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
+        """`rationales` are the kept ones, by example id, and `further_answers` the teacher's answers after the first.
+
+        `needed` lists the (span, source) that the losses read.
 
         `too_long` has the examples, by id, that are too long for a teacher. With a `soft_teacher`, which scored the
         same texts, all soft targets are its own; else they are the teacher's. `pairing` is that of its vocabulary and
@@ -160,12 +165,12 @@ class Join:
         self._pairing = pairing
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
-        self._too_long = too_long
+        self._too_long, self._further_answers = too_long, further_answers
 
     @paused_collector()
     def join(self, examples: Sequence[Example]) -> Joined:
         """Return the lessons of the examples, and why others have none."""
-        lessons, lost, too_long = list[Lesson](), dict[str, str](), dict[str, str]()
+        lessons, lost, too_long, num_too_long = list[Lesson](), dict[str, str](), dict[str, str](), 0
         for example in examples:
             annotation = self._teacher.find_words(example.id, "answer")
             try:
@@ -176,9 +181,12 @@ class Join:
             if not sequences:
                 lost[example.id] = self._reason_to_lose(example, annotation)
             confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
-            lessons += [Lesson(example.id, part, answer, confidence) for part in _split_rationales(sequences)]
+            further = self._further(example) if sequences else []
+            num_too_long += further.count(None)
+            parts = [*_split_rationales(sequences), *((s,) for s in further if s and self._is_needed(s))]
+            lessons += [Lesson(example.id, part, answer, confidence) for part in parts]
         self._check_soft_ids(lessons)
-        return Joined(len(examples), lessons, lost, too_long)
+        return Joined(len(examples), lessons, lost, too_long, num_too_long)
 
     def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
         """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
@@ -218,13 +226,25 @@ class Join:
 
     def _answer_alone(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         answer = _answer_of(example, annotation)
-        if answer is None:
-            return
-        soft = self._soft_places(
-            self._scored(example, "answer", annotation), "answer", self._prompts.answer_ids(answer)
-        )
+        if answer is not None:
+            yield self._answered(example, answer, self._scored(example, "answer", annotation))
+
+    def _answered(self, example: Example, answer: str, scored: Scored | None) -> TrainingSequence:
+        soft = self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
         labelled: frozenset[Span] = frozenset({"answer"} if example.answer is not None else ())
-        yield TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
+        return TrainingSequence(self._prompts.answer_prompt(example, answer), labelled, soft)
+
+    def _further(self, example: Example) -> list[TrainingSequence | None]:
+        """The further answers of an example, None for each that is too long."""
+        sequences = list[TrainingSequence | None]()
+        for annotation in self._further_answers.get(example.id, ()) if self._answer == "direct" else ():
+            # A second teacher scores only the first of an example's answers.
+            scored = None if self._soft_teacher else self._scored(example, "answer", annotation)
+            try:
+                sequences.append(self._answered(example, str(annotation.answer), scored))
+            except ValueError:
+                sequences.append(None)
+        return sequences
 
     def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
         if example.rationale is not None:

@@ -92,6 +92,10 @@ class RecordedTeacher:
         """Release the rows."""
         self._rows = {}
 
+    def num_tokens(self, request: Request) -> int:
+        """Number of tokens of the question; no model reads it."""
+        return len(request.question_ids)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         """Look up the recorded answer and rationale of every request."""
         return [self._annotation(request) for request in requests]

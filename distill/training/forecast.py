@@ -160,7 +160,8 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     too_long = {id_: why for teacher in work for id_, why in teacher.filled.too_long.items()}
-    join = join_for(job, annotations, soft_annotations, kept, too_long)
+    further = {id_: _further_longest(annotations, id_, len(samples) - 1) for id_, samples in first.answers.items()}
+    join = join_for(job, annotations, soft_annotations, kept, further, too_long)
     train, validation = join.join(job.annotation_job.splits.train), join.join(job.annotation_job.splits.validation)
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
     counts = row_counts(job, first, rationales, train, validation)
@@ -234,6 +235,11 @@ def _longest_rationales(
         confidence = 1.0 if job.annotation_job.rationales_each > 1 else None
         rationales[id_] = [FilteredRationale(id_, annotation, "teacher", None, confidence)] * len(samples)
     return rationales
+
+
+def _further_longest(annotations: AnnotationReader, example_id: str, number: int) -> list[Annotation]:
+    longest = annotations.find_words(example_id, "answer")
+    return [longest] * number if longest else []
 
 
 def _texts_by_key(examples_by_span: Mapping[Span, Sequence[Example]]) -> Texts:
@@ -382,8 +388,14 @@ def _measured(work: TeacherWork) -> Estimate | None:
     annotation_job = work.annotation_job
     try:
         with loaded(annotation_job.teacher):
-            parts = annotation_job.teacher, annotation_job.codec, annotation_job.positions
-            return estimate(*parts, work.missing, annotation_job.batch_size)
+            return estimate(
+                annotation_job.teacher,
+                annotation_job.codec,
+                annotation_job.positions,
+                annotation_job.prompts,
+                work.missing,
+                annotation_job.batch_limit,
+            )
     except torch.OutOfMemoryError:
         return None
 

@@ -24,6 +24,7 @@ from distill.cache.store import Store
 from distill.errors import ConfigError
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.models.batches import BatchLimit
 from distill.records import Annotation, Example, Request, SoftTargets, Target
 from tests.conftest import compose, shards, tiny_overrides
 
@@ -186,7 +187,10 @@ def test_stored_positions_are_compared_with_the_live_teacher(caches: tuple[Fille
     job.teacher.load()
     assert rescore(job.store, job.teacher, learned, 8, seed=0).is_close
     assert not rescore(other, job.teacher, learned, 8, seed=0).is_close
-    num_bytes = [estimate(job.teacher, job.codec, p, learned, 99).num_bytes for p in (job.positions, ALL_POSITIONS)]
+    num_bytes = [
+        estimate(job.teacher, job.codec, p, job.prompts, learned, BatchLimit(99)).num_bytes
+        for p in (job.positions, ALL_POSITIONS)
+    ]
     assert num_bytes[0] < 0.6 * num_bytes[1]
     job.teacher.close()
 

@@ -52,6 +52,9 @@ class Writer:
     def close(self) -> None:
         self._teacher.close()
 
+    def num_tokens(self, request: Request) -> int:
+        return self._teacher.num_tokens(request)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         self.num_asked += len(requests)
         return [self._annotation(request) for request in requests]

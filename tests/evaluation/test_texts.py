@@ -18,8 +18,8 @@ from distill.evaluation import texts
 from distill.evaluation.answers import Evaluation, _teacher_measures
 from distill.evaluation.metrics import Prediction, score
 from distill.evaluation.texts import Likelihood, TextMeasures, chrf, require_text_measures, score_texts
-from distill.lessons.loader import BatchLimit
 from distill.models import loading
+from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.tasks.answers import AnswerFormat
