@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,15 @@ from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
 from distill.lessons.join import Lesson, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
-from distill.prompts.cues import Layout  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
+from tests.cases import KINDS, Case, make_case  # noqa: E402
+from tests.cases import LAYOUT as LAYOUT  # noqa: E402
+from tests.cases import examples as examples  # noqa: E402
 
-LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32
 _BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
@@ -73,6 +75,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """Compose the configuration of a command line with these overrides."""
     configuration.register()
+    places = [override for override in overrides if override.startswith("root=")]
+    config = deepcopy(_composed(name, *(override for override in overrides if override not in places)))
+    for place in places:  # which differs in each test, and is read by interpolation
+        config.root = place.removeprefix("root=")
+    return config
+
+
+@functools.cache
+def _composed(name: str, *overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
@@ -168,6 +179,12 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(student_folder: Path) -> Prompts:
     """Zero-shot prompts."""
     return Prompts(load_tokenizer(student_folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def case(request: pytest.FixtureRequest, student_folder: Path) -> Case:
+    """Prompts and examples of one of the kinds of work that people bring."""
+    return make_case(request.param, student_folder)
 
 
 @pytest.fixture
@@ -274,14 +291,6 @@ def counted(config: DictConfig) -> tuple[AnnotationJob, CountingTeacher]:
     return replace(source, teacher=teacher), teacher
 
 
-def examples(number: int) -> list[Example]:
-    """Examples with questions of very different lengths, answers and rationales."""
-    words = "two and two are how many, and why would anyone wish to know"
-    return [
-        Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)
-    ]
-
-
 def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities of rows with equally many entries, [N, K] each."""
     return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
@@ -302,7 +311,9 @@ def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
     return SoftTargets.join([_SOFT_TARGETS[key] for key in keys])
 
 
-def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
+def lessons(
+    prompts: Prompts, number: int, *, codec: Any = None, of: Callable[[int], list[Example]] = examples
+) -> list[Lesson]:
     """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale."""
     generator = torch.Generator().manual_seed(0)
 
@@ -312,7 +323,7 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
         return keep((codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N))
 
     made = []
-    for index, example in enumerate(examples(number)):
+    for index, example in enumerate(of(number)):
         labelled = frozenset({"answer"} if index % 3 else ())
         answer = TrainingSequence(
             prompts.answer_prompt(example, example.answer),
@@ -326,6 +337,11 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]
             sequences.append(TrainingSequence(prompt, frozenset({"rationale"}), {"rationale": soft(ids)}))
         made.append(Lesson(example.id, tuple(sequences)))
     return made
+
+
+def case_lessons(case: Case, number: int) -> list[Lesson]:
+    """Lessons of one kind of work."""
+    return lessons(case.prompts, number, of=case.examples)
 
 
 @functools.cache

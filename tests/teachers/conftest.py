@@ -77,6 +77,15 @@ class Verbs:
         return answer
 
 
+class FreeText(Verbs):
+    """A task without choices that all questions share, whose answers are whole texts."""
+
+    choices = ()
+
+    def read_answer(self, text: str, example: Example) -> str:
+        return text.strip()
+
+
 def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
     """A teacher for `Verbs` with dense soft targets, not loaded."""
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
