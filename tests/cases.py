@@ -84,7 +84,7 @@ def _with_long_answer(example: Example, index: int) -> Example:
 
 KINDS = {
     "cues": Kind(),
-    "conversations": Kind(_after_turns, CHAT, "ChatML", overrides=("task=chat", "prompt=chat")),
+    "conversations": Kind(_after_turns, CHAT, "Zephyr", overrides=("task=chat", "prompt=chat")),
     "own choices": Kind(
         _with_choices,
         overrides=("task=jsonl", "task.choices=choices", "task.options.answer=text", "teacher.kind.constrain=false"),

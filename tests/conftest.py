@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import functools
 import importlib
+import re
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,7 @@ import pytest
 import torch
 import yaml
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,6 +57,7 @@ from tests.cases import LAYOUT as LAYOUT  # noqa: E402
 from tests.cases import examples as examples  # noqa: E402
 
 PADDED_ROWS = 32
+_PLACE = re.compile(r"(root|[a-z_]+(\.[a-z_]+)+)=/[\w./-]*$")  # the override of a path
 _BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
     "keep_layers": None,
@@ -75,10 +77,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """Compose the configuration of a command line with these overrides."""
     configuration.register()
-    places = [override for override in overrides if override.startswith("root=")]
-    config = deepcopy(_composed(name, *(override for override in overrides if override not in places)))
-    for place in places:  # which differs in each test, and is read by interpolation
-        config.root = place.removeprefix("root=")
+    last = {override.partition("=")[0]: override for override in overrides}
+    places = {key: override for key, override in last.items() if _PLACE.match(override)}
+    config = deepcopy(_composed(name, *(override for override in overrides if override not in places.values())))
+    for key, override in places.items():  # which differ in each test, and choose nothing
+        OmegaConf.update(config, key, override.partition("=")[2])
     return config
 
 
