@@ -21,7 +21,7 @@ from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
 from distill.reports.sentences import contamination_lines, cost_note, notes, yield_lines
-from distill.reports.steps import steps_to_equal
+from distill.reports.steps import pairs_note, steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
@@ -87,6 +87,7 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "contrast_titles": contrast_titles(summary),
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
         "steps_titles": STEPS_TITLES,
+        "steps_notes": pairs_note(summary.trained),
         "steps_rows": list(map(steps_row, steps_to_equal(summary.trained))),
         "columns": shown,
         "guess_rows": guess_rows(summary, len(shown)),

@@ -10,6 +10,7 @@ from distill.reports.costs import TIME, Cost, Yield, cost, yields
 from distill.reports.measures import CROSS_ENTROPY
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
+from distill.reports.steps import pairs_note
 from distill.reports.verdicts import Summary
 
 FREE_TEXTS = (
@@ -35,6 +36,7 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
     texts = [FREE_TEXTS] if any(arm.measure is CROSS_ENTROPY for arm in summary.trained) else []
+    texts += pairs_note(summary.trained)
     return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 
 
