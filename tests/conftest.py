@@ -279,6 +279,9 @@ class CountingTeacher:
         self.num_loads += 1
         return self._teacher.load()
 
+    def num_tokens(self, request: Request) -> int:
+        return self._teacher.num_tokens(request)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         self.asked += requests
         return self._teacher.annotate(requests)
@@ -302,11 +305,11 @@ def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
 _SOFT_TARGETS: dict[SoftTargetsKey, SoftTargets] = {}
 
 
-def keep(soft: SoftTargets) -> SoftPlace:
-    """Keep soft targets in memory for `read`, like a cache."""
+def keep(soft: SoftTargets, chosen: tuple[int, ...] | None = None) -> SoftPlace:
+    """Keep soft targets, of all positions or of the chosen ones, in memory for `read`, like a cache."""
     key = (f"{len(_SOFT_TARGETS):032x}", "answer")
-    _SOFT_TARGETS[key] = soft
-    return SoftPlace(key, len(soft))
+    _SOFT_TARGETS[key] = soft if chosen is None else soft[np.array(chosen)]
+    return SoftPlace(key, len(_SOFT_TARGETS[key]), chosen)
 
 
 def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
@@ -315,15 +318,24 @@ def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
 
 
 def lessons(
-    prompts: Prompts, number: int, *, codec: Any = None, of: Callable[[int], list[Example]] = examples
+    prompts: Prompts,
+    number: int,
+    *,
+    codec: Any = None,
+    are_chosen: bool = False,
+    of: Callable[[int], list[Example]] = examples,
 ) -> list[Lesson]:
-    """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale."""
+    """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale.
+
+    `are_chosen`: only every second token of a span, counted from its last one, has soft targets.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def soft(span: Sequence[int]) -> SoftPlace:
         logits_NV = 3 * torch.randn(len(span), prompts.vocabulary_size, generator=generator)
         uniform_N = torch.from_numpy(uniforms(str(span), len(span), 0))
-        return keep((codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N))
+        cut = (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N)
+        return keep(cut, tuple(range(len(span) - 1, -1, -2))[::-1] if are_chosen else None)
 
     made = []
     for index, example in enumerate(of(number)):
@@ -342,9 +354,9 @@ def lessons(
     return made
 
 
-def case_lessons(case: Case, number: int) -> list[Lesson]:
+def case_lessons(case: Case, number: int, *, are_chosen: bool = False) -> list[Lesson]:
     """Lessons of one kind of work."""
-    return lessons(case.prompts, number, of=case.examples)
+    return lessons(case.prompts, number, are_chosen=are_chosen, of=case.examples)
 
 
 @functools.cache

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from distill.annotation.positions import Positions
 from distill.annotation.rationales import RationaleFilter
 from distill.annotation.reader import AnnotationReader
 from distill.app import config as configuration
@@ -19,6 +20,7 @@ from distill.cache import Codec
 from distill.cache.store import Store, drop_shard, fingerprint_digest
 from distill.errors import ConfigError
 from distill.models import loading, naming
+from distill.models.batches import BatchLimit, BatchUnit
 from distill.prompts.rendering import Prompts, build_prompts
 from distill.records import Request, Span, Splits
 from distill.tasks import Task
@@ -39,14 +41,16 @@ class AnnotationJob:
     overlaps: Sequence[Overlap]
     prompts: Prompts
     codec: Codec
+    positions: Positions
     teacher: Teacher
     build_teacher: Callable[..., Teacher]  # builds the same teacher for another `codec`
     store: Store
     rationale_filter: RationaleFilter
-    batch_size: int
+    batch_limit: BatchLimit
     group_size: int
     num_rationales: int
     rationales_each: int
+    answers_each: int
 
     def reader(self, requests: Mapping[tuple[str, Span], Request]) -> AnnotationReader:
         """Return a reader of these requests' records."""
@@ -67,6 +71,7 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     folder = naming.resolve(settings.model, root, with_weights=False)
     prompts = build_prompts(config, folder, task.shots())
     codec: Codec = configuration.build(config.cache.codec)
+    positions: Positions = configuration.build(config.cache.positions)
     questions = [example.unlabelled() for example in splits.train[: settings.calibrate]]
     # The teacher calibrates after the store is open, which needs the teacher's fingerprint.
     calibration = Calibration(settings.calibrate, questions, lambda name, make: store.recall(name, make))
@@ -78,11 +83,12 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
         task=task,
         calibration=calibration,
     )
-    teacher: Teacher = build_teacher(codec=codec)
+    teacher: Teacher = build_teacher(codec=positions.cut(codec))
     fingerprint = {
         "task": config.task.name,
         "teacher": teacher.fingerprint(),
         "codec": codec.fingerprint(),
+        **positions.fingerprint(),
     }
     cache_dir, url = cache_location(config, root, fingerprint, name)
     if config.get("rebuild"):
@@ -90,9 +96,19 @@ def open_annotation_job(config: Config, *, name: Literal["teacher", "soft_teache
     accepted = _accepted(config.cache.accept)
     store = Store(cache_dir, fingerprint, codec, backend=teacher.backend(), accepts_backend=accepted, url=url)
     rationale_filter: RationaleFilter = configuration.build(config.rationales)
-    sizes = settings.batch_size, settings.group_size, settings.num_rationales, settings.rationales_each
-    parts = folder, task, splits, overlaps, prompts, codec, teacher, build_teacher, store, rationale_filter
-    return AnnotationJob(*parts, *sizes)
+    numbers = settings.group_size, settings.num_rationales, settings.rationales_each, settings.answers_each
+    parts = folder, task, splits, overlaps, prompts, codec, positions, teacher, build_teacher, store, rationale_filter
+    return AnnotationJob(*parts, _batch_limit(settings, name), *numbers)
+
+
+def _batch_limit(settings: Config, name: str) -> BatchLimit:
+    units = get_args(BatchUnit)
+    if settings.batch_unit not in units or settings.batch_size < 1:
+        raise ConfigError(
+            f"{name}.batch_unit={settings.batch_unit}, {name}.batch_size={settings.batch_size}: expected "
+            f"{' or '.join(units)}, and a size of at least 1"
+        )
+    return BatchLimit(settings.batch_size, settings.batch_unit)
 
 
 def _accepted(setting: str | None) -> bool:

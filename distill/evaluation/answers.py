@@ -21,7 +21,7 @@ from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
 from distill.evaluation.metrics import Prediction, score
 from distill.evaluation.texts import TextMeasures, chrf, require_text_measures
 from distill.lessons.join import AnswerMode, first_span
-from distill.lessons.loader import BatchLimit
+from distill.models.batches import BatchLimit
 from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
@@ -246,13 +246,15 @@ class Evaluation:
         gold = [Target(self._prompts.answer_ids(e.answer), None) if e.answer else None for e in examples]
         along_gold = likelihoods(reader, questions, gold)
         along_teacher = likelihoods(reader, questions, list(map(self._teacher_text, teacher)))
+        theirs = [annotation.whole_answer if annotation else None for annotation in teacher]
         return [
             TextMeasures(
                 gold=along_gold[k],
-                gold_bytes=len((example.answer or "").encode()),
+                gold_bytes=_num_bytes(example.answer),
                 teacher=along_teacher[k],
+                teacher_bytes=_num_bytes(theirs[k]),
                 length=len(self._prompts.encode(text)) if (text := answers[k]) else 0,
-                gold_length=len(self._prompts.encode(example.answer or "")),
+                reference_length=len(self._prompts.encode(example.answer or theirs[k] or "")),
                 has_ended=has_ended[k],
                 chrf=chrf(text or "", example.right_answers),
                 teacher_chrf=chrf(text or "", [annotation.answer]) if annotation and annotation.answer else None,
@@ -282,6 +284,10 @@ class Evaluation:
             _divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
             for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
         ]
+
+
+def _num_bytes(text: str | None) -> int:
+    return len((text or "").encode())
 
 
 def _is_same(task: Task, left: str | None, right: str | None) -> bool:
@@ -414,7 +420,7 @@ def _teacher_measures(prompts: Prompts, example: Example, annotation: Annotation
     text = annotation.answer or ""
     return TextMeasures(
         length=len(prompts.encode(text)),
-        gold_length=len(prompts.encode(example.answer or "")),
+        reference_length=len(prompts.encode(example.answer or text)),
         has_ended=not annotation.is_truncated,
         chrf=chrf(text, example.right_answers),
     )

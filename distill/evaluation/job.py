@@ -13,8 +13,8 @@ from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.evaluation.texts import require_text_measures
-from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
+from distill.models.batches import BatchLimit, BatchUnit
 from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
 from distill.reports.measures import ACCURACY, measure_of
@@ -35,6 +35,11 @@ def evaluate(config: Config) -> float:
     splits = task.splits()
     require_examples(splits, (config.split,))
     examples = getattr(splits, config.split)
+    if all(example.answer is None for example in examples):
+        raise ConfigError(
+            f"split={config.split}: none of its {len(examples)} examples has a gold answer to compare with; a run's "
+            "report compares with the teacher's texts"
+        )
     prompts = build_prompts(config, folder, task.shots())
     model = loading.load(folder, torch.float32).eval()
     evaluation = Evaluation(model, prompts, task, config.task.answer_mode, config.max_new_tokens, limit)
@@ -58,7 +63,7 @@ def _text(row: Mapping[str, Any], split: str) -> str:
         ("cross_entropy", "cross-entropy", "nats per token"),
         ("cross_entropy_per_byte", "or", "nats per byte"),
         ("chrf", "chrF", "of 100"),
-        ("length_ratio", "length", "of the gold texts"),
+        ("length_ratio", "length", "of the reference texts"),
         ("ended", "ended by themselves", "of 1"),
     )
     parts = [f"{name} {row[key]:.3f} {unit}" for key, name, unit in figures if row[key] is not None]

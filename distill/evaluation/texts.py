@@ -24,17 +24,18 @@ class Likelihood(NamedTuple):
 class TextMeasures:
     """How a model answers one question of free text; None where it was not measured.
 
-    `gold` and `teacher` are the likelihoods of the gold text, which has `gold_bytes`, and of the teacher's. `length`
-    and `gold_length` count the tokens of the model's own text and of the gold text, without their ends; `has_ended`:
-    its own text ended by itself. `chrf` and `teacher_chrf` compare this text with the gold texts and the teacher's,
-    0 to 100.
+    `gold` and `teacher` are the likelihoods of the gold text and of the teacher's, which have `gold_bytes` and
+    `teacher_bytes`. `length` and `reference_length` count the tokens of the model's own text and of the gold text, or
+    of the teacher's where there is no gold text, without their ends; `has_ended`: its own text ended by itself. `chrf`
+    and `teacher_chrf` compare this text with the gold texts and the teacher's, 0 to 100.
     """
 
     gold: Likelihood | None = None
     gold_bytes: int = 0
     teacher: Likelihood | None = None
+    teacher_bytes: int = 0
     length: int | None = None
-    gold_length: int = 0
+    reference_length: int = 0
     has_ended: bool | None = None
     chrf: float | None = None
     teacher_chrf: float | None = None
@@ -49,8 +50,9 @@ class TextMeasures:
             "teacher_nats": teacher.nats if teacher else None,
             "teacher_kl": teacher.kl if teacher else None,
             "teacher_tokens": teacher.num_tokens if teacher else None,
+            "teacher_bytes": self.teacher_bytes,
             "length": self.length,
-            "gold_length": self.gold_length,
+            "reference_length": self.reference_length,
             "has_ended": self.has_ended,
             "chrf": self.chrf,
             "teacher_chrf": self.teacher_chrf,
@@ -65,8 +67,13 @@ def require_text_measures(task: Task) -> None:
         )
 
 
-def chrf(text: str, references: Sequence[str]) -> float:
-    """Return chrF2 of a text against its best reference (Popović 2015), 0 to 100; spaces do not count."""
+def chrf(text: str, references: Sequence[str]) -> float | None:
+    """Return chrF2 of a text against its best reference (Popović 2015), 0 to 100; spaces do not count.
+
+    None without references.
+    """
+    if not references:
+        return None
     from sacrebleu.metrics.chrf import CHRF
 
     return float(CHRF().sentence_score(text, list(references)).score)
@@ -75,15 +82,16 @@ def chrf(text: str, references: Sequence[str]) -> float:
 def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
     """Return a model's figures: cross-entropies and KL per token or byte of all texts, chrF as mean over texts."""
     gold = [(m.gold, m) for m in measures if m.gold]
-    teacher = [m.teacher for m in measures if m.teacher]
-    scored = [(read.kl, read.num_tokens) for read in teacher if read.kl is not None]
-    written = [(m.length, m.gold_length) for m in measures if m.length is not None and m.gold_length]
+    teacher = [(m.teacher, m) for m in measures if m.teacher]
+    scored = [(read.kl, read.num_tokens) for read, _ in teacher if read.kl is not None]
+    written = [(m.length, m.reference_length) for m in measures if m.length is not None and m.reference_length]
     return {
         "num_examples": len(measures),
-        "num_unmeasured": len(measures) - len(gold),
+        "num_unmeasured": len(measures) - len(gold or teacher),
         "cross_entropy": _ratio((read.nats, read.num_tokens) for read, _ in gold),
         "cross_entropy_per_byte": _ratio((read.nats, m.gold_bytes) for read, m in gold),
-        "teacher_cross_entropy": _ratio((read.nats, read.num_tokens) for read in teacher),
+        "teacher_cross_entropy": _ratio((read.nats, read.num_tokens) for read, _ in teacher),
+        "teacher_cross_entropy_per_byte": _ratio((read.nats, m.teacher_bytes) for read, m in teacher),
         "kl": _ratio(scored),
         "chrf": _mean(m.chrf for m in measures),
         "teacher_chrf": _mean(m.teacher_chrf for m in measures),

@@ -108,10 +108,11 @@ def _task(run: Run) -> HarnessTask:
     prompts, config, examples = _parts(run)
     if config.task.answer_mode != "direct":
         raise ConfigError("the student reasons before it answers, and the harness only scores direct answers")
-    return harness_task(config.task.name, prompts, configuration.build(config.task.examples), examples)
+    task = configuration.build(config.task.examples)
+    return harness_task(config.task.name, prompts, task, examples, config.max_new_tokens)
 
 
 def _usage(task: HarnessTask) -> str:
     usage = f"\n## lm-evaluation-harness\n\nTo evaluate the {len(task.rows)} test questions, run in this folder:\n\n"
-    usage += f"```bash\n{task.command}\n```\n\n`acc` is the student's accuracy above."
+    usage += f"```bash\n{task.command}\n```\n\n{task.figure}"
     return f"{usage} However, {task.caution}.\n" if task.caution else f"{usage}\n"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from distill.errors import CacheError
-from distill.lessons.join import Lesson, Read
+from distill.lessons.join import Lesson, Read, SoftPlace
 from distill.records import SPANS, Batch, Entries, SoftTargets, Span
 
 
@@ -31,7 +31,7 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     ]
     sequence_S, start_S, stop_S = np.array([(row, *where) for row, _, where, _, _ in spans]).T
     span_id_S, num_soft_S, is_labelled_S = np.array(
-        [(SPANS.index(span), soft.num_positions if soft else 0, known) for _, span, _, soft, known in spans]
+        [(SPANS.index(span), _num_leading(soft), known) for _, span, _, soft, known in spans]
     ).T
     span_N = np.repeat(np.arange(len(spans)), stop_S - start_S)
     first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
@@ -39,6 +39,9 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     index_N, sequence_N = start_S[span_N] + offset_N, sequence_S[span_N]
     places = [soft.place for *_, soft, _ in spans if soft]
     is_soft_N = offset_N < num_soft_S[span_N]
+    for first, (*_, soft, _) in zip(first_S, spans, strict=True):
+        if soft and soft.chosen is not None:
+            is_soft_N[first + np.array(soft.chosen)] = True
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
@@ -54,6 +57,11 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         counts=counts,
         example_ids=tuple(lesson.example_id for lesson in lessons),
     )
+
+
+def _num_leading(soft: SoftPlace | None) -> int:
+    """Number of tokens from the beginning of a span that all have soft targets, where they are not chosen ones."""
+    return 0 if soft is None or soft.chosen is not None else soft.num_positions
 
 
 def entries(is_soft_N: np.ndarray, soft: SoftTargets) -> Entries:

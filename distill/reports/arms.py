@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.app.console import visible
 from distill.app.files import Json
-from distill.reports.measures import ACCURACY, CROSS_ENTROPY, Measure, measure_of
+from distill.reports.measures import ACCURACY, CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, Measure, measure_of
 from distill.reports.proportions import wilson_interval
 from distill.reports.runs import NULL, SEED_KEYS, Run, number
 from distill.reports.statistics import Matrix, linearized_ratio, paired_interval, student_t
@@ -22,6 +22,11 @@ from distill.reports.statistics import Matrix, linearized_ratio, paired_interval
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
 PERCENT = ((0.01, " %"),)
 BYTES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1.0, " B"))
+
+# What a student learns from without distillation, by whether there are labels; without any, the least that a teacher
+# gives is its answers as labels.
+BASELINES = {True: "labels alone", False: "the teacher's answers alone"}
+BASELINE_LOSSES = {True: ("answer",), False: ("teacher_answer",)}
 
 Kind = Literal["teacher", "before", "baseline", "distilled"]
 
@@ -57,7 +62,17 @@ class Arm:
     @property
     def name(self) -> str:
         """What the student learned from, in words."""
-        return "labels alone" if self.kind == "baseline" else " + ".join(self.runs[0].loss_labels)
+        return self.baseline if self.kind == "baseline" else " + ".join(self.runs[0].loss_labels)
+
+    @property
+    def baseline(self) -> str:
+        """What a baseline learns from, in words."""
+        return BASELINES[self.has_labels]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether some training examples have a label."""
+        return all(run.has_labels for run in self.runs)
 
     @property
     def choices(self) -> Mapping[str, str]:
@@ -124,20 +139,22 @@ class Arm:
 
     def scores(self, seeds: Sequence[str], ids: Sequence[str]) -> Matrix:
         """Scores by seed and example: correctness, or values whose mean is the cross-entropy with a minus sign."""
-        lines = [[self.predictions[seed][id_] for id_ in ids] for seed in seeds]
-        if self.measure is ACCURACY:
+        lines, measure = [[self.predictions[seed][id_] for id_ in ids] for seed in seeds], self.measure
+        if measure is ACCURACY:
             return np.array([[line["is_correct"] is True for line in row] for row in lines], np.float64)
         pairs = [
-            [(number(line["gold_nats"]) or 0.0, number(line["gold_bytes"]) or 0.0) for line in row] for row in lines
+            [(number(line[measure.nats]) or 0.0, number(line[measure.num_bytes]) or 0.0) for line in row]
+            for row in lines
         ]
         return -np.array([linearized_ratio(*zip(*row, strict=True)) for row in pairs], np.float64)
 
     @cached_property
     def predictions(self) -> Mapping[str, Mapping[str, Json]]:
         """Predictions by seed and example id; those in which the student was not measured are left out."""
-        is_measured = _is_judged if self.measure is ACCURACY else _has_likelihood
+        measure = self.measure
         return {
-            run.seed: {str(line.get("id")): line for line in run.predictions if is_measured(line)} for run in self.runs
+            run.seed: {str(line.get("id")): line for line in run.predictions if _is_measured(line, measure)}
+            for run in self.runs
         }
 
     @property
@@ -149,12 +166,10 @@ class Arm:
         )
 
 
-def _is_judged(line: Json) -> bool:
-    return line.get("is_correct") is not None
-
-
-def _has_likelihood(line: Json) -> bool:
-    return number(line.get("gold_nats")) is not None and (number(line.get("gold_bytes")) or 0) > 0
+def _is_measured(line: Json, measure: Measure) -> bool:
+    if measure is ACCURACY:
+        return line.get("is_correct") is not None
+    return number(line.get(measure.nats)) is not None and (number(line.get(measure.num_bytes)) or 0) > 0
 
 
 class Column(NamedTuple):
@@ -182,27 +197,41 @@ COLUMNS = (
 SEED_COLUMNS = (*COLUMNS[:5], COLUMNS[8], Column("num_unreadable", "unreadable answers", "unread.", 0))
 OF_TEXTS = (
     Column(CROSS_ENTROPY.key, "cross-entropy, nats per byte [95 % interval]", "CE/byte [95 %]", CROSS_ENTROPY.digits),
+    Column(
+        TEACHER_CROSS_ENTROPY.key,
+        "cross-entropy along the teacher's texts, nats per byte [95 % interval]",
+        "CE/byte [95 %]",
+        TEACHER_CROSS_ENTROPY.digits,
+    ),
     Column("cross_entropy", "cross-entropy, nats per token", "CE/token", 3),
     COLUMNS[3],
     Column("teacher_cross_entropy", "cross-entropy along the teacher's texts", "CE teacher", 3),
     Column("chrf", "chrF", "chrF", 1),
     Column("teacher_chrf", "chrF to the teacher", "chrF teacher", 1),
-    Column("length_ratio", "length, of the gold texts", "length", 2),
+    Column("length_ratio", "length, of the reference texts", "length", 2),
     Column("ended", "ended by themselves", "ended %", 1, PERCENT),
 )
+_KEYS_ALONG = {  # figures that only texts with a reference of this kind have
+    CROSS_ENTROPY: (CROSS_ENTROPY.key, "cross_entropy", "chrf"),
+    TEACHER_CROSS_ENTROPY: (TEACHER_CROSS_ENTROPY.key,),
+}
+_OF_ANSWERS = COLUMNS[:5] + SEED_COLUMNS[-1:]  # that are right or wrong
+MAIN_COLUMNS = {column.key: column for column in (COLUMNS[0], *OF_TEXTS[:2])}
 
 
 def judged_columns(arms: Sequence[Arm], columns: Sequence[Column]) -> tuple[Column, ...]:
     """Return the columns that the arms have figures for: those of free texts, and the others unless all are texts."""
     measures = {arm.measure for arm in arms if arm.rows}
-    of_texts = OF_TEXTS if CROSS_ENTROPY in measures else ()
-    rest = columns if measures != {CROSS_ENTROPY} else [c for c in columns if c not in COLUMNS[:5] + SEED_COLUMNS[-1:]]
-    return (*of_texts, *(column for column in rest if column not in of_texts))
+    missing = {key for keys in _KEYS_ALONG.values() for key in keys}
+    missing -= {key for arm in arms for key in _KEYS_ALONG.get(arm.measure, ()) if arm.runs}
+    of_texts = [c for c in OF_TEXTS if c.key not in missing] if measures - {ACCURACY} else []
+    left_out = [*of_texts, *(_OF_ANSWERS if measures and ACCURACY not in measures else ())]
+    return (*of_texts, *(column for column in columns if column not in left_out))
 
 
 def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
     """Format one cell: mean ± standard deviation over seeds (`is_narrow`: deviation of the first figure only)."""
-    stat, is_main = arm.stat(column.key), column.key in (ACCURACY.key, CROSS_ENTROPY.key)
+    stat, is_main = arm.stat(column.key), column.key in MAIN_COLUMNS
     if math.isnan(stat.mean):
         return "not run" if is_main and not arm.rows else "-"
     factor, unit = next((unit for unit in column.units if stat.mean >= unit[0]), column.units[-1])
@@ -210,7 +239,7 @@ def cell(arm: Arm, column: Column, is_narrow: bool = False) -> str:
     if stat.deviation is not None and (is_main or (stat.deviation and not is_narrow)):
         text += f" ± {stat.deviation / factor:.{column.digits}f}"
     text += unit.replace(" %", "") if is_narrow else unit
-    if is_main:
+    if column.key == arm.measure.key:
         low, high = (f"{arm.measure.factor * end:.{arm.measure.digits}f}" for end in arm.interval)
         return text if math.isnan(arm.interval[0]) else f"{text} [{low}, {high}]"
     return text if is_narrow else text + _beside(arm, column)
@@ -233,7 +262,8 @@ def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     runs = sorted(runs, key=lambda run: str(run.facts.get("started")))
     trained = _trained(runs, notes)
     baselines = [arm for arm in trained if arm.kind == "baseline"]
-    not_run = [] if baselines else [Arm("baseline", "student on labels alone", {}, (), ())]
+    missing = BASELINES[not runs or any(run.has_labels for run in runs)]
+    not_run = [] if baselines else [Arm("baseline", f"student on {missing}", {}, (), ())]
     teachers = _references("teacher", "teacher", ("task", "teacher", "test"), runs)
     before = _references("before", "student before training", ("task", "start", "test"), runs)
     return [*teachers, *before, *baselines, *not_run, *(arm for arm in trained if arm.kind == "distilled")]
@@ -252,8 +282,9 @@ def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     arms = []
     for key, seeds in sorted(groups.items(), key=lambda item: _natural(str(item[0]))):
         members = tuple(run for _, run in sorted(seeds.items()))
-        kind: Kind = "baseline" if key[0] == ("answer",) else "distilled"
-        label = "student on labels alone" if kind == "baseline" else " + ".join(members[0].loss_labels)
+        has_labels = members[0].has_labels
+        kind: Kind = "baseline" if key[0] == BASELINE_LOSSES[has_labels] else "distilled"
+        label = f"student on {BASELINES[has_labels]}" if kind == "baseline" else " + ".join(members[0].loss_labels)
         rows = tuple(run.rows["student"] for run in members)
         arms.append(Arm(kind, label, members[0].settings, members, rows))
     return _with_distinct_labels(arms, BUDGET)
@@ -269,7 +300,7 @@ def _references(kind: Kind, label: str, keys: Sequence[str], runs: Sequence[Run]
     arms: dict[str, Arm] = {}
     for run in runs:
         row = run.rows.get(kind, {})
-        if number(row.get(ACCURACY.key)) is not None or measure_of(row) is CROSS_ENTROPY:
+        if number(row.get(ACCURACY.key)) is not None or measure_of(row) is not ACCURACY:
             settings = {key: run.settings[key] for key in keys}
             arms[str(settings)] = Arm(kind, label, settings, (), (run.rows[kind],))
     return _with_distinct_labels(list(arms.values()))

@@ -85,12 +85,13 @@ def _accuracy(verdict: Verdict) -> str:
     figure = measure.text(arm.stat(measure.key).mean)
     does = f"answers {figure} of the test right"
     if measure is not ACCURACY:
-        does = f"has a {measure.name} of {figure} along the gold texts of the test"
+        does = f"has a {measure.name} of {figure} along the {measure.texts} of the test"
     answers = f"The best student (learned from: {arm.name}) {does}"
     if deciding is None:
-        reason = "no student was trained on labels alone" if verdict.status == "no baseline" else "the budgets differ"
+        is_missing = verdict.status == "no baseline"
+        reason = f"no student was trained on {arm.baseline}" if is_missing else "the budgets differ"
         return f"{answers}; {reason}, so there is nothing to compare it with."
-    rival = "the teacher's answers alone" if verdict.is_worse_than_hard_labels else "labels alone"
+    rival = "the teacher's answers alone" if verdict.is_worse_than_hard_labels else deciding.rival.name
     if verdict.status in ("not learned", "all right"):
         return f"{answers}, the same student trained on {rival} {100 * deciding.rival.accuracy:.1f} %."
     side = "more" if deciding.points > 0 else "less"
@@ -113,6 +114,8 @@ def _teacher(arm: Arm, summary: Summary) -> str:
     if teacher.measure is ACCURACY:
         return f"The teacher answers {100 * teacher.accuracy:.1f} % right{size}."
     own, taught = (other.stat("chrf").mean for other in (teacher, arm))
+    if math.isnan(own + taught):
+        return f"The student's texts have a chrF of {arm.stat('teacher_chrf').mean:.1f} to the teacher's{size}."
     return f"Compared with the gold texts, the teacher's have a chrF of {own:.1f} and the student's {taught:.1f}{size}."
 
 

@@ -117,7 +117,7 @@ def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Differe
 
 def _chrf(arm: Arm, rival: Arm, paired: Paired, level: float) -> Interval | None:
     sides = [
-        [[number(part.predictions[seed][id_].get("chrf")) for id_ in paired.ids] for seed in paired.seeds]
+        [[number(part.predictions[seed][id_].get(part.measure.chrf)) for id_ in paired.ids] for seed in paired.seeds]
         for part in (arm, rival)
     ]
     if any(value is None for side in sides for row in side for value in row):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Status = Literal["better", "not shown", "worse"]
@@ -14,7 +14,8 @@ class Measure:
     """A figure of results.json, and how it and its differences are shown: times `factor`, with `digits` and a unit.
 
     `key` is its name there. `sign` is 1 if higher is better, -1 if lower is; a score is the figure times the sign.
-    `verb` and `wordings` say that an arm is better or worse.
+    `verb` and `wordings` say that an arm is better or worse. Of free texts, it is along those of `texts`: the sum of
+    `nats` over that of `num_bytes`, in the lines of predictions.jsonl, which have their chrF as `chrf`.
     """
 
     key: str
@@ -26,6 +27,10 @@ class Measure:
     unit_of_differences: str
     verb: str
     wordings: tuple[tuple[Status, str], ...]
+    texts: Literal["gold texts", "teacher's texts"] | None = None
+    nats: str = ""
+    num_bytes: str = ""
+    chrf: str = ""
 
     def text(self, value: float) -> str:
         """Format a figure with its unit."""
@@ -74,9 +79,24 @@ CROSS_ENTROPY = Measure(
     unit_of_differences="nats per byte",
     verb="has a",
     wordings=(("better", "lower cross-entropy"), ("not shown", "not shown"), ("worse", "higher cross-entropy")),
+    texts="gold texts",
+    nats="gold_nats",
+    num_bytes="gold_bytes",
+    chrf="chrf",
+)
+TEACHER_CROSS_ENTROPY = replace(
+    CROSS_ENTROPY,
+    key="teacher_cross_entropy_per_byte",
+    texts="teacher's texts",
+    nats="teacher_nats",
+    num_bytes="teacher_bytes",
+    chrf="teacher_chrf",
 )
 
 
 def measure_of(row: Mapping[str, Any]) -> Measure:
-    """Return what decides about a row of results: free texts have no accuracy."""
-    return CROSS_ENTROPY if CROSS_ENTROPY.key in row else ACCURACY
+    """Return what decides about a row of results: free texts have no accuracy, and some have no gold texts."""
+    if CROSS_ENTROPY.key not in row:
+        return ACCURACY
+    along_teacher = row.get(TEACHER_CROSS_ENTROPY.key) is not None
+    return TEACHER_CROSS_ENTROPY if row[CROSS_ENTROPY.key] is None and along_teacher else CROSS_ENTROPY

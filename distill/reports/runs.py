@@ -119,6 +119,11 @@ class Run:
         return self.facts.get("start")
 
     @property
+    def has_labels(self) -> bool:
+        """Whether some of the training examples have a label."""
+        return number(mapping(self.facts.get("counts")).get("labelled")) != 0
+
+    @property
     def _unlabelled(self) -> int | None:
         """Number of training examples without a label; None for a student that learns from labels alone."""
         train, labelled = (number(mapping(self.facts.get("counts")).get(key)) for key in ("train", "labelled"))

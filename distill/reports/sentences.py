@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from distill.app.files import Json
 from distill.reports.charts import Effect, effects
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
-from distill.reports.measures import CROSS_ENTROPY
+from distill.reports.measures import ACCURACY, TEACHER_CROSS_ENTROPY, Measure
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
 from distill.reports.steps import pairs_note
 from distill.reports.verdicts import Summary
 
 FREE_TEXTS = (
-    "Cross-entropy (CE) says how improbable the gold texts are to a student (lower is better), not whether the texts "
-    "that it writes are good. chrF compares the wording of these with the gold texts, 0 to 100, and cannot see that "
+    "Cross-entropy (CE) says how improbable the {texts} are to a student (lower is better), not whether the texts "
+    "that it writes are good. chrF compares the wording of these with the {texts}, 0 to 100, and cannot see that "
     "another wording is as good. Neither says whether a text is true."
 )
+WITHOUT_GOLD = " There are no gold texts, so they say how close a student comes to its teacher, not how good that is."
 
 
 def remarks(summary: Summary) -> list[str]:
@@ -35,9 +36,15 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     """Return sentences on effects of settings, costs, yield of rationales and contamination."""
     costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
-    texts = [FREE_TEXTS] if any(arm.measure is CROSS_ENTROPY for arm in summary.trained) else []
+    measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
+    texts = [of_free_texts(measure) for measure in measures]
     texts += pairs_note(summary.trained)
     return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
+
+
+def of_free_texts(measure: Measure) -> str:
+    """State what the figures of free texts can show."""
+    return FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
 
 
 def effect_lines(swept: Sequence[Effect]) -> list[str]:

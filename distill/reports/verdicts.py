@@ -1,5 +1,7 @@
 """Judge each distilled arm against labels alone and against the teacher's answers alone, and by how much.
 
+Without any labels, the teacher's answers alone are the baseline.
+
 A verdict rests on the difference of two arms, paired by seed and by test example, and claims a difference only if
 its interval excludes 0. The intervals of all verdicts are one family: the level of each is such that all hold together.
 Arms that do no better than guessing, or that are all right everywhere, have a verdict of their own.
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from distill.reports.arms import BUDGET, COLUMNS, OF_TEXTS, Arm, cell, group
+from distill.reports.arms import BUDGET, MAIN_COLUMNS, Arm, cell, group
 from distill.reports.baseline import baseline_command
 from distill.reports.classes import Guess, best_guess, guesses
 from distill.reports.contrasts import Contrast, contrasts
@@ -30,18 +32,18 @@ Status = Literal["better", "not shown", "worse", "not learned", "all right", "no
 
 
 class Rivals(NamedTuple):
-    """What a distilled arm is compared with: labels alone, and the teacher's answers alone, at the same budget."""
+    """What a distilled arm is compared with: the baseline, and the teacher's answers alone, at the same budget."""
 
-    labels: Arm | None
+    baseline: Arm | None
     hard_labels: Arm | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one distilled arm beat labels alone.
+    """Whether one distilled arm beat the baseline, which is labels alone or, without any, the teacher's answers.
 
     `over_hard_labels` compares it with hard labels from the same teacher, if an arm with the same budget had them.
-    An arm that is worse than either is worse. "Not learned": neither it nor labels alone beat guessing; "all right":
+    An arm that is worse than either is worse. "Not learned": neither it nor the baseline beat guessing; "all right":
     both answer everything right.
     """
 
@@ -54,7 +56,7 @@ class Verdict:
 
     @property
     def points(self) -> float | None:
-        """Difference from labels alone as it is shown, such as in percentage points."""
+        """Difference from the baseline as it is shown, such as in percentage points."""
         return self.difference.points if self.difference else None
 
     @property
@@ -124,7 +126,7 @@ def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     arms = group([run for run in runs if run.is_complete], notes)
     distilled = [arm for arm in arms if arm.kind == "distilled"]
     rivals = [_rivals(arm, arms) for arm in distilled]
-    number = sum(rival is not None for pair in rivals if pair.labels for rival in pair)
+    number = sum(rival is not None for pair in rivals if pair.baseline for rival in pair)
     verdicts = [_judge(arm, pair, arms, level, number) for arm, pair in zip(distilled, rivals, strict=True)]
     return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts(arms, level, notes), tuple(notes))
 
@@ -143,8 +145,9 @@ def _baselines(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def _rivals(arm: Arm, arms: Sequence[Arm]) -> Rivals:
-    """Return the best arms on labels alone and on the teacher's answers alone with the same budget."""
-    hard = [] if arm.has_hard_labels else [other for other in _peers(arm, arms) if other.has_hard_labels]
+    """Return the best baseline, and the best arm on the teacher's answers alone beside labels, with the same budget."""
+    has_own = arm.has_hard_labels or not arm.has_labels
+    hard = [] if has_own else [other for other in _peers(arm, arms) if other.has_hard_labels]
     return Rivals(_best(_peers(arm, _baselines(arms))), _best(hard))
 
 
@@ -158,7 +161,7 @@ def _judge(arm: Arm, rivals: Rivals, arms: Sequence[Arm], level: float, number: 
         for before in arms
         if before.kind == "before" and before.settings.items() <= arm.settings.items() and arm.score <= before.score
     ]
-    if rivals.labels is None:
+    if rivals.baseline is None:
         return _not_compared(arm, _baselines(arms), caveats)
     difference, hard = (compare(arm, rival, level, number) if rival else None for rival in rivals)
     assert difference is not None
@@ -203,24 +206,24 @@ def _not_compared(arm: Arm, baselines: Sequence[Arm], caveats: list[str]) -> Ver
         return Verdict(arm, "no baseline", lead, (*caveats, command))
     rival = min(rivals, key=lambda other: len(differing[id(other)]))
     terms = [f"{key} {arm.settings[key][:16]} versus {rival.settings[key][:16]}" for key in differing[id(rival)]]
-    lead = f"{arm.label}: not compared with labels alone, because the budgets differ ({', '.join(terms)})."
+    lead = f"{arm.label}: not compared with {arm.baseline}, because the budgets differ ({', '.join(terms)})."
     return Verdict(arm, "not compared", lead, (*caveats, command))
 
 
 def _sentence(difference: Difference, status: Status, guess: Guess) -> str:
     arm, rival, points = difference.arm, difference.rival, difference.points
     measure = difference.measure
-    column = COLUMNS[0] if measure is ACCURACY else OF_TEXTS[0]
+    column = MAIN_COLUMNS[measure.key]
     figures = f"{cell(arm, column)} versus {cell(rival, column)}"
     if status == "not learned":
         return (
-            f"{arm.label}: neither this student nor labels alone learned the task: neither is shown to be better than "
+            f"{arm.label}: neither this student nor {rival.name} learned the task: neither is shown to be better than "
             f"{_described(guess)} ({figures})."
         )
     if status == "all right":
-        return f"{arm.label}: this student and labels alone answer every test example right, so the test is too easy."
+        return f"{arm.label}: this student and {rival.name} answer every test example right, so the test is too easy."
     side = "above" if points > 0 else "below"
-    claim = f"{measure.size(points)} {side} labels alone at equal budget ({figures})"
+    claim = f"{measure.size(points)} {side} {rival.name} at equal budget ({figures})"
     is_shown = difference.status != "not shown"
     lead = f"{arm.label} {measure.verb} {difference.wording}: {claim}" if is_shown else f"{arm.label}: {claim}"
     doubt = "" if is_shown else NOT_SHOWN if difference.is_ahead else " The student is not better."
@@ -232,7 +235,8 @@ def _wording(difference: Difference) -> str:
     """State the difference of the chrF of free texts, of which higher is better."""
     if (chrf := difference.chrf) is None:
         return ""
-    return f" Difference in chrF to the gold texts: {chrf.estimate:+.1f} [{chrf.low:+.1f}, {chrf.high:+.1f}]."
+    ends = f"[{chrf.low:+.1f}, {chrf.high:+.1f}]"
+    return f" Difference in chrF to the {difference.measure.texts}: {chrf.estimate:+.1f} {ends}."
 
 
 def _over_hard_labels(difference: Difference) -> str:

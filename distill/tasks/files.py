@@ -103,19 +103,23 @@ class FileTask:
     def splits(self) -> Splits:
         """Hold out validation and test, then take labelled and unlabelled examples, in the order of `_rank`.
 
-        A question that occurs in several splits is kept in only one: test before validation before train.
+        Labelled examples are held out; of free texts without any label, examples without. A question that occurs in
+        several splits is kept in only one: test before validation before train.
         """
         tables = self._tables()
         available = self._available(tables)
-        labelled = [example for example in available.train if example.answer is not None]
-        num_held_out = min(len(labelled) // _HELD_OUT, _MAX_HELD_OUT)
+        candidates = [example for example in available.train if example.answer is not None]
+        if self.is_free_text and not candidates:
+            candidates = list(available.train)
+        num_held_out = min(len(candidates) // _HELD_OUT, _MAX_HELD_OUT)
         own_test = available.test if "test" in tables else None
-        test, labelled = self._hold_out("test", own_test, labelled, num_held_out)
+        test, candidates = self._hold_out("test", own_test, candidates, num_held_out)
         own_validation = available.validation if "validation" in tables else None
-        validation, labelled = self._hold_out("validation", own_validation, labelled, num_held_out)
-        labelled, surplus = self._take("labelled", labelled, len(labelled))
-        surplus_ids = {example.id for example in surplus}
-        rest = [e.unlabelled() for e in available.train if e.answer is None or e.id in surplus_ids]
+        validation, candidates = self._hold_out("validation", own_validation, candidates, num_held_out)
+        remaining = [example for example in candidates if example.answer is not None]
+        labelled, _ = self._take("labelled", remaining, len(remaining))
+        taken = {example.id for example in (*test, *validation, *labelled)}
+        rest = [example.unlabelled() for example in available.train if example.id not in taken]
         unlabelled, _ = self._take("unlabelled", rest, len(rest))
         if not labelled and not unlabelled:
             raise ConfigError(f"{self._path}: no examples are left for training; lower task.examples.num_test=…")
@@ -161,7 +165,9 @@ class FileTask:
     def _examples(self, name: str, table: Table) -> tuple[list[Example], RowCounts]:
         rows = self._rows.examples(table, self._format, rationales=name == "train")
         num_unlabelled = sum(example.answer is None for example in rows.values())
-        if num_unlabelled and name != "train":
+        # Free texts without gold texts are compared with the teacher's; one split is compared with one of them.
+        is_unlabelled = self.is_free_text and num_unlabelled == len(rows)
+        if num_unlabelled and name != "train" and not is_unlabelled:
             raise ConfigError(f"{table.name}: {num_unlabelled} {name} rows have no {self._rows.answer!r}; all need one")
         examples, counts = distinct_questions(table.name, rows, self.value, self._conflicts)
         num_invalid = max(0, len(table.rows) - len(rows))  # a row is one example, or several
@@ -177,12 +183,12 @@ class FileTask:
         return digest, content_id(example.opening), example.id
 
     def _hold_out(
-        self, name: str, own: Sequence[Example] | None, labelled: Sequence[Example], default_size: int
+        self, name: str, own: Sequence[Example] | None, candidates: Sequence[Example], default_size: int
     ) -> tuple[list[Example], list[Example]]:
-        """Examples for a split, from its own table or else from `labelled`; and the labelled ones that remain."""
+        """Examples for a split, from its own table or else from `candidates`; and the candidates that remain."""
         if own is None:
-            return self._take(name, labelled, default_size)
-        return self._take(name, own, len(own))[0], list(labelled)
+            return self._take(name, candidates, default_size)
+        return self._take(name, own, len(own))[0], list(candidates)
 
     def _take(self, name: str, examples: Sequence[Example], default_size: int) -> tuple[list[Example], list[Example]]:
         configured_size = self._sizes[name]

@@ -139,10 +139,10 @@ def _measured(job: Job, curriculum: Curriculum) -> set[str]:
     counts = sum((lesson.counts() for lesson in curriculum.validation), Counter[tuple[Span, str]]())
     losses = {f"val/{name}" for name, o in job.objectives.items() if counts[o.span, o.source]}
     measured = losses | ({"val/loss"} if losses else set())
-    if not counts["answer", "labels"]:
-        return measured
-    is_free_text = job.annotation_job.task.is_free_text
-    return measured | {"val/cross_entropy"} | (set() if is_free_text else {"val/accuracy"})
+    if job.annotation_job.task.is_free_text:
+        has_texts = counts["answer", "labels"] or counts["answer", "teacher"]
+        return measured | ({"val/cross_entropy"} if has_texts else set())
+    return measured | ({"val/cross_entropy", "val/accuracy"} if counts["answer", "labels"] else set())
 
 
 def run_preflight(job: Job, training: Training) -> list[Json]:

@@ -29,7 +29,7 @@ from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_ro
 from distill.evaluation.texts import require_text_measures
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.join import first_span
-from distill.lessons.loader import BatchLimit
+from distill.models.batches import BatchLimit
 from distill.models.reading import check_student_reading
 from distill.prompts.serving import served_tokenizer
 from distill.records import Annotation, Example, Span
@@ -260,7 +260,8 @@ def _results(
     rows["student"] = model_row(predictions, student) | {"training_seconds": seconds}
     rows["student"] |= {"size_bytes": size_bytes(job.run_dir / "student")}
     if job.config.objective == "validation" and (validation := job.annotation_job.splits.validation):
-        on_validation = model_row(evaluation.predict(validation, {}), student)
+        annotations = _annotations(job, curriculum, validation, "answer")
+        on_validation = model_row(evaluation.predict(validation, annotations), student)
         key = measure_of(on_validation).key
         rows["student"] |= {f"validation_{key}": on_validation[key]}
     for name, speed in _speeds(job, evaluation).items():

@@ -222,10 +222,13 @@ class StudentModule(lightning.LightningModule):
         )
 
     def validation_step(self, batch: Batch) -> None:
-        is_gold_N = (batch.span_N == SPANS.index("answer")) & batch.is_labelled_N
+        is_text_N = batch.span_N == SPANS.index("answer")
+        is_gold_N = is_text_N & batch.is_labelled_N
         is_answer_N = is_gold_N & self._measures_accuracy
-        # Of gold answers also without a loss on them, so that students with other losses can be compared.
-        terms = self.terms(batch) | {"cross_entropy": Term(CrossEntropy(), _labels(batch), is_gold_N, 1.0, 1.0)}
+        # Also without a loss on these answers, so that students with other losses can be compared. Free texts without
+        # gold texts are compared with the teacher's.
+        is_compared_N = is_gold_N if self._measures_accuracy else is_text_N
+        terms = self.terms(batch) | {"cross_entropy": Term(CrossEntropy(), _labels(batch), is_compared_N, 1.0, 1.0)}
         sums_L, predicted_M = self(lambda: self._evaluate(batch, list(terms.values()), is_answer_N))
         for (name, term), sum_ in zip(terms.items(), sums_L, strict=True):
             if count := int(term.is_used_N.sum()):

@@ -30,7 +30,11 @@ OTHERS: dict[str, Any] = {
     "prompt.without_template": "zephyr",
     "prompt.too_long": "cut",
     "teacher.kind.dtype": "bfloat16",
+    "teacher.kind.generation.temperature": 0.5,
+    "teacher.kind.generation.top_k": 5,
+    "teacher.kind.generation.stops": ["x"],
     "teacher.calibrate": 3,
+    "teacher.batch_unit": "tokens",
     "rationales.script": "LATIN",
     "rationales.near_duplicates": 0.9,
     "rationales.max_words": 150,
@@ -38,6 +42,7 @@ OTHERS: dict[str, Any] = {
     "rationales.min_confidence": 0.5,
     "cache.codec.temperature": 2.0,
     "teacher.rationales_each": 2,
+    "teacher.answers_each": 2,
 }
 # Where something is, how the task picks its rows, and what is not a value of its own.
 PLACES = ("teacher.model", "teacher.kind.files", "cache.dir", "cache.accept", "task.path", "task.examples")

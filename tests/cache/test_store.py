@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.cache.index import Index
+from distill.cache.store import difference
 from distill.errors import CacheError
 from distill.records import SoftTargets, Target
 from tests.cache.conftest import annotation, comparable, key, open_store, request, write_records
@@ -131,6 +134,33 @@ def test_temporary_files_may_vanish_while_the_folder_is_listed(tmp_path: Path) -
     (tmp_path / "claims").mkdir(exist_ok=True)
     (tmp_path / "claims" / ".gone.tmp").symlink_to("nowhere")  # listed, but does not exist
     assert len(write_records(tmp_path, 2)) == 2
+
+
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_live_ones_stay(tmp_path: Path) -> None:
+    write_records(tmp_path, 1)
+    old, young = tmp_path / ".old.tmp", tmp_path / "claims" / ".young.tmp"
+    for path, age in ((old, 2 * 86_400), (young, 3600)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age,) * 2)
+    write_records(tmp_path, 2)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_what_all_records_share_is_made_once_and_kept_while_writing(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert store.recall("offsets", lambda: {"made": 1}) == {"made": 1}
+    assert not (tmp_path / "manifest.offsets.json").exists()  # nothing is written yet that could depend on it
+    with store.writing():
+        assert store.recall("offsets", lambda: {"made": 2}) == {"made": 2}
+    assert open_store(tmp_path).recall("offsets", lambda: {"made": 3}) == {"made": 2}
+
+
+def test_fingerprints_differ_in_the_leaves_that_are_named() -> None:
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["  a[1].b: cache has 2, this run has 3"]
+    assert difference({"a": [1, 2]}, {"a": [1]}) == ["  a: cache has [1, 2], this run has [1]"]
+    assert difference({"a": [1]}, {"a": [1, 2]}) == ["  a: cache has [1], this run has [1, 2]"]
+    assert difference({"a": 1}, {"a": 1}) == []
 
 
 def test_a_local_cache_is_located_at_its_folder(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ NOT_RUN = {
     "scripts/demo": "downloads models; .ci/run of a fresh clone and users run it",
     "scripts/test": "would run itself",
     "scripts/check": "continuous integration runs it beside the tests",
+    "cd my-chat-model": "needs lm-eval, in an environment of its own",
     "scripts/benchmark": "takes minutes to an hour, and downloads models",
     "export PIP_EXTRA_INDEX_URL": "a setting of pip",
     "pip install": "needs an index",

@@ -18,8 +18,8 @@ from distill.evaluation import texts
 from distill.evaluation.answers import Evaluation, _teacher_measures
 from distill.evaluation.metrics import Prediction, score
 from distill.evaluation.texts import Likelihood, TextMeasures, chrf, require_text_measures, score_texts
-from distill.lessons.loader import BatchLimit
 from distill.models import loading
+from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.tasks.answers import AnswerFormat
@@ -167,8 +167,8 @@ def test_a_text_that_ran_into_the_limit_did_not_end_by_itself(student: Any, prom
 
 
 def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None:
-    first = TextMeasures(Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 6, 2, True, 80.0, 40.0)
-    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 2, 6, False, 20.0, None)
+    first = TextMeasures(Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 25, 6, 2, True, 80.0, 40.0)
+    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 15, 2, 6, False, 20.0, None)
     row = score_texts([first, second, TextMeasures()])
     assert row == {
         "num_examples": 3,
@@ -176,6 +176,7 @@ def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None
         "cross_entropy": 9 / 9,
         "cross_entropy_per_byte": 9 / 30,
         "teacher_cross_entropy": 10 / 5,
+        "teacher_cross_entropy_per_byte": 10 / 40,
         "kl": 2 / 4,
         "chrf": 50.0,
         "teacher_chrf": 40.0,
@@ -199,7 +200,8 @@ def test_the_teachers_text_is_compared_with_the_gold_text(prompts: Prompts) -> N
     measured = _teacher_measures(prompts, EXAMPLES[0], annotation)
     assert measured.chrf == sentence_chrf("A small hut", [GOLD[0]]).score
     assert (measured.has_ended, measured.gold) == (False, None)
-    assert (measured.length, measured.gold_length) == (len(prompts.encode("A small hut")), len(prompts.encode(GOLD[0])))
+    lengths = [len(prompts.encode(text)) for text in ("A small hut", GOLD[0])]
+    assert [measured.length, measured.reference_length] == lengths
 
 
 def test_a_text_that_the_model_cannot_hold_is_counted_as_not_measured(student: Any, prompts: Prompts) -> None:

@@ -55,11 +55,21 @@ def test_the_learned_tokens_are_the_text_of_the_example_and_the_end(case: Case) 
             assert case.prompts.decode(sequence.prompt.ids[start : stop - 1]).strip() == str(text).strip()
 
 
-def test_soft_targets_are_aligned_with_their_tokens(case: Case) -> None:
-    all_lessons = case_lessons(case, 7)
+def test_a_target_with_distributions_for_other_tokens_than_the_chosen_ones_is_refused() -> None:
+    assert Target((5, 6, 7), soft(2), (0, 2))
+    with pytest.raises(CacheError, match="2 chosen tokens came with 3 distributions"):
+        Target((5, 6, 7), soft(3), (0, 2))
+    for chosen in [(), (2, 0), (1, 1), (0, 3), (-1, 0)]:
+        with pytest.raises(CacheError, match="expected at least one token, in ascending order"):
+            Target((5, 6, 7), soft(len(chosen)), chosen)
+
+
+@pytest.mark.parametrize("are_chosen", [False, True])
+def test_soft_targets_are_aligned_with_their_tokens(are_chosen: bool, case: Case) -> None:
+    all_lessons = case_lessons(case, 7, are_chosen=are_chosen)
     batch = collate(all_lessons, {}, 9, read)
     soft_spans = [
-        (s.prompt, span, read([soft.place]))
+        (s.prompt.ids[s.prompt.spans[span][0] :], soft, read([soft.place]))
         for lesson in all_lessons
         for s in lesson.sequences
         for span, soft in s.soft.items()
@@ -70,7 +80,8 @@ def test_soft_targets_are_aligned_with_their_tokens(case: Case) -> None:
     assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
     assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
     assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
-    tokens = [i for prompt, span, targets in soft_spans for i in prompt.ids[prompt.spans[span][0] :][: len(targets)]]
+    assert all(soft.num_positions == len(targets) for _, soft, targets in soft_spans)
+    tokens = [ids[n] for ids, soft, targets in soft_spans for n in soft.chosen or range(len(targets))]
     assert batch.label_N[batch.is_soft_N].tolist() == tokens
     tokens_by_entry = np.repeat(tokens, joined_soft.num_N)
     assert batch.label_N[batch.soft.position_E.long()].tolist() == tokens_by_entry.tolist()

@@ -26,7 +26,8 @@ from transformers import (
 from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.models.body import max_positions
-from distill.models.reading import PrefixedReader, draw
+from distill.models.generation import draw
+from distill.models.reading import PrefixedReader
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -341,3 +342,18 @@ def test_choices_are_scored_as_in_a_plain_reading_and_exclude_each_other(name: s
             assert score_BC[row, column] == pytest.approx(float(expected), abs=1e-4)
     assert (score_BC.exp().sum(-1) <= 1).all()
     assert torch.allclose(score_BC, reading.choice_logprobs(reading.first_BV, choices), atol=1e-5)
+
+
+def test_choices_of_each_prompt_are_scored_as_in_a_plain_reading() -> None:
+    loaded, prefix = make_model("grouped"), random_ids(3, 1)
+    choices = [[(5, 7, 9, 1), (6, 1)], [(8, 1)], [(5, 1), (7, 8, 1), (9, 6, 5, 1)]]
+    questions = [random_ids(2 + 3 * row, 10 + row) for row in range(3)]
+    reading = PrefixedReader(loaded, prefix, VOCABULARY).read(questions)
+    for row, scores in enumerate(reading.own_choice_logprobs(choices)):
+        for column, choice in enumerate(choices[row]):
+            logprobs_TV = plain(loaded, prefix, questions[row], list(choice))[-len(choice) - 1 : -1]
+            expected = logprobs_TV[range(len(choice)), list(choice)].sum()
+            assert scores[column] == pytest.approx(float(expected), abs=1e-4)
+    single = reading.own_choice_logprobs([[(5,), (7,)], [(8,)], []])  # nothing is read after the prompts
+    assert single[0].tolist() == pytest.approx(reading.first_BV[0, [5, 7]].tolist())
+    assert [len(scores) for scores in single] == [2, 1, 0]

@@ -21,7 +21,7 @@ from tests.reports.conftest import Make, Page, summary_of
             ["loss=[answer]", "task=jsonl", "task.path=my data/train.jsonl", "task.choices=[yes,no]"],
         ),
         (["loss.kl.weight=2", "++loss.answer.weight=3", "+loss.kl.a=1"], ["loss=[answer]", "++loss.answer.weight=3"]),
-        (["hydra.run.dir=runs/mine/", "loss=[kl]"], ["loss=[answer]", "hydra.run.dir=runs/mine-labels-alone"]),
+        (["hydra.run.dir=runs/mine/", "loss=[kl]"], ["loss=[answer]", "hydra.run.dir=runs/mine-baseline"]),
         (["-m", "loss=[kl],[kl,answer]", "seed=0,1"], ["-m", "loss=[answer]", "seed=0,1"]),
         (["seed=0", "--multirun", "lossy=1"], ["--multirun", "loss=[answer]", "seed=0", "lossy=1"]),
         (["task.layout.instruction='It\\'s $HOME'"], ["loss=[answer]", "task.layout.instruction='It\\'s $HOME'"]),

@@ -91,6 +91,31 @@ def make_texts(make_run: Make) -> Make:
     return make
 
 
+@pytest.fixture
+def make_unlabelled(make_texts: Make) -> Make:
+    """Write the folder of a run on free texts without gold texts: the teacher's are the only reference."""
+
+    def make(losses: tuple[str, ...], level: float, seed: int = 0) -> Path:
+        folder = make_texts(losses, level, seed)
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        for line in lines:
+            line |= {name.replace("gold", "teacher"): line[name] for name in ("gold_nats", "gold_bytes")}
+            line |= {"gold": "", "gold_nats": None, "gold_bytes": 0, "chrf": None, "teacher_chrf": line["chrf"]}
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        for figures_ in rows.values():
+            per_byte = figures_["cross_entropy_per_byte"]
+            figures_ |= dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "chrf"))
+            figures_["teacher_cross_entropy_per_byte"] = per_byte
+        (folder / "results.json").write_text(json.dumps({"rows": rows}))
+        facts = json.loads((folder / "run.json").read_text())
+        facts["counts"]["labelled"] = 0
+        (folder / "run.json").write_text(json.dumps(facts))
+        return folder
+
+    return make
+
+
 def of_two_arms(make_texts: Make, seeds: Sequence[int] = (0, 1, 2)) -> Summary:
     levels = ((LABELS, 0.60), (SOFT, 0.55))
     return summary_of(*(make_texts(losses, level + 0.002 * seed, seed) for losses, level in levels for seed in seeds))
@@ -158,6 +183,31 @@ def test_unpaired_arms_are_compared_by_their_own_intervals(make_texts: Make) -> 
     arm, rival = verdict.difference.arm, verdict.difference.rival
     assert (arm.interval[1] < rival.interval[0]) == (verdict.status == "better")
     assert arm.interval[0] < arm.stat(CROSS_ENTROPY.key).mean < arm.interval[1]
+
+
+def test_without_gold_texts_students_are_judged_along_the_teachers(make_unlabelled: Make) -> None:
+    hard, soft = ("teacher_answer",), ("teacher_answer", "kl")
+    folders = [make_unlabelled(losses, level, seed) for losses, level in ((hard, 0.6), (soft, 0.55)) for seed in (0, 1)]
+    summary = summary_of(*folders)
+    (verdict,) = summary.verdicts
+    assert (verdict.status, verdict.wording) == ("better", "lower cross-entropy")
+    assert verdict.points == pytest.approx(-0.05, abs=0.003)
+    assert verdict.over_hard_labels is None  # they are the baseline
+    assert "nats per byte below the teacher's answers alone at equal budget" in verdict.sentence
+    chrf = verdict.difference.chrf
+    assert f"Difference in chrF to the teacher's texts: {chrf.estimate:+.1f}" in verdict.sentence
+    for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text.partition("Did distillation")[2]):
+        joined = " ".join(text.split())
+        assert "nats per byte along the teacher's texts of the test" in joined
+        assert "than the same student trained on the teacher's answers alone" in joined
+        assert "not how good that is" in joined
+    assert "labels alone" not in to_text(summary)
+
+
+def test_the_command_for_a_missing_baseline_without_labels_learns_the_teachers_answers(make_unlabelled: Make) -> None:
+    (verdict,) = summary_of(make_unlabelled(("kl",), 0.55)).verdicts
+    assert verdict.status == "no baseline"
+    assert any("distill.train 'loss=[teacher_answer]'" in caveat for caveat in verdict.caveats)
 
 
 def test_a_linearized_ratio_has_the_ratio_as_its_mean_and_its_spread() -> None:

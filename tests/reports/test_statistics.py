@@ -247,6 +247,12 @@ def test_bins_of_the_teachers_confidence_have_both_accuracies() -> None:
     assert statistics.by_confidence([]) == []
 
 
+def test_the_calibration_error_is_the_mean_gap_of_ten_bins() -> None:
+    confidence, is_correct = [0.95, 0.91, 0.35, 0.35], [True, False, False, True]
+    # |1 + 0 - 1.86| in the last bin and |0 + 1 - 0.7| in the fourth, of four answers
+    assert statistics.calibration_error(confidence, is_correct) == pytest.approx((0.86 + 0.3) / 4)
+
+
 def test_a_point_is_dominated_if_another_is_nowhere_worse_and_somewhere_better() -> None:
     points = [(0.9, 100.0, 10.0), (0.8, 50.0, 5.0), (0.8, 60.0, 5.0), (0.7, 70.0, 1.0), (0.8, 50.0, 5.0)]
     assert statistics.pareto(points) == [True, True, False, True, True]

@@ -108,6 +108,12 @@ def test_a_verdict_says_this_and_no_more(
     assert verdict.caveats == caveats
 
 
+def test_two_comparisons_are_a_family(make_run: Make) -> None:
+    arms = ((("answer",), 0.6), (("answer", "kl"), 0.75), (("answer", "rationale"), 0.7))
+    for verdict in summary_of(*(make_run(losses, p) for losses, p in arms)).verdicts:
+        assert "97.5 % for each of the 2 comparisons, so 95 % for all together" in verdict.sentence
+
+
 def test_a_verdict_over_the_teachers_answers_alone_says_this_and_no_more(make_run: Make) -> None:
     arms = ((("answer",), 0.6), (("answer", "teacher_answer"), 0.7), (("answer", "kl"), 0.75))
     soft, hard = summary_of(*(make_run(losses, p) for losses, p in arms)).verdicts

@@ -48,6 +48,38 @@ def task(path: Path | str, **settings: Any) -> FileTask:
     return FileTask(**{**defaults, **sizes, **arguments})
 
 
+def free_texts(path: Path, **settings: Any) -> FileTask:
+    return task(path, read=answer_format("text"), **settings)
+
+
+def test_free_texts_without_any_gold_text_are_held_out_too(tmp_path: Path) -> None:
+    rows = [{"question": f"Tell me about {k}.", "answer": ""} for k in range(40)]
+    splits = free_texts(write(tmp_path / "prompts.jsonl", rows), num_test=7).splits()
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [29, 4, 7]
+    assert all(example.answer is None for part in (splits.train, splits.validation, splits.test) for example in part)
+    assert len({example.id for part in (splits.train, splits.validation, splits.test) for example in part}) == 40
+
+
+def test_labelled_free_texts_are_held_out_first(tmp_path: Path) -> None:
+    rows = [{"question": f"Tell me about {k}.", "answer": "It is." if k < 10 else ""} for k in range(40)]
+    splits = free_texts(write(tmp_path / "some.jsonl", rows), num_test=3, num_validation=2).splits()
+    assert all(example.answer for example in (*splits.test, *splits.validation))
+    assert sum(example.answer is not None for example in splits.train) == 5
+    assert len(splits.train) == 35
+
+
+def test_a_test_file_of_free_texts_has_gold_texts_in_all_rows_or_in_none(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [{"question": f"Tell me about {k}.", "answer": ""} for k in range(20)])
+    prompts = [{"question": f"And about {k}?", "answer": ""} for k in range(3)]
+    test = write(tmp_path / "test.jsonl", prompts)
+    assert len(free_texts(train, test_path=str(test)).splits().test) == 3
+    mixed = write(tmp_path / "mixed.jsonl", [*prompts, {"question": "And me?", "answer": "It is."}])
+    with pytest.raises(ConfigError, match="3 test rows have no 'answer'"):
+        free_texts(train, test_path=str(mixed)).splits()
+    with pytest.raises(ConfigError, match="3 test rows have no 'answer'"):
+        task(train, test_path=str(test)).splits()
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows in the format of the path's suffix."""
     if path.suffix == ".jsonl":

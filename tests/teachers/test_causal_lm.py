@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 
 from distill.annotation.annotation_job import open_annotation_job
 from distill.annotation.fill import fill
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.teacher_module import TeacherModule
 from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Group, Request, SoftTargets, Target
@@ -41,7 +43,7 @@ from tests.teachers.conftest import FreeText, Verbs, answer_requests, is_close, 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    module = TeacherModule(teacher, batch_size=2)
+    module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(2))
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -304,12 +306,26 @@ def test_sampling_settings_are_in_the_fingerprint(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"sampling_temperature": 0.0}, {"sampling_temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "setting",
+    [
+        {"sampling_temperature": 0.0},
+        {"sampling_temperature": float("nan")},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 7},
+        {"stops": ["x", ""]},
+        {"stops": ["x\\n"]},
+    ],
+    ids=str,
 )
 def test_impossible_sampling_settings_are_refused(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="sampling_temperature"):
+    with pytest.raises(ConfigError, match=f"generation.{next(iter(setting))}="):
         make_teacher(teacher_folder, prompts, **setting)
 
 

@@ -92,8 +92,10 @@ def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> T
         logits_TV = model(torch.tensor([sequence.prompt.ids])).logits[0, :, :vocabulary_size]
         for name, objective in objectives().items():
             start, stop = sequence.prompt.spans.get(objective.span, (0, 0))
-            soft = read([sequence.soft[objective.span].place]) if objective.span in sequence.soft else None
-            for row, position in enumerate(range(start, stop)):
+            place = sequence.soft.get(objective.span)
+            soft = read([place.place]) if place else None
+            chosen = (place.chosen or range(place.num_positions)) if place else ()
+            for offset, position in enumerate(range(start, stop)):
                 log_q_V = logits_TV[position - 1].log_softmax(-1)
                 has_source = {
                     "labels": objective.span in sequence.labelled,
@@ -101,7 +103,8 @@ def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> T
                 }
                 if has_source.get(objective.source, False):
                     value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.prompt.ids[position]))
-                elif objective.source == "soft" and soft is not None and row < len(soft):
+                elif objective.source == "soft" and soft is not None and offset in chosen:
+                    row = chosen.index(offset)
                     ids, logprobs = list(soft.rows())[row]
                     kept_K = log_q_V[torch.tensor(ids)]
                     log_q_B = torch.cat([kept_K, (1 - kept_K.exp().sum(0, keepdim=True)).log()])

@@ -26,9 +26,15 @@ from tests.training.conftest import (
 EVERY_KIND = pytest.mark.parametrize("case", OWN_BATCHES, indirect=True)
 
 
-@EVERY_KIND
-def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(case: Case, student_folder: Path) -> None:
-    model, all_lessons = open_whole_student(student_folder), case_lessons(case, BATCH)
+@pytest.mark.parametrize(
+    ("case", "are_chosen"),
+    [*((kind, False) for kind in OWN_BATCHES), ("cues", True), ("long answers", True)],
+    indirect=["case"],
+)
+def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(
+    are_chosen: bool, case: Case, student_folder: Path
+) -> None:
+    model, all_lessons = open_whole_student(student_folder), case_lessons(case, BATCH, are_chosen=are_chosen)
     expected = plain_loss(model, all_lessons, case.prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     expected_gradients = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}

@@ -18,8 +18,8 @@ from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson, TrainingSequence
-from distill.lessons.loader import BatchLimit
 from distill.losses.head import head_loss, predicted_ids
+from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target

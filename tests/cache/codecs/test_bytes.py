@@ -281,7 +281,7 @@ def test_a_sampled_position_takes_few_bytes(kind: str, max_bytes: int, entropy: 
 
 
 @pytest.mark.parametrize(
-    ("weights", "num_N"), [((0.5, 0.375), (2,)), ((0.5, 0.5), (2, 0)), ((0.5, 0.5), (1, 1)), ((1.0, 0.5), (1, 1))]
+    ("weights", "num_N"), [((0.5, 0.375), (2,)), ((1.0, 1.0), (2, 0)), ((0.5, 0.5), (1, 1)), ((1.0, 0.5), (1, 1))]
 )
 def test_draws_that_are_not_all_of_each_position_are_refused(
     weights: tuple[float, ...], num_N: tuple[int, ...]
@@ -289,5 +289,12 @@ def test_draws_that_are_not_all_of_each_position_are_refused(
     tail_N, none_N = np.ones(len(num_N), np.float32), np.zeros(len(num_N), np.int64)
     logprobs_E = np.log(np.array(weights, np.float32))
     soft = SoftTargets(np.array([3, 7]), logprobs_E, tail_N, none_N, np.array(num_N))
+    with pytest.raises(CacheError, match=r"expected .* samples per position and nothing else"):
+        codec("rs_kd").pack(soft)
+
+
+def test_exact_entries_are_not_packed_as_draws() -> None:
+    number = np.array([1, 1])
+    soft = SoftTargets(np.array([3, 7]), np.zeros(2, np.float32), np.zeros(2, np.float32), number, 0 * number)
     with pytest.raises(CacheError, match=r"expected .* samples per position and nothing else"):
         codec("rs_kd").pack(soft)
