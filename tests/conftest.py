@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import functools
 import importlib
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pytest
 import torch
 import yaml
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -45,15 +47,17 @@ from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
 from distill.lessons.join import Lesson, PlacedTarget, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
-from distill.prompts.cues import Layout  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
+from tests.cases import KINDS, Case, make_case  # noqa: E402
+from tests.cases import LAYOUT as LAYOUT  # noqa: E402
+from tests.cases import examples as examples  # noqa: E402
 
-LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32
+_PLACE = re.compile(r"(root|[a-z_]+(\.[a-z_]+)+)=/[\w./-]*$")  # the override of a path
 _BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
     "keep_layers": None,
@@ -73,6 +77,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """Compose the configuration of a command line with these overrides."""
     configuration.register()
+    last = {override.partition("=")[0]: override for override in overrides}
+    places = {key: override for key, override in last.items() if _PLACE.match(override)}
+    config = deepcopy(_composed(name, *(override for override in overrides if override not in places.values())))
+    for key, override in places.items():  # which differ in each test, and choose nothing
+        OmegaConf.update(config, key, override.partition("=")[2])
+    return config
+
+
+@functools.cache
+def _composed(name: str, *overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
@@ -168,6 +182,12 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(student_folder: Path) -> Prompts:
     """Zero-shot prompts."""
     return Prompts(load_tokenizer(student_folder), LAYOUT, (), max_length=256, too_long="drop")
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def case(request: pytest.FixtureRequest, student_folder: Path) -> Case:
+    """Prompts and examples of one of the kinds of work that people bring."""
+    return make_case(request.param, student_folder)
 
 
 @pytest.fixture
@@ -277,14 +297,6 @@ def counted(config: DictConfig) -> tuple[AnnotationJob, CountingTeacher]:
     return replace(source, teacher=teacher), teacher
 
 
-def examples(number: int) -> list[Example]:
-    """Examples with questions of very different lengths, answers and rationales."""
-    words = "two and two are how many, and why would anyone wish to know"
-    return [
-        Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)
-    ]
-
-
 def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities of rows with equally many entries, [N, K] each."""
     return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
@@ -305,7 +317,14 @@ def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
     return SoftTargets.join([_SOFT_TARGETS[key] for key in keys])
 
 
-def lessons(prompts: Prompts, number: int, *, codec: Any = None, are_chosen: bool = False) -> list[Lesson]:
+def lessons(
+    prompts: Prompts,
+    number: int,
+    *,
+    codec: Any = None,
+    are_chosen: bool = False,
+    of: Callable[[int], list[Example]] = examples,
+) -> list[Lesson]:
     """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale.
 
     `are_chosen`: only every second token of a span, counted from its last one, has soft targets.
@@ -319,7 +338,7 @@ def lessons(prompts: Prompts, number: int, *, codec: Any = None, are_chosen: boo
         return keep(cut, tuple(range(len(span) - 1, -1, -2))[::-1] if are_chosen else None)
 
     made = []
-    for index, example in enumerate(examples(number)):
+    for index, example in enumerate(of(number)):
         answer = TrainingSequence.of(
             prompts.answer_prompt(example, example.answer),
             example.id,
@@ -346,6 +365,11 @@ def with_targets(lesson: Lesson, **changes: Any) -> Lesson:
     targets = [tuple(replace(target, **changes) for target in sequence.targets) for sequence in lesson.sequences]
     changed = (replace(s, targets=own) for s, own in zip(lesson.sequences, targets, strict=True))
     return replace(lesson, sequences=tuple(changed))
+
+
+def case_lessons(case: Case, number: int, *, are_chosen: bool = False) -> list[Lesson]:
+    """Lessons of one kind of work."""
+    return lessons(case.prompts, number, are_chosen=are_chosen, of=case.examples)
 
 
 @functools.cache

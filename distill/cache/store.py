@@ -238,7 +238,7 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """Open a writer. However the block ends, annotations added before are written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         if not self.has_header:
             with atomic_write(self.folder / "manifest.jsonl") as temporary:
                 temporary.write_bytes(seal({"format": FORMAT, **self._identity}))
@@ -265,6 +265,13 @@ class Store:
             finally:
                 self._is_writing = False
             writer.flush()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            reason = f"the cache cannot be written to {self.folder}: {error.strerror} ({error.filename})"
+            raise CacheError(f"{reason}; set cache.dir or root to a folder that this user may create") from None
 
     def _apply(self, line: Mapping[str, Any]) -> None:
         if "cost" in line:

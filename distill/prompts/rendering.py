@@ -245,11 +245,13 @@ class Prompts:
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
     """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, all_shots = load_tokenizer(model_dir), list(shots)
+    if config.prompt.num_shots > len(all_shots):
+        say(f"prompt.num_shots={config.prompt.num_shots}, but the task has {len(all_shots) or 'no'} demonstrations")
     prompts = Prompts(
         tokenizer,
         _layout(config),
-        list(shots)[: config.prompt.num_shots],
+        all_shots[: config.prompt.num_shots],
         max_length=config.prompt.max_length,
         too_long=config.prompt.too_long,
         other_ends=listed_ends(model_dir, tokenizer),

@@ -135,10 +135,10 @@ def test_losses_on_words_see_all_tokens_and_those_on_soft_targets_the_chosen_one
     curriculum, num_chosen = build_curriculum(job), 0
     for lesson in curriculum.train:
         batch, counts = collate([lesson], {}, 0, curriculum.read), lesson.counts()
-        tokens = [n for s in lesson.sequences for a, b in s.prompt.spans.values() for n in s.prompt.ids[a:b]]
+        tokens = [n for s in lesson.sequences for t in s.targets for n in s.ids[t.start : t.stop]]
         assert batch.label_N.tolist() == tokens
         assert counts["answer", "soft"] + counts["rationale", "soft"] == batch.is_soft_N.sum()
-        for soft in (soft for s in lesson.sequences for soft in s.soft.values()):
+        for soft in (t.soft for s in lesson.sequences for t in s.targets if t.soft):
             assert soft.num_positions == len(curriculum.read([soft.place]))
             num_chosen += soft.chosen is not None
     assert num_chosen >= 6

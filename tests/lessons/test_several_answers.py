@@ -120,11 +120,12 @@ def test_each_sampled_text_is_learned_with_the_soft_targets_along_its_own_words(
     stored = {key: job.annotation_job.store.read(key) for key in requests}
     assert all(annotation.is_sampled == (requests[key].sample > 0) for key, annotation in stored.items())
     learned: list[Any] = [s for lesson in curriculum.train for s in lesson.sequences if lesson.answer]
-    for sequence in learned:
-        if (key := sequence.soft["answer"].place[0]) in stored:
-            start, stop = sequence.prompt.spans["answer"]
-            assert stored[key].targets["answer"].token_ids == sequence.prompt.ids[start:stop]
-    assert {sequence.soft["answer"].place[0] for sequence in learned} & {k for k, r in requests.items() if r.sample}
+    keys = set()
+    for sequence, target in ((sequence, target) for sequence in learned for target in sequence.targets):
+        keys.add(key := target.soft.place[0])
+        if key in stored:
+            assert stored[key].targets["answer"].token_ids == sequence.ids[target.start : target.stop]
+    assert keys & {key for key, request in requests.items() if request.sample}
     teacher = CountingTeacher(job.annotation_job.teacher)
     teacher.load()
     compared = rescore(job.annotation_job.store, teacher, [r for r in requests.values() if r.sample], 99, seed=0)

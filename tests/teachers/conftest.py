@@ -82,6 +82,15 @@ class Verbs:
         return answer == reference
 
 
+class FreeText(Verbs):
+    """A task without choices that all questions share, whose answers are whole texts."""
+
+    choices = ()
+
+    def read_answer(self, text: str, example: Example) -> str:
+        return text.strip()
+
+
 def generation(**changes: Any) -> Generation:
     """The default settings of generated texts, with changes."""
     return replace(_kind().keywords["generation"], **changes)

@@ -28,8 +28,8 @@ from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
+from tests.cases import Case
 from tests.conftest import (
-    LAYOUT,
     WHOLE_STUDENT,
     CountingTeacher,
     counted,
@@ -37,7 +37,7 @@ from tests.conftest import (
     grid,
     make_model,
 )
-from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teacher
+from tests.teachers.conftest import FreeText, Verbs, answer_requests, is_close, make_teacher
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
@@ -127,12 +127,12 @@ def test_training_and_evaluation_never_call_the_teacher(configured: Callable[...
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_annotations_do_not_depend_on_the_batch(shots: int, prompts: Prompts, teacher_folder: Path) -> None:
-    shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
-    teacher = make_teacher(teacher_folder, shot_prompts)
+def test_annotations_do_not_depend_on_the_batch(shots: int, case: Case, teacher_folder: Path) -> None:
+    prompts = case.with_shots(shots)
+    teacher = make_teacher(teacher_folder, prompts, task=FreeText())
     teacher.load()
     for span in ("answer", "rationale"):
-        requests = [shot_prompts.request(example, span) for example in examples(7)]
+        requests = [prompts.request(example.unlabelled(), span) for example in case.examples(7)]
         batched = teacher.annotate(requests)
         alone = [teacher.annotate([request])[0] for request in requests]
         assert all(is_close(a, b, 1e-4) for a, b in zip(batched, alone, strict=True))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from distill.errors import ConfigError
 from distill.lessons.curriculum import prepare
 from distill.records import Example
-from tests.training.test_chat import with_template
+from tests.cases import with_template
 from tests.training.test_saved import SHORT, distilled
 
 Configured = Callable[..., DictConfig]
