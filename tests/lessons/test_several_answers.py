@@ -119,9 +119,9 @@ def test_each_sampled_text_is_learned_with_the_soft_targets_along_its_own_words(
     requests = {r.key: r for samples in curriculum.filled.answers.values() for r in samples}
     stored = {key: job.annotation_job.store.read(key) for key in requests}
     assert all(annotation.is_sampled == (requests[key].sample > 0) for key, annotation in stored.items())
-    learned: list[Any] = [s for lesson in curriculum.train for s in lesson.sequences if lesson.answer]
+    sequences = [s for lesson in curriculum.train for s in lesson.sequences if lesson.answer]
     keys = set()
-    for sequence, target in ((sequence, target) for sequence in learned for target in sequence.targets):
+    for sequence, target in ((s, target) for s in sequences for target in s.targets):
         keys.add(key := target.soft.place[0])
         if key in stored:
             assert stored[key].targets["answer"].token_ids == sequence.ids[target.start : target.stop]
