@@ -12,12 +12,16 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
 from distill.errors import ConfigError
-from distill.lessons.curriculum import prepare
+from distill.lessons.curriculum import build_curriculum, prepare
 from distill.records import Example
+from distill.training import checkpoints
+from distill.training.fit import build_training, fit, open_job_student
 from tests.cases import with_template
+from tests.training.test_resume import copy_checkpoints, weights_equal
 from tests.training.test_saved import SHORT, distilled
 
 Configured = Callable[..., DictConfig]
+EVERY_STEP = ("checkpoint_every=1", "batch_size=3")
 
 
 def messages(number: int) -> list[dict[str, str]]:
@@ -82,3 +86,23 @@ def test_conversations_are_refused_by_cues_before_anything_is_annotated(
     with pytest.raises(ConfigError, match="conversations of several messages need a chat template"):
         distilled(prepare(conversations("prompt=cues", "loss=[answer,kl]"), tmp_path / "run"))
     assert not list(tmp_path.rglob("manifests"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_run_on_conversations_that_is_resumed_ends_with_the_uninterrupted_weights(
+    conversations: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "NUM_KEPT", 5)
+    config = conversations("prompt=chat", "task.learn=all", "loss=[answer,kl]", "trainer.max_steps=4", *EVERY_STEP)
+    runs = []
+    for name in ("whole", "resumed"):
+        if name == "resumed":
+            copy_checkpoints(tmp_path / "whole", tmp_path / name, [2])
+        job = prepare(config, tmp_path / name)
+        student = open_job_student(job)
+        training = build_training(job, build_curriculum(job), student, [])
+        assert any(len(lesson.example_ids) > 1 for lesson in training.curriculum.train)
+        fit(job, training)
+        runs.append({key: value.clone() for key, value in student.state_dict().items()})
+    assert weights_equal(*runs)
