@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distill.app.files import Json
 from distill.reports.charts import Effect, effects
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
-from distill.reports.measures import ACCURACY, TEACHER_CROSS_ENTROPY, Measure
+from distill.reports.measures import ACCURACY, TEACHER_CROSS_ENTROPY
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
 from distill.reports.steps import pairs_note
@@ -36,15 +36,17 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     """Return sentences on effects of settings, costs, yield of rationales and contamination."""
     costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
-    measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
-    texts = [of_free_texts(measure) for measure in measures]
-    texts += pairs_note(summary.trained)
+    texts = [*of_free_texts(summary), *pairs_note(summary.trained)]
     return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 
 
-def of_free_texts(measure: Measure) -> str:
-    """State what the figures of free texts can show."""
-    return FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
+def of_free_texts(summary: Summary) -> list[str]:
+    """State what the figures of free texts can show, by what they are compared with."""
+    measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
+    return [
+        FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
+        for measure in measures
+    ]
 
 
 def effect_lines(swept: Sequence[Effect]) -> list[str]:
