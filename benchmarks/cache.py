@@ -263,7 +263,13 @@ def data_wait(source: AnnotationJob, store: Store, requests: Sequence[Request], 
     prompts = source.prompts.zero_shot(source.prompts.tokenizer)
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
-    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": config.task.answer_mode, "needed": needed}
+    settings: Any = {
+        "soft_teacher": None,
+        "rationales": {},
+        "further_answers": {},
+        "answer": config.task.answer_mode,
+        "needed": needed,
+    }
     settings |= {"pairing": Pairing(), "too_long": {}}
     join = Join(prompts=prompts, teacher=AnnotationReader(store, by_example_and_span, source.task, prompts), **settings)
     lessons = join.join([request.example for request in requests]).lessons

@@ -17,11 +17,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.requests import group_requests
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import config as configuration
 from distill.cache import Codec
 from distill.cache.store import Store
+from distill.models.batches import BatchLimit
 from distill.models.placement import place
 from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Layout
@@ -59,6 +61,10 @@ class Solutions:
         """The answer itself."""
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether the answers are equal."""
+        return answer == reference
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -77,7 +83,8 @@ class Workload:
         cls, teacher: Teacher, prompts: Prompts, codec: Codec, requests: tuple[Request, ...], sizes: tuple[int, int]
     ) -> Workload:
         """Load the teacher; `sizes` are those of a batch and of a group."""
-        return cls(TeacherModule(teacher, sizes[0]), place(teacher.load()), prompts, codec, requests, *sizes)
+        module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(sizes[0]))
+        return cls(module, place(teacher.load()), prompts, codec, requests, *sizes)
 
     def prompt(self, request: Request) -> tuple[int, ...]:
         """Everything before the target: the input of a reader that shares no prefix."""
@@ -176,8 +183,7 @@ def _workload(
         codec=cache_codec,
         constrain=False,
         dtype="auto",
-        sampling_temperature=0.7,
-        top_p=0.95,
+        generation=configuration.build(compose().teacher.kind.generation),
         max_new_tokens=1,  # a free answer is always generated; here it ends after one token
     )
     requests = tuple(prompts.request(example, "answer") for example in examples)

@@ -152,7 +152,13 @@ def _lessons(prompts: Prompts, requests: Sequence[Request], store: Store) -> Seq
     wide_prompts.__dict__["vocabulary_size"] = _WIDE  # random soft targets have ids beyond this tokenizer's vocabulary
     needed = frozenset({("answer", "labels"), ("answer", "soft")})
     by_example_and_span = {(request.example.id, request.span): request for request in requests}
-    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    settings: Any = {
+        "soft_teacher": None,
+        "rationales": {},
+        "further_answers": {},
+        "answer": "direct",
+        "needed": needed,
+    }
     join = Join(
         prompts=wide_prompts,
         teacher=AnnotationReader(store, by_example_and_span, material.Solutions(), prompts),

@@ -53,7 +53,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.losses.head import head_loss
 from distill.models import loading, naming, placement
 from distill.prompts.tokenizers import load_tokenizer
-from distill.records import Batch, Prompt, SoftTargets, SoftTargetsKey, Span, content_id
+from distill.records import Batch, Prompt, SoftTargets, SoftTargetsKey, Span, Target, content_id
 from distill.reports.statistics import calibration_error
 from distill.students.causal_lm import open_student
 from distill.training.module import StudentModule
@@ -91,19 +91,25 @@ class Text:
     prompt: Prompt
     hidden_NH: Float[Tensor, "N H"]
 
+    @property
+    def solution(self) -> tuple[int, ...]:
+        """The tokens of the solution."""
+        start, stop = self.prompt.spans["rationale"]
+        return self.prompt.ids[start:stop]
+
 
 Loss = Callable[[StudentModule, Batch, Sequence[Text]], Tensor]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: its loss, and for a codec its cache and the bytes per position."""
+    """One way to train: its losses, and for a codec its cache and the bytes per position."""
 
-    objective: Objective
+    objectives: Sequence[Objective]
     loss: Loss
     num_bytes: float = 0.0
     codec: Mapping[str, Any] = field(default_factory=dict)
-    cache: Sequence[SoftTargets] | None = None
+    cache: Sequence[Target] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Teacher:
 
 def main(arguments: Sequence[str]) -> None:
     """Train the runs that are not recorded yet, and report all."""
-    data, num_seeds, settings = _parse_arguments(arguments)
+    data, num_seeds, settings = parse_arguments(arguments)
     root = Path(os.environ["DISTILL_ROOT"])
     notes = root / "benchmarks" / "students.jsonl"
     notes.parent.mkdir(parents=True, exist_ok=True)
@@ -139,28 +145,23 @@ def main(arguments: Sequence[str]) -> None:
 def _new_runs(arm_seeds: Sequence[tuple[str, int]], data: Path, root: Path, settings: Settings) -> Iterator[Run]:
     """Train and measure a student for each arm and seed."""
     loading.flush_denormals()
-    student = _conf("student/smollm2_6_layers.yaml")
-    folder = naming.resolve(_conf("weights/smollm2_135m_instruct.yaml")["model"], root)
-    teacher = _read_teacher(folder, data, settings)
+    folder = model_folder(root)
+    teacher = read_teacher(folder, data, settings)
     num_train = settings.num_steps * settings.batch_size
     train, held_out = teacher.texts[:num_train], teacher.texts[num_train:]
     arms = _arms(teacher, train)
     teacher_logprobs = [teacher.logprobs(text.hidden_NH) for text in held_out]
     for name, seed in arm_seeds:
         start, arm = time.perf_counter(), arms[name]
-        model = open_student(
-            folder,
-            keep_layers=student["keep_layers"],
-            freeze=student["freeze"],
-            from_scratch=False,
-            lora=None,
-            gradient_checkpointing=False,
-        )
-        module = _module(model, arm.objective, settings, seed)
-        _train(module, arm, train, seed, settings)
-        figures = _held_out_figures(module, held_out, teacher_logprobs, settings)
+        module = trained(folder, arm, train, seed, settings)
+        figures = held_out_figures(module, held_out, teacher_logprobs, settings)
         seconds = round(time.perf_counter() - start, 1)
         yield Run(name, seed, num_bytes=arm.num_bytes, codec=arm.codec, seconds=seconds, **figures)
+
+
+def model_folder(root: Path) -> Path:
+    """The weights of the teacher, of which the student is a part."""
+    return naming.resolve(_conf("weights/smollm2_135m_instruct.yaml")["model"], root)
 
 
 def _arms(teacher: Teacher, train: Sequence[Text]) -> dict[str, Arm]:
@@ -168,16 +169,17 @@ def _arms(teacher: Teacher, train: Sequence[Text]) -> dict[str, Arm]:
     caches, num_bytes = _caches(teacher, train, codecs)
     _log(f"{len(codecs)} caches of {sum(len(text.hidden_NH) for text in train)} positions filled")
     without_codec = {
-        "answers": Arm(LABELS, _cached_loss),
-        "dense": Arm(SOFT, partial(_dense_loss, teacher), 4.0 * len(teacher.weight_VH)),
+        "answers": Arm([LABELS], cached_loss),
+        "dense": Arm([SOFT], partial(_dense_loss, teacher), 4.0 * len(teacher.weight_VH)),
     }
     return without_codec | {
-        name: Arm(SOFT, _cached_loss, num_bytes[name], codec.fingerprint(), caches[name])
+        name: Arm([SOFT], cached_loss, num_bytes[name], codec.fingerprint(), caches[name])
         for name, codec in codecs.items()
     }
 
 
-def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, int, Settings]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[Path, int, Settings]:
+    """Return the file with the texts, the number of seeds, and the other settings."""
     options = dict(argument.partition("=")[::2] for argument in arguments)
     data, num_seeds = Path(options.pop("data", "")), int(options.pop("num_seeds", 3))
     if not data.is_file() or not set(options) <= OPTIONS:
@@ -195,7 +197,7 @@ def _conf(name: str) -> Any:
 
 
 @torch.no_grad()
-def _read_teacher(folder: Path, data: Path, settings: Settings) -> Teacher:
+def read_teacher(folder: Path, data: Path, settings: Settings) -> Teacher:
     """Compute the teacher's hidden states on the texts of training and evaluation."""
     tokenizer = load_tokenizer(folder)
     number = settings.num_steps * settings.batch_size + settings.num_held_out
@@ -242,16 +244,16 @@ def _solution(row: Mapping[str, str]) -> str:
 
 def _caches(
     teacher: Teacher, texts: Sequence[Text], codecs: Mapping[str, Codec]
-) -> tuple[dict[str, list[SoftTargets]], dict[str, float]]:
+) -> tuple[dict[str, list[Target]], dict[str, float]]:
     """Soft targets of each text after packing and unpacking by each codec, and the bytes per position."""
-    caches: dict[str, list[SoftTargets]] = {name: [] for name in codecs}
+    caches: dict[str, list[Target]] = {name: [] for name in codecs}
     sizes: Counter[str] = Counter()
     for text in texts:
         logprobs_NV = teacher.logprobs(text.hidden_NH)
         for name, codec in codecs.items():
             trip = round_trip(logprobs_NV, codec, text.id)
             sizes[name] += trip.num_bytes
-            caches[name].append(trip.back.for_training())
+            caches[name].append(Target(text.solution, trip.back.for_training()))
     num_positions = sum(len(text.hidden_NH) for text in texts)
     return caches, {name: sizes[name] / num_positions for name in codecs}
 
@@ -271,7 +273,7 @@ def _equally_large_sampling(teacher: Teacher, texts: Sequence[Text]) -> RandomSa
     return RandomSampling(n=low, seed=0, temperature=1.0)
 
 
-def _cached_loss(module: StudentModule, batch: Batch, texts: Sequence[Text]) -> Tensor:  # noqa: ARG001
+def cached_loss(module: StudentModule, batch: Batch, texts: Sequence[Text]) -> Tensor:  # noqa: ARG001
     """The loss as training computes it."""
     total, _ = head_loss(_hidden(module, batch), module.head(), list(module.terms(batch).values()))
     return total
@@ -287,14 +289,14 @@ def _dense_loss(teacher: Teacher, module: StudentModule, batch: Batch, texts: Se
     return cross_entropy(hidden_NH @ module.head().weight_VH.T, p_NV)
 
 
-def _module(model: Any, objective: Objective, settings: Settings, seed: int) -> StudentModule:
-    """The training module of a student with one loss and the learning rate of `settings`."""
+def _module(model: Any, objectives: Sequence[Objective], settings: Settings, seed: int) -> StudentModule:
+    """The training module of a student with these losses and the learning rate of `settings`."""
     node = _conf("optim/adamw.yaml")["optimizer"]
     optimizer_settings = {name: value for name, value in node.items() if not name.startswith("_")}
     optimizer_settings["lr"] = settings.learning_rate
     return StudentModule(
         model,
-        objectives={"loss": objective},
+        objectives={objective.source: objective for objective in objectives},
         vocabulary_size=model.config.vocab_size,
         retemper=lambda logprobs_MK, _: logprobs_MK,
         make_optimizer=lambda parameters: torch.optim.AdamW(parameters, **optimizer_settings),
@@ -307,8 +309,11 @@ def _module(model: Any, objective: Objective, settings: Settings, seed: int) -> 
     )
 
 
-def _train(module: StudentModule, arm: Arm, train: Sequence[Text], seed: int, settings: Settings) -> None:
-    """Train for one pass over the texts, in the order of the seed."""
+def trained(folder: Path, arm: Arm, train: Sequence[Text], seed: int, settings: Settings) -> StudentModule:
+    """Train a student for one pass over the texts, in the order of the seed."""
+    cut = {name: _conf("student/smollm2_6_layers.yaml")[name] for name in ("keep_layers", "freeze")}
+    model = open_student(folder, **cut, from_scratch=False, lora=None, gradient_checkpointing=False)
+    module = _module(model, arm.objectives, settings, seed)
     torch.manual_seed(seed)
     module.train()
     configured = module.configure_optimizers()
@@ -322,30 +327,31 @@ def _train(module: StudentModule, arm: Arm, train: Sequence[Text], seed: int, se
         seed=seed,
     )
     for indices in itertools.islice(sampler.steps(), settings.num_steps):
-        soft = {} if arm.cache is None else {train[index].id: arm.cache[index] for index in indices}
-        lessons = [_lesson(train[index], soft.get(train[index].id)) for index in indices]
+        targets = {} if arm.cache is None else {train[index].id: arm.cache[index] for index in indices}
+        lessons = [_lesson(train[index], targets.get(train[index].id)) for index in indices]
         counts = sum((lesson.counts() for lesson in lessons), Counter[Any]())
-        batch = collate(lessons, counts, 0, partial(_joined, soft))
+        batch = collate(lessons, counts, 0, partial(_joined, targets))
         arm.loss(module, batch, [train[index] for index in indices]).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    return module
 
 
-def _lesson(text: Text, soft: SoftTargets | None) -> Lesson:
+def _lesson(text: Text, target: Target | None) -> Lesson:
     soft_by_span: dict[Span, SoftPlace] = {}
-    if soft is not None:
-        soft_by_span["rationale"] = SoftPlace((text.id, "rationale"), len(soft))
+    if target is not None:
+        soft_by_span["rationale"] = SoftPlace((text.id, "rationale"), target.scored.num_positions, target.chosen)
     return Lesson((TrainingSequence.of(text.prompt, text.id, {"rationale"}, soft_by_span),))
 
 
-def _joined(soft: Mapping[str, SoftTargets], keys: Sequence[SoftTargetsKey]) -> SoftTargets:
-    return SoftTargets.join([soft[key] for key, _ in keys])
+def _joined(targets: Mapping[str, Target], keys: Sequence[SoftTargetsKey]) -> SoftTargets:
+    return SoftTargets.join([soft for key, _ in keys if (soft := targets[key].soft)])
 
 
 @torch.no_grad()
-def _held_out_figures(
+def held_out_figures(
     module: StudentModule,
     held_out: Sequence[Text],
     teacher_logprobs: Sequence[Float[Tensor, "N V"]],

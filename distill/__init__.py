@@ -16,8 +16,8 @@
  reports/      run folders -> arms -> verdicts -> one page
  exports/      a folder that others can run
 
-The commands annotate, train, evaluate, report and export only parse, call and print. `pyproject.toml` lists the layers:
-a package imports only from layers below its own. errors.py and records.py hold what flows between packages.
+The commands annotate, train, evaluate, judge, report and export only parse, call and print. `pyproject.toml` lists the
+layers: a package imports only from layers below its own. errors.py and records.py hold what flows between packages.
 
 The cache is the only meeting place of teacher and student. A loss sees probabilities in buckets and nothing else.
 """

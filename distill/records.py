@@ -10,6 +10,7 @@ Dimensions, used as suffixes of every tensor with two or more of them:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -214,7 +215,8 @@ class SoftTargets:
     `tail_N[n]` is the probability mass of all other ids. The next `num_drawn_N[n]` entries are samples from this
     tail; `logprobs_E` holds the log of their weights. A row may have no samples by chance; they represent the tail
     all the same. If `num_drawn_N` is None nothing was sampled and the tail is a single bucket. Dense targets have V
-    exact entries.
+    exact entries. `entropy_N` is that of the whole distributions, in nats, where it decides which rows are stored; it
+    is not stored itself.
     """
 
     ids_E: np.ndarray
@@ -222,6 +224,7 @@ class SoftTargets:
     tail_N: np.ndarray
     num_exact_N: np.ndarray
     num_drawn_N: np.ndarray | None = None
+    entropy_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Check that the shapes agree."""
@@ -239,13 +242,14 @@ class SoftTargets:
         first_N = (np.cumsum(self.num_N) - self.num_N)[rows]
         row_E, offset_E = ragged_indices(num_N)
         entries = first_N[row_E] + offset_E
-        drawn = self.num_drawn_N
+        drawn_N, entropy_N = self.num_drawn_N, self.entropy_N
         return SoftTargets(
             self.ids_E[entries],
             self.logprobs_E[entries],
             self.tail_N[rows],
             self.num_exact_N[rows],
-            drawn if drawn is None else drawn[rows],
+            None if drawn_N is None else drawn_N[rows],
+            None if entropy_N is None else entropy_N[rows],
         )
 
     @classmethod
@@ -314,19 +318,56 @@ def ragged_indices(num_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """The tokens of one span as the teacher read them, and which of them have soft targets.
+
+    `chosen` are the offsets of these tokens in the span, ascending; None: all tokens have soft targets.
+    """
+
+    token_ids: tuple[int, ...]
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Number of tokens with soft targets."""
+        return len(self.token_ids if self.chosen is None else self.chosen)
+
+
+@dataclass(frozen=True)
 class Target:
-    """The tokens of one span as the teacher read them, and its soft targets for them."""
+    """The tokens of one span as the teacher read them, and its soft targets for all of them or for the `chosen` ones.
+
+    Row n of `soft` is the distribution for token n, or for token `chosen[n]`: offsets in the span, ascending.
+    """
 
     token_ids: tuple[int, ...]
     soft: SoftTargets | None
+    chosen: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is one distribution per predicted token: L - 1 for a sequence of L tokens."""
-        if self.soft is not None and len(self.soft) != len(self.token_ids):
+        """Check that there is one distribution per predicted token, L - 1 for L tokens, or per chosen one of these."""
+        number = self.scored.num_positions
+        if self.soft is not None and len(self.soft) != number:
             raise CacheError(
-                f"{len(self.token_ids)} target tokens came with {len(self.soft)} distributions; "
-                "expected one distribution per token"
+                f"{number} {'target' if self.chosen is None else 'chosen'} tokens came with {len(self.soft)} "
+                "distributions; expected one distribution per token"
             )
+        if self.chosen is not None and not _are_ascending(self.chosen, len(self.token_ids)):
+            raise CacheError(
+                f"soft targets are for the tokens {self.chosen} of {len(self.token_ids)}; expected at least one token, "
+                "in ascending order"
+            )
+
+    @property
+    def scored(self) -> ScoredTokens:
+        """The tokens, without their soft targets."""
+        return ScoredTokens(self.token_ids, self.chosen)
+
+
+def _are_ascending(offsets: tuple[int, ...], stop: int) -> bool:
+    """Whether there are offsets, all of them are in [0, stop), and each is greater than the one before."""
+    bounds = (-1, *offsets, stop)
+    return bool(offsets) and all(left < right for left, right in itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True)
@@ -336,6 +377,7 @@ class Request:
     `question_ids` follow the shared prefix and precede the teacher's output. `key` is the hash of everything in the
     request that the teacher's targets depend on. With `given_ids` the teacher scores these tokens instead of
     generating. A rationale may be requested several times: `sample` 0 is decoded greedily, others are sampled.
+    `is_held_out`: no student learns from it, so soft targets of all its tokens are kept to measure students by.
     """
 
     key: str
@@ -344,6 +386,7 @@ class Request:
     question_ids: tuple[int, ...]
     given_ids: tuple[int, ...] = ()
     sample: int = 0
+    is_held_out: bool = False
 
 
 def unique_requests(requests: Iterable[Request]) -> list[Request]:

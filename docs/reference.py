@@ -21,7 +21,7 @@ from mkdocs.structure.files import File, Files
 from distill.app.comments import Entry, entries, leading_comment
 from distill.app.help import options, summary, takes_several
 
-COMMANDS = ("train", "annotate", "evaluate", "report", "export")
+COMMANDS = ("train", "annotate", "evaluate", "judge", "report", "export")
 AS_THEY_ARE = {"experiment": "Experiments", "sweep": "Sweeps of W&B"}  # values of keys that are explained elsewhere
 NOT_KEYS = ("_target_", "_partial_", "defaults")
 LONGEST = 60  # characters of a default

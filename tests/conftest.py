@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import functools
 import importlib
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pytest
 import torch
 import yaml
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -45,15 +47,17 @@ from distill.cache.codecs.dense import Dense  # noqa: E402
 from distill.cache.codecs.topk import TopK  # noqa: E402
 from distill.lessons.join import Lesson, PlacedTarget, SoftPlace, TrainingSequence  # noqa: E402
 from distill.losses import Objective  # noqa: E402
-from distill.prompts.cues import Layout  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
+from tests.cases import KINDS, Case, make_case  # noqa: E402
+from tests.cases import LAYOUT as LAYOUT  # noqa: E402
+from tests.cases import examples as examples  # noqa: E402
 
-LAYOUT = Layout(instruction="", question_cue="Q:", rationale_cue="Reason:", answer_cue="Answer:")
 PADDED_ROWS = 32
+_PLACE = re.compile(r"(root|[a-z_]+(\.[a-z_]+)+)=/[\w./-]*$")  # the override of a path
 _BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
     "keep_layers": None,
@@ -73,6 +77,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """Compose the configuration of a command line with these overrides."""
     configuration.register()
+    last = {override.partition("=")[0]: override for override in overrides}
+    places = {key: override for key, override in last.items() if _PLACE.match(override)}
+    config = deepcopy(_composed(name, *(override for override in overrides if override not in places.values())))
+    for key, override in places.items():  # which differ in each test, and choose nothing
+        OmegaConf.update(config, key, override.partition("=")[2])
+    return config
+
+
+@functools.cache
+def _composed(name: str, *overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, list(overrides))
 
@@ -170,6 +184,12 @@ def prompts(student_folder: Path) -> Prompts:
     return Prompts(load_tokenizer(student_folder), LAYOUT, (), max_length=256, too_long="drop")
 
 
+@pytest.fixture(scope="session", params=KINDS)
+def case(request: pytest.FixtureRequest, student_folder: Path) -> Case:
+    """Prompts and examples of one of the kinds of work that people bring."""
+    return make_case(request.param, student_folder)
+
+
 @pytest.fixture
 def configured(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable[..., DictConfig]:
     """Compose the train command for the tiny models on a small task, below `tmp_path`."""
@@ -259,6 +279,9 @@ class CountingTeacher:
         self.num_loads += 1
         return self._teacher.load()
 
+    def num_tokens(self, request: Request) -> int:
+        return self._teacher.num_tokens(request)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         self.asked += requests
         return self._teacher.annotate(requests)
@@ -274,14 +297,6 @@ def counted(config: DictConfig) -> tuple[AnnotationJob, CountingTeacher]:
     return replace(source, teacher=teacher), teacher
 
 
-def examples(number: int) -> list[Example]:
-    """Examples with questions of very different lengths, answers and rationales."""
-    words = "two and two are how many, and why would anyone wish to know"
-    return [
-        Example(f"{i}: {words[: 3 + 9 * (i % 6)]}?", str(7 * i), f"{i} times 7. " * (1 + i % 4)) for i in range(number)
-    ]
-
-
 def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities of rows with equally many entries, [N, K] each."""
     return soft.ids_E.reshape(len(soft), -1), soft.logprobs_E.reshape(len(soft), -1)
@@ -290,11 +305,11 @@ def grid(soft: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
 _SOFT_TARGETS: dict[SoftTargetsKey, SoftTargets] = {}
 
 
-def keep(soft: SoftTargets) -> SoftPlace:
-    """Keep soft targets in memory for `read`, like a cache."""
+def keep(soft: SoftTargets, chosen: tuple[int, ...] | None = None) -> SoftPlace:
+    """Keep soft targets, of all positions or of the chosen ones, in memory for `read`, like a cache."""
     key = (f"{len(_SOFT_TARGETS):032x}", "answer")
-    _SOFT_TARGETS[key] = soft
-    return SoftPlace(key, len(soft))
+    _SOFT_TARGETS[key] = soft if chosen is None else soft[np.array(chosen)]
+    return SoftPlace(key, len(_SOFT_TARGETS[key]), chosen)
 
 
 def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
@@ -302,17 +317,28 @@ def read(keys: Sequence[SoftTargetsKey]) -> SoftTargets:
     return SoftTargets.join([_SOFT_TARGETS[key] for key in keys])
 
 
-def lessons(prompts: Prompts, number: int, *, codec: Any = None) -> list[Lesson]:
-    """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale."""
+def lessons(
+    prompts: Prompts,
+    number: int,
+    *,
+    codec: Any = None,
+    are_chosen: bool = False,
+    of: Callable[[int], list[Example]] = examples,
+) -> list[Lesson]:
+    """Lessons of uneven lengths: all have soft targets, two thirds a gold answer, one third a rationale.
+
+    `are_chosen`: only every second token of a span, counted from its last one, has soft targets.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def soft(span: Sequence[int]) -> SoftPlace:
         logits_NV = 3 * torch.randn(len(span), prompts.vocabulary_size, generator=generator)
         uniform_N = torch.from_numpy(uniforms(str(span), len(span), 0))
-        return keep((codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N))
+        cut = (codec or TopK(k=8, temperature=1.0)).cut(logits_NV.log_softmax(-1), uniform_N)
+        return keep(cut, tuple(range(len(span) - 1, -1, -2))[::-1] if are_chosen else None)
 
     made = []
-    for index, example in enumerate(examples(number)):
+    for index, example in enumerate(of(number)):
         answer = TrainingSequence.of(
             prompts.answer_prompt(example, example.answer),
             example.id,
@@ -339,6 +365,11 @@ def with_targets(lesson: Lesson, **changes: Any) -> Lesson:
     targets = [tuple(replace(target, **changes) for target in sequence.targets) for sequence in lesson.sequences]
     changed = (replace(s, targets=own) for s, own in zip(lesson.sequences, targets, strict=True))
     return replace(lesson, sequences=tuple(changed))
+
+
+def case_lessons(case: Case, number: int, *, are_chosen: bool = False) -> list[Lesson]:
+    """Lessons of one kind of work."""
+    return lessons(case.prompts, number, are_chosen=are_chosen, of=case.examples)
 
 
 @functools.cache

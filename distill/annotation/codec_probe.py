@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.annotation.positions import Positions
 from distill.cache import Codec, uniforms
 from distill.cache.codecs.dense import Dense
 from distill.cache.codecs.rs_kd import RandomSampling
@@ -68,15 +69,21 @@ def candidate_codecs(temperature: float) -> dict[str, Codec]:
     return codecs | {"cache=dense": Dense()}
 
 
-def sample_distributions(teacher: Teacher, requests: Sequence[Request], seed: int) -> list[SoftTargets]:
-    """Return full distributions at a few hundred positions per span, from a loaded teacher with the dense codec."""
+def sample_distributions(
+    teacher: Teacher, positions: Positions, requests: Sequence[Request], seed: int
+) -> list[SoftTargets]:
+    """Return full distributions at a few hundred positions per span, of those that are kept.
+
+    The teacher must be loaded, with the dense codec.
+    """
     distributions: list[SoftTargets] = []
     for span in SPANS:
         of_span, num_positions = [request for request in requests if request.span == span], 0
         order = np.random.default_rng(seed).permutation(len(of_span)).tolist()
         while order and num_positions < _NUM_POSITIONS:
             batch, order = [of_span[index] for index in order[:_BATCH_SIZE]], order[_BATCH_SIZE:]
-            softs = [t.soft for a in teacher.annotate(batch) for t in a.targets.values() if t.soft is not None]
+            annotations = positions.reduced(batch, teacher.annotate(batch))
+            softs = [t.soft for a in annotations for t in a.targets.values() if t.soft is not None]
             distributions += softs
             num_positions += sum(map(len, softs))
     return distributions

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.rationales import filter_samples
-from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
+from distill.annotation.requests import AnnotationRequests, collect_requests, count_tokens, group_requests
 from distill.annotation.teacher_module import TeacherModule
 from distill.app import preemption
 from distill.app.console import say
@@ -78,13 +78,14 @@ def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[Fi
 
     The annotations of the result have no targets: soft targets stay in the cache.
     """
+    assert job.rationale_filter
     store, reader = job.store, job.reader(filled.requests)
     examples = [example for example in job.splits.train if example.id in filled.samples]
     samples = {e.id: [reader.words(r) for r in filled.samples[e.id] if r.key in store] for e in examples}
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
     direct = {id_: reader.words(r).whole_answer for id_, r in answer_requests.items() if r and r.key in store}
     direct_answers = {id_: answer for id_, answer in direct.items() if answer is not None}
-    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter)
+    return filter_samples(examples, samples, direct_answers, job.task.value, job.rationale_filter, job.task.is_same)
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def _annotate(job: AnnotationJob, groups: Sequence[Group], writer: Writer, num_d
         check_length(model, _longest(job, _requests_of(groups)))
         record_cost = partial(_record_cost, writer, sum(p.numel() for p in model.parameters()), start)
         del model  # the teacher alone keeps it
-        module = TeacherModule(job.teacher, job.batch_size)
+        module = TeacherModule(job.teacher, job.positions, job.batch_limit)
         try:
             _annotate_spans(job, groups, module, writer, num_devices)
             _complete_claimed(job.store, groups, module, writer)
@@ -129,7 +130,7 @@ def _annotate_spans(
         of_span = [group for group in groups if group.requests[0].span == span]
         num_missing = len(job.store.missing(_requests_of(of_span)))
         if num_missing:
-            bar = progress(f"{span}s", num_missing)
+            bar = progress(f"{span}s", num_missing, partial(count_tokens, job.prompts))
             _predict(module, _UnclaimedGroups(job.store, of_span), [_WriteGroups(writer), bar], num_devices)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.reader import AnnotationReader
+from distill.annotation.requests import count_tokens
 from distill.app.console import visible
 from distill.app.files import atomic_write
 from distill.cache import Codec
@@ -26,15 +28,18 @@ from distill.teachers import Teacher
 Row = tuple[np.ndarray, np.ndarray]  # ids and log-probabilities
 _TOP = 5  # tokens shown per position
 _MAX_CHARACTERS = 10_000  # of a line
+TOKEN_BYTES = 4 + 1 / 8  # a token's id, and whether it has soft targets
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and disk space that annotation will need, extrapolated from a sample."""
+    """Time, disk space and tokens that annotation will need, extrapolated from a sample."""
 
     seconds: float
     num_bytes: int
     num_sampled: int
+    num_read: int
+    num_written: int
 
 
 @dataclass(frozen=True)
@@ -55,29 +60,32 @@ class Rescored:
         return self.distance <= 4 * self.noise_floor + 0.02
 
 
-def estimate(teacher: Teacher, codec: Codec, missing: Sequence[Request], batch_size: int) -> Estimate:
+def estimate(job: AnnotationJob, missing: Sequence[Request]) -> Estimate:
     """Annotate a batch per span, with requests of all lengths. The teacher must be loaded; nothing is written."""
-    seconds, num_bytes, num_sampled = 0.0, 0.0, 0
+    teacher, seconds, num_bytes, num_written, num_sampled = job.teacher, 0.0, 0.0, 0.0, 0
     for span in SPANS:
         requests = sorted((r for r in missing if r.span == span), key=lambda r: len(r.question_ids))
-        sample = requests[:: max(1, len(requests) // batch_size)][:batch_size]
-        if sample:
+        if requests:
+            number = job.batch_limit.num_texts(max(map(teacher.num_tokens, requests)))
+            sample = requests[:: max(1, len(requests) // number)][:number]
             teacher.annotate(sample[:1])
             start = time.perf_counter()
-            annotations = teacher.annotate(sample)
+            annotations = job.positions.reduced(sample, teacher.annotate(sample))
             scale = len(requests) / len(sample)
             seconds += (time.perf_counter() - start) * scale
-            num_bytes += sum(_stored_bytes(annotation, codec) for annotation in annotations) * scale
+            num_bytes += sum(_stored_bytes(annotation, job.codec) for annotation in annotations) * scale
+            num_written += count_tokens(job.prompts, sample, annotations)[1] * scale
             num_sampled += len(sample)
-    return Estimate(seconds, round(num_bytes), num_sampled)
+    num_read, _ = count_tokens(job.prompts, missing, ())
+    return Estimate(seconds, round(num_bytes), num_sampled, num_read, round(num_written))
 
 
 def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number: int, seed: int) -> Rescored:
     """Annotate a random sample of stored requests of one span again, as one batch and one by one.
 
-    The teacher must be loaded.
+    The teacher must be loaded. It gives soft targets at all positions; those that are stored are compared.
     """
-    stored = [request for request in requests if request.key in store]
+    stored = [again for request in requests if request.key in store and (again := _again(request, store))]
     indices = np.random.default_rng(seed).permutation(len(stored))[:number]
     sample = [stored[index] for index in indices.tolist()]
     if not sample:
@@ -90,6 +98,14 @@ def rescore(store: Store, teacher: Teacher, requests: Sequence[Request], number:
         max(_distance(a, b) for a, b in zip(single, batched, strict=True)),
         len(sample),
     )
+
+
+def _again(request: Request, store: Store) -> Request | None:
+    """The request to repeat; of a sampled answer one to score its words, since sampled again they may be others."""
+    if not store.words(request.key).is_sampled:
+        return request
+    scored = store.scored(request.key).get(request.span) if request.span == "answer" else None
+    return replace(request, given_ids=scored.token_ids) if scored else None
 
 
 def format_record(request: Request, annotation: Annotation, prompts: Prompts) -> str:
@@ -151,6 +167,7 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
         "span": span,
         "token_ids": list(target.token_ids),
         "tokens": [prompts.token_text(token_id) for token_id in target.token_ids],
+        "positions": list(_offsets(target)),
         "ids": [ids.tolist() for ids, _ in soft.rows()] if soft else [],
         "logprobs": [logprobs.astype(float).tolist() for _, logprobs in soft.rows()] if soft else [],
         "tail": soft.tail_N.astype(float).tolist() if soft else [],
@@ -158,32 +175,41 @@ def _row(request: Request, annotation: Annotation, span: Span, target: Target, p
 
 
 def _token_lines(target: Target, prompts: Prompts) -> list[str]:
+    lines = [f"  {prompts.token_text(token_id)!r}" for token_id in target.token_ids]
     if target.soft is None:
-        return [f"  {prompts.token_text(token_id)!r}" for token_id in target.token_ids]
-    lines = []
-    for token_id, (ids, logprobs), tail in zip(target.token_ids, target.soft.rows(), target.soft.tail_N, strict=True):
+        return lines
+    for offset, (ids, logprobs), tail in zip(_offsets(target), target.soft.rows(), target.soft.tail_N, strict=True):
         top = np.argsort(-logprobs, kind="stable")[:_TOP]
         probabilities = [f"{prompts.token_text(int(ids[k]))!r} {np.exp(logprobs[k]):.3f}" for k in top]
-        lines.append(f"  {prompts.token_text(token_id)!r:16} {'  '.join(probabilities)}  rest {tail:.3f}")
+        lines[offset] = f"{lines[offset]:18} {'  '.join(probabilities)}  rest {tail:.3f}"
     return lines
+
+
+def _offsets(target: Target) -> Sequence[int]:
+    """The offsets of the tokens that have soft targets."""
+    if target.soft is None:
+        return ()
+    return range(len(target.token_ids)) if target.chosen is None else target.chosen
 
 
 def _stored_bytes(annotation: Annotation, codec: Codec) -> int:
     arrays = pack_annotation(annotation, codec)
     num_tokens = sum(len(target.token_ids) for target in annotation.targets.values())
     text = (annotation.rationale or "") + (annotation.answer or "") + (annotation.text or "")
-    return sum(array.nbytes for array in arrays.values()) + 4 * num_tokens + len(text.encode()) + len(annotation.key)
+    num_bytes = sum(array.nbytes for array in arrays.values()) + len(text.encode()) + len(annotation.key)
+    return num_bytes + round(TOKEN_BYTES * num_tokens)
 
 
 def _distance(left: Annotation, right: Annotation) -> float:
-    """Return the largest total variation over positions; 1 if the target tokens differ."""
+    """Return the largest total variation over the positions of `left`; 1 if the target tokens differ."""
     largest = 0.0
     for span in {*left.targets, *right.targets}:
         a, b = left.targets.get(span), right.targets.get(span)
         if a is None or b is None or a.token_ids != b.token_ids:
             return 1.0
         if a.soft is not None and b.soft is not None:
-            pairs = zip(a.soft.buckets().rows(), b.soft.buckets().rows(), strict=True)  # samples may differ by rounding
+            soft = b.soft if a.chosen is None else b.soft[np.array(a.chosen)]
+            pairs = zip(a.soft.buckets().rows(), soft.buckets().rows(), strict=True)  # samples may differ by rounding
             largest = max(largest, *(_total_variation(*pair) for pair in pairs))
     return largest
 

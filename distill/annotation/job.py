@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.answers import choose_answers
 from distill.annotation.codec_probe import candidate_codecs, compare_codecs, format_fidelity, sample_distributions
 from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
@@ -13,6 +14,7 @@ from distill.annotation.requests import collect_requests, without_labels
 from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
+from distill.app.progress import token_speed
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
 from distill.records import SPANS, Example, Request, Span, unique_requests
@@ -63,11 +65,14 @@ def _fill(job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], part: 
     filled = fill(job, examples, part=part)
     say_answers(job, filled)
     rationales = rationale_counts(filled, filter_rationales(job, filled))
+    rows = {**job.splits.counts, "rationales": rationales}
+    if filled.answers:
+        rows["answers"] = choose_answers(job, filled).counts
     if is_first_process():
         print(
             f"{job.store.location}\n{len(job.store)} records, {filled.num_annotated} of them new in "
             f"{filled.seconds:.0f} s; kept {rationales.kept} of {rationales.read} rationales; "
-            f"{len(filled.too_long)} examples too long\n{table({**job.splits.counts, 'rationales': rationales})}"
+            f"{len(filled.too_long)} examples too long\n{table(rows)}"
         )
     return float(filled.num_annotated)
 
@@ -94,18 +99,19 @@ def _estimate(job: AnnotationJob, requests: Sequence[Request]) -> str:
     if not missing:
         return summary
     with loaded(job.teacher):
-        result = estimate(job.teacher, job.codec, missing, job.batch_size)
+        result = estimate(job, missing)
     return (
         f"{summary}; they will take about {result.seconds:.0f} s and {result.num_bytes / 1e6:.2f} MB "
-        f"(measured on {result.num_sampled} of them; nothing was written)"
+        f"({token_speed(result.num_read, result.num_written, result.seconds)}; measured on {result.num_sampled} of "
+        "them; nothing was written)"
     )
 
 
 def _probe(config: Config, job: AnnotationJob, requests: Sequence[Request]) -> str:
-    teacher = job.build_teacher(codec=Dense())
+    teacher = job.build_teacher(codec=job.positions.cut(Dense()))
     say(f"reading full distributions of some of {len(requests)} targets to compare codecs; nothing is written")
     with loaded(teacher):
-        distributions = sample_distributions(teacher, requests, config.seed)
+        distributions = sample_distributions(teacher, job.positions, requests, config.seed)
     if not distributions:
         raise ConfigError("this teacher gives no soft targets, so there are no codecs to compare")
     fidelities = compare_codecs(distributions, candidate_codecs(config.cache.codec.get("temperature", 1.0)))

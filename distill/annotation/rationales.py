@@ -134,16 +134,19 @@ def filter_samples(
     direct: Mapping[str, str],
     value: Callable[[str], str],
     criteria: RationaleFilter,
+    is_same: Callable[[str, str], bool] | None = None,
 ) -> list[FilteredRationale]:
     """Keep or reject each of the teacher's rationales, in the order of examples and samples.
 
     `samples` are the annotations of rationale requests, `direct` the teacher's direct answers, both by example id.
-    Two answers agree if `value` maps them to the same value. Every sample has its entry in the result, so none
+    Samples with equal values vote together. An answer agrees with a reference if `is_same` says so of both, by default
+    if their values are equal. Every sample has its entry in the result, so none
     is lost without a reason. `criteria` apply to rationales that led to the right answer.
     """
-    rationales = []
+    rationales, agrees = [], is_same or (lambda answer, reference: value(answer) == value(reference))
     for example in examples:
-        for rationale in _compare(example, samples.get(example.id, ()), direct.get(example.id), value, criteria):
+        of_example = samples.get(example.id, ()), direct.get(example.id)
+        for rationale in _compare(example, *of_example, value, agrees, criteria):
             text, answer = rationale.annotation.rationale, rationale.annotation.answer
             if rationale.reason is None and text is not None and answer is not None:
                 rationale = replace(rationale, reason=criteria.rejection_reason(text, answer))
@@ -162,6 +165,7 @@ def _compare(
     samples: Sequence[Annotation],
     direct: str | None,
     value: Callable[[str], str],
+    is_same: Callable[[str, str], bool],
     criteria: RationaleFilter,
 ) -> list[FilteredRationale]:
     """Compare the samples' answers with the reference. A truncated sample has no vote: its answer may be cut off."""
@@ -170,21 +174,22 @@ def _compare(
     def compare(
         sample: Annotation, reference: Reference, right: Sequence[str], wrong: RejectionReason
     ) -> FilteredRationale:
-        answer = None if sample.answer is None else value(sample.answer)
-        reason = sample.defect or (None if answer in right else wrong)
-        has_confidence = len(samples) > 1 and answer is not None
-        confidence = votes[answer or ""] / len(samples) if has_confidence else None
+        answer = sample.answer
+        is_right = answer is not None and any(is_same(answer, reference) for reference in right)
+        reason = sample.defect or (None if is_right else wrong)
+        has_votes = len(samples) > 1 and answer is not None
+        confidence = votes[value(answer)] / len(samples) if has_votes and answer is not None else None
         return FilteredRationale(example.id, sample, reference, reason, confidence)
 
     if example.answer is not None:
-        gold = [value(answer) for answer in example.right_answers]
-        return [compare(sample, "gold", gold, "disagrees") for sample in samples]
+        return [compare(sample, "gold", example.right_answers, "disagrees") for sample in samples]
     if len(samples) > 1:
         winner = _winner(votes, len(samples), criteria.min_confidence)
-        return [compare(sample, "votes", [] if winner is None else [winner], "outvoted") for sample in samples]
+        answers = [s.answer for s in samples if s.answer is not None and value(s.answer) == winner]
+        return [compare(sample, "votes", answers[:1], "outvoted") for sample in samples]
     if direct is None:
         return [compare(sample, "teacher", [], "no reference") for sample in samples]
-    return [compare(sample, "teacher", [value(direct)], "disagrees") for sample in samples]
+    return [compare(sample, "teacher", [direct], "disagrees") for sample in samples]
 
 
 def _winner(votes: Counter[str], num_samples: int, min_share: float) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from distill.cache.store import Store
 from distill.prompts.rendering import Prompts
-from distill.records import Annotation, AnswerDefect, Example, Request, SoftTargetsKey, Span
+from distill.records import Annotation, AnswerDefect, Example, Request, ScoredTokens, SoftTargetsKey, Span
 from distill.tasks import Task, with_reading
 
 _CHUNK = 1024  # records whose soft targets are decoded together
@@ -50,13 +50,13 @@ class AnnotationReader:
             return replace(present, targets={span: t for span, t in stored.targets.items() if span != "answer"})
         return present
 
-    def scored_ids(self, key: str, example: Example) -> dict[Span, tuple[int, ...]]:
+    def scored(self, key: str, example: Example) -> dict[Span, ScoredTokens]:
         """Return the tokens of an example's record that have soft targets, as in `read`; nothing is decoded."""
-        scored_ids, stored = self.store.scored_ids(key), self.store.words(key)
-        present, token_ids = with_reading(stored, self.task, example), scored_ids.get("answer")
-        if token_ids and not self._has_tokens(present, stored, token_ids):
-            return {span: ids for span, ids in scored_ids.items() if span != "answer"}
-        return scored_ids
+        scored, stored = self.store.scored(key), self.store.words(key)
+        present, answer = with_reading(stored, self.task, example), scored.get("answer")
+        if answer and not self._has_tokens(present, stored, answer.token_ids):
+            return {span: tokens for span, tokens in scored.items() if span != "answer"}
+        return scored
 
     def _has_tokens(self, present: Annotation, stored: Annotation, token_ids: tuple[int, ...]) -> bool:
         """Whether the answer, as it is read at present, still has the tokens that were stored with it."""

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.app.machine import paused_collector
 from distill.prompts.rendering import Prompts
-from distill.records import SPANS, Example, Group, Request, Span, unique_requests
+from distill.records import SPANS, Annotation, Example, Group, Request, Span, unique_requests
+from distill.tasks import choices_of
 
 
 @dataclass(frozen=True)
 class AnnotationRequests:
-    """Requests by example id and span, all samples of rationales, and how many records were reused or annotated."""
+    """Requests by example id and span, and how many records were reused or annotated.
+
+    By example id, `samples` are all requests for rationales, and `answers` those for answers where there are several.
+    """
 
     requests: Mapping[tuple[str, Span], Request]
     samples: Mapping[str, Sequence[Request]]
+    answers: Mapping[str, Sequence[Request]]
     too_long: Mapping[str, str]
     num_reused: int
     num_annotated: int
@@ -26,7 +32,7 @@ class AnnotationRequests:
     @property
     def all_requests(self) -> list[Request]:
         """All requests, without repeated keys."""
-        samples = (request for requests in self.samples.values() for request in requests)
+        samples = itertools.chain.from_iterable([*self.samples.values(), *self.answers.values()])
         return unique_requests([*self.requests.values(), *samples])
 
 
@@ -35,8 +41,8 @@ def collect_requests(
     job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], *, use_given_rationales: bool = False
 ) -> AnnotationRequests:
     """Return the requests that `fill` would have annotated, without annotating any."""
-    requests, too_long = _requests(job.prompts, examples, use_given_rationales)
-    return AnnotationRequests(requests, _samples(job, requests), too_long, 0, 0, 0.0)
+    requests, too_long = _requests(job, examples, use_given_rationales)
+    return AnnotationRequests(requests, _samples(job, requests), _answers(job, requests), too_long, 0, 0, 0.0)
 
 
 def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
@@ -50,6 +56,12 @@ def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
             keys = "".join(request.key for request in members)
             groups.append(Group(hashlib.blake2b(keys.encode(), digest_size=8).hexdigest(), members))
     return groups
+
+
+def count_tokens(prompts: Prompts, requests: Iterable[Request], annotations: Iterable[Annotation]) -> tuple[int, int]:
+    """Numbers of tokens that a teacher reads after the shared prefix, and of those in the texts that it wrote."""
+    texts = [text for annotation in annotations for text in (annotation.rationale, annotation.text) if text]
+    return sum(map(_num_tokens, requests)), sum(len(prompts.encode(text)) for text in texts)
 
 
 def without_labels(examples: Sequence[Example]) -> list[Example]:
@@ -73,17 +85,30 @@ def _samples(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -
     return samples
 
 
+def _answers(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:
+    """Return all answer requests of each train example whose answer the teacher writes in its own words."""
+    answers = {}
+    for example in job.splits.train if job.answers_each > 1 else ():
+        first = requests.get((example.id, "answer"))
+        if first and not first.given_ids and not choices_of(job.task, example):
+            numbers = range(1, job.answers_each)
+            answers[example.id] = [first, *(job.prompts.request(first.example, "answer", sample=n) for n in numbers)]
+    return answers
+
+
 def _requests(
-    prompts: Prompts, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
+    job: AnnotationJob, examples: Mapping[Span, Sequence[Example]], use_given_rationales: bool
 ) -> tuple[dict[tuple[str, Span], Request], dict[str, str]]:
     """Return the requests, and an error message per example that is too long."""
     requests: dict[tuple[str, Span], Request] = {}
     too_long: dict[str, str] = {}
+    learned = {example.id for example in job.splits.train}
     for span, examples_of_span in examples.items():
         for example in examples_of_span:
             try:
                 rationale = example.rationale if use_given_rationales and span == "rationale" else None
-                requests[example.id, span] = prompts.request(example, span, given=rationale)
+                request = job.prompts.request(example, span, given=rationale)
+                requests[example.id, span] = job.positions.keyed(request, is_held_out=example.id not in learned)
             except ValueError as error:
                 too_long[example.id] = str(error)
     return requests, too_long

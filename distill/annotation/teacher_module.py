@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, final
 
 import lightning
+import numpy as np
 import torch
 
+from distill.annotation.positions import Positions
 from distill.errors import CacheError
+from distill.models.batches import BatchLimit
 from distill.records import Annotation, Group
 from distill.teachers import Teacher
 
@@ -19,21 +22,22 @@ class TeacherModule(lightning.LightningModule):
     Its model is no submodule: a trainer would switch it to training mode, and move it away from its readers.
     """
 
-    def __init__(self, teacher: Teacher, batch_size: int) -> None:
-        """`batch_size` requests pass through the model together."""
+    def __init__(self, teacher: Teacher, positions: Positions, batch_limit: BatchLimit) -> None:
+        """Requests of similar lengths pass through the model together, as many as `batch_limit` allows."""
         super().__init__()
-        self._teacher, self._batch_size = teacher, batch_size
+        self._teacher, self._positions, self._batch_limit = teacher, positions, batch_limit
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch
 
     def predict_step(self, batch: Group) -> list[Annotation]:
-        starts = range(0, len(batch.requests), self._batch_size)
-        batches = [self._teacher.annotate(batch.requests[start : start + self._batch_size]) for start in starts]
-        annotations = [annotation for annotated in batches for annotation in annotated]
-        if [annotation.key for annotation in annotations] != [request.key for request in batch.requests]:
+        batches = self._batch_limit.batches([self._teacher.num_tokens(request) for request in batch.requests])
+        annotated = [self._teacher.annotate([batch.requests[place] for place in places]) for places in batches]
+        order = [place for places in batches for place in places]
+        annotations = [annotation for annotations in annotated for annotation in annotations]
+        if [annotation.key for annotation in annotations] != [batch.requests[place].key for place in order]:
             raise CacheError(
                 f"the teacher returned {len(annotations)} annotations for {len(batch.requests)} requests, expected one "
                 "per request in order; none of them is written"
             )
-        return annotations
+        return self._positions.reduced(batch.requests, [annotations[index] for index in np.argsort(order)])

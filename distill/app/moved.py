@@ -22,20 +22,34 @@ MOVED: Mapping[str, str] = {
 # Arguments that a configuration saved before does not have, and their present defaults.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     "distill.prompts.chat.Layout": {"reasoning_marks": None},
+    "distill.models.generation.Generation": {
+        "temperature": 0.0,
+        "top_k": None,
+        "from_model": False,
+        "min_new_tokens": 0,
+        "stops": [],
+    },
     "distill.tasks.files.Columns": {"options": None},
     "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None},
 }
 
 # Arguments that are now those of a part: the argument that holds it, its class, and their names.
 GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "distill.teachers.causal_lm.CausalLMTeacher": (
+        "generation",
+        "distill.models.generation.Generation",
+        ("sampling_temperature", "top_p"),
+    ),
     "distill.tasks.files.FileTask": ("rows", "distill.tasks.files.Columns", ("question", "answer", "rationale")),
 }
 
-# Settings that a task of files has gained, with the present defaults, which are what it did before.
+# Settings that a task of files, and a cache, have gained, with the present defaults, which are what it did before.
 _FILE_TASK, _COLUMNS, _OPTIONS = (
     f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
 )
 _OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
+_TEACHER_SETTINGS = {"answers_each": 1, "batch_unit": "examples"}
+_ALL_POSITIONS = {"_target_": "distill.annotation.positions.Positions", "share": 1.0, "by": "entropy"}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
 
 
@@ -43,7 +57,7 @@ def current(value: Any) -> Any:
     """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
         present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
-        return _task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))
+        return _teacher(_cache(_task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))))
     return [current(item) for item in value] if isinstance(value, list) else value
 
 
@@ -66,6 +80,18 @@ def _task(section: dict[str, Any]) -> dict[str, Any]:
     rows = examples["rows"] | ({"options": options} if examples["rows"]["_target_"] == _COLUMNS else {})
     own = {"options": _OPTION_SETTINGS, "splits": _SPLIT_NAMES}
     return {**own, **section, "examples": {**examples, "rows": rows, "split_names": _SPLIT_NAMES}}
+
+
+def _teacher(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a teacher with all its settings; any other part as it is."""
+    return {**_TEACHER_SETTINGS, **section} if {"kind", "group_size"} <= section.keys() else section
+
+
+def _cache(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a cache with all its settings; any other part as it is."""
+    codec = section.get("codec")
+    is_cache = isinstance(codec, dict) and str(codec.get("_target_")).startswith("distill.cache.codecs.")
+    return {"positions": _ALL_POSITIONS, **section} if is_cache else section
 
 
 def _moved(name: Any) -> Any:

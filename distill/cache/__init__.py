@@ -19,8 +19,8 @@ Lengths = Mapping[str, np.ndarray]
 
 
 @runtime_checkable
-class Codec(Protocol):
-    """Which part of a teacher's distribution is stored, how, and for which loss temperatures."""
+class Cut(Protocol):
+    """Which part of a teacher's distribution is stored."""
 
     @property
     def seed(self) -> int | None:
@@ -30,6 +30,11 @@ class Codec(Protocol):
     def cut(self, logprobs_NV: Float[Tensor, "N V"], uniform_N: Float[Tensor, "N"]) -> SoftTargets:
         """Select the entries to store; samples are a function of `uniform_N` (float64, on the CPU)."""
         ...
+
+
+@runtime_checkable
+class Codec(Cut, Protocol):
+    """Which part of a teacher's distribution is stored, how, and for which loss temperatures."""
 
     def pack(self, soft: SoftTargets) -> dict[str, np.ndarray]:
         """Encode as arrays named "axis.name": axis `position` has a row per position, other axes are ragged.

@@ -3,6 +3,8 @@
     <name>.safetensors                  R records, N target tokens
         length.answer, length.rationale [R] int32   number of tokens of that target, 0 if missing
         token                           [N] int32   token ids of all targets: record by record, answer first
+        mask                            [N / 8] u8  a bit per token: whether it has soft targets; missing if all tokens
+                                                    of every record have them, or none
         end.<axis>                      [R] int64   end of each record on that axis of the codec's arrays
         <axis>.<array>                  the codec's arrays; axis "position" has a row per token with soft targets
     <name>.parquet                      key, answer, rationale, is_sampled, is_truncated, choice_logprobs, text
@@ -37,7 +39,7 @@ from distill.app.files import atomic_write
 from distill.cache import Codec
 from distill.cache.index import KEY_BYTES
 from distill.errors import CacheError
-from distill.records import SPANS, Annotation, SoftTargets, Span, Target
+from distill.records import SPANS, Annotation, ScoredTokens, SoftTargets, Span, Target
 
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8"}
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -81,6 +83,8 @@ class Arrays:
     """The memory-mapped arrays of a shard: the tokens of all targets, and the codec's arrays by axis."""
 
     lengths: Mapping[Span, list[int]]
+    num_soft: Mapping[Span, list[int]]  # tokens with soft targets
+    is_soft: np.ndarray  # whether each token has soft targets
     token: tuple[list[int], np.ndarray]  # the bounds of the records on the axis, and its array
     axes: tuple[tuple[list[int], tuple[np.ndarray, ...]], ...]  # the same for each of the codec's axes
     names: tuple[str, ...]  # of the codec's arrays, in the order of `axes`
@@ -97,18 +101,20 @@ class Arrays:
             by_axis.setdefault(axis_name(name), {})[name] = array
         ends = {name[4:]: end_R for name, end_R in by_axis.pop("end", {}).items()}
         by_axis.pop("length")
+        by_axis.pop("mask", None)
         ends["token"] = token_end_R
-        num_positions_R = np.diff(ends.get("position", token_end_R), prepend=0)
-        is_complete_R = (num_positions_R == 0) | (num_positions_R == sum(lengths.values()))
-        is_valid = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0 and is_complete_R.all()
+        is_valid = set(ends) == set(by_axis) and min(map(np.min, lengths.values())) >= 0
         if not is_valid or not all(_ends_fit(ends[x], a, num_records) for x in by_axis for a in by_axis[x].values()):
             raise ValueError("array lengths are inconsistent")
+        num_positions_R = np.diff(ends.get("position", np.zeros_like(token_end_R)), prepend=0)
+        is_soft = _soft_tokens(arrays.get("mask"), num_positions_R > 0, np.diff(token_end_R, prepend=0))
+        num_soft = _num_soft(is_soft, lengths, num_positions_R)
         bounds = {axis: [0, *end_R.tolist()] for axis, end_R in ends.items()}
         token = bounds["token"], by_axis.pop("token")["token"]
         names = {axis: sorted(members) for axis, members in sorted(by_axis.items())}
         axes = tuple((bounds[axis], tuple(by_axis[axis][name] for name in members)) for axis, members in names.items())
-        length_lists = {span: length_R.tolist() for span, length_R in lengths.items()}
-        return cls(length_lists, token, axes, tuple(name for members in names.values() for name in members))
+        array_names = tuple(name for members in names.values() for name in members)
+        return cls(_as_lists(lengths), _as_lists(num_soft), is_soft, token, axes, array_names)
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of all targets of a record."""
@@ -116,13 +122,23 @@ class Arrays:
         return tuple(token[bounds[row] : bounds[row + 1]].tolist())
 
     def spans(self, row: int) -> dict[Span, slice]:
-        """Slices of a record's tokens, and of its positions, that belong to each target."""
-        slices, start = dict[Span, slice](), 0
-        for span, lengths in self.lengths.items():
-            if lengths[row]:
-                slices[span] = slice(start, start + lengths[row])
-                start += lengths[row]
-        return slices
+        """Slices of a record's tokens that belong to each target."""
+        return _slices(self.lengths, row)
+
+    def soft_spans(self, row: int) -> dict[Span, slice]:
+        """Slices of a record's positions that belong to each target; empty if it has no soft targets."""
+        return _slices(self.num_soft, row)
+
+    def scored(self, row: int) -> dict[Span, ScoredTokens]:
+        """The tokens of a record's targets, and which of them have soft targets; empty if none has."""
+        token_ids, start = self.token_ids(row), self.token[0][row]
+        scored = dict[Span, ScoredTokens]()
+        for span in self.soft_spans(row):
+            tokens = self.spans(row)[span]
+            is_soft = self.is_soft[start + tokens.start : start + tokens.stop]
+            chosen = None if is_soft.all() else tuple(np.flatnonzero(is_soft).tolist())
+            scored[span] = ScoredTokens(token_ids[tokens], chosen)
+        return scored
 
     def soft(self, row: int) -> list[np.ndarray]:
         """The codec's arrays of a record, in the order of `names`; empty if it has no soft targets."""
@@ -149,18 +165,17 @@ class Shard:
     def read(self, row: int) -> Annotation:
         """Return one record; raises CacheError if the shard is damaged."""
         record, arrays = self.words(row), self.arrays()
-        packed_soft, token_ids = dict(zip(arrays.names, arrays.soft(row), strict=True)), arrays.token_ids(row)
-        soft = self._codec.unpack(packed_soft) if any(map(len, packed_soft.values())) else None
-        targets = {
-            span: Target(token_ids[rows], soft[rows] if soft else None) for span, rows in arrays.spans(row).items()
-        }
+        scored, rows = arrays.scored(row), arrays.soft_spans(row)
+        if not scored:
+            token_ids, spans = arrays.token_ids(row), arrays.spans(row)
+            return replace(record, targets={span: Target(token_ids[where], None) for span, where in spans.items()})
+        soft = self._codec.unpack(dict(zip(arrays.names, arrays.soft(row), strict=True)))
+        targets = {span: Target(tokens.token_ids, soft[rows[span]], tokens.chosen) for span, tokens in scored.items()}
         return replace(record, targets=targets)
 
-    def scored_ids(self, row: int) -> dict[Span, tuple[int, ...]]:
+    def scored(self, row: int) -> dict[Span, ScoredTokens]:
         """Return the tokens of one record's targets that have soft targets, which are not decoded."""
-        arrays = self.arrays()
-        token_ids = arrays.token_ids(row) if any(map(len, arrays.soft(row))) else ()
-        return {span: token_ids[rows] for span, rows in arrays.spans(row).items()} if token_ids else {}
+        return self.arrays().scored(row)
 
     def words(self, row: int) -> Annotation:
         """Return one record without its targets, whose arrays are not read."""
@@ -268,6 +283,44 @@ def pack_annotation(annotation: Annotation, codec: Codec) -> dict[str, np.ndarra
     return codec.pack(SoftTargets.join(softs))
 
 
+def _as_lists(numbers: Mapping[Span, np.ndarray]) -> dict[Span, list[int]]:
+    return {span: of_span_R.tolist() for span, of_span_R in numbers.items()}
+
+
+def _slices(numbers: Mapping[Span, list[int]], row: int) -> dict[Span, slice]:
+    """Slices of consecutive parts of these lengths; none of length 0."""
+    slices, start = dict[Span, slice](), 0
+    for span, of_span in numbers.items():
+        if of_span[row]:
+            slices[span] = slice(start, start + of_span[row])
+            start += of_span[row]
+    return slices
+
+
+def _soft_tokens(mask: np.ndarray | None, has_soft_R: np.ndarray, num_tokens_R: np.ndarray) -> np.ndarray:
+    """Whether each token has soft targets: as the mask says, else all tokens of the records that have any."""
+    if mask is None:
+        return np.repeat(has_soft_R, num_tokens_R)
+    is_soft = np.unpackbits(mask, count=int(num_tokens_R.sum())).astype(bool)
+    if not np.array_equal(np.packbits(is_soft), mask):
+        raise ValueError(f"its mask of {8 * len(mask)} bits does not fit {len(is_soft)} tokens")
+    return is_soft
+
+
+def _num_soft(
+    is_soft: np.ndarray, lengths: Mapping[Span, np.ndarray], num_positions_R: np.ndarray
+) -> dict[Span, np.ndarray]:
+    """Number of tokens with soft targets by span; all spans of a record have some, or none has."""
+    length_RS = np.stack([*lengths.values()], 1)
+    end_RS = np.cumsum(length_RS).reshape(length_RS.shape)
+    before = np.concatenate([[0], np.cumsum(is_soft)])
+    num_RS = before[end_RS] - before[end_RS - length_RS]
+    has_all_R = ((num_RS > 0) == (length_RS > 0)).all(1) | (num_positions_R == 0)
+    if (num_RS.sum(1) != num_positions_R).any() or not has_all_R.all():
+        raise ValueError("soft targets do not belong to its tokens")
+    return dict(zip(lengths, num_RS.T, strict=True))
+
+
 def _ends_fit(end_R: np.ndarray, array: np.ndarray, num_records: int) -> bool:
     """Whether `end_R` are the ends of all records on the first dimension of the array."""
     is_ascending = end_R.shape == (num_records,) and bool((np.diff(end_R, prepend=0) >= 0).all())
@@ -329,6 +382,7 @@ def _has_layout(arrays: Mapping[str, np.ndarray], records: int) -> bool:
     """Whether tokens, lengths and ends have the form that `write_shard` gives them, and all arrays have rows."""
     kinds = dict.fromkeys(("token", *(f"length.{span}" for span in SPANS)), "<i4")
     kinds |= {name: "<i8" for name in arrays if name.startswith("end.")}
+    kinds |= {"mask": "u1"} if "mask" in arrays else {}
     return (
         all(name in arrays and arrays[name].dtype == kind and arrays[name].ndim == 1 for name, kind in kinds.items())
         and all(len(arrays[f"length.{span}"]) == records for span in SPANS)
@@ -338,9 +392,11 @@ def _has_layout(arrays: Mapping[str, np.ndarray], records: int) -> bool:
 
 def _arrays_from(annotations: Sequence[Annotation], codec: Codec) -> dict[str, np.ndarray]:
     lengths = {s: [len(a.targets[s].token_ids) if s in a.targets else 0 for a in annotations] for s in SPANS}
-    tokens = [i for a in annotations for span in SPANS if span in a.targets for i in a.targets[span].token_ids]
+    targets = [annotation.targets[span] for annotation in annotations for span in SPANS if span in annotation.targets]
     arrays = {f"length.{span}": np.array(lengths[span], "<i4") for span in SPANS}
-    arrays["token"] = np.array(tokens, "<i4")
+    arrays["token"] = np.array([token_id for target in targets for token_id in target.token_ids], "<i4")
+    if any(target.chosen is not None for target in targets):
+        arrays["mask"] = np.packbits(np.concatenate([_is_soft(target) for target in targets]))
     packs = [pack_annotation(annotation, codec) for annotation in annotations]
     for name in sorted({name for parts in packs for name in parts}):
         parts = [part[name] for part in packs if name in part]
@@ -349,6 +405,14 @@ def _arrays_from(annotations: Sequence[Annotation], codec: Codec) -> dict[str, n
             [len(part[name]) if name in part else 0 for part in packs], dtype="<i8"
         )
     return arrays
+
+
+def _is_soft(target: Target) -> np.ndarray:
+    """Whether each token of a target has soft targets."""
+    is_soft = np.full(len(target.token_ids), target.soft is not None and target.chosen is None)
+    if target.soft is not None and target.chosen is not None:
+        is_soft[list(target.chosen)] = True
+    return is_soft
 
 
 def _records_from(texts: pa.Table) -> list[Annotation]:

@@ -39,7 +39,16 @@ from distill.cache.remote import Remote
 from distill.cache.sealed import create_once, read_lines, seal, unseal
 from distill.cache.shard import SUFFIXES, Shard, axis_name, write_shard
 from distill.errors import CacheError
-from distill.records import Annotation, Group, Request, SoftTargets, SoftTargetsKey, Span, unique_requests
+from distill.records import (
+    Annotation,
+    Group,
+    Request,
+    ScoredTokens,
+    SoftTargets,
+    SoftTargetsKey,
+    Span,
+    unique_requests,
+)
 
 FORMAT = 3
 _DAY_SECONDS = 86_400
@@ -125,10 +134,10 @@ class Store:
         shard, row = self._locate(key, self._number(key))
         return shard.words(row)
 
-    def scored_ids(self, key: str) -> dict[Span, tuple[int, ...]]:
+    def scored(self, key: str) -> dict[Span, ScoredTokens]:
         """Return the tokens of a record that have soft targets, by span; raises CacheError like `read`."""
         shard, row = self._locate(key, self._number(key))
-        return shard.scored_ids(row)
+        return shard.scored(row)
 
     def soft_targets(self, places: Sequence[SoftTargetsKey]) -> SoftTargets:
         """Return the concatenated soft targets of many (key, span), decoded together.
@@ -140,12 +149,12 @@ class Store:
         for (key, span), number in zip(places, numbers.tolist(), strict=True):
             shard, row = self._locate(key, number)
             arrays = shard.arrays()
-            packed_soft, spans = arrays.soft(row), arrays.spans(row)
-            if span not in spans or not any(map(len, packed_soft)):
+            spans = arrays.soft_spans(row)
+            if span not in spans:
                 raise CacheError(f"{self.folder} has no soft targets for the {span} of record {key}")
-            record_arrays.append(packed_soft)
+            record_arrays.append(arrays.soft(row))
             selected_rows.append(range(total + spans[span].start, total + spans[span].stop))
-            total += sum(arrays.lengths[name][row] for name in spans)
+            total += sum(arrays.num_soft[name][row] for name in spans)
         columns = dict(zip(arrays.names, zip(*record_arrays, strict=True), strict=True))
         lengths = {axis_name(name): np.array(list(map(len, column))) for name, column in columns.items()}
         soft = self._codec.unpack({name: np.concatenate(column) for name, column in columns.items()}, lengths)
@@ -229,7 +238,7 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """Open a writer. However the block ends, annotations added before are written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         if not self.has_header:
             with atomic_write(self.folder / "manifest.jsonl") as temporary:
                 temporary.write_bytes(seal({"format": FORMAT, **self._identity}))
@@ -256,6 +265,13 @@ class Store:
             finally:
                 self._is_writing = False
             writer.flush()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            reason = f"the cache cannot be written to {self.folder}: {error.strerror} ({error.filename})"
+            raise CacheError(f"{reason}; set cache.dir or root to a folder that this user may create") from None
 
     def _apply(self, line: Mapping[str, Any]) -> None:
         if "cost" in line:

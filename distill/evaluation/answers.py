@@ -19,9 +19,9 @@ from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
 from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
 from distill.evaluation.metrics import Prediction, score
-from distill.evaluation.texts import TextMeasures, chrf, require_text_measures
+from distill.evaluation.texts import TextMeasures, require_text_measures, wording
 from distill.lessons.join import AnswerMode, first_span
-from distill.lessons.loader import BatchLimit
+from distill.models.batches import BatchLimit
 from distill.models.body import Way
 from distill.models.placement import on_device
 from distill.models.reading import PrefixedReader, Reading
@@ -256,8 +256,8 @@ class Evaluation:
                 length=len(self._prompts.encode(text)) if (text := answers[k]) else 0,
                 reference_length=len(self._prompts.encode(example.answer or theirs[k] or "")),
                 has_ended=has_ended[k],
-                chrf=chrf(text or "", example.right_answers),
-                teacher_chrf=chrf(text or "", [annotation.answer]) if annotation and annotation.answer else None,
+                wording=wording(text or "", example.right_answers),
+                teacher_wording=wording(text or "", [annotation.answer] if annotation and annotation.answer else []),
             )
             for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
         ]
@@ -290,8 +290,8 @@ def _num_bytes(text: str | None) -> int:
     return len((text or "").encode())
 
 
-def _is_same(task: Task, left: str | None, right: str | None) -> bool:
-    return left is not None and right is not None and task.value(left) == task.value(right)
+def _is_same(task: Task, answer: str | None, reference: str | None) -> bool:
+    return answer is not None and reference is not None and task.is_same(answer, reference)
 
 
 def _prediction(
@@ -422,5 +422,5 @@ def _teacher_measures(prompts: Prompts, example: Example, annotation: Annotation
         length=len(prompts.encode(text)),
         reference_length=len(prompts.encode(example.answer or text)),
         has_ended=not annotation.is_truncated,
-        chrf=chrf(text, example.right_answers),
+        wording=wording(text, example.right_answers),
     )

@@ -13,8 +13,8 @@ from distill.app.files import write_json
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds
 from distill.evaluation.texts import require_text_measures
-from distill.lessons.loader import BatchLimit, BatchUnit
 from distill.models import loading, naming
+from distill.models.batches import BatchLimit, BatchUnit
 from distill.prompts.rendering import build_prompts
 from distill.records import SPLITS
 from distill.reports.measures import ACCURACY, measure_of
@@ -63,6 +63,7 @@ def _text(row: Mapping[str, Any], split: str) -> str:
         ("cross_entropy", "cross-entropy", "nats per token"),
         ("cross_entropy_per_byte", "or", "nats per byte"),
         ("chrf", "chrF", "of 100"),
+        ("rouge_l", "ROUGE-L", "of 100"),
         ("length_ratio", "length", "of the reference texts"),
         ("ended", "ended by themselves", "of 1"),
     )

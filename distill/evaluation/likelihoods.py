@@ -57,8 +57,8 @@ def _likelihood(reader: PrefixedReader, hidden_TH: Float[Tensor, "T H"], target:
 
 
 def compared(target: Target | None) -> SoftTargets | None:
-    """Return the buckets of a target that a model can be compared by; None if there are none."""
-    if target is None or target.soft is None:
+    """Return the buckets of a target that a model can be compared by; None if there are none, or not at all tokens."""
+    if target is None or target.soft is None or target.chosen is not None:
         return None
     soft = target.soft.buckets()
     # Only draws: a single bucket, in which all models are equal.

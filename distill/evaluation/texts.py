@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 from distill.errors import ConfigError
 from distill.tasks import Task
+
+_WORD = re.compile(r"\w+")
 
 
 class Likelihood(NamedTuple):
@@ -20,14 +23,21 @@ class Likelihood(NamedTuple):
     kl: float | None = None
 
 
+class Wording(NamedTuple):
+    """What a text shares with its best reference: chrF of characters and ROUGE-L of words, 0 to 100."""
+
+    chrf: float
+    rouge_l: float
+
+
 @dataclass(frozen=True)
 class TextMeasures:
     """How a model answers one question of free text; None where it was not measured.
 
     `gold` and `teacher` are the likelihoods of the gold text and of the teacher's, which have `gold_bytes` and
     `teacher_bytes`. `length` and `reference_length` count the tokens of the model's own text and of the gold text, or
-    of the teacher's where there is no gold text, without their ends; `has_ended`: its own text ended by itself. `chrf`
-    and `teacher_chrf` compare this text with the gold texts and the teacher's, 0 to 100.
+    of the teacher's where there is no gold text, without their ends; `has_ended`: its own text ended by itself.
+    `wording` and `teacher_wording` compare this text with the gold texts and the teacher's.
     """
 
     gold: Likelihood | None = None
@@ -37,8 +47,8 @@ class TextMeasures:
     length: int | None = None
     reference_length: int = 0
     has_ended: bool | None = None
-    chrf: float | None = None
-    teacher_chrf: float | None = None
+    wording: Wording | None = None
+    teacher_wording: Wording | None = None
 
     def as_row(self) -> dict[str, Any]:
         """Return the measures as a part of a line of predictions.jsonl."""
@@ -54,8 +64,10 @@ class TextMeasures:
             "length": self.length,
             "reference_length": self.reference_length,
             "has_ended": self.has_ended,
-            "chrf": self.chrf,
-            "teacher_chrf": self.teacher_chrf,
+            "chrf": self.wording and self.wording.chrf,
+            "teacher_chrf": self.teacher_wording and self.teacher_wording.chrf,
+            "rouge_l": self.wording and self.wording.rouge_l,
+            "teacher_rouge_l": self.teacher_wording and self.teacher_wording.rouge_l,
         }
 
 
@@ -67,20 +79,31 @@ def require_text_measures(task: Task) -> None:
         )
 
 
-def chrf(text: str, references: Sequence[str]) -> float | None:
-    """Return chrF2 of a text against its best reference (Popović 2015), 0 to 100; spaces do not count.
-
-    None without references.
-    """
-    if not references:
-        return None
+def chrf(text: str, references: Sequence[str]) -> float:
+    """Return chrF2 of a text against its best reference (Popović 2015), 0 to 100; spaces do not count."""
     from sacrebleu.metrics.chrf import CHRF
 
     return float(CHRF().sentence_score(text, list(references)).score)
 
 
+def rouge_l(text: str, references: Sequence[str]) -> float:
+    """Return the F-measure of the longest common subsequence of words (Lin 2004, "ROUGE"), 0 to 100.
+
+    The words of any script count, whatever their case; not the marks between them. The best reference counts.
+    """
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    scores = rouge_score(text, [*references], rouge_keys="rougeL", normalizer=str.casefold, tokenizer=_WORD.findall)
+    return 100 * float(scores["rougeL_fmeasure"])
+
+
+def wording(text: str, references: Sequence[str]) -> Wording | None:
+    """Compare the wording of a text with its references; None without any."""
+    return Wording(chrf(text, references), rouge_l(text, references)) if references else None
+
+
 def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
-    """Return a model's figures: cross-entropies and KL per token or byte of all texts, chrF as mean over texts."""
+    """Return a model's figures: cross-entropies and KL per token or byte of all texts, others as means over texts."""
     gold = [(m.gold, m) for m in measures if m.gold]
     teacher = [(m.teacher, m) for m in measures if m.teacher]
     scored = [(read.kl, read.num_tokens) for read, _ in teacher if read.kl is not None]
@@ -93,8 +116,10 @@ def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
         "teacher_cross_entropy": _ratio((read.nats, read.num_tokens) for read, _ in teacher),
         "teacher_cross_entropy_per_byte": _ratio((read.nats, m.teacher_bytes) for read, m in teacher),
         "kl": _ratio(scored),
-        "chrf": _mean(m.chrf for m in measures),
-        "teacher_chrf": _mean(m.teacher_chrf for m in measures),
+        "chrf": _mean(m.wording and m.wording.chrf for m in measures),
+        "teacher_chrf": _mean(m.teacher_wording and m.teacher_wording.chrf for m in measures),
+        "rouge_l": _mean(m.wording and m.wording.rouge_l for m in measures),
+        "teacher_rouge_l": _mean(m.teacher_wording and m.teacher_wording.rouge_l for m in measures),
         "length_ratio": _ratio(written),
         "ended": _mean(m.has_ended for m in measures),
     }

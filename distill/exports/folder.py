@@ -108,7 +108,8 @@ def _task(run: Run) -> HarnessTask:
     prompts, config, examples = _parts(run)
     if config.task.answer_mode != "direct":
         raise ConfigError("the student reasons before it answers, and the harness only scores direct answers")
-    return harness_task(config.task.name, prompts, configuration.build(config.task.examples), examples)
+    task = configuration.build(config.task.examples)
+    return harness_task(config.task.name, prompts, task, examples, config.max_new_tokens)
 
 
 def _usage(task: HarnessTask) -> str:

@@ -31,15 +31,15 @@ class HarnessTask:
     """A multiple-choice task: prompts and their choices; the model's answer is the most likely choice.
 
     Rows have their choices where `choices` is empty. `gold` of a row has the places of all choices that are right. Of
-    free texts, whose `gold` is the text, the harness measures the log-likelihood instead. `num_differing` counts the
-    prompts that the harness tokenizes differently from the student's training.
+    free texts, whose `gold` is the text, the harness generates as `writing` says, and compares. `num_differing` counts
+    the prompts that the harness tokenizes differently from the student's training.
     """
 
     name: str
-    is_free_text: bool
     choices: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     num_differing: int
+    writing: Mapping[str, Any] | None = None
 
     @property
     def command(self) -> str:
@@ -50,8 +50,10 @@ class HarnessTask:
     @property
     def figure(self) -> str:
         """What the harness measures, and which figure of the student's it equals."""
-        if self.is_free_text:
-            return "`perplexity` is the mean log-likelihood of a gold text: minus the cross-entropy along it, in nats."
+        if self.writing:
+            return (
+                "`chrf` is the chrF of all the student's texts together; the mean over texts above may differ a little."
+            )
         return "`acc` is the student's accuracy above."
 
     @property
@@ -70,49 +72,69 @@ class HarnessTask:
         (folder / f"{self.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _definition(self) -> dict[str, Any]:
-        # Not the harness's aggregation of `perplexity`, which overflows on texts of a few hundred tokens.
-        metric = "perplexity" if self.is_free_text else "acc"
-        choices = {} if self.is_free_text else {"doc_to_choice": list(self.choices) or "choices"}
+        metric, aggregation = ("chrf", "chrf") if self.writing else ("acc", "mean")
+        choices = {"doc_to_choice": list(self.choices) or "choices"}
+        answers = {"generation_kwargs": self.writing} if self.writing else choices
         return {
             "task": self.name,
             "dataset_path": "json",
             # Relative to the working directory: the harness cannot name a file next to this one.
             "dataset_kwargs": {"data_files": {"test": f"{FOLDER}/{self.name}.jsonl"}},
             "test_split": "test",
-            "output_type": "loglikelihood" if self.is_free_text else "multiple_choice",
+            "output_type": "generate_until" if self.writing else "multiple_choice",
             "num_fewshot": 0,
             "doc_to_text": "prompt",
-            **choices,
+            **answers,
             "doc_to_target": "gold",
-            "target_delimiter": "",  # the choices and gold texts include the delimiter
-            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+            "target_delimiter": "",  # the choices include the delimiter
+            "metric_list": [{"metric": metric, "aggregation": aggregation, "higher_is_better": True}],
         }
 
 
-def harness_task(name: str, prompts: Prompts, task: Task, examples: Sequence[Example]) -> HarnessTask:
+def harness_task(
+    name: str, prompts: Prompts, task: Task, examples: Sequence[Example], max_new_tokens: int
+) -> HarnessTask:
     """Make a task of the examples as `prompts` render them; ConfigError if the harness cannot score the answers.
 
-    Of free texts, those with a gold text are scored.
+    Of free texts, those with a gold text are compared with texts of at most `max_new_tokens`.
     """
+    # The prefix avoids clashes with tasks of the harness.
+    safe_name = "distill_" + re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
     if task.is_free_text:
-        examples = [example for example in examples if example.answer]
-        if not examples:
-            raise ConfigError(f"{name} has no gold texts, of which the harness could measure the likelihood")
-    elif not task.choices and not all(example.choices for example in examples):
+        return _text_task(safe_name, prompts, [example for example in examples if example.answer], max_new_tokens)
+    if not task.choices and not all(example.choices for example in examples):
         raise ConfigError(f"the answers of {name} are free text, which the harness cannot read as the task does")
     rows, num_differing = [], 0
     for example in examples:
-        answers = _continuations(prompts, [example.answer or ""] if task.is_free_text else choices_of(task, example))
-        ids = prompts.prefix("answer") + prompts.question(example, "answer")
-        text = prompts.frame.pieces.decode(ids[_num_added(prompts, ids) :], skip_special=False)
+        gold, answers = _gold(task, example), _continuations(prompts, choices_of(task, example))
+        ids, text = _prompt(prompts, example)
         own = {"choices": list(answers)} if example.choices else {}
-        gold = next(iter(answers)) if task.is_free_text else _gold(task, example)
         rows.append({"id": example.id, "prompt": text, "gold": gold, **own})
         num_differing += any(_harness_tokens(prompts, text, answer) != (ids, answers[answer]) for answer in answers)
-    # The prefix avoids clashes with tasks of the harness.
-    safe_name = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
     choices = tuple(_continuations(prompts, tuple(task.choices)))
-    return HarnessTask(f"distill_{safe_name}", task.is_free_text, choices, tuple(rows), num_differing)
+    return HarnessTask(safe_name, choices, tuple(rows), num_differing)
+
+
+def _text_task(name: str, prompts: Prompts, examples: Sequence[Example], max_new_tokens: int) -> HarnessTask:
+    """A task in which the student's texts are compared with the gold ones.
+
+    Not by the likelihood of the gold texts: the harness counts the white space at the end of a prompt as theirs.
+    """
+    if not examples:
+        raise ConfigError(f"{name} has no gold texts, with which the harness could compare those of the student")
+    read = [_prompt(prompts, example) for example in examples]
+    pairs = zip(examples, read, strict=True)
+    rows = tuple({"id": example.id, "prompt": text, "gold": example.answer} for example, (_, text) in pairs)
+    num_differing = sum(_harness_tokens(prompts, text, "")[0] != ids for ids, text in read)
+    ends = [prompts.token_text(end) for end in prompts.ends]
+    writing = {"until": ends, "max_gen_toks": max_new_tokens, "do_sample": False}
+    return HarnessTask(name, (), rows, num_differing, writing)
+
+
+def _prompt(prompts: Prompts, example: Example) -> tuple[tuple[int, ...], str]:
+    """Token ids of a prompt, and the text that the harness reads."""
+    ids = prompts.prefix("answer") + prompts.question(example, "answer")
+    return ids, prompts.frame.pieces.decode(ids[_num_added(prompts, ids) :], skip_special=False)
 
 
 def _gold(task: Task, example: Example) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from distill.errors import CacheError
-from distill.lessons.join import Lesson, Read
+from distill.lessons.join import Lesson, Read, SoftPlace
 from distill.records import SPANS, Batch, Entries, SoftTargets, Span
 
 
@@ -27,14 +27,18 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
     placed = [(row, target) for row, sequence in enumerate(sequences) for target in sequence.targets]
     sequence_S, start_S, stop_S = np.array([(row, target.start, target.stop) for row, target in placed]).T
     span_id_S, num_soft_S, is_labelled_S = np.array(
-        [(SPANS.index(t.span), t.soft.num_positions if t.soft else 0, t.is_labelled) for _, t in placed]
+        [(SPANS.index(target.span), _num_leading(target.soft), target.is_labelled) for _, target in placed]
     ).T
     target_N = np.repeat(np.arange(len(placed)), stop_S - start_S)
     first_S = np.cumsum(stop_S - start_S) - (stop_S - start_S)
     offset_N = np.arange(len(target_N)) - first_S[target_N]
     index_N, sequence_N = start_S[target_N] + offset_N, sequence_S[target_N]
-    places = [target.soft.place for _, target in placed if target.soft]
+    softs = [target.soft for _, target in placed]
+    places = [soft.place for soft in softs if soft]
     is_soft_N = offset_N < num_soft_S[target_N]
+    for first, soft in zip(first_S, softs, strict=True):
+        if soft and soft.chosen is not None:
+            is_soft_N[first + np.array(soft.chosen)] = True
     return Batch(
         input_ids_BT=torch.from_numpy(ids_BT),
         mask_BT=torch.from_numpy(mask_BT.astype(np.int64)),
@@ -51,6 +55,11 @@ def collate(lessons: Sequence[Lesson], counts: Mapping[tuple[Span, str], int], p
         counts=counts,
         example_ids=tuple(id_ for lesson in lessons for id_ in lesson.example_ids),
     )
+
+
+def _num_leading(soft: SoftPlace | None) -> int:
+    """Number of tokens from the beginning of a span that all have soft targets, where they are not chosen ones."""
+    return 0 if soft is None or soft.chosen is not None else soft.num_positions
 
 
 def entries(is_soft_N: np.ndarray, soft: SoftTargets) -> Entries:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
+from distill.annotation.answers import TaughtAnswers, choose_answers
 from distill.annotation.fill import fill, filter_rationales
 from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, without_labels
@@ -28,7 +29,7 @@ from distill.losses import Objective
 from distill.models import loading, naming
 from distill.prompts.rendering import Prompts, student_prompts
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
-from distill.records import Example, FilteredRationale, RowCounts, Span
+from distill.records import Annotation, Example, FilteredRationale, RowCounts, Span
 from distill.tasks.splitting import require_examples
 
 
@@ -163,15 +164,16 @@ def build_curriculum(job: Job) -> Curriculum:
     say_answers(annotation_job, filled)
     rationales = filter_rationales(annotation_job, filled)
     kept = kept_rationales(rationales)
-    annotations = annotation_job.reader(filled.requests)
+    answers = choose_answers(annotation_job, filled)
+    annotations = annotation_job.reader(answers.requests)
     soft_filled, soft_annotations = None, None
     if job.soft_annotation_job:
         soft_filled = fill(job.soft_annotation_job, texts_to_score(job, annotations, kept), use_given_rationales=True)
         soft_annotations = job.soft_annotation_job.reader(soft_filled.requests)
     too_long = {**filled.too_long, **(soft_filled.too_long if soft_filled else {})}
-    join = join_for(job, annotations, soft_annotations, kept, too_long)
+    join = join_for(job, annotations, soft_annotations, kept, answers.further, too_long)
     train, validation = join.join(splits.train), join.join(splits.validation)
-    rows = row_counts(job, filled, rationales, train, validation)
+    rows = row_counts(job, filled, rationales, train, validation) | _answer_counts(answers, train)
     say(table(rows))
     require_lessons(job, rows)
     store = (job.soft_annotation_job or annotation_job).store
@@ -200,6 +202,20 @@ def _learned_rationales(rationales: Sequence[FilteredRationale], train: Joined) 
     return RowCounts(kept.total(), dict(lost.most_common()), learned.total())
 
 
+def _answer_counts(answers: TaughtAnswers, train: Joined) -> dict[str, RowCounts]:
+    """Count the answers of examples with several that are in lessons, and the others by their reason."""
+    if not answers.counts.read:
+        return {}
+    targets = (target for lesson in train.lessons for sequence in lesson.sequences for target in sequence.targets)
+    learned = Counter(t.example_id for t in targets if t.span == "answer" and t.example_id in answers.num_taught)
+    lost = Counter[str]({"too long": train.num_answers_too_long})
+    for id_, number in answers.num_taught.items():
+        lost[train.lost.get(id_, "no soft targets")] += number - learned[id_]
+    lost["no soft targets"] -= train.num_answers_too_long
+    reasons = {reason: number for reason, number in lost.most_common() if number}
+    return {"answers": answers.counts.then(RowCounts(answers.counts.kept, reasons, learned.total()))}
+
+
 def require_lessons(job: Job, rows: Mapping[str, RowCounts]) -> None:
     """Raise ConfigError if a split, of those in `rows`, has nothing to learn from or to validate on."""
     problems = []
@@ -220,12 +236,12 @@ def check_lessons(job: Job) -> None:
     splits, rows = job.annotation_job.splits, dict[str, RowCounts]()
     rationale_ids = {example.id for example in examples_to_annotate(job).get("rationale", ())}
     unannotated = job.annotation_job.reader({})
-    without_teacher = join_for(job, unannotated, None, {}, {})
+    without_teacher = join_for(job, unannotated, None, {}, {}, {})
     for name in ("train", "validation"):
         examples = getattr(splits, name)
         if not any(without_teacher.join([e]).lessons or _awaits_teacher(job, e, rationale_ids) for e in examples):
             too_long = {example.id: "" for example in examples if not _can_be_read(job, example, "answer")}
-            joined = join_for(job, unannotated, None, {}, too_long).join(examples)
+            joined = join_for(job, unannotated, None, {}, {}, too_long).join(examples)
             rows[name] = splits.counts[name].then(joined.counts)
     require_lessons(job, rows)
 
@@ -269,6 +285,7 @@ def join_for(
     annotations: AnnotationReader,
     soft_annotations: AnnotationReader | None,
     kept: Mapping[str, Sequence[FilteredRationale]],
+    further_answers: Mapping[str, Sequence[Annotation]],
     too_long: Mapping[str, str],
 ) -> Join:
     """Return the join of the teachers' annotations with the examples, of which some are `too_long` for a teacher."""
@@ -277,6 +294,7 @@ def join_for(
         teacher=annotations,
         soft_teacher=soft_annotations,
         rationales=kept,
+        further_answers=further_answers,
         answer=job.config.task.answer_mode,
         needed=_needed(job),
         pairing=job.pairing or Pairing(),

@@ -21,6 +21,7 @@ from distill.records import (
     FilteredRationale,
     Prompt,
     RowCounts,
+    ScoredTokens,
     SoftTargets,
     SoftTargetsKey,
     Span,
@@ -35,16 +36,20 @@ def first_span(mode: AnswerMode) -> Span:
 
 
 Needed = frozenset[tuple[Span, str]]
-Scored = tuple[str, Mapping[Span, tuple[int, ...]]]  # the key of a record, and its tokens that have soft targets
+Scored = tuple[str, Mapping[Span, ScoredTokens]]  # the key of a record, and its tokens that have soft targets
 Read = Callable[[Sequence[SoftTargetsKey]], SoftTargets]
 
 
 @dataclass(frozen=True)
 class SoftPlace:
-    """The place of a span's soft targets in the cache."""
+    """The place of a span's soft targets in the cache.
+
+    They are for the tokens of the span at the offsets `chosen`; None: for the first `num_positions` ones.
+    """
 
     place: SoftTargetsKey
     num_positions: int
+    chosen: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +208,14 @@ class Joined:
     """The lessons that the losses can learn from `num_examples` examples.
 
     `lost` has the reason of every example without a lesson, `too_long` the details of those that are too long.
+    `num_answers_too_long` counts the further answers of examples with a lesson that are too long for one.
     """
 
     num_examples: int
     lessons: Sequence[Lesson]
     lost: Mapping[str, str]
     too_long: Mapping[str, str]
+    num_answers_too_long: int = 0
 
     @property
     def counts(self) -> RowCounts:
@@ -229,12 +236,15 @@ class Join:
         teacher: AnnotationReader,
         soft_teacher: AnnotationReader | None,
         rationales: Mapping[str, Sequence[FilteredRationale]],
+        further_answers: Mapping[str, Sequence[Annotation]],
         answer: AnswerMode,
         needed: Needed,
         pairing: Pairing,
         too_long: Mapping[str, str],
     ) -> None:
-        """`rationales` are the kept ones, by example id; `needed` lists the (span, source) that the losses read.
+        """`rationales` are the kept ones, by example id, and `further_answers` the teacher's answers after the first.
+
+        `needed` lists the (span, source) that the losses read.
 
         `too_long` has the examples, by id, that are too long for a teacher. With a `soft_teacher`, which scored the
         same texts, all soft targets are its own; else they are the teacher's. `pairing` is that of its vocabulary and
@@ -243,12 +253,12 @@ class Join:
         self._pairing = pairing
         self._prompts, self._teacher, self._soft_teacher = prompts, teacher, soft_teacher
         self._rationales, self._answer, self._needed = rationales, answer, needed
-        self._too_long = too_long
+        self._too_long, self._further_answers = too_long, further_answers
 
     @paused_collector()
     def join(self, examples: Sequence[Example]) -> Joined:
         """Return the lessons of the examples, and why others have none."""
-        lessons, lost, too_long = list[Lesson](), dict[str, str](), dict[str, str]()
+        lessons, lost, too_long, num_too_long = list[Lesson](), dict[str, str](), dict[str, str](), 0
         for example in examples:
             annotation = self._teacher.find_words(example.id, "answer")
             try:
@@ -259,11 +269,14 @@ class Join:
             if not sequences:
                 lost[example.id] = self._reason_to_lose(example, annotation)
             confidence, answer = self._confidence(example, annotation), _answer_of(example, annotation)
-            lessons += [Lesson(part, answer, confidence) for part in _split_rationales(sequences)]
+            further = self._further(example) if sequences else []
+            num_too_long += further.count(None)
+            parts = [*_split_rationales(sequences), *((s,) for s in further if s and self._is_needed(s))]
+            lessons += [Lesson(part, answer, confidence) for part in parts]
         if any(example.history for example in examples):
             lessons = with_shared_turns(lessons)
         self._check_soft_ids(lessons)
-        return Joined(len(examples), lessons, lost, too_long)
+        return Joined(len(examples), lessons, lost, too_long, num_too_long)
 
     def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
         """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
@@ -303,13 +316,25 @@ class Join:
 
     def _answer_alone(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         answer = _answer_of(example, annotation)
-        if answer is None:
-            return
-        soft = self._soft_places(
-            self._scored(example, "answer", annotation), "answer", self._prompts.answer_ids(answer)
-        )
+        if answer is not None:
+            yield self._answered(example, answer, self._scored(example, "answer", annotation))
+
+    def _answered(self, example: Example, answer: str, scored: Scored | None) -> TrainingSequence:
+        soft = self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
         labelled: set[Span] = {"answer"} if example.answer is not None else set()
-        yield TrainingSequence.of(self._prompts.answer_prompt(example, answer), example.id, labelled, soft)
+        return TrainingSequence.of(self._prompts.answer_prompt(example, answer), example.id, labelled, soft)
+
+    def _further(self, example: Example) -> list[TrainingSequence | None]:
+        """The further answers of an example, None for each that is too long."""
+        sequences = list[TrainingSequence | None]()
+        for annotation in self._further_answers.get(example.id, ()) if self._answer == "direct" else ():
+            # A second teacher scores only the first of an example's answers.
+            scored = None if self._soft_teacher else self._scored(example, "answer", annotation)
+            try:
+                sequences.append(self._answered(example, str(annotation.answer), scored))
+            except ValueError:
+                sequences.append(None)
+        return sequences
 
     def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
         if example.rationale is not None:
@@ -340,8 +365,8 @@ class Join:
 
     def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
         """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""
-        value = self._teacher.task.value
-        same = (answer for answer in example.right_answers if conclusion and value(answer) == value(conclusion))
+        is_same = self._teacher.task.is_same
+        same = (answer for answer in example.right_answers if conclusion and is_same(conclusion, answer))
         return next(same, example.answer or conclusion)
 
     def _scored(self, example: Example, span: Span, own: Annotation | None) -> Scored | None:
@@ -351,14 +376,14 @@ class Join:
         annotation = self._soft_teacher.find_words(example.id, span) if self._soft_teacher else own
         if annotation is None:
             return None
-        known = {name: target.token_ids for name, target in annotation.targets.items() if target.soft is not None}
-        return annotation.key, known or (self._soft_teacher or self._teacher).scored_ids(annotation.key, example)
+        known = {name: target.scored for name, target in annotation.targets.items() if target.soft is not None}
+        return annotation.key, known or (self._soft_teacher or self._teacher).scored(annotation.key, example)
 
     def _soft_places(self, scored: Scored | None, span: Span, ids: tuple[int, ...]) -> dict[Span, SoftPlace]:
-        key, scored_ids = scored or ("", {})
-        if (span, "soft") not in self._needed or span not in scored_ids:
+        key, by_span = scored or ("", {})
+        if (span, "soft") not in self._needed or span not in by_span:
             return {}
-        paired_ids = self._pairing.ids(scored_ids[span])
+        paired_ids = self._pairing.ids(by_span[span].token_ids)
         if paired_ids != ids and (-1 in paired_ids or not self._pairing.has(ids)):
             return {}  # one of the two has a token for a part of this text that the other lacks
         if paired_ids != ids:
@@ -366,7 +391,7 @@ class Join:
                 f"the {span} is {paired_ids[:8]}… in the cache and {ids[:8]}… for the student: teacher and "
                 "student tokenize this target differently, so its soft targets cannot be used"
             )
-        return {span: SoftPlace((key, span), len(ids))}
+        return {span: SoftPlace((key, span), by_span[span].num_positions, by_span[span].chosen)}
 
     def _is_needed(self, sequence: TrainingSequence) -> bool:
         return any(count and key in self._needed for key, count in sequence.counts().items())

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from distill.errors import ConfigError
 from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, Read
+from distill.models.batches import BatchLimit, BatchUnit
 from distill.records import Batch, Span
 
-BatchUnit = Literal["examples", "tokens"]
 Order = Literal["shuffled", "short_first", "confident_first"]
 Balance = Literal["none", "answer", "confidence"]
 _WINDOW_STEPS = 20
@@ -83,25 +83,6 @@ def check_batch_size(batch_size: int, num_microbatches: int, world_size: int) ->
             f"batch_size={batch_size} is too small for {world_size} processes x {num_microbatches} microbatches; "
             f"set it to at least {world_size * num_microbatches}, or increase microbatch_size"
         )
-
-
-@dataclass(frozen=True)
-class BatchLimit:
-    """The largest batch of one forward pass: a number of examples, or of tokens including padding."""
-
-    size: int
-    unit: BatchUnit = "examples"
-
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Cut the indices of texts, sorted by length, into batches within the limit, of at least one text each."""
-        batches: list[list[int]] = []
-        for index in np.argsort(lengths, kind="stable").tolist():
-            number = len(batches[-1]) + 1 if batches else 1
-            is_full = number * (lengths[index] if self.unit == "tokens" else 1) > self.size
-            if is_full or not batches:
-                batches.append([])
-            batches[-1].append(index)
-        return batches
 
 
 @dataclass(frozen=True)

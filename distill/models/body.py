@@ -113,11 +113,8 @@ class Body:
         return hidden_BTH
 
     def _copied_prefix(self, num_rows: int) -> DynamicCache:
-        cache = copy.deepcopy(self._prefix)
-        assert cache is not None
-        first_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
-        cache.reorder_cache(first_B)  # type: ignore[arg-type]
-        return cache
+        assert self._prefix is not None
+        return copied_rows(self._prefix, [0] * num_rows, self.device)
 
     def _share_prefix(self, prefix: DynamicCache) -> None:
         """Share the prefix between all rows, unless this fails or changes hidden states."""
@@ -137,6 +134,15 @@ class Body:
 
     def _check_length(self, num_tokens: int) -> None:
         check_length(self._model, num_tokens)
+
+
+def copied_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) -> DynamicCache:
+    """A new cache with these rows of another one, which stays as it is."""
+    copied = copy.copy(cache)
+    # A layer of keys and values only replaces its tensors; others change theirs, or hold them in containers.
+    copied.layers = [copy.copy(x) if type(x) is DynamicLayer else copy.deepcopy(x) for x in cache.layers]
+    copied.reorder_cache(torch.tensor(rows, dtype=torch.long, device=device))  # type: ignore[arg-type]
+    return copied
 
 
 def check_length(model: Any, num_tokens: int) -> None:

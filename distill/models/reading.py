@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from distill.losses.head import Shape
 from distill.models.body import Body, Way
+from distill.models.generation import IsComplete, draw
 from distill.models.rows import GroupedRows, PaddedRows, Rows
 from distill.models.verification import check_right_padding, read_whole, verified_way
 
 _HEAD_ROWS, _CPU_ROWS = 256, 32
-ChooseToken = Callable[[Tensor, int], Tensor]  # logits [B, V], index of the new token -> tokens [B, 1]
+# logits [B, V], index of the new token in its text, places of the rows in the batch -> tokens [B]
+ChooseToken = Callable[[Tensor, int, Sequence[int]], Tensor]
 
 
 @final
@@ -178,53 +181,84 @@ class Reading:
         self.rewind(longest)
         return [hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, texts, strict=True)]
 
-    def greedy(self, *, max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
-        """Continue all prompts with the most likely tokens, up to and including one of `stops`, or to the limit."""
-        return self._generate(lambda logits_BV, _: logits_BV.argmax(-1, keepdim=True), max_new_tokens, stops)
+    def greedy(
+        self,
+        *,
+        max_new_tokens: int,
+        stops: Sequence[int],
+        min_new_tokens: int = 0,
+        is_complete: IsComplete | None = None,
+    ) -> list[list[int]]:
+        """Continue all prompts with the most likely tokens, up to and including one of `stops`, or to the limit.
+
+        None of `stops` is among the first `min_new_tokens`. A text also ends where `is_complete`, called with its
+        tokens, says so.
+        """
+        ending = _Ending(max_new_tokens, stops, min_new_tokens, is_complete)
+        return self._generate(lambda logits_BV, *_: logits_BV.argmax(-1), ending)
 
     def sampled(
-        self, *, uniforms_BN: Float[Tensor, "B N"], stops: Sequence[int], temperature: float, top_p: float
+        self,
+        *,
+        uniforms_BN: Float[Tensor, "B N"],
+        stops: Sequence[int],
+        temperature: float | Float[Tensor, "B"],
+        top_p: float,
+        top_k: int | None = None,
+        min_new_tokens: int = 0,
+        is_complete: IsComplete | None = None,
     ) -> list[list[int]]:
-        """Continue all prompts with sampled tokens, up to and including one of `stops`, or to N tokens.
+        """Continue all prompts with sampled tokens, up to and including one of `stops`, or to N tokens; as `greedy`.
 
         Token n of a row is drawn with `uniforms_BN[row, n]`, in [0, 1). A row of zeros gets the most likely tokens.
         """
         uniforms_BN = uniforms_BN.to(self.reader.device)
+        temperature_B = torch.as_tensor(temperature, dtype=torch.float64).expand(len(uniforms_BN))
 
-        def choose(logits_BV: Float[Tensor, "B V"], index: int) -> Int[Tensor, "B 1"]:
-            return draw(logits_BV, uniforms_BN[:, index], temperature=temperature, top_p=top_p).unsqueeze(-1)
+        def choose(logits_BV: Float[Tensor, "B V"], index: int, places: Sequence[int]) -> Int[Tensor, "B"]:
+            uniform_B, temperature_of_B = uniforms_BN[places, index], temperature_B[places]
+            return draw(logits_BV, uniform_B, temperature=temperature_of_B, top_p=top_p, top_k=top_k)
 
-        return self._generate(choose, uniforms_BN.shape[1], stops)
+        return self._generate(choose, _Ending(uniforms_BN.shape[1], stops, min_new_tokens, is_complete))
 
-    def _generate(self, choose: ChooseToken, max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
-        """Generate up to the limit, or to the last position of the model."""
-        if (room := self.reader.room(self._length)) is not None:
-            max_new_tokens = min(max_new_tokens, room + 1)  # the last token is not read
-        generated_BT = choose(self.reader.logits(self.last_BH), 0)
-        stops_E = torch.tensor(stops, device=generated_BT.device)
-        while generated_BT.shape[1] < max_new_tokens and not torch.isin(generated_BT, stops_E).any(1).all():
-            last_BH = self.feed(generated_BT[:, -1:])[:, -1]
-            generated_BT = torch.cat([generated_BT, choose(self.reader.logits(last_BH), generated_BT.shape[1])], 1)
-        self.rewind(generated_BT.shape[1] - 1)
-        return [_up_to(row, stops) for row in generated_BT.tolist()]
+    def _generate(self, choose: ChooseToken, ending: _Ending) -> list[list[int]]:
+        """Generate up to the limit, or to the last position of the model; rows whose text has ended leave the batch."""
+        room = self.reader.room(self._length)
+        limit = ending.max_new_tokens if room is None else min(ending.max_new_tokens, room + 1)  # the last is not read
+        texts: list[list[int]] = [[] for _ in self.last_BH]
+        places, last_BH = list(range(len(texts))), self.last_BH
+        rows: Rows | None = None  # the prompts that have been read stay as they are
+        for index in range(limit):
+            token_B = choose(ending.allowed(self.reader.logits(last_BH), index), index, places)
+            for place, token_id in zip(places, token_B.tolist(), strict=True):
+                texts[place].append(token_id)
+            going = [k for k, place in enumerate(places) if not ending.is_reached(texts[place])]
+            if not going or index + 1 == limit:
+                break
+            if rows is None or len(going) < len(places):
+                rows = (rows or self._rows).copied(going)
+                places, token_B = [places[k] for k in going], token_B[going]
+            rows = self.reader.extended(rows, 1)
+            last_BH = rows.feed(token_B.unsqueeze(1))[:, -1]
+        return texts
 
 
-def _up_to(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to and including the first of `stops`; all without one."""
-    return ids[: next((place for place, token_id in enumerate(ids) if token_id in stops), len(ids)) + 1]
+@dataclass(frozen=True)
+class _Ending:
+    """Where generated texts end."""
 
+    max_new_tokens: int
+    stops: Sequence[int]
+    min_new_tokens: int
+    is_complete: IsComplete | None
 
-def draw(
-    logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, "B"], *, temperature: float, top_p: float
-) -> Int[Tensor, "B"]:
-    """Sample a token per row from the nucleus of softmax(logits / temperature), by inverting its CDF at `uniform_B`.
+    def allowed(self, logits_BV: Float[Tensor, "B V"], index: int) -> Float[Tensor, "B V"]:
+        """The logits of the tokens at this index of the texts, none of which ends a text that is too short."""
+        if index >= self.min_new_tokens:
+            return logits_BV
+        ends = torch.tensor([end for end in self.stops if 0 <= end < logits_BV.shape[1]], device=logits_BV.device)
+        return logits_BV.index_fill(1, ends.long(), -torch.inf)
 
-    The nucleus is the smallest set of most probable tokens with at least `top_p` of the mass (Holtzman et al. 2020,
-    arXiv 1904.09751, eq. 2). The CDF starts at the most probable token, so a uniform of 0 draws that token.
-    """
-    ordered_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    # The greatest logit is subtracted so that no temperature overflows; the sum in double loses no token.
-    mass_BV = ((ordered_BV - ordered_BV[:, :1]).double() / temperature).softmax(-1).cumsum(-1)
-    last_B1 = (mass_BV < top_p).sum(-1, keepdim=True).clamp(max=mass_BV.shape[1] - 1)
-    point_B1 = uniform_B.unsqueeze(-1) * mass_BV.gather(-1, last_B1)
-    return ids_BV.gather(-1, torch.searchsorted(mass_BV, point_B1)).squeeze(-1)
+    def is_reached(self, ids: Sequence[int]) -> bool:
+        """Whether a text ends with its last token."""
+        return ids[-1] in self.stops or (self.is_complete is not None and self.is_complete(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol, final, runtime_checkable
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from distill.models.body import Body
+from distill.models.body import Body, copied_rows
 
 Ids = Sequence[Sequence[int]]
 
@@ -30,6 +31,10 @@ class Rows(Protocol):
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens of each row."""
+        ...
+
+    def copied(self, places: Sequence[int]) -> Rows:
+        """A new batch of the rows at these places, in ascending order; this one stays as it is."""
         ...
 
 
@@ -58,6 +63,15 @@ class PaddedRows:
             self._mask_BS = self._mask_BS[:, :-num_tokens]
             self._fed_BT = self._fed_BT[:, :-num_tokens]
 
+    def copied(self, places: Sequence[int]) -> PaddedRows:
+        rows = copy.copy(self)
+        chosen = torch.tensor(places, device=self._mask_BS.device)
+        rows._cache = copied_rows(self._cache, places, self._body.device)
+        rows._prompts = [self._prompts[place] for place in places]
+        rows._mask_BS, rows._fed_BT = self._mask_BS[chosen], self._fed_BT[chosen]
+        rows.last_BH = self.last_BH[chosen]
+        return rows
+
     def has_room(self, num_tokens: int) -> bool:
         """Whether so many more tokens fit into the attention window."""
         return self._body.fits_window(self._mask_BS.shape[1] + num_tokens)
@@ -81,6 +95,15 @@ class GroupedRows:
     def rewind(self, num_tokens: int) -> None:
         for group in self._groups.values():
             group.rewind(num_tokens)
+
+    def copied(self, places: Sequence[int]) -> GroupedRows:
+        rows, new_place = copy.copy(self), {place: k for k, place in enumerate(places)}
+        rows._groups = {}
+        for members, group in self._groups.items():
+            if kept := [k for k, place in enumerate(members) if place in new_place]:
+                rows._groups[tuple(new_place[members[k]] for k in kept)] = group.copied(kept)
+        rows.last_BH = self.last_BH[torch.tensor(places, device=self.last_BH.device)]
+        return rows
 
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
         order = torch.tensor([place for places in self._groups for place in places], device=parts[0].device)
@@ -111,6 +134,12 @@ class _Group:
             self._ids_BS = self._ids_BS[:, :-num_tokens]
             if self._cache is not None and not _crop(self._cache, num_tokens):
                 self._cache = None
+
+    def copied(self, places: Sequence[int]) -> _Group:
+        group, chosen = copy.copy(self), torch.tensor(places, device=self._ids_BS.device)
+        group._ids_BS, group.last_BH = self._ids_BS[chosen], self.last_BH[chosen]
+        group._cache = self._cache and copied_rows(self._cache, places, self._body.device)
+        return group
 
 
 def hidden_at_all(body: Body, texts: Ids) -> list[Tensor]:

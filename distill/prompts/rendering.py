@@ -209,7 +209,10 @@ class Prompts:
 
     def split_reply(self, token_ids: Sequence[int]) -> Reply:
         """Decode a text generated after a rationale cue and split it at the answer cue."""
-        text = self.decode(self._unended(token_ids))
+        return self.reply(self.generated_text(token_ids))
+
+    def reply(self, text: str) -> Reply:
+        """Split a text that was generated after a rationale cue at the answer cue."""
         rationale, cue, answer = text.partition(self.frame.separator)
         return Reply(rationale.strip(), answer.strip() if cue else "")
 
@@ -219,7 +222,11 @@ class Prompts:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Decode tokens, without an end, special tokens and outer spaces."""
-        return self.decode(self._unended(token_ids)).strip()
+        return self.generated_text(token_ids).strip()
+
+    def generated_text(self, token_ids: Sequence[int]) -> str:
+        """Decode the tokens of a generated text, without an end and special tokens."""
+        return self.decode(self._unended(token_ids))
 
     def has_ended(self, token_ids: Sequence[int]) -> bool:
         """Whether a generated text is complete, rather than cut off at a limit."""
@@ -238,11 +245,13 @@ class Prompts:
 
 def build_prompts(config: Config, model_dir: Path, shots: Iterable[Example] = ()) -> Prompts:
     """Prompts for the model in a folder, as `prompt` and the task configure them; uses the first `num_shots`."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, all_shots = load_tokenizer(model_dir), list(shots)
+    if config.prompt.num_shots > len(all_shots):
+        say(f"prompt.num_shots={config.prompt.num_shots}, but the task has {len(all_shots) or 'no'} demonstrations")
     prompts = Prompts(
         tokenizer,
         _layout(config),
-        list(shots)[: config.prompt.num_shots],
+        all_shots[: config.prompt.num_shots],
         max_length=config.prompt.max_length,
         too_long=config.prompt.too_long,
         other_ends=listed_ends(model_dir, tokenizer),

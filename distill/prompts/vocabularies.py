@@ -74,7 +74,7 @@ class Pairing:
         if self.id_V is None:
             return annotation
         targets = {
-            span: Target(self.ids(target.token_ids), target.soft and self.soft(target.soft))
+            span: Target(self.ids(target.token_ids), target.soft and self.soft(target.soft), target.chosen)
             for span, target in annotation.targets.items()
         }
         return replace(

@@ -208,11 +208,13 @@ OF_TEXTS = (
     Column("teacher_cross_entropy", "cross-entropy along the teacher's texts", "CE teacher", 3),
     Column("chrf", "chrF", "chrF", 1),
     Column("teacher_chrf", "chrF to the teacher", "chrF teacher", 1),
+    Column("rouge_l", "ROUGE-L", "ROUGE-L", 1),
+    Column("teacher_rouge_l", "ROUGE-L to the teacher", "ROUGE-L teacher", 1),
     Column("length_ratio", "length, of the reference texts", "length", 2),
     Column("ended", "ended by themselves", "ended %", 1, PERCENT),
 )
 _KEYS_ALONG = {  # figures that only texts with a reference of this kind have
-    CROSS_ENTROPY: (CROSS_ENTROPY.key, "cross_entropy", "chrf"),
+    CROSS_ENTROPY: (CROSS_ENTROPY.key, "cross_entropy", "chrf", "rouge_l"),
     TEACHER_CROSS_ENTROPY: (TEACHER_CROSS_ENTROPY.key,),
 }
 _OF_ANSWERS = COLUMNS[:5] + SEED_COLUMNS[-1:]  # that are right or wrong

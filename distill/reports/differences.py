@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Difference:
 
     `level` is that of this interval, such that the intervals of all `num_comparisons` hold together. `share` is the
     recovered share of the teacher's advantage over the rival; with `has_teacher`, None means that the teacher has no
-    advantage. `chrf` is the difference of the chrF of free texts.
+    advantage. `overlaps` are the differences of the scores of wording that both arms have, by name.
     """
 
     arm: Arm
@@ -46,7 +46,7 @@ class Difference:
     share: Interval | None
     has_teacher: bool
     caveats: tuple[str, ...]
-    chrf: Interval | None = None
+    overlaps: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
     def measure(self) -> Measure:
@@ -111,13 +111,14 @@ def compare(arm: Arm, rival: Arm, level: float, num_comparisons: int) -> Differe
     has_teacher = paired.teacher is not None
     share = recovered(paired.rival, paired.arm, paired.teacher, level=own_level) if paired.teacher is not None else None
     limits = _limits(arm, rival, paired)
-    chrf = None if is_proportion else _chrf(arm, rival, paired, own_level)
-    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, chrf)
+    compared = {name: _overlap(arm, rival, paired, own_level, key) for key, name in arm.measure.overlaps}
+    overlaps = {name: interval for name, interval in compared.items() if interval}
+    return Difference(arm, rival, own_level, num_comparisons, interval, share, has_teacher, limits, overlaps)
 
 
-def _chrf(arm: Arm, rival: Arm, paired: Paired, level: float) -> Interval | None:
+def _overlap(arm: Arm, rival: Arm, paired: Paired, level: float, key: str) -> Interval | None:
     sides = [
-        [[number(part.predictions[seed][id_].get(part.measure.chrf)) for id_ in paired.ids] for seed in paired.seeds]
+        [[number(part.predictions[seed][id_].get(key)) for id_ in paired.ids] for seed in paired.seeds]
         for part in (arm, rival)
     ]
     if any(value is None for side in sides for row in side for value in row):

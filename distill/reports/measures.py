@@ -15,7 +15,8 @@ class Measure:
 
     `key` is its name there. `sign` is 1 if higher is better, -1 if lower is; a score is the figure times the sign.
     `verb` and `wordings` say that an arm is better or worse. Of free texts, it is along those of `texts`: the sum of
-    `nats` over that of `num_bytes`, in the lines of predictions.jsonl, which have their chrF as `chrf`.
+    `nats` over that of `num_bytes`, in the lines of predictions.jsonl. `overlaps` are keys of
+    its scores of wording there, with their names.
     """
 
     key: str
@@ -30,7 +31,7 @@ class Measure:
     texts: Literal["gold texts", "teacher's texts"] | None = None
     nats: str = ""
     num_bytes: str = ""
-    chrf: str = ""
+    overlaps: tuple[tuple[str, str], ...] = ()
 
     def text(self, value: float) -> str:
         """Format a figure with its unit."""
@@ -82,7 +83,7 @@ CROSS_ENTROPY = Measure(
     texts="gold texts",
     nats="gold_nats",
     num_bytes="gold_bytes",
-    chrf="chrf",
+    overlaps=(("chrf", "chrF"), ("rouge_l", "ROUGE-L")),
 )
 TEACHER_CROSS_ENTROPY = replace(
     CROSS_ENTROPY,
@@ -90,7 +91,7 @@ TEACHER_CROSS_ENTROPY = replace(
     texts="teacher's texts",
     nats="teacher_nats",
     num_bytes="teacher_bytes",
-    chrf="teacher_chrf",
+    overlaps=(("teacher_chrf", "chrF"), ("teacher_rouge_l", "ROUGE-L")),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from distill.reports.arms import cell
 from distill.reports.charts import charts, confidence, effects, fronts, unbeaten
 from distill.reports.conclusion import conclude, tone
 from distill.reports.costs import cost, total_spread, yields
+from distill.reports.judgements import JUDGEMENT_TITLES, judged, verdicts_on_judges
 from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
 from distill.reports.sentences import contamination_lines, cost_note, notes, yield_lines
-from distill.reports.steps import steps_to_equal
+from distill.reports.steps import pairs_note, steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
@@ -56,14 +58,20 @@ class Uncut(str):
 
 def to_html(summary: Summary, prices: Json = NO_PRICES) -> str:
     """Render one page that needs no network; text is escaped and made visible, and cut except for verdicts."""
+    content = _tables(summary, prices) | _charts(summary, prices) | _samples(summary)
+    return _template().render(summary=summary, **content)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page, compiled once."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
     pages.finalize = lambda value: HASH.sub(r"\1…", visible(value)) if type(value) is str else value
     functions = (cell, class_rows, class_titles, flatten, mapping, mappings, number, short, tone, uncut, unit)
     pages.globals.update({function.__name__: function for function in functions}, math=math)
-    content = _tables(summary, prices) | _charts(summary, prices) | _samples(summary)
-    return pages.get_template("report.html.j2").render(summary=summary, **content)
+    return pages.get_template("report.html.j2")
 
 
 def uncut(text: str) -> Uncut:
@@ -73,14 +81,18 @@ def uncut(text: str) -> Uncut:
 
 def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
     costs = [cost(arm, prices) for arm in summary.trained]
-    shown, found = columns(summary), confusions(summary)
+    shown, found, judgements = columns(summary), confusions(summary), judged(summary.trained)
     return {
         "difference_titles": difference_titles(summary),
         "difference_rows": [difference_row(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrast_titles": contrast_titles(summary),
         "contrast_rows": [contrast_row(contrast) for contrast in summary.contrasts],
         "steps_titles": STEPS_TITLES,
+        "steps_notes": pairs_note(summary.trained),
         "steps_rows": list(map(steps_row, steps_to_equal(summary.trained))),
+        "judgement_titles": JUDGEMENT_TITLES,
+        "judgement_rows": [line.cells for line in judgements],
+        "judges": verdicts_on_judges(judgements),
         "columns": shown,
         "guess_rows": guess_rows(summary, len(shown)),
         "confusions": found,

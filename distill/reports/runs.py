@@ -24,7 +24,7 @@ from distill.errors import ConfigError
 from distill.reports.measures import measure_of
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
-OPTIONAL_FILES = ("rationales.jsonl",)
+OPTIONAL_FILES = ("rationales.jsonl", "judgements.jsonl")
 # Sections and single settings that decide where and how a run is made, not what the student learns.
 RUN_ONLY = (
     *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
@@ -65,6 +65,7 @@ class Run:
     predictions: tuple[Json, ...]
     rejected: tuple[Json, ...]
     rationales: tuple[Json, ...]
+    judgements: tuple[Json, ...]
 
     @property
     def name(self) -> str:
@@ -170,10 +171,10 @@ def read_run(folder: str | Path) -> Run:
         )
     problems: list[str] = []
     config, facts, metrics, results, predictions, rejected = (_read(folder / name, problems) for name in FILES)
-    rationales = [_read(folder / name, problems) if name in names else () for name in OPTIONAL_FILES]
+    optional = [_read(folder / name, problems) if name in names else () for name in OPTIONAL_FILES]
     rows = {key: mapping(row) for item in results for key, row in mapping(item.get("rows")).items()}
     completed = tuple(map(_with_comparisons, predictions))
-    return Run(folder, tuple(problems), dict(*facts), dict(*config), rows, metrics, completed, rejected, *rationales)
+    return Run(folder, tuple(problems), dict(*facts), dict(*config), rows, metrics, completed, rejected, *optional)
 
 
 def _read(path: Path, problems: list[str]) -> tuple[Json, ...]:

@@ -10,6 +10,7 @@ from distill.reports.costs import TIME, Cost, Yield, cost, yields
 from distill.reports.measures import ACCURACY, TEACHER_CROSS_ENTROPY, Measure
 from distill.reports.rows import losses_of_rows
 from distill.reports.runs import Run, mappings
+from distill.reports.steps import pairs_note
 from distill.reports.verdicts import Summary
 
 FREE_TEXTS = (
@@ -37,6 +38,7 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     settings = effect_lines(effects(summary.trained))
     measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
     texts = [of_free_texts(measure) for measure in measures]
+    texts += pairs_note(summary.trained)
     return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 
 

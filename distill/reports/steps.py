@@ -62,13 +62,32 @@ def steps_to_equal(arms: Sequence[Arm]) -> list[StepsToEqual]:
 
     Of many pairs, those with labels alone are left.
     """
-    pairs = []
-    for one, other in itertools.combinations((arm for arm in arms if arm.runs), 2):
-        if all(one.settings.get(key) == other.settings.get(key) for key in COMPARABLE):
-            pairs += [pair] if (pair := _compared(one, other)) else []
-    if len(pairs) <= MAX_PAIRS:
-        return pairs
-    return [pair for pair in pairs if "baseline" in (pair.arm.kind, pair.rival.kind)]
+    pairs = _all_pairs(arms)
+    return pairs if len(pairs) <= MAX_PAIRS else [pair for pair in pairs if _has_baseline(pair)]
+
+
+def pairs_note(arms: Sequence[Arm]) -> list[str]:
+    """Say how many pairs are left out of the table of steps, if any are."""
+    pairs, shown = _all_pairs(arms), steps_to_equal(arms)
+    if len(shown) == len(pairs):
+        return []
+    return [
+        f"Steps to equal: of {len(pairs)} pairs of arms, the {len(pairs) - len(shown)} without an arm that learns from "
+        f"labels alone are left out, because there are more than {MAX_PAIRS}; report on fewer arms to see all."
+    ]
+
+
+def _all_pairs(arms: Sequence[Arm]) -> list[StepsToEqual]:
+    compared = (
+        _compared(one, other)
+        for one, other in itertools.combinations((arm for arm in arms if arm.runs), 2)
+        if all(one.settings.get(key) == other.settings.get(key) for key in COMPARABLE)
+    )
+    return [pair for pair in compared if pair]
+
+
+def _has_baseline(pair: StepsToEqual) -> bool:
+    return "baseline" in (pair.arm.kind, pair.rival.kind)
 
 
 def _compared(one: Arm, other: Arm) -> StepsToEqual | None:

@@ -12,6 +12,7 @@ from distill.app.files import Json
 from distill.reports.arms import COLUMNS, cell, judged_columns
 from distill.reports.conclusion import conclude
 from distill.reports.costs import cost
+from distill.reports.judgements import JUDGEMENT_TITLES, Judged, judged, verdicts_on_judges
 from distill.reports.rows import rows_table
 from distill.reports.sentences import facts, remarks
 from distill.reports.steps import steps_to_equal
@@ -55,19 +56,27 @@ def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WID
     costs = [[row[0], *(text.replace("not measured", "-") for text in row[1:])] for row in costs]
     confusion_tables = confusions(summary)
     recalls = recall_titles(confusion_tables)
-    conclusion = conclude(summary)
+    conclusion, judgements = conclude(summary), judged(summary.trained)
     parts = (
         [_filled(" ".join((conclusion.headline, *conclusion.sentences)), width)],
         _aligned(["model", *(column.short for column in shown)], results, width),
         _aligned(difference_titles(summary), differences, width),
         _aligned(contrast_titles(summary), contrasts, width),
         _aligned(STEPS_TITLES, list(map(steps_row, steps_to_equal(summary.trained))), width),
+        _aligned(JUDGEMENT_TITLES, [line.cells for line in judgements], width),
+        [_filled(text, width) for text in verdicts_on_judges(judgements)],
         _aligned(recalls, [recall_row(table, recalls[1:]) for table in confusion_tables], width),
         [_filled(text, width) for text in remarks(summary)],
         _aligned(COST_TITLES, costs, width),
         [_filled(text, width) for text in facts(summary, prices)],
     )
     return "\n".join(line for part in parts if part for line in (*part, ""))
+
+
+def judgements_text(lines: Sequence[Judged], *, width: int) -> str:
+    """Format judgements for a terminal."""
+    table = _aligned(JUDGEMENT_TITLES, [line.cells for line in lines], width)
+    return "\n".join([*table, "", *(_filled(text, width) for text in verdicts_on_judges(lines))])
 
 
 def _filled(text: str, width: int) -> str:
@@ -129,6 +138,10 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     lines += ["", "## One setting changed", "", *_grid(contrast_titles(summary), rows)] if rows else []
     rows = [list(map(_plain, steps_row(pair))) for pair in steps_to_equal(summary.trained)]
     lines += ["", "## Steps to equal", "", *_grid(STEPS_TITLES, rows)] if rows else []
+    judgements = judged(summary.trained)
+    rows = [list(map(_plain, line.cells)) for line in judgements]
+    lines += ["", "## Judgements", "", *_grid(JUDGEMENT_TITLES, rows), ""] if rows else []
+    lines += [f"- {_plain(sentence)}" for sentence in verdicts_on_judges(judgements)]
     parts = (("Results", summary.arms, columns(summary)), ("Each seed", summary.seeds, seed_columns(summary)))
     for heading, arms, shown in parts:
         rows = [[_plain(arm.label), *(cell(arm, column) for column in shown)] for arm in arms]

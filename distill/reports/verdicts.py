@@ -232,11 +232,9 @@ def _sentence(difference: Difference, status: Status, guess: Guess) -> str:
 
 
 def _wording(difference: Difference) -> str:
-    """State the difference of the chrF of free texts, of which higher is better."""
-    if (chrf := difference.chrf) is None:
-        return ""
-    ends = f"[{chrf.low:+.1f}, {chrf.high:+.1f}]"
-    return f" Difference in chrF to the {difference.measure.texts}: {chrf.estimate:+.1f} {ends}."
+    """State the differences of how free texts are worded; higher is better."""
+    parts = [f"{name} {i.estimate:+.1f} [{i.low:+.1f}, {i.high:+.1f}]" for name, i in difference.overlaps.items()]
+    return f" Difference in wording to the {difference.measure.texts}: {', '.join(parts)}." if parts else ""
 
 
 def _over_hard_labels(difference: Difference) -> str:

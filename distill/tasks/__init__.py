@@ -42,6 +42,10 @@ class Task(Protocol):
         """Value of a canonical answer; answers with equal values count as the same."""
         ...
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether an answer counts as the same as a reference, by a rule that needs not be symmetrical."""
+        ...
+
 
 _CONTINUATIONS = ("555", " 555", "x", " x", "\n555")  # each changes what some kind of reader makes of a text
 
@@ -52,8 +56,8 @@ def choices_of(task: Task, example: Example) -> tuple[str, ...]:
 
 
 def is_right(task: Task, answer: str | None, example: Example) -> bool:
-    """Whether an answer has the value of one of the example's right answers."""
-    return answer is not None and task.value(answer) in map(task.value, example.right_answers)
+    """Whether an answer is the same as one of the example's right answers."""
+    return answer is not None and any(task.is_same(answer, right) for right in example.right_answers)
 
 
 def readable_answer(task: Task, text: str, example: Example) -> str | None:

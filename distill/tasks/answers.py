@@ -10,19 +10,18 @@ from functools import partial
 from typing import Literal, final
 
 from distill.errors import AnswerError, ConfigError
-from distill.tasks.expressions import ASCII_SIGNS, NUMBER, evaluate_expression
-from distill.tasks.numerals import read_number, shortest
+from distill.tasks import mathematics
+from distill.tasks.expressions import evaluate_expression
+from distill.tasks.numerals import read_expression, read_number
 from distill.tasks.texts import text_of
 
-Kind = Literal["choice", "number", "last_number", "expression", "line", "text", "pattern"]
+Kind = Literal["choice", "number", "last_number", "expression", "math", "line", "text", "pattern"]
 Choices = tuple[str, ...]
 # A text and the possible answers -> the canonical answer, and the text around it that is no part of it.
 Read = Callable[[str, Choices], tuple[str, str]]
 
-_SYMBOL = re.compile(rf"\s*((?a:{NUMBER})|[-+*/()])")
 _MARKS = " \t\r\n.!\"'*_()[]“”‘’«»"  # may surround an answer without being part of it
 _WORD_GOES_ON = re.compile(r"\w|[-‐‑.,/⁄]\w|[:'’^][0-9]")  # directly behind a choice: it only begins this word
-_PART_OF_VALUE = re.compile(r"[\w^]|[.,:][0-9]")  # directly behind an expression: it goes on, as in 3x or 1,5
 _HINTS: Mapping[Kind, str] = {
     "line": "; for answers of several lines set task.read.kind=text",
     "number": "; expected one number and at most a unit; for a number at the end of a text set "
@@ -43,7 +42,8 @@ class AnswerFormat:
         If `kind` is None it is `pattern` if there is a pattern, else `choice` if there are choices, else `line`.
 
         `choice` reads the choice that the text begins with, `number` and `last_number` the first and the last number,
-        `expression` the arithmetic at the start of the first line, `line` the first line, `text` the whole text,
+        `expression` the arithmetic at the start of the first line, `math` the formula of the last box or the last one,
+        `line` the first line, `text` the whole text,
         `pattern` the only group of a regular expression, matched anywhere in the text. Letters are compared in their
         composed form, NFC.
         """
@@ -52,11 +52,14 @@ class AnswerFormat:
             raise ConfigError("task.read.kind=choice needs choices, such as task.choices=[yes,no], or their column")
         if pattern is not None and self.kind != "pattern":
             raise ConfigError(f"task.read.pattern={pattern!r} requires task.read.kind=pattern, got {self.kind}")
+        if self.kind == "math":
+            mathematics.require_math()
         readers: dict[Kind, Callable[[], Read]] = {
             "choice": lambda: _read_choice,
             "number": lambda: lambda text, _: read_number(0, text),
             "last_number": lambda: lambda text, _: read_number(-1, text),
-            "expression": lambda: lambda text, _: _read_expression(text),
+            "expression": lambda: lambda text, _: read_expression(text)[:2],
+            "math": lambda: lambda text, _: mathematics.read_math(text),
             "line": lambda: lambda text, _: _read_line(text),
             "text": lambda: lambda text, _: _read_text(text),
             "pattern": lambda: partial(_read_group, _compile_pattern(_composed(pattern or ""))),
@@ -118,8 +121,16 @@ class AnswerFormat:
             return False
 
     def value(self, answer: str) -> str:
-        """The exact value if the answer is an expression, else the answer itself."""
+        """The exact value if the answer is an expression or a plain number, else the answer itself."""
+        if self.kind == "math":
+            return mathematics.value(answer)
         return str(evaluate_expression(answer)) if self.kind == "expression" else answer
+
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether an answer counts as the same as a reference."""
+        if self.kind == "math":
+            return mathematics.is_same(answer, reference)
+        return self.value(answer) == self.value(reference)
 
 
 def _composed(text: str) -> str:
@@ -172,29 +183,3 @@ def _read_text(text: str) -> tuple[str, str]:
     if not (whole := text.strip()):
         raise AnswerError("the text is empty")
     return whole, ""
-
-
-def _read_expression(text: str) -> tuple[str, str]:
-    first_line, rest = _read_line(text)
-    line, end, symbols = first_line.translate(ASCII_SIGNS), 0, list[str]()
-    while match := _SYMBOL.match(line, end):
-        symbols.append(match[1])
-        end = match.end()
-    try:
-        expression = _format_expression(shortest(symbol) if symbol[-1].isdigit() else symbol for symbol in symbols)
-        evaluate_expression(expression)
-    except ValueError as error:
-        raise AnswerError(f"{first_line[:60]!r} does not begin with an expression: {error}") from None
-    if _PART_OF_VALUE.match(line, end):
-        raise AnswerError(f"{first_line[:60]!r} begins with more than the expression {expression[:60]}")
-    return expression, line[end:] + rest
-
-
-def _format_expression(symbols: Iterable[str]) -> str:
-    """Join symbols with single spaces around operators, none inside brackets or after a sign."""
-    text, previous = "", "("
-    for symbol in symbols:
-        text += symbol if previous in ("(", "sign") or symbol == ")" else f" {symbol}"
-        is_sign = symbol in ("+", "-") and previous in ("(", "sign", "operator")
-        previous = "sign" if is_sign else "operator" if symbol in ("+", "-", "*", "/") else symbol
-    return text

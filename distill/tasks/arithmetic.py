@@ -61,6 +61,10 @@ class Arithmetic:
         """The answer itself."""
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether the answers are equal."""
+        return answer == reference
+
     def _problems(self) -> list[list[Example]]:
         rng = random.Random(self._split_seed)
         distinct: dict[str, Example] = {}

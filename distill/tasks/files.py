@@ -138,6 +138,10 @@ class FileTask:
         """Value of an answer, as configured in `task.read`."""
         return self._format.value(answer)
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether an answer counts as the same as a reference, as configured in `task.read`."""
+        return self._format.is_same(answer, reference)
+
     def _tables(self) -> dict[str, Table]:
         """The train table, and the tables of splits that have their own file or a split of this name in `path`."""
         tables, names = open_tables(self._path, self._root), self._names

@@ -1,12 +1,14 @@
-"""Numbers in text, read whole or not at all, and their shortest spelling."""
+"""Numbers and arithmetic in text, read whole or not at all, and their shortest spelling."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
+from fractions import Fraction
 
 from distill.errors import AnswerError
-from distill.tasks.expressions import NUMBER
+from distill.tasks.expressions import ASCII_SIGNS, NUMBER, evaluate_expression
 
 _MAX_DIGITS = 1000  # before or after the decimal point
 _DASHES = "-‐‑‒–—−－"
@@ -24,6 +26,8 @@ _SCALE = re.compile(
     r"\A(?:[kKMB]|[mb]n|mio|mrd)\b|\b(?:hundred|thousand|million|billion|trillion|dozen|half|minus|negative)s?\b",
     re.IGNORECASE,
 )
+_SYMBOL = re.compile(rf"\s*((?a:{NUMBER})|[-+*/()])")
+_PART_OF_VALUE = re.compile(r"[\w^]|[.,:][0-9]")  # directly behind an expression: it goes on, as in 3x or 1,5
 _COMPARISON = re.compile(r"[<>≤≥≠≈~±×÷^√∞]")
 
 
@@ -75,3 +79,30 @@ def plain_decimal(value: Decimal) -> str:
         raise ValueError(f"{str(value)[:60]} has more than {_MAX_DIGITS:,} digits")
     text = format(value, "f") if value else "0"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def read_expression(text: str) -> tuple[str, str, Fraction]:
+    """Read the arithmetic that the first line begins with; return it, the text behind it, and its exact value."""
+    first_line, _, rest = text.strip().partition("\n")
+    line, end, symbols = first_line.translate(ASCII_SIGNS), 0, list[str]()
+    while match := _SYMBOL.match(line, end):
+        symbols.append(match[1])
+        end = match.end()
+    try:
+        expression = _format_expression(shortest(symbol) if symbol[-1].isdigit() else symbol for symbol in symbols)
+        value = evaluate_expression(expression)
+    except ValueError as error:
+        raise AnswerError(f"{first_line[:60]!r} does not begin with an expression: {error}") from None
+    if _PART_OF_VALUE.match(line, end):
+        raise AnswerError(f"{first_line[:60]!r} begins with more than the expression {expression[:60]}")
+    return expression, line[end:] + rest, value
+
+
+def _format_expression(symbols: Iterable[str]) -> str:
+    """Join symbols with single spaces around operators, none inside brackets or after a sign."""
+    text, previous = "", "("
+    for symbol in symbols:
+        text += symbol if previous in ("(", "sign") or symbol == ")" else f" {symbol}"
+        is_sign = symbol in ("+", "-") and previous in ("(", "sign", "operator")
+        previous = "sign" if is_sign else "operator" if symbol in ("+", "-", "*", "/") else symbol
+    return text

@@ -45,6 +45,10 @@ class Teacher(Protocol):
         """Load the model and return it, for placement on a device."""
         ...
 
+    def num_tokens(self, request: Request) -> int:
+        """Number of tokens that a request takes in the model: those to read, and those that are written at most."""
+        ...
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         """One annotation per request, in order; all requests of a call have the same span."""
         ...

@@ -9,7 +9,6 @@ choices, as in constrained decoding. Soft targets include both, see `choices`.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 
 from distill.app.files import Json
 from distill.app.fingerprint import arguments_of, fingerprint_of
-from distill.cache import Codec, uniforms
+from distill.cache import Cut, uniforms
 from distill.errors import ConfigError
 from distill.models import hub, identity, loading, placement
+from distill.models.generation import Generation
 from distill.models.reading import PrefixedReader, Reading
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, SoftTargets, Span, Target
@@ -36,6 +36,7 @@ from distill.teachers import Calibration
 from distill.teachers.choices import Adjusting, Adjustment, OwnAdjustments, Place, calibrated_offsets
 
 _CALIBRATION_BATCH = 32
+_BORDER_TOKENS = 4  # before those of a text, which are decoded otherwise at a beginning
 
 
 @final
@@ -43,8 +44,9 @@ class CausalLMTeacher:
     """Soft targets and rationales from a model of the transformers library."""
 
     gives_soft_targets = True
-    # The codec is in the cache's fingerprint beside the teacher. `hashes` is only a place.
-    not_in_key = ("codec", "hashes")
+    # The codec is in the cache's fingerprint beside the teacher. `hashes` is only a place. The settings of `generation`
+    # stand beside the others, as they did before they were a part.
+    not_in_key = ("codec", "hashes", "generation")
 
     def __init__(
         self,
@@ -54,28 +56,27 @@ class CausalLMTeacher:
         prompts: Prompts,
         task: Task,
         calibration: Calibration,
-        codec: Codec,
+        codec: Cut,
         constrain: bool,
         dtype: Literal["auto", "float32", "bfloat16", "float16"],
         max_new_tokens: int,
-        sampling_temperature: float,
-        top_p: float,
+        generation: Generation,
     ) -> None:
         """`codec` truncates soft targets; without questions in `calibration`, choices are not calibrated.
 
-        `hashes` is the folder that keeps the hashes of weights. The first rationale of an example is greedy, further
-        ones are sampled with `sampling_temperature` and `top_p`.
+        `hashes` is the folder that keeps the hashes of weights. `generation` says how answers that are no choices are
+        written, and rationales.
         """
         self._arguments = arguments_of(locals())
-        if not (0 < sampling_temperature < math.inf and 0 < top_p <= 1):
+        if generation.min_new_tokens > max_new_tokens:
             raise ConfigError(
-                f"teacher.kind.sampling_temperature={sampling_temperature}, top_p={top_p}: expected a positive "
-                "temperature, and top_p above 0 and at most 1; for greedy rationales set teacher.rationales_each=1"
+                f"teacher.kind.generation.min_new_tokens={generation.min_new_tokens} is more than "
+                f"teacher.kind.max_new_tokens={max_new_tokens}; decrease it, or increase the limit"
             )
         self._folder, self._hashes, self._prompts, self._task, self._codec = folder, hashes, prompts, task, codec
         self._dtype = placement.native_dtype() if dtype == "auto" else getattr(torch, dtype)
         self._max_new_tokens, self._constrain = max_new_tokens, constrain
-        self._sampling_temperature, self._top_p = sampling_temperature, top_p
+        self._generation = generation.for_model(folder)
         self._calibration, self._choices = calibration, prompts.choice_ids(task.choices)
         self._calibrated = _calibrated(task, calibration)
         self._readers: dict[Span, PrefixedReader] = {}
@@ -85,9 +86,13 @@ class CausalLMTeacher:
 
         How the task reads an answer is not part of it: texts are stored, and read when they are used.
         """
-        contents = {"folder": identity.fingerprint(self._folder, self._hashes), "task": list(self._task.choices)}
+        contents: dict[str, Any] = {
+            "folder": identity.fingerprint(self._folder, self._hashes),
+            "task": list(self._task.choices),
+        }
         has_choices = bool(self._choices or self._calibrated)
         num_calibrated = self._calibration.number if has_choices else 0  # the questions are a record of the cache
+        contents |= self._generation.fingerprint()
         return fingerprint_of(self, self._arguments, **contents, calibration=num_calibrated)
 
     def backend(self) -> dict[str, str]:
@@ -107,6 +112,12 @@ class CausalLMTeacher:
         self._readers = {}
         self.__dict__.pop("_offsets", None)
         del self._model
+
+    def num_tokens(self, request: Request) -> int:
+        """Number of tokens after the shared prefix: those to read, and those that are written at most."""
+        choices = choices_of(self._task, request.example) if request.span == "answer" else ()
+        longest_choice = max(map(len, self._prompts.choice_ids(choices)), default=0)
+        return len(request.question_ids) + (len(request.given_ids) or longest_choice or self._max_new_tokens)
 
     @torch.inference_mode()
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
@@ -170,23 +181,22 @@ class CausalLMTeacher:
 
     def _write(self, requests: Sequence[Request], reading: Reading) -> list[Annotation]:
         """Direct answers as generated texts, without targets."""
-        generated = reading.greedy(max_new_tokens=self._max_new_tokens, stops=self._prompts.ends)
-        texts = [self._prompts.text(ids) for ids in generated]
         return [
             Annotation(
                 request.key,
                 {},
-                readable_answer(self._task, texts[k], request.example),
-                is_truncated=not self._prompts.has_ended(generated[k]),
-                text=texts[k],
+                readable_answer(self._task, text.strip(), request.example),
+                is_sampled=self._is_sampled(request),
+                is_truncated=not has_ended,
+                text=text.strip(),
             )
-            for k, request in enumerate(requests)
+            for request, (text, has_ended) in zip(requests, self._generated(requests, reading), strict=True)
         ]
 
     def _reason(self, requests: Sequence[Request]) -> list[Annotation]:
         reading = self._read(requests)
-        generated = self._generate_rationales(requests, reading)
-        replies = [self._prompts.split_reply(ids) for ids in generated]
+        generated = self._generated(requests, reading)
+        replies = [self._prompts.reply(text) for text, _ in generated]
         pairs = zip(requests, replies, strict=True)
         answers = [readable_answer(self._task, reply.answer, request.example) for request, reply in pairs]
         rationales = [self._prompts.rationale_ids(r.rationale) if r.rationale else () for r in replies]
@@ -201,23 +211,53 @@ class CausalLMTeacher:
                 _targets(rationales[k], endings[k], softs[k]),
                 answers[k],
                 replies[k].rationale,
-                is_sampled=request.sample > 0,
-                is_truncated=not self._prompts.has_ended(generated[k]),
+                is_sampled=self._is_sampled(request),
+                is_truncated=not generated[k][1],
                 text=replies[k].answer,
             )
             for k, request in enumerate(requests)
         ]
 
-    def _generate_rationales(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
-        """Generate greedily for sample 0; further samples use random numbers that depend only on the request's key."""
-        if not any(request.sample for request in requests):
-            return reading.greedy(max_new_tokens=self._max_new_tokens, stops=self._prompts.ends)
+    def _generated(self, requests: Sequence[Request], reading: Reading) -> list[tuple[str, bool]]:
+        """The texts up to the first text that stops them, and whether they ended before the limit."""
+        texts = list[tuple[str, bool]]()
+        for ids in self._generate(requests, reading):
+            whole = self._prompts.generated_text(ids)
+            text = self._generation.cut(whole)
+            texts.append((text, self._prompts.has_ended(ids) or text != whole))
+        return texts
+
+    def _generate(self, requests: Sequence[Request], reading: Reading) -> list[list[int]]:
+        """Tokens of generated texts; the random numbers of a sampled one depend only on the key of its request."""
+        generation = self._generation
+        ending: dict[str, Any] = {
+            "stops": self._prompts.ends,
+            "min_new_tokens": generation.min_new_tokens,
+            "is_complete": self._is_complete if generation.stops else None,
+        }
+        is_sampled_B = [self._is_sampled(request) for request in requests]
+        if not any(is_sampled_B):
+            return reading.greedy(max_new_tokens=self._max_new_tokens, **ending)
         # Not the random numbers of the codec: its draws must be independent of the generated tokens.
         keys = [f"{request.key}/words" for request in requests]
         uniforms_BN = torch.stack([torch.from_numpy(uniforms(key, self._max_new_tokens, 0)) for key in keys])
-        uniforms_BN[[request.sample == 0 for request in requests]] = 0.0
-        temperature, top_p = self._sampling_temperature, self._top_p
-        return reading.sampled(uniforms_BN=uniforms_BN, stops=self._prompts.ends, temperature=temperature, top_p=top_p)
+        uniforms_BN[[not is_sampled for is_sampled in is_sampled_B]] = 0.0
+        temperature_B = torch.tensor([generation.temperature_of(request.sample) or 1.0 for request in requests])
+        ending |= {"top_p": generation.top_p, "top_k": generation.top_k}
+        return reading.sampled(uniforms_BN=uniforms_BN, temperature=temperature_B.double(), **ending)
+
+    def _is_sampled(self, request: Request) -> bool:
+        return self._generation.temperature_of(request.sample) > 0
+
+    def _is_complete(self, ids: Sequence[int]) -> bool:
+        """Whether the last of these tokens completes a text that ends a text."""
+        # A token has at least one byte, and a character at most four; only where the end matches is all decoded.
+        longest = 4 * max(map(len, self._generation.stops)) + _BORDER_TOKENS
+        return self._stopped(ids[-longest:]) and self._stopped(ids)
+
+    def _stopped(self, ids: Sequence[int]) -> bool:
+        text = self._prompts.decode(ids)
+        return self._generation.cut(text) != text
 
     def _reader(self, span: Span) -> PrefixedReader:
         if any(not reader.is_valid for reader in self._readers.values()):

@@ -11,7 +11,7 @@ from torch import nn
 from distill.app.console import say
 from distill.app.files import sha256
 from distill.app.fingerprint import arguments_of, fingerprint_of
-from distill.cache import Codec
+from distill.cache import Cut
 from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, content_id
@@ -41,7 +41,7 @@ class RecordedTeacher:
         prompts: Prompts,
         task: Task,
         calibration: Calibration,
-        codec: Codec,
+        codec: Cut,
         files: list[str],
         question: str,
         answer: str,
@@ -91,6 +91,10 @@ class RecordedTeacher:
     def close(self) -> None:
         """Release the rows."""
         self._rows = {}
+
+    def num_tokens(self, request: Request) -> int:
+        """Number of tokens of the question; no model reads it."""
+        return len(request.question_ids)
 
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         """Look up the recorded answer and rationale of every request."""

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from distill.annotation.annotation_job import AnnotationJob
 from distill.annotation.fill import filter_rationales, loaded
-from distill.annotation.inspection import Estimate, estimate
+from distill.annotation.inspection import TOKEN_BYTES, Estimate, estimate
+from distill.annotation.positions import Positions
 from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
@@ -159,7 +160,8 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
     if not any(teacher.missing for teacher in work):
         return work, build_curriculum(job)
     too_long = {id_: why for teacher in work for id_, why in teacher.filled.too_long.items()}
-    join = join_for(job, annotations, soft_annotations, kept, too_long)
+    further = {id_: _further_longest(annotations, id_, len(samples) - 1) for id_, samples in first.answers.items()}
+    join = join_for(job, annotations, soft_annotations, kept, further, too_long)
     train, validation = join.join(job.annotation_job.splits.train), join.join(job.annotation_job.splits.validation)
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
     counts = row_counts(job, first, rationales, train, validation)
@@ -174,6 +176,7 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
 class LongestAnnotations(AnnotationReader):
     """The annotations that a teacher would leave for `texts`, each token with the largest soft target."""
 
+    positions: Positions
     texts: Texts
     rows: Rows
 
@@ -185,7 +188,8 @@ class LongestAnnotations(AnnotationReader):
             return None
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
-        return Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+        whole = Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+        return self.positions.reduced([request], [whole])[0]
 
     find_words = find
 
@@ -197,9 +201,8 @@ class LongestAnnotations(AnnotationReader):
 def _longest(
     annotation_job: AnnotationJob, requests: AnnotationRequests, texts: Texts, rows: Rows
 ) -> LongestAnnotations:
-    return LongestAnnotations(
-        annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts, texts, rows
-    )
+    parts = annotation_job.store, requests.requests, annotation_job.task, annotation_job.prompts
+    return LongestAnnotations(*parts, annotation_job.positions, texts, rows)
 
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
@@ -232,6 +235,11 @@ def _longest_rationales(
         confidence = 1.0 if job.annotation_job.rationales_each > 1 else None
         rationales[id_] = [FilteredRationale(id_, annotation, "teacher", None, confidence)] * len(samples)
     return rationales
+
+
+def _further_longest(annotations: AnnotationReader, example_id: str, number: int) -> list[Annotation]:
+    longest = annotations.find_words(example_id, "answer")
+    return [longest] * number if longest else []
 
 
 def _texts_by_key(examples_by_span: Mapping[Span, Sequence[Example]]) -> Texts:
@@ -281,10 +289,11 @@ def _longest_choice(annotation_job: AnnotationJob, example: Example) -> int:
 def _largest_target(annotation_job: AnnotationJob) -> SoftTargets:
     """Return the soft target that takes most bytes: uniform over a part of the vocabulary, of several sizes."""
     size, targets = annotation_job.prompts.vocabulary_size, list[SoftTargets]()
+    cut = annotation_job.positions.cut(annotation_job.codec)
     for num_likely in {size, *(2**power - 1 for power in range(1, size.bit_length()))}:
         logprobs_1V = torch.full((1, size), _UNLIKELY)
         logprobs_1V[:, -num_likely:] = 0.0  # ids above 16 bits take more bytes
-        targets.append(annotation_job.codec.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
+        targets.append(cut.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
     return max(targets, key=lambda row: _packed_bytes(row, annotation_job))
 
 
@@ -315,9 +324,10 @@ def _max_growth(work: TeacherWork) -> int:
     fixed = num_shards * _SHARD_BYTES + len(missing_keys) * _RECORD_BYTES + 2 * work.text_bytes
     if not annotation_job.teacher.gives_soft_targets:
         return fixed
-    per_token = _packed_bytes(_largest_target(annotation_job), annotation_job) + 4 + _TEXT_BYTES
-    num_tokens = sum(work.num_written(request) + len(request.given_ids) for request in work.missing)
-    return fixed + round(num_tokens * per_token)
+    per_position = _packed_bytes(_largest_target(annotation_job), annotation_job)
+    num_tokens = {request.key: work.num_written(request) + len(request.given_ids) for request in work.missing}
+    num_positions = sum(annotation_job.positions.most(request, num_tokens[request.key]) for request in work.missing)
+    return fixed + round(sum(num_tokens.values()) * (TOKEN_BYTES + _TEXT_BYTES) + num_positions * per_position)
 
 
 def _examples(job: Job, work: Sequence[TeacherWork]) -> Finding:
@@ -378,7 +388,7 @@ def _measured(work: TeacherWork) -> Estimate | None:
     annotation_job = work.annotation_job
     try:
         with loaded(annotation_job.teacher):
-            return estimate(annotation_job.teacher, annotation_job.codec, work.missing, annotation_job.batch_size)
+            return estimate(annotation_job, work.missing)
     except torch.OutOfMemoryError:
         return None
 

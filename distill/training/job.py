@@ -29,7 +29,7 @@ from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_ro
 from distill.evaluation.texts import require_text_measures
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
 from distill.lessons.join import first_span
-from distill.lessons.loader import BatchLimit
+from distill.models.batches import BatchLimit
 from distill.models.reading import check_student_reading
 from distill.prompts.serving import served_tokenizer
 from distill.records import Annotation, Example, Span

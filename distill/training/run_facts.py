@@ -32,6 +32,7 @@ def cache_card(job: Job, curriculum: Curriculum) -> Json:
     return {
         "dir": str(store.folder),
         "fingerprint": store.digest,
+        "positions": job.annotation_job.positions.description,
         "num_records": len(store),
         "num_reused": curriculum.filled.num_reused,
         "num_annotated": curriculum.filled.num_annotated,

@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.errors import ConfigError
-from distill.lessons.loader import Balance, BatchUnit, Order, check_batch_size, microbatches_per_step
+from distill.lessons.loader import Balance, Order, check_batch_size, microbatches_per_step
 from distill.models import placement
+from distill.models.batches import BatchUnit
 from distill.training.best import measure_of
 
 # Lightning's names of the precisions that are supported. A GradScaler (16-mixed) would have to be undone before the

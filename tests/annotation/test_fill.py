@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from distill.annotation.fill import Part, fill
 from distill.annotation.inspection import estimate, rescore
 from distill.annotation.requests import group_requests
 from distill.errors import CacheError, ConfigError
+from distill.models.batches import BatchLimit
 from tests.annotation.conftest import annotate_options
 from tests.conftest import CountingTeacher, compose, counted, grid, run, shards, start
+from tests.teachers.conftest import is_close
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., Di
     job = open_annotation_job(configured("task.examples.num_unlabelled=60"))
     requests = [job.prompts.request(example, "answer") for example in job.splits.train]
     job.teacher.load()
-    result = estimate(job.teacher, job.codec, requests, 8)
+    result = estimate(replace(job, batch_limit=BatchLimit(8)), requests)
     job.teacher.close()
     assert result.num_sampled == 8
     assert result.seconds > 0
@@ -113,6 +116,43 @@ def test_an_estimate_writes_nothing_and_is_accurate(configured: Callable[..., Di
     fill(job, {"answer": job.splits.train})
     num_bytes = sum(path.stat().st_size for path in job.store.folder.glob("*.safetensors"))
     assert 0.3 < result.num_bytes / num_bytes < 1.2
+
+
+class Sizes(CountingTeacher):
+    """A teacher that keeps the lengths of the requests of each batch, with what it may write."""
+
+    batches: list[list[int]]
+
+    def annotate(self, requests: Any) -> Any:
+        self.batches.append([self.num_tokens(request) for request in requests])
+        return super().annotate(requests)
+
+
+def test_batches_of_tokens_stay_within_their_budget_and_change_no_record(
+    configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    budget = 150
+    expected, limited = (
+        open_annotation_job(configured(f"cache.dir={tmp_path / name}", "teacher.group_size=7", *options))
+        for name, options in {
+            "examples": ["teacher.batch_size=7"],
+            "tokens": ["teacher.batch_unit=tokens", f"teacher.batch_size={budget}"],
+        }.items()
+    )
+    teacher = Sizes(limited.teacher)
+    teacher.batches = []
+    unlabelled = [example.unlabelled() for example in expected.splits.train]
+    to_annotate: Any = {"answer": unlabelled, "rationale": unlabelled[:3]}
+    fill(expected, to_annotate)
+    filled = fill(replace(limited, teacher=teacher), to_annotate)
+    sizes = [len(batch) * max(batch) for batch in teacher.batches]
+    assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, teacher.batches, strict=True))
+    assert len({*map(len, teacher.batches)}) > 1
+    written = [len(request.question_ids) + 6 for request in filled.all_requests if not request.given_ids]
+    assert {*written} <= {length for batch in teacher.batches for length in batch}
+    assert limited.store.fingerprint == expected.store.fingerprint
+    for request in filled.all_requests:
+        assert is_close(*(job.store.read(request.key) for job in (expected, limited)), 0.01)
 
 
 def test_records_of_another_teacher_are_detected_despite_correct_checksums(
@@ -155,7 +195,9 @@ def test_a_cache_can_be_inspected_verified_and_repaired(
         main(compose(*overrides, name="annotate"))
         return capsys.readouterr().out
 
-    assert "0 records exist, 58 are missing; they will take about" in annotate("dry_run=true")
+    forecast = annotate("dry_run=true")
+    assert "0 records exist, 58 are missing; they will take about" in forecast
+    assert re.search(r"\([\d,]+ tokens read, [\d,]+ written \([\d,]+/s\); measured on \d+ of them", forecast)
     assert "0 records exist, 66 are missing" in annotate("dry_run=true", "teacher.rationales_each=3")
     assert not (tmp_path / "cache").exists()
     annotate()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distill.annotation.fill import fill, filter_rationales
+from distill.annotation.inspection import export_parquet
 from distill.annotation.reader import count_answers
 from distill.annotation.requests import collect_requests
 from distill.annotation.row_counts import say_answers
@@ -51,6 +52,9 @@ class Writer:
     def close(self) -> None:
         self._teacher.close()
 
+    def num_tokens(self, request: Request) -> int:
+        return self._teacher.num_tokens(request)
+
     def annotate(self, requests: Sequence[Request]) -> list[Annotation]:
         self.num_asked += len(requests)
         return [self._annotation(request) for request in requests]
@@ -81,8 +85,10 @@ def questions(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Any
     tiny = tiny_overrides(tmp_path, teacher_folder, student_folder)
     own = ["task=jsonl", f"task.path={tmp_path / 'rows.jsonl'}", shot, "prompt.num_shots=1"]
 
-    def questions(kind: str, *more: str) -> Any:
-        return compose(*tiny[5:], *own, f"task.read.kind={kind}", "loss=[answer,teacher_answer,kl]", *more)
+    def questions(kind: str, *more: str, teacher: Sequence[str] = ()) -> Any:
+        overrides = [option for option in tiny[5:] if not (teacher and option.startswith("teacher"))]
+        losses = ["loss=[answer,teacher_answer,kl]"] if not any(option.startswith("loss=") for option in more) else []
+        return compose(*overrides, *own, f"task.read.kind={kind}", *losses, *more, *teacher)
 
     return questions
 
@@ -92,6 +98,19 @@ def written(config: Any, *, is_truncated: bool = False) -> tuple[Any, Writer]:
     job = prepare(config, Path("unused"))
     teacher = Writer(job.annotation_job, TEXTS, is_truncated=is_truncated)
     return replace(job, annotation_job=replace(job.annotation_job, teacher=teacher)), teacher
+
+
+class Reasoner(Writer):
+    """A teacher that writes another answer after its reasoning, with soft targets for it."""
+
+    def _annotation(self, request: Request) -> Annotation:
+        direct = super()._annotation(request)
+        if request.span == "answer" or not direct.answer:
+            return direct
+        answer = f"{direct.answer}0"
+        ids = self._job.prompts.answer_ids(answer)
+        targets = {"answer": Target(ids, certain(ids, self._job.codec))}
+        return replace(direct, answer=answer, text=answer, targets=targets)
 
 
 def answers_of(curriculum: Any, job: Any) -> dict[str, str]:
@@ -133,15 +152,15 @@ def test_the_tokens_that_have_soft_targets_are_known_without_decoding_any(questi
     for kind, num_targets in (("number", 42), ("last_number", 40)):
         job, _ = written(questions(kind))
         filled = collect_requests(job.annotation_job, examples_to_annotate(job))
-        reader, scored_ids = job.annotation_job.reader(filled.requests), dict[str, Any]()
+        reader, scored = job.annotation_job.reader(filled.requests), dict[str, Any]()
         for request in filled.all_requests:
             targets = reader.read(request).targets
-            scored_ids[request.key] = reader.scored_ids(request.key, request.example)
-            assert scored_ids[request.key] == {span: t.token_ids for span, t in targets.items() if t.soft is not None}
-        assert sum(map(bool, scored_ids.values())) == num_targets
-        with_soft = [request for request in filled.all_requests if scored_ids[request.key]]
+            scored[request.key] = reader.scored(request.key, request.example)
+            assert scored[request.key] == {span: t.scored for span, t in targets.items() if t.soft is not None}
+        assert sum(map(bool, scored.values())) == num_targets
+        with_soft = [request for request in filled.all_requests if scored[request.key]]
         ids = [int(reader.read(request).targets["answer"].soft.ids_E.max()) for request in with_soft]
-        assert reader.largest_soft_id([(key, "answer") for key, ids in scored_ids.items() if ids]) == max(ids)
+        assert reader.largest_soft_id([(key, "answer") for key, tokens in scored.items() if tokens]) == max(ids)
 
 
 def test_rationales_are_judged_by_the_present_reading(questions: Any) -> None:
@@ -153,6 +172,20 @@ def test_rationales_are_judged_by_the_present_reading(questions: Any) -> None:
         (rationale,) = filter_rationales(source, filled)
         assert (rationale.reason, rationale.annotation.answer) == (None, expected)
         assert rationale.annotation.targets == {}  # soft targets stay in the cache
+
+
+@pytest.mark.slow
+def test_a_direct_student_learns_answers_that_were_exported_after_reasoning(questions: Any, tmp_path: Path) -> None:
+    job, _ = written(questions("number"))
+    source = replace(job.annotation_job, teacher=Reasoner(job.annotation_job, TEXTS))
+    filled = fill(source, {"rationale": source.splits.train})
+    export_parquet(source.reader({}), filled.all_requests, source.prompts, tmp_path / "reasoned.parquet")
+    columns = ["teacher.kind.answer=answer", "teacher.kind.rationale=null"]
+    recorded = ["teacher=recorded", f"teacher.kind.files=[{tmp_path / 'reasoned.parquet'}]", *columns]
+    job = prepare(questions("number", "loss=[answer,teacher_answer]", teacher=recorded), tmp_path / "run")
+    curriculum = build_curriculum(job)
+    assert answers_of(curriculum, job) == {"Which sum?": "480", "How many?": "70"}
+    assert all(s.spans == {"answer"} for lesson in curriculum.train for s in lesson.sequences)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_every_option_of_every_group_composes_and_passes_the_check(group: str, n
     configuration.check(compose(f"{group}={name}", *given))
 
 
-@pytest.mark.parametrize("name", ["annotate", "evaluate", "export", "report", "train"])
+@pytest.mark.parametrize("name", ["annotate", "evaluate", "export", "judge", "report", "train"])
 def test_every_command_composes_and_names_required_values(name: str) -> None:
     config = compose(name=name)
     missing = OmegaConf.missing_keys(config)

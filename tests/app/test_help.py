@@ -14,7 +14,7 @@ from distill.app.help import _WIDTH, examples, help_text, options
 from distill.app.overrides import check_command_line
 
 CONF = Path(__file__).parents[2] / "conf"
-COMMANDS = ("train", "annotate", "evaluate", "report", "export")
+COMMANDS = ("train", "annotate", "evaluate", "judge", "report", "export")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -78,6 +78,19 @@ def test_a_task_of_files_saved_before_its_rows_had_choices_is_the_same_task(tmp_
     assert configuration.differences(config, saved, ignored=()) != []
 
 
+def test_a_teacher_saved_before_its_texts_had_settings_is_the_same_teacher(tmp_path: Path) -> None:
+    config = compose("task=arithmetic", "teacher=causal_lm", "teacher.model=none")
+    before = configuration.plain(config)
+    generation = before["teacher"]["kind"].pop("generation")
+    del before["teacher"]["batch_unit"], before["teacher"]["answers_each"]
+    before["teacher"]["kind"] |= {name: generation[name] for name in ("sampling_temperature", "top_p")}
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(before))
+    assert configuration.differences(config, saved, ignored=()) == []
+    config.teacher.kind.generation.temperature = 0.5
+    assert len(configuration.differences(config, saved, ignored=())) == 1
+
+
 def test_arguments_that_are_now_those_of_a_part_stand_in_it() -> None:
     part = {"_target_": "distill.tasks.files.FileTask", "question": "q", "answer": "a", "rationale": None, "path": "p"}
     rows = {"_target_": "distill.tasks.files.Columns", "question": "q", "answer": "a", "rationale": None}

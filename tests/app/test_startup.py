@@ -15,7 +15,7 @@ from distill.app.help import help_text
 from tests.conftest import environment
 
 HEAVY = {"torch", "lightning", "wandb", "transformers", "pydantic", "datasets", "pyarrow", "numpy", "scipy", "jinja2"}
-COMMANDS = ("annotate", "evaluate", "export", "report", "train")
+COMMANDS = ("annotate", "evaluate", "export", "judge", "report", "train")
 
 
 def imported(lines: Iterable[str]) -> set[str]:

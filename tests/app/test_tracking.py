@@ -23,13 +23,12 @@ RUN = """
 import json, os, sys
 from pathlib import Path
 import lightning
-from tests.conftest import compose
 from distill.app import config as configuration
 
 root = Path(sys.argv[1])
 ended = []
 for seed in (0, 1):
-    tracking = configuration.build(compose("tracking.tags=[tiny]").tracking)
+    tracking = configuration.build(configuration.compose("train", ["tracking.tags=[tiny]"]).tracking)
     folder = root / f"run-{seed}"
     config = {"seed": seed, "loss": {"kl": {"temperature": 2.0}}}
     tracking.start(folder, name=f"kl-seed{seed}", group="a sweep", job_type="train", config=config)

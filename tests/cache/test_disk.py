@@ -120,6 +120,13 @@ def test_a_folder_that_vanishes_gives_a_single_message_and_stays_intact(tmp_path
     assert store.check() == []
 
 
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(CacheError, match=rf"cannot be written to {folder}: .*; set cache\.dir or root"):
+            open_store(folder).writing().__enter__()
+
+
 def test_a_failed_write_names_its_file_and_leaves_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as raised, atomic_write(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")

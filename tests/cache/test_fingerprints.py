@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ from omegaconf import DictConfig
 
 from distill.annotation.annotation_job import open_annotation_job
 from distill.annotation.fill import fill
+from distill.cache.codecs.topk import TopK
+from distill.cache.store import Store
 from distill.errors import CacheError
 from tests.cache.conftest import train_and_validation
+from tests.cases import Case
 from tests.conftest import compose, counted, grid, tiny_overrides
+from tests.teachers.conftest import FreeText, make_teacher
 
 
 def test_each_question_is_annotated_once_in_any_order(configured: Callable[..., DictConfig]) -> None:
@@ -96,6 +101,20 @@ def test_a_prompt_template_changes_every_key(configured: Callable[..., DictConfi
     assert not keys[0] & keys[1]
 
 
+def test_whatever_the_teacher_reads_of_an_example_is_in_the_key(case: Case) -> None:
+    for example in case.examples(6):
+        others = [replace(example, question=f"{example.question} So?"), replace(example, answer=f"{example.answer}0")]
+        if example.choices:
+            others += [replace(example, choices=example.choices[::-1]), replace(example, choices=example.choices[1:])]
+        for place, message in enumerate(example.history):
+            changed = replace(message, content=f"{message.content} So.")
+            history = (*example.history[:place], changed, *example.history[place + 1 :])
+            others.append(replace(example, history=history))
+        others += [example, example.unlabelled()]
+        keys = [case.prompts.request(other, span).key for other in others for span in ("answer", "rationale")]
+        assert len(set(keys)) == len(keys) - 2  # a rationale is requested alike whatever the answer
+
+
 def test_a_cache_with_another_fingerprint_is_refused(configured: Callable[..., DictConfig], tmp_path: Path) -> None:
     cache_dir = f"cache.dir={tmp_path / 'mine'}"
     job, _ = counted(configured(cache_dir))
@@ -104,16 +123,24 @@ def test_a_cache_with_another_fingerprint_is_refused(configured: Callable[..., D
         open_annotation_job(configured(cache_dir, "cache.codec.k=7"))
 
 
-def test_stored_targets_equal_the_models_own(configured: Callable[..., DictConfig]) -> None:
-    job, _ = counted(configured())
-    fill(job, {"answer": job.splits.validation})
-    module = job.teacher.load()
-    for example in job.splits.validation:
-        target = job.store.read(job.prompts.request(example, "answer").key).targets["answer"]
-        before = job.prompts.prefix("answer") + job.prompts.question(example, "answer")
-        ids = torch.tensor([[*before, *target.token_ids]])
+def test_stored_targets_equal_the_models_own(case: Case, teacher_folder: Path, tmp_path: Path) -> None:
+    prompts, codec, questions = case.prompts, TopK(k=8, temperature=1.0), case.examples(4)
+    teacher = make_teacher(teacher_folder, prompts, task=FreeText(), codec=codec, constrain=False)
+    module = teacher.load()
+    with Store(tmp_path, {"for": "test"}, codec).writing() as writer:
+        writer.add(teacher.annotate([prompts.request(example.unlabelled(), "answer") for example in questions]))
+        writer.add(teacher.annotate([prompts.request(example, "answer") for example in questions]))
+    store = Store(tmp_path, {"for": "test"}, codec)
+    for example in (*questions, *(example.unlabelled() for example in questions)):
+        target = store.read(prompts.request(example, "answer").key).targets.get("answer")
+        if target is None:  # the teacher's own answer was cut off
+            assert example.answer is None
+            continue
+        before = prompts.prefix("answer") + prompts.question(example, "answer")
+        assert example.answer is None or target.token_ids == prompts.answer_ids(example.answer)
         with torch.no_grad():
-            logits_TV = module(ids).logits[0, len(before) - 1 : -1, : job.prompts.vocabulary_size]
+            logits_TV = module(torch.tensor([[*before, *target.token_ids]])).logits[0, len(before) - 1 : -1]
+        logits_TV = logits_TV[:, : prompts.vocabulary_size]
         top_NK, ids_NK = logits_TV.log_softmax(-1).topk(8, -1)
         assert target.soft is not None
         # Stored probabilities are rounded to 1/255 on the scale of their fourth roots.

@@ -17,6 +17,7 @@ from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.fill import fill
 from distill.app.fingerprint import arguments_of, fingerprint_of
 from distill.records import Annotation
+from tests.cases import with_template
 from tests.conftest import compose, conf_names, make_model, tiny_overrides
 from tests.teachers.conftest import is_close
 
@@ -26,9 +27,14 @@ OTHERS: dict[str, Any] = {
     "task.read.kind": "line",
     "task.answer_mode": "reasoned",
     "task.options.answer": "text",
+    "prompt.without_template": "zephyr",
     "prompt.too_long": "cut",
     "teacher.kind.dtype": "bfloat16",
+    "teacher.kind.generation.temperature": 0.5,
+    "teacher.kind.generation.top_k": 5,
+    "teacher.kind.generation.stops": ["x"],
     "teacher.calibrate": 3,
+    "teacher.batch_unit": "tokens",
     "rationales.script": "LATIN",
     "rationales.near_duplicates": 0.9,
     "rationales.max_words": 150,
@@ -36,6 +42,7 @@ OTHERS: dict[str, Any] = {
     "rationales.min_confidence": 0.5,
     "cache.codec.temperature": 2.0,
     "teacher.rationales_each": 2,
+    "teacher.answers_each": 2,
 }
 # Where something is, how the task picks its rows, and what is not a value of its own.
 PLACES = ("teacher.model", "teacher.kind.files", "cache.dir", "cache.accept", "task.path", "task.examples")
@@ -73,7 +80,7 @@ def changed(key: str, value: Any) -> Any:
 
 @pytest.fixture
 def base(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable[..., DictConfig]:
-    """Compose a run whose files hold choices and recorded answers for a few questions."""
+    """Compose a run whose files hold choices and recorded answers for a few questions; chat models have a template."""
     rows = [{"question": f"Is {i} {'even' if i % 2 else 'odd'}?", "answer": "has"} for i in range(24)]
     words = {"question": "", "teacher_answer": "gets", "teacher_rationale": "It is so."}
     words |= {f"{column}x": text for column, text in words.items()}
@@ -87,7 +94,11 @@ def base(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> Callable
         shot = "task.examples.shots=[{question:Is it?,rationale:It is.,answer:has}]"
         kept = [o for o in tiny if not o.startswith(("task", "cache", "teacher", "prompt"))]
         teacher = groups.get("teacher", "causal_lm")
-        own = [f"teacher={teacher}", f"teacher.model={teacher_folder}"]
+        prompt = groups.get("prompt", "cues")
+        folder = teacher_folder
+        if prompt == "chat":
+            folder = with_template(teacher_folder, tmp_path / "chat", "Zephyr")
+        own = [f"teacher={teacher}", f"teacher.model={folder}", f"prompt={prompt}"]
         if teacher == "recorded":
             own.append(f"teacher.kind.files=[{tmp_path / 'recorded.jsonl'}]")
         else:
@@ -105,12 +116,15 @@ def with_value(config: DictConfig, key: str, value: Any) -> DictConfig:
     return other
 
 
+UNLIKE_ONLY_IN_NAME = ("smollm2_135m", "few_shot")
+SLOW = ("rationales", "teacher", "task", "auto")
+
+
 def options() -> list[Any]:
     """All options of the groups; the files of tasks and of models on the hub differ only in their data."""
-    names = [(g, n) for g in GROUPS for n in conf_names(g) if (g != "task" or n == "jsonl") and n != "smollm2_135m"]
-    return [
-        pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in ("rationales", "teacher", "task"))) for pair in names
-    ]
+    pairs = [(group, name) for group in GROUPS for name in conf_names(group) if group != "task" or name == "jsonl"]
+    pairs = [(group, name) for group, name in pairs if name not in UNLIKE_ONLY_IN_NAME]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * bool({*pair} & {*SLOW})) for pair in pairs]
 
 
 @pytest.mark.parametrize(("group", "name"), options())

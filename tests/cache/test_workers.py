@@ -52,7 +52,13 @@ def read_by_workers(folder: Path, tokenizer: Path) -> None:
     requests: dict[tuple[str, Span], Request] = {(e.id, "answer"): prompts.request(e, "answer") for e in all_examples}
     needed: Any = frozenset({("answer", "labels"), ("answer", "soft")})
     store = Store(folder, FINGERPRINT, TopK(k=4, temperature=1.0))
-    settings: Any = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": needed}
+    settings: Any = {
+        "soft_teacher": None,
+        "rationales": {},
+        "further_answers": {},
+        "answer": "direct",
+        "needed": needed,
+    }
     settings |= {"pairing": Pairing(), "too_long": {}}
     join = Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
     loaders = [

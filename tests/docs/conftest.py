@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 _BLOCK = re.compile(r"^```(console|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"^[^\n]*`([\w./]+)`:\n\n```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_MODULE = re.compile(r"distill\.(train|annotate|evaluate|report|export)$")
+_MODULE = re.compile(r"distill\.(train|annotate|evaluate|judge|report|export)$")
 _SUBMITTED = re.compile(r"scripts/slurm/(annotate|train)\.sbatch$|scripts/slurm/(pipeline)$")
 # Values that make a command a matter of seconds, where its configuration has the key and does not give it itself.
 SMALL = {

@@ -14,19 +14,10 @@ from distill.evaluation.metrics import score
 from distill.prompts.rendering import Prompts
 from distill.records import Example
 from tests.conftest import examples
-from tests.teachers.conftest import Verbs
+from tests.teachers.conftest import FreeText
 
 CHOICES = [("has", "gets back"), ("1", "10", "100"), ("good", "good but slow", "bad", "get")]
 QUESTIONS = [Example(e.question, CHOICES[i % 3][i % 2], choices=CHOICES[i % 3]) for i, e in enumerate(examples(6))]
-
-
-class Free(Verbs):
-    """A task without choices that all questions share."""
-
-    choices = ()
-
-    def read_answer(self, text: str, example: Example) -> str:
-        return text.strip()
 
 
 def plain(model: Any, prompts: Prompts, example: Example) -> torch.Tensor:
@@ -41,7 +32,7 @@ def plain(model: Any, prompts: Prompts, example: Example) -> torch.Tensor:
 
 def test_an_answer_is_the_most_likely_of_the_questions_own_choices(prompts: Prompts, student_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(student_folder).eval()
-    evaluation = Evaluation(model, prompts, Free(), "direct", 40)
+    evaluation = Evaluation(model, prompts, FreeText(), "direct", 40)
     predictions = evaluation.predict(QUESTIONS, {})
     for example, prediction in zip(QUESTIONS, predictions, strict=True):
         probability_C = plain(model, prompts, example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +18,18 @@ from distill.errors import ConfigError
 from distill.evaluation import texts
 from distill.evaluation.answers import Evaluation, _teacher_measures
 from distill.evaluation.metrics import Prediction, score
-from distill.evaluation.texts import Likelihood, TextMeasures, chrf, require_text_measures, score_texts
-from distill.lessons.loader import BatchLimit
+from distill.evaluation.texts import (
+    Likelihood,
+    TextMeasures,
+    Wording,
+    chrf,
+    require_text_measures,
+    rouge_l,
+    score_texts,
+    wording,
+)
 from distill.models import loading
+from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.tasks.answers import AnswerFormat
@@ -47,6 +57,9 @@ class TextTask:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
+
 
 @pytest.fixture(scope="module")
 def student(student_folder: Path) -> Any:
@@ -56,6 +69,19 @@ def student(student_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def teacher(teacher_folder: Path) -> Any:
     return loading.load(teacher_folder, torch.float32).eval()
+
+
+def f_measure(text: str, reference: str) -> float:
+    """ROUGE-L from its definition: the longest subsequence of the shorter list of words that the other has too."""
+    mine, other = ([word.strip(",.!?:-").casefold() for word in side.split()] for side in (text, reference))
+    mine, other = ([word for word in side if word] for side in (mine, other))
+
+    def is_within(words: Sequence[str]) -> bool:
+        rest = iter(other)
+        return all(word in rest for word in words)
+
+    lengths = (n for n in range(len(mine), 0, -1) if any(map(is_within, itertools.combinations(mine, n))))
+    return 200 * next(lengths, 0) / max(1, len(mine) + len(other))
 
 
 @torch.no_grad()
@@ -83,8 +109,10 @@ def annotations(teacher: Any, prompts: Prompts) -> dict[str, Annotation]:
     return annotated
 
 
-def predicted(student: Any, prompts: Prompts, annotated: Any, size: int = 2) -> list[Prediction]:
-    return Evaluation(student, prompts, TextTask(), "direct", 12, BatchLimit(size)).predict(EXAMPLES, annotated)
+def predicted(
+    student: Any, prompts: Prompts, annotated: Any, size: int = 2, examples: Sequence[Example] = EXAMPLES
+) -> list[Prediction]:
+    return Evaluation(student, prompts, TextTask(), "direct", 12, BatchLimit(size)).predict(examples, annotated)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -145,8 +173,8 @@ def test_texts_are_compared_by_sacrebleu_and_are_not_right_or_wrong(
     annotated = annotations(teacher, prompts)
     for prediction, example in zip(predicted(student, prompts, annotated), EXAMPLES, strict=True):
         text, said = prediction.answer or "", annotated[example.id].answer or ""
-        assert prediction.text.chrf == sentence_chrf(text, [example.answer]).score
-        assert prediction.text.teacher_chrf == sentence_chrf(text, [said]).score
+        assert prediction.text.wording.chrf == sentence_chrf(text, [example.answer]).score
+        assert prediction.text.teacher_wording.chrf == sentence_chrf(text, [said]).score
         assert prediction.text.length == (len(prompts.encode(text)) if text else 0)
         row = prediction.as_row()
         assert row["is_correct"] is row["agrees"] is row["is_teacher_correct"] is None
@@ -156,6 +184,34 @@ def test_texts_are_compared_by_sacrebleu_and_are_not_right_or_wrong(
 def test_the_best_of_several_references_counts() -> None:
     assert chrf("a b c", ["nothing", "a b c"]) == 100
     assert chrf("", ["a b c"]) == 0
+    assert rouge_l("a b c", ["nothing", "a b c", "a"]) == 100
+    assert rouge_l("", ["a b c"]) == 0
+    assert wording("a", []) is None
+
+
+def test_each_text_is_compared_with_the_texts_of_its_own_row(student: Any, prompts: Prompts) -> None:
+    written = [prediction.answer for prediction in predicted(student, prompts, {})]
+    assert len(set(written)) == len(written)
+    gold = [Example(example.question, text) for example, text in zip(EXAMPLES, written, strict=True)]
+    others = {e.id: Annotation("", {}, text) for e, text in zip(gold, [*written[1:], written[0]], strict=True)}
+    for prediction in predicted(student, prompts, others, examples=gold):
+        assert prediction.text.wording == Wording(100, 100)
+        assert prediction.text.teacher_wording.rouge_l < 100 > prediction.text.teacher_wording.chrf
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("the cat sat", "The CAT, the dog sat!", 100 * 2 * (3 / 3) * (3 / 5) / (3 / 3 + 3 / 5)),
+        ("sat cat the", "the cat sat", 100 / 3),  # one word in the same order
+        ("größe über alles", "Größe über nichts", 100 * 2 / 3),
+        ("кот сидел", "кот спал", 50.0),
+        ("!?", "...", 0.0),
+    ],
+)
+def test_rouge_l_is_the_f_measure_of_words_in_the_same_order(text: str, reference: str, expected: float) -> None:
+    assert rouge_l(text, [reference]) == pytest.approx(expected, rel=1e-5)
+    assert f_measure(text, reference) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_that_ran_into_the_limit_did_not_end_by_itself(student: Any, prompts: Prompts) -> None:
@@ -167,8 +223,10 @@ def test_a_text_that_ran_into_the_limit_did_not_end_by_itself(student: Any, prom
 
 
 def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None:
-    first = TextMeasures(Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 25, 6, 2, True, 80.0, 40.0)
-    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 15, 2, 6, False, 20.0, None)
+    first = TextMeasures(
+        Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 25, 6, 2, True, Wording(80.0, 60.0), Wording(40.0, 30.0)
+    )
+    second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 15, 2, 6, False, Wording(20.0, 0.0), None)
     row = score_texts([first, second, TextMeasures()])
     assert row == {
         "num_examples": 3,
@@ -180,6 +238,8 @@ def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None
         "kl": 2 / 4,
         "chrf": 50.0,
         "teacher_chrf": 40.0,
+        "rouge_l": 30.0,
+        "teacher_rouge_l": 30.0,
         "length_ratio": 8 / 8,
         "ended": 0.5,
     }
@@ -198,7 +258,7 @@ def test_the_likelihood_of_a_uniform_model_is_the_logarithm_of_its_vocabulary(st
 def test_the_teachers_text_is_compared_with_the_gold_text(prompts: Prompts) -> None:
     annotation = Annotation("", {}, "A small hut", text="A small hut", is_truncated=True)
     measured = _teacher_measures(prompts, EXAMPLES[0], annotation)
-    assert measured.chrf == sentence_chrf("A small hut", [GOLD[0]]).score
+    assert measured.wording.chrf == sentence_chrf("A small hut", [GOLD[0]]).score
     assert (measured.has_ended, measured.gold) == (False, None)
     lengths = [len(prompts.encode(text)) for text in ("A small hut", GOLD[0])]
     assert [measured.length, measured.reference_length] == lengths

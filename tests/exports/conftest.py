@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,19 @@ def add_template(folder: Path) -> None:
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Make a run folder with a student that knows its test questions."""
+    return functools.partial(make_run_in, tmp_path)
 
-    def make(*overrides: str, prepare_model: Callable[[Path], None] = lambda _: None) -> Path:
-        folder = make_model(tmp_path / "start", seed=1)
-        if "prompt=chat" in overrides:
-            add_template(folder)
-        prepare_model(folder)
-        tiny = [o for o in tiny_overrides(tmp_path, folder, folder) if not o.startswith("task")]
-        sizes = [f"task.examples.num_{name}=6" for name in ("labelled", "unlabelled", "validation", "test")]
-        task = [] if {"task=jsonl", "task=chat"} & {*overrides} else reviews(tmp_path)
-        config = compose(*task, *tiny, *sizes, "max_new_tokens=40", "loss=[answer]", *overrides)
-        return write_run(prepare(config, tmp_path / "run"), folder)
 
-    return make
+def make_run_in(root: Path, *overrides: str, prepare_model: Callable[[Path], None] = lambda _: None) -> Path:
+    folder = make_model(root / "start", seed=1)
+    if "prompt=chat" in overrides:
+        add_template(folder)
+    prepare_model(folder)
+    tiny = [o for o in tiny_overrides(root, folder, folder) if not o.startswith("task")]
+    sizes = [f"task.examples.num_{name}=6" for name in ("labelled", "unlabelled", "validation", "test")]
+    task = [] if {"task=jsonl", "task=chat"} & {*overrides} else reviews(root)
+    config = compose(*task, *tiny, *sizes, "max_new_tokens=40", "loss=[answer]", *overrides)
+    return write_run(prepare(config, root / "run"), folder)
 
 
 def choosing(*choices: str, kind: str = "choice") -> FileTask:

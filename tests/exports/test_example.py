@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,9 @@ from distill.prompts.rendering import build_prompts
 from distill.records import Example
 from distill.reports.runs import read_run
 from tests.conftest import environment
-from tests.exports.conftest import MakeRun
+from tests.exports.conftest import MakeRun, make_run_in
+
+Exported = Callable[[str], tuple[Path, Path, str]]
 
 MODES = {
     "choices": (),
@@ -70,6 +74,20 @@ def _messages(index: int, *, has_system: bool) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The run of a mode, the folder that it was exported to, and what the export said."""
+
+    @functools.cache
+    def exported(mode: str) -> tuple[Path, Path, str]:
+        root = tmp_path_factory.mktemp("exported")
+        run_dir = make_run_in(root, *overrides(mode, root))
+        message = export(run_dir, root / "out")
+        return run_dir, root / "out", message
+
+    return exported
+
+
 def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -102,26 +120,24 @@ ANSWERING = [mode for mode in MODES if mode not in ("conversation", "own systems
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=pytest.mark.slow if "between" in mode else ()) for mode in ANSWERING]
 )
-def test_the_example_gives_the_answers_of_the_run(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
-    run_dir = make_run(*overrides(mode, tmp_path))
-    message = export(run_dir, tmp_path / "out")
+def test_the_example_gives_the_answers_of_the_run(mode: str, exported: Exported) -> None:
+    run_dir, folder, message = exported(mode)
     assert "no example" not in message
-    student = example_of(tmp_path / "out").Student(tmp_path / "out")
+    student = example_of(folder).Student(folder)
     replies = [student.reply(row["question"]) for row in lines(run_dir / "predictions.jsonl")]
     assert_same_answers(replies, run_dir, num_answers=1 if mode == "cut" else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["choices", "reasoned text"])
-def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
-    run_dir = make_run(*overrides(mode, tmp_path))
-    export(run_dir, tmp_path / "out")
+def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, exported: Exported, tmp_path: Path) -> None:
+    run_dir, folder, _ = exported(mode)
     (tmp_path / "blocked").mkdir()
     for name in ("distill", "lightning", "hydra", "omegaconf", "peft", "datasets"):
         (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('{name} is not installed here')")
     questions = [row["question"] for row in lines(run_dir / "predictions.jsonl")]
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "out" / "example.py"), *questions],
+        [sys.executable, str(folder / "example.py"), *questions],
         cwd=tmp_path,
         env=environment() | {"PYTHONPATH": str(tmp_path / "blocked")},
         capture_output=True,
@@ -138,12 +154,9 @@ def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, make_r
 @pytest.mark.parametrize(
     "mode", ["choices", "reasoned text", "instruction", "chat", "chat with instruction", "conversation", "own systems"]
 )
-def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
-    mode: str, make_run: MakeRun, tmp_path: Path
-) -> None:
-    run_dir = make_run(*overrides(mode, tmp_path))
-    export(run_dir, tmp_path / "out")
-    student = pipeline("text-generation", model=str(tmp_path / "out"))
+def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(mode: str, exported: Exported) -> None:
+    run_dir, folder, _ = exported(mode)
+    student = pipeline("text-generation", model=str(folder))
     task = configuration.build(configuration.of(read_run(run_dir).config).task.examples)
     for row in lines(run_dir / "predictions.jsonl"):
         messages = [*row.get("history", ()), {"role": "user", "content": row["question"]}]
@@ -155,13 +168,12 @@ def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(
 
 
 @pytest.mark.parametrize("mode", ["choices", "reasoned choices", "instruction", "chat with instruction"])
-def test_the_literal_prompt_has_the_trained_ids(mode: str, make_run: MakeRun, tmp_path: Path) -> None:
-    run_dir = make_run(*overrides(mode, tmp_path))
-    export(run_dir, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
+def test_the_literal_prompt_has_the_trained_ids(mode: str, exported: Exported) -> None:
+    run_dir, folder, _ = exported(mode)
+    card = (folder / "README.md").read_text()
     literal = card.partition("```text\n")[2].partition("\n```")[0]
     prompts = build_prompts(configuration.of(read_run(run_dir).config), run_dir / "student")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for row in lines(run_dir / "predictions.jsonl"):
         learned = (
             prompts.rationale_prompt(Example(row["question"], None), "so", "yes")
@@ -200,9 +212,9 @@ def test_template_and_sampling_of_the_source_are_not_exported(make_run: MakeRun,
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
 
 
-def test_an_answer_is_the_most_likely_continuation_each_time(make_run: MakeRun, tmp_path: Path) -> None:
-    export(make_run(), tmp_path / "out")
-    student = example_of(tmp_path / "out").Student(tmp_path / "out")
+def test_an_answer_is_the_most_likely_continuation_each_time(exported: Exported) -> None:
+    _, folder, _ = exported("choices")
+    student = example_of(folder).Student(folder)
     for weight in student.model.parameters():
         torch.nn.init.normal_(weight, std=0.02)  # an untaught student is sure of nothing, so that draws would differ
     assert len({student.write([5, 6, 7], 8) for _ in range(5)}) == 1

@@ -68,7 +68,7 @@ def lines(path: Path) -> list[Any]:
 
 def task_of(tokenizer: PreTrainedTokenizerFast, *examples: Example) -> tuple[HarnessTask, Prompts]:
     prompts = Prompts(tokenizer, LAYOUT, (), max_length=256, too_long="drop")
-    return harness_task("any", prompts, choosing(*CHOICES), examples or QUESTIONS), prompts
+    return harness_task("any", prompts, choosing(*CHOICES), examples or QUESTIONS, 4), prompts
 
 
 def with_start(folder: Path) -> PreTrainedTokenizerFast:
@@ -112,7 +112,7 @@ def test_the_harness_reads_the_tokens_of_training(
 
 
 def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_path: Path) -> None:
-    harness_task("any", prompts, choosing(*CHOICES), QUESTIONS).write(tmp_path)
+    harness_task("any", prompts, choosing(*CHOICES), QUESTIONS, 4).write(tmp_path)
     task = yaml.safe_load((tmp_path / "lm_eval" / "distill_any.yaml").read_text())
     assert (task["output_type"], task["num_fewshot"]) == ("multiple_choice", 0)
     assert task["metric_list"] == [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
@@ -124,24 +124,24 @@ def test_the_written_task_is_read_as_the_harness_reads_it(prompts: Prompts, tmp_
         assert tuple(prompts.tokenizer.encode(text)) == prompts.answer_prompt(example, str(example.answer)).ids
 
 
-def test_the_harness_measures_the_likelihood_of_gold_texts(prompts: Prompts, tmp_path: Path) -> None:
+def test_the_harness_compares_texts_with_gold_texts(prompts: Prompts, tmp_path: Path) -> None:
     of_texts = task(tmp_path / "none.jsonl", read=answer_format("text"))
-    texts = [
-        Example("Describe it.", "It is old.\n\n  - It is small."),
-        Example("And this?", None),
-        Example("Why?", "So."),
-    ]
-    made = harness_task("texts", prompts, of_texts, texts)
+    answers = {"Describe it.": "It is old.\n\n  - It is small.", "And this?": None, "Why?": "So."}
+    texts = [Example(question, answer) for question, answer in answers.items()]
+    made = harness_task("texts", prompts, of_texts, texts, 9)
     made.write(tmp_path)
     written = yaml.safe_load((tmp_path / "lm_eval" / "distill_texts.yaml").read_text())
-    assert (written["output_type"], "doc_to_choice" in written) == ("loglikelihood", False)
-    assert written["metric_list"] == [{"metric": "perplexity", "aggregation": "mean", "higher_is_better": True}]
+    assert (written["output_type"], "doc_to_choice" in written) == ("generate_until", False)
+    assert written["generation_kwargs"] == {"until": ["</s>"], "max_gen_toks": 9, "do_sample": False}
+    assert written["metric_list"] == [{"metric": "chrf", "aggregation": "chrf", "higher_is_better": True}]
     rows = lines(tmp_path / written["dataset_kwargs"]["data_files"][written["test_split"]])
     for example, row in zip((texts[0], texts[2]), rows, strict=True):
-        ids = prompts.tokenizer.encode(row[written["doc_to_text"]] + row[written["doc_to_target"]])
-        assert tuple(ids) == prompts.answer_prompt(example, str(example.answer)).ids
+        ids = tuple(prompts.tokenizer.encode(row[written["doc_to_text"]]))
+        assert ids == prompts.prefix("answer") + prompts.question(example, "answer")
+        assert row[written["doc_to_target"]] == example.answer
+    assert made.num_differing == 0
     with pytest.raises(ConfigError, match="texts has no gold texts"):
-        harness_task("texts", prompts, of_texts, texts[1:2])
+        harness_task("texts", prompts, of_texts, texts[1:2], 9)
 
 
 def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
@@ -156,16 +156,16 @@ def test_questions_that_the_harness_tokenizes_differently_are_counted() -> None:
 def test_a_long_question_is_cut_as_in_training(prompts: Prompts) -> None:
     short = Prompts(prompts.tokenizer, LAYOUT, (), max_length=40, too_long="cut")
     example = Example("A sentence of many words that goes on and on. " * 9, "positive")
-    made = harness_task("any", short, choosing(*CHOICES), [example])
+    made = harness_task("any", short, choosing(*CHOICES), [example], 4)
     assert tuple(short.tokenizer.encode(made.rows[0]["prompt"])) == short.question(example, "answer")
 
 
 def test_every_choice_with_the_value_of_a_right_answer_is_right_in_the_harness(prompts: Prompts) -> None:
     names = choosing("red", "green", "blue")
     examples = [Example("Which?", "green", accepted=("red",)), Example("Which one?", "blue", accepted=("mauve",))]
-    assert [row["gold"] for row in harness_task("any", prompts, names, examples).rows] == [[0, 1], [2]]
+    assert [row["gold"] for row in harness_task("any", prompts, names, examples, 4).rows] == [[0, 1], [2]]
     sums = choosing("1 + 2", "3", "2 * 2", kind="expression")
-    assert [row["gold"] for row in harness_task("any", prompts, sums, [Example("Sum?", "3")]).rows] == [[0, 1]]
+    assert [row["gold"] for row in harness_task("any", prompts, sums, [Example("Sum?", "3")], 4).rows] == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_answers_that_the_harness_cannot_score_are_refused(
     choices: tuple[str, ...], answer: str, why: str, prompts: Prompts
 ) -> None:
     with pytest.raises(ConfigError, match=why):
-        harness_task("any", prompts, choosing(*choices), [Example("How many?", answer)])
+        harness_task("any", prompts, choosing(*choices), [Example("How many?", answer)], 4)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from distill.lessons.join import Lesson, TrainingSequence
 from distill.lessons.loader import Arrangement, DistillData
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Prompt, SoftTargets, Target
-from tests.conftest import by_span, lessons, read
+from tests.cases import Case
+from tests.conftest import by_span, case_lessons, lessons, read
 from tests.lessons.conftest import soft
 
 
@@ -27,8 +28,8 @@ def test_a_target_without_exactly_one_distribution_per_token_is_refused(number: 
         Target((5, 6, 7), soft(number))
 
 
-def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> None:
-    all_lessons = lessons(prompts, 7)
+def test_each_supervised_position_is_one_before_its_token(case: Case) -> None:
+    all_lessons = case_lessons(case, 7)
     batch = collate(all_lessons, {}, 9, read)
     sequences = [sequence for lesson in all_lessons for sequence in lesson.sequences]
     expected = [
@@ -45,8 +46,29 @@ def test_each_supervised_position_is_one_before_its_token(prompts: Prompts) -> N
     assert torch.equal(batch.input_ids_BT[batch.sequence_N, batch.before_N + 1], batch.label_N)
 
 
-def test_soft_targets_are_aligned_with_their_tokens(prompts: Prompts) -> None:
-    all_lessons = lessons(prompts, 7)
+def test_the_learned_tokens_are_the_text_of_the_example_and_the_end(case: Case) -> None:
+    for lesson, example in zip(case_lessons(case, 7), case.examples(7), strict=True):
+        for sequence in lesson.sequences:
+            (target,) = sequence.targets
+            assert sequence.ids[target.stop - 1] == case.prompts.end
+            assert target.stop == len(sequence.ids)
+            text = example.answer if target.span == "answer" else example.rationale
+            learned = case.prompts.decode(sequence.ids[target.start : target.stop - 1])
+            assert learned.strip() == str(text).strip()
+
+
+def test_a_target_with_distributions_for_other_tokens_than_the_chosen_ones_is_refused() -> None:
+    assert Target((5, 6, 7), soft(2), (0, 2))
+    with pytest.raises(CacheError, match="2 chosen tokens came with 3 distributions"):
+        Target((5, 6, 7), soft(3), (0, 2))
+    for chosen in [(), (2, 0), (1, 1), (0, 3), (-1, 0)]:
+        with pytest.raises(CacheError, match="expected at least one token, in ascending order"):
+            Target((5, 6, 7), soft(len(chosen)), chosen)
+
+
+@pytest.mark.parametrize("are_chosen", [False, True])
+def test_soft_targets_are_aligned_with_their_tokens(are_chosen: bool, case: Case) -> None:
+    all_lessons = case_lessons(case, 7, are_chosen=are_chosen)
     batch = collate(all_lessons, {}, 9, read)
     placed = [(s.ids, target) for lesson in all_lessons for s in lesson.sequences for target in s.targets]
     softs = [read([target.soft.place]) for _, target in placed]
@@ -56,7 +78,12 @@ def test_soft_targets_are_aligned_with_their_tokens(prompts: Prompts) -> None:
     assert batch.soft.tail_N[batch.is_soft_N].tolist() == joined_soft.tail_N.tolist()
     assert batch.soft.ids_E.tolist() == joined_soft.ids_E.tolist()
     assert batch.soft.logprobs_E.tolist() == joined_soft.logprobs_E.tolist()
-    tokens = [i for (ids, target), soft in zip(placed, softs, strict=True) for i in ids[target.start :][: len(soft)]]
+    assert all(target.soft.num_positions == len(soft) for (_, target), soft in zip(placed, softs, strict=True))
+    tokens = [
+        ids[target.start :][offset]
+        for (ids, target), soft in zip(placed, softs, strict=True)
+        for offset in target.soft.chosen or range(len(soft))
+    ]
     assert batch.label_N[batch.is_soft_N].tolist() == tokens
     tokens_by_entry = np.repeat(tokens, joined_soft.num_N)
     assert batch.label_N[batch.soft.position_E.long()].tolist() == tokens_by_entry.tolist()
@@ -64,15 +91,15 @@ def test_soft_targets_are_aligned_with_their_tokens(prompts: Prompts) -> None:
     assert (np.diff(batch.soft.ends_N, prepend=0) > 0).tolist() == batch.is_soft_N.tolist()
 
 
-def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(prompts: Prompts) -> None:
-    all_lessons = lessons(prompts, 7)
-    batch = collate(all_lessons, {}, prompts.end, read)
+def test_the_end_token_is_supervised_even_if_it_is_the_padding_token(case: Case) -> None:
+    all_lessons = case_lessons(case, 7)
+    batch = collate(all_lessons, {}, case.prompts.end, read)
     num_sequences = sum(len(lesson.sequences) for lesson in all_lessons)
-    assert (batch.label_N == prompts.end).sum() == num_sequences
+    assert (batch.label_N == case.prompts.end).sum() == num_sequences
     lengths = [len(sequence.ids) for lesson in all_lessons for sequence in lesson.sequences]
     assert batch.mask_BT.sum(1).tolist() == lengths
     assert batch.mask_BT[batch.sequence_N, batch.before_N + 1].all()
-    is_end_N = batch.label_N == prompts.end
+    is_end_N = batch.label_N == case.prompts.end
     assert (batch.before_N[is_end_N] + 2).tolist() == lengths
 
 
@@ -101,8 +128,8 @@ def test_validation_sees_every_lesson_once_with_little_padding(prompts: Prompts)
     assert widths[0] < widths[-1] == max(len(s.ids) for lesson in all_lessons for s in lesson.sequences)
 
 
-def test_one_sequence_has_the_tokens_targets_and_counts_of_two(prompts: Prompts) -> None:
-    for lesson in lessons(prompts, 7):
+def test_one_sequence_has_the_tokens_targets_and_counts_of_two(case: Case) -> None:
+    for lesson in case_lessons(case, 7):
         branched = lesson.branched()
         assert branched.counts() == lesson.counts()
         (shared,) = branched.sequences
@@ -134,8 +161,8 @@ def test_sequences_without_a_common_prefix_stay_separate() -> None:
     assert lesson.branched() is lesson
 
 
-def test_positions_continue_from_the_shared_prompt_in_each_branch(prompts: Prompts) -> None:
-    branched_lessons = [lesson.branched() for lesson in lessons(prompts, 9)]
+def test_positions_continue_from_the_shared_prompt_in_each_branch(case: Case) -> None:
+    branched_lessons = [lesson.branched() for lesson in case_lessons(case, 9)]
     batch = collate(branched_lessons, {}, 9, read)
     assert batch.branch_BT is not None
     for row, lesson in enumerate(branched_lessons):
@@ -147,7 +174,7 @@ def test_positions_continue_from_the_shared_prompt_in_each_branch(prompts: Promp
         assert batch.position_BT[row, :length].tolist() == expected
         assert (batch.position_BT[row, length:] == 0).all()  # no position beyond the model's maximum
         assert int(batch.branch_BT[row].max()) == len(sequence.branches)
-    assert collate(lessons(prompts, 9), {}, 9, read).branch_BT is None
+    assert collate(case_lessons(case, 9), {}, 9, read).branch_BT is None
 
 
 def test_counts_are_per_span_and_source(prompts: Prompts) -> None:

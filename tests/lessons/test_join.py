@@ -35,7 +35,13 @@ def make_join(
     requests = {(e.id, "answer"): prompts.request(e, "answer") for e in given_examples if e.id in annotations}
     with store.writing() as writer:
         writer.add([replace(annotations[example_id], key=request.key) for (example_id, _), request in requests.items()])
-    settings = {"soft_teacher": None, "rationales": {}, "answer": "direct", "needed": ALL_TARGETS}
+    settings = {
+        "soft_teacher": None,
+        "rationales": {},
+        "further_answers": {},
+        "answer": "direct",
+        "needed": ALL_TARGETS,
+    }
     settings |= {"pairing": Pairing(), "too_long": {}} | overrides
     return Join(prompts=prompts, teacher=AnnotationReader(store, requests, arithmetic(), prompts), **settings)
 

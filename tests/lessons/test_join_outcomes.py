@@ -84,6 +84,7 @@ def join(prompts: Prompts, root: Path, answer: AnswerMode, needed: Needed, *, ha
         teacher=teacher,
         soft_teacher=reader_of(prompts, root / "b", second) if has_second else None,
         rationales=rationales,
+        further_answers={},
         answer=answer,
         needed=needed,
         pairing=Pairing(),

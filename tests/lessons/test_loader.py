@@ -13,7 +13,8 @@ import pytest
 
 from distill.errors import ConfigError
 from distill.lessons.join import Lesson
-from distill.lessons.loader import Arrangement, BatchLimit, DistillData, StepSampler, microbatches_per_step
+from distill.lessons.loader import Arrangement, DistillData, StepSampler, microbatches_per_step
+from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read
 

@@ -208,7 +208,7 @@ def test_every_row_and_every_rationale_is_counted_under_its_reason(
 
 def test_rationales_that_were_requested_and_not_annotated_are_counted() -> None:
     samples = [Request(key, "rationale", Example("How many?"), ()) for key in ("a", "b", "c")]
-    requests = AnnotationRequests({}, {"id": samples}, {}, 0, 0, 0.0)
+    requests = AnnotationRequests({}, {"id": samples}, {}, {}, 0, 0, 0.0)
     reasons: tuple[RejectionReason | None, ...] = (None, "too long")
     rationales = [FilteredRationale("id", Annotation("a", {}, None), "teacher", reason) for reason in reasons]
     assert rationale_counts(requests, rationales) == RowCounts(3, {"too long": 1, "not annotated": 1}, 1)

@@ -17,10 +17,12 @@ from torch import nn
 import distill
 from distill.annotation.annotation_job import open_annotation_job
 from distill.annotation.fill import fill, loaded
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.teacher_module import TeacherModule
 from distill.evaluation.answers import Evaluation, speeds
 from distill.lessons.curriculum import examples_to_annotate, prepare
 from distill.models import loading, placement
+from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from distill.records import Example
 from tests.conftest import LAYOUT, arithmetic
@@ -100,7 +102,7 @@ def test_a_model_that_does_not_fit_runs_where_it_is(
 def test_a_trainer_that_moves_its_module_does_not_move_the_teacher(teacher_folder: Path, prompts: Prompts) -> None:
     teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    module = TeacherModule(teacher, batch_size=2).train().to("meta")
+    module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(2)).train().to("meta")
     assert not list(module.parameters())
     assert model.device == torch.device("cpu")
     assert not model.training

@@ -26,7 +26,8 @@ from transformers import (
 from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.models.body import max_positions
-from distill.models.reading import PrefixedReader, draw
+from distill.models.generation import draw
+from distill.models.reading import PrefixedReader
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {

@@ -14,6 +14,8 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
+from tests.mutants import axes
+
 Place = tuple[int, int]  # line, column
 AREAS = {
     "losses": ("distill/losses/*.py",),
@@ -28,8 +30,6 @@ AREAS = {
     "verdicts": ("distill/reports/verdicts.py",),
     "costs": ("distill/reports/costs.py",),
 }
-_ON_AXES = {"amax", "argmax", "cat", "cumsum", "flip", "gather", "log_softmax", "logsumexp", "scatter_", "softmax"}
-_ON_AXES |= {"squeeze", "stack", "sum", "unsqueeze"}
 _SPEAKS = {"say", "warn", "print"}  # functions whose arguments are texts for people
 
 
@@ -107,11 +107,9 @@ def _without_kinds(source: str) -> str:
 def _without_last_axes(source: str) -> str:
     """A program in which the last axis of a matrix is always 1, be it written as 1, +1 or -1."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ON_AXES:
-            node.args = [
-                ast.Constant(1) if ast.unparse(argument) in ("1", "-1", "+1") else argument for argument in node.args
-            ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and axes.is_last_of_a_matrix(node)]
+    for node in calls:
+        node.args = [ast.Constant(1) if ast.unparse(a) in ("1", "-1", "+1") else a for a in node.args]
     return ast.unparse(tree)
 
 

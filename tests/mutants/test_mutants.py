@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -60,11 +61,40 @@ def test_every_mutant_changes_one_line_of_a_program() -> None:
 
 
 def test_another_name_of_the_last_axis_is_no_mutant() -> None:
-    source = "total = x.sum(-1) + y.at(-1) + z.sum(-2)\n"
+    source = "total = x_NV.sum(-1) + y_NV.at(-1) + z_NV.sum(-2)\n"
     mutants = [mutant for group in by_place("m.py", source) for mutant in group]
     drawn = {mutant.source(source) for mutant in mutants if is_different_program(source, mutant)}
-    assert "total = x.sum(1) + y.at(-1) + z.sum(-2)\n" not in drawn
-    assert {"total = x.sum(-1) + y.at(1) + z.sum(-2)\n", "total = x.sum(-1) + y.at(-1) + z.sum(2)\n"} <= drawn
+    assert source.replace("x_NV.sum(-1)", "x_NV.sum(1)") not in drawn
+    assert {source.replace("y_NV.at(-1)", "y_NV.at(1)"), source.replace("sum(-2)", "sum(2)")} <= drawn
+
+
+@pytest.mark.parametrize(
+    ("call", "are_equivalent"),
+    [
+        ("x_NPB.sum(-1)", [False]),  # of three axes, the second is not the last
+        ("x_NPB.sum(-1).cumsum(-1)", [False, True]),
+        ("x_T.sum(-1)", [False]),  # there is no second axis
+        ("x.sum(-1)", [False]),  # the name does not tell
+        ("(x_NV / 2).exp().softmax(-1)", [True]),
+        ("(x_NV < 2).sum(-1, keepdim=True).softmax(-1)", [True, True]),
+        ("x_N.unsqueeze(-1)", [True]),
+        ("x_NV.unsqueeze(-1)", [False]),
+        ("self.point_B1.squeeze(-1)", [True]),
+        ("torch.stack([y_BT[:, 0] for y_BT in x], -1)", [True]),
+        ("torch.stack(columns, -1)", [False]),
+        ("torch.cat([x_NK, y_N1], -1)", [True]),
+    ],
+)
+def test_the_last_axis_is_the_second_one_of_a_matrix_only(call: str, are_equivalent: list[bool]) -> None:
+    places = [match.start() for match in re.finditer("-1", call)]
+    changed = [f"{call[:place]}1{call[place + 2 :]}" for place in places]
+    assert [source not in drawn_of(call) for source in changed] == are_equivalent
+
+
+def drawn_of(source: str) -> set[str]:
+    """All mutants of a source that are another program."""
+    mutants = [mutant for group in by_place("m.py", source) for mutant in group]
+    return {mutant.source(source) for mutant in mutants if is_different_program(source, mutant)}
 
 
 def test_the_star_of_keyword_only_parameters_is_no_product() -> None:

@@ -61,6 +61,19 @@ def test_auto_asks_each_model_as_it_can_be_asked_and_says_so(folder: Any, capsys
         assert prompts.fingerprint() == by_name.fingerprint()  # so a cache is shared
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(2, ""), (3, "prompt.num_shots=3, but the task has 2 demonstrations\n")],
+)
+def test_more_shots_than_the_task_has_are_announced(
+    number: int, message: str, folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shots = [Example("Is 3 odd?", "yes"), Example("Is 4 odd?", "no")]
+    prompts = build_prompts(compose(f"prompt.num_shots={number}"), folder(*BASE_MODEL, "base"), shots)
+    assert len(prompts.shots) == 2
+    assert capsys.readouterr().err == message
+
+
 def test_a_student_that_has_learned_cues_is_asked_by_them_again(folder: Any, tmp_path: Path) -> None:
     learned = built(folder(*BASE_MODEL), "prompt=auto")
     served_tokenizer(learned, "answer").save_pretrained(tmp_path / "student")

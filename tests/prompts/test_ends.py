@@ -19,18 +19,9 @@ from distill.records import Example
 from distill.students.saving import save_student
 from tests.conftest import LAYOUT, compose, examples
 from tests.prompts.templates import TEMPLATES, chat_tokenizer
-from tests.teachers.conftest import Verbs, make_teacher
+from tests.teachers.conftest import FreeText, make_teacher
 
 SIZES = {"max_length": 256, "too_long": "drop"}
-
-
-class Lines(Verbs):
-    """A task whose answers are free text."""
-
-    choices = ()
-
-    def read_answer(self, text: str, example: Example) -> str:
-        return text.strip()
 
 
 def written(folder: Path, prompts: Prompts, questions: list[Example]) -> list[list[int]]:
@@ -46,7 +37,7 @@ def test_a_teacher_ends_at_any_of_its_ends_and_the_one_of_the_prompt_is_learned(
     other = whole[0][3]
     assert other != prompts.end
     several = Prompts(prompts.tokenizer, LAYOUT, (), **SIZES, other_ends=(other,))
-    teacher = make_teacher(teacher_folder, several, task=Lines())
+    teacher = make_teacher(teacher_folder, several, task=FreeText())
     teacher.load()
     annotations = teacher.annotate([several.request(question, "answer") for question in questions])
     ended = [other in ids or prompts.end in ids for ids in whole]
@@ -56,12 +47,12 @@ def test_a_teacher_ends_at_any_of_its_ends_and_the_one_of_the_prompt_is_learned(
     learned = annotations[0].targets["answer"]
     assert learned.token_ids == (*prompts.encode(f" {prompts.text(cut)}"), prompts.end)
     assert learned.soft is not None
-    alone = make_teacher(teacher_folder, prompts, task=Lines())
+    alone = make_teacher(teacher_folder, prompts, task=FreeText())
     alone.load()
     given = alone.annotate([prompts.request(questions[0], "answer", given=prompts.text(cut))])[0].targets["answer"]
     assert given.token_ids == learned.token_ids
     assert torch.allclose(*(torch.from_numpy(t.soft.logprobs_E).exp() for t in (given, learned)), atol=1e-5)
-    evaluation = Evaluation(load(teacher_folder, torch.float32), several, Lines(), "direct", 6)
+    evaluation = Evaluation(load(teacher_folder, torch.float32), several, FreeText(), "direct", 6)
     assert [p.written_answer for p in evaluation.predict(questions, {})] == [a.answer for a in annotations]
 
 

@@ -15,11 +15,10 @@ from distill.prompts.rendering import Prompts, Reply
 from distill.prompts.serving import served_tokenizer
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Message, Span
+from tests.cases import with_template
 from tests.prompts.templates import REASONING, TEMPLATES, chat_tokenizer
 from tests.prompts.test_chat import LAYOUT, SHOTS, ids_of
-from tests.prompts.test_ends import Lines
-from tests.teachers.conftest import make_teacher
-from tests.training.test_chat import with_template
+from tests.teachers.conftest import FreeText, make_teacher
 
 QUESTION = Example("Is 5 odd?")
 HISTORY = (Message("user", "Is 3 odd?"), Message("assistant", "<think>\n3 is 2 and 1.\n</think>\n\nYes."))
@@ -164,7 +163,7 @@ def test_a_teachers_reasoning_is_its_rationale_and_unfinished_reasoning_is_no_an
     def annotated(close: str) -> list[Any]:
         layout = replace(LAYOUT, reasoning_marks=["<think>", close])
         prompts = Prompts(load_tokenizer(folder), layout, (), max_length=256, too_long="drop")
-        teacher = make_teacher(folder, prompts, task=Lines(), max_new_tokens=12)
+        teacher = make_teacher(folder, prompts, task=FreeText(), max_new_tokens=12)
         teacher.load()
         return list(teacher.annotate([prompts.request(question, "rationale") for question in questions]))
 

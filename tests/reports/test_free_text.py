@@ -45,6 +45,7 @@ def texts(level: float, seed: int, number: int = NUM_TEXTS) -> list[dict[str, An
                 "gold_tokens": num_bytes // 4,
                 "gold_bytes": num_bytes,
                 "chrf": 100 * (1 - level) + noise.gauss(0, 5),
+                "rouge_l": 90 * (1 - level) + noise.gauss(0, 4),
                 "length": 10,
                 "has_ended": True,
             }
@@ -64,6 +65,8 @@ def figures(lines: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "kl": 0.4,
         "chrf": 30.0,
         "teacher_chrf": 35.0,
+        "rouge_l": 20.0,
+        "teacher_rouge_l": 25.0,
         "length_ratio": 0.9,
         "ended": 1.0,
         "training_seconds": 3.0,
@@ -78,7 +81,7 @@ def make_texts(make_run: Make) -> Make:
     def make(losses: tuple[str, ...], level: float, seed: int = 0, number: int = NUM_TEXTS, **more: Any) -> Path:
         lines = texts(level, seed, number)
         folder = make_run(losses, 0.5, seed, predictions=lines, **more)
-        unknown = dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "kl", "teacher_chrf"))
+        unknown = dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "kl", "teacher_chrf", "teacher_rouge_l"))
         results = {
             "teacher": figures(lines, **unknown, chrf=41.0),
             "before": figures(texts(0.9, 0, number)),
@@ -101,11 +104,12 @@ def make_unlabelled(make_texts: Make) -> Make:
         for line in lines:
             line |= {name.replace("gold", "teacher"): line[name] for name in ("gold_nats", "gold_bytes")}
             line |= {"gold": "", "gold_nats": None, "gold_bytes": 0, "chrf": None, "teacher_chrf": line["chrf"]}
+            line |= {"rouge_l": None, "teacher_rouge_l": line["rouge_l"]}
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         rows = json.loads((folder / "results.json").read_text())["rows"]
         for figures_ in rows.values():
             per_byte = figures_["cross_entropy_per_byte"]
-            figures_ |= dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "chrf"))
+            figures_ |= dict.fromkeys(("cross_entropy", "cross_entropy_per_byte", "chrf", "rouge_l"))
             figures_["teacher_cross_entropy_per_byte"] = per_byte
         (folder / "results.json").write_text(json.dumps({"rows": rows}))
         facts = json.loads((folder / "run.json").read_text())
@@ -128,14 +132,15 @@ def test_the_lower_cross_entropy_is_better(make_texts: Make) -> None:
     low, high = verdict.difference.ends
     assert low < verdict.points < high < 0
     assert "has a lower cross-entropy" in verdict.sentence
-    chrf = verdict.difference.chrf
-    assert chrf.low < chrf.estimate < chrf.high
     arms = verdict.difference.arm, verdict.difference.rival
-    soft, labels = (
-        np.mean([line["chrf"] for lines in arm.predictions.values() for line in lines.values()]) for arm in arms
-    )
-    assert chrf.estimate == pytest.approx(soft - labels)
-    assert f"chrF to the gold texts: {soft - labels:+.1f} [" in verdict.sentence
+    for key, name in (("chrf", "chrF"), ("rouge_l", "ROUGE-L")):
+        soft, labels = (
+            np.mean([line[key] for lines in arm.predictions.values() for line in lines.values()]) for arm in arms
+        )
+        interval = verdict.difference.overlaps[name]
+        assert interval.low < interval.estimate < interval.high
+        assert interval.estimate == pytest.approx(soft - labels)
+        assert f"{name} {soft - labels:+.1f} [" in verdict.sentence
     assert "nats per byte below labels alone at equal budget" in verdict.sentence
     (turned,) = summary_of(make_texts(LABELS, 0.55), make_texts(SOFT, 0.60)).verdicts
     assert (turned.status, turned.wording) == ("worse", "higher cross-entropy")
@@ -194,8 +199,8 @@ def test_without_gold_texts_students_are_judged_along_the_teachers(make_unlabell
     assert verdict.points == pytest.approx(-0.05, abs=0.003)
     assert verdict.over_hard_labels is None  # they are the baseline
     assert "nats per byte below the teacher's answers alone at equal budget" in verdict.sentence
-    chrf = verdict.difference.chrf
-    assert f"Difference in chrF to the teacher's texts: {chrf.estimate:+.1f}" in verdict.sentence
+    chrf = verdict.difference.overlaps["chrF"]
+    assert f"Difference in wording to the teacher's texts: chrF {chrf.estimate:+.1f}" in verdict.sentence
     for text in (to_text(summary), to_markdown(summary), Page(to_html(summary)).text.partition("Did distillation")[2]):
         joined = " ".join(text.split())
         assert "nats per byte along the teacher's texts of the test" in joined

@@ -122,6 +122,18 @@ def test_the_table_is_in_every_form_of_the_report(make_run: Make) -> None:
     assert line["ratio"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("max_pairs", "is_said"), [(1, True), (3, False)])
+def test_pairs_that_are_left_out_are_counted_in_every_form_of_the_report(
+    max_pairs: int, is_said: bool, make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.reports.steps.MAX_PAIRS", max_pairs)
+    slopes = ((LABELS, 0.005), (SOFT, 0.01), (BOTH, 0.012))
+    summary = summary_of(*(with_curve(make_run(losses), straight(slope)) for losses, slope in slopes))
+    assert len(steps_to_equal(summary.trained)) == (2 if is_said else 3)
+    for text in (to_text(summary), to_markdown(summary), to_html(summary)):
+        assert ("of 3 pairs of arms, the 1 without an arm" in " ".join(text.split())) == is_said
+
+
 def test_a_damaged_curve_is_read_as_far_as_it_is_a_number(make_run: Make) -> None:
     slow, fast = with_curve(make_run(LABELS), straight(0.005)), make_run(SOFT)
     (fast / "metrics.csv").write_text("step,val/cross_entropy\n19,nan\nten,1\n99,3.0\n199,2.0\n")

@@ -30,6 +30,7 @@ from distill.teachers import Calibration
 from distill.teachers.causal_lm import CausalLMTeacher
 from tests.conftest import LAYOUT, arithmetic, make_model, make_tokenizer
 from tests.security.conftest import ANY_TEXT, QUICK, run_in_process
+from tests.teachers.conftest import generation
 
 HOSTILE = "plain\x1b[2K\x1b]0;title\x07\r[2026-01-01][INFO] - all is well\x85\u2028\u202eevil\u2066\u200b\x00\x9b31m"
 
@@ -135,8 +136,7 @@ def test_an_answer_in_the_question_is_not_read_as_the_models(tmp_path: Path) -> 
         constrain=False,
         dtype="float32",
         max_new_tokens=4,
-        sampling_temperature=1.0,
-        top_p=1.0,
+        generation=generation(),
     )
     model = teacher.load()
     unlabelled = Example(example.question)

@@ -121,7 +121,7 @@ def test_an_lm_eval_task_is_written_into_its_folder_only(name: str, tmp_path: Pa
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     (tmp_path / "a" / "model").mkdir(parents=True)
     before = paths_below(tmp_path)
-    harness_task(name, prompts, choosing("yes", "no"), []).write(tmp_path / "a" / "model")
+    harness_task(name, prompts, choosing("yes", "no"), [], 4).write(tmp_path / "a" / "model")
     new = paths_below(tmp_path) - before
     assert len(new) == 3
     assert all(path.parent.name in ("model", "lm_eval") and path.is_relative_to(tmp_path / "a") for path in new)

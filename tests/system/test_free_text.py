@@ -90,6 +90,7 @@ def check_run(folder: Path, root: Path) -> None:
         assert line["teacher_nats"] == pytest.approx(nats, rel=1e-4)
         # A second teacher scores the teacher's words only for a loss that learns from it.
         assert (line["teacher_kl"] is not None) == ("kl" in losses_of(folder))
+        assert 0 <= line["rouge_l"] <= 100
         assert line["chrf"] == sentence_chrf(line["student_answer"] or "", [line["gold"]]).score
         assert line["is_correct"] is None
     row, num_bytes = rows["student"], sum(len(line["gold"].encode()) for line in lines)

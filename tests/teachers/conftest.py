@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.annotation.annotation_job import open_annotation_job
 from distill.app import config as configuration
 from distill.cache.codecs.dense import Dense
 from distill.errors import AnswerError
+from distill.models.generation import Generation
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example, Request, Splits
 from distill.teachers import Calibration
@@ -76,10 +78,32 @@ class Verbs:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
+
+
+class FreeText(Verbs):
+    """A task without choices that all questions share, whose answers are whole texts."""
+
+    choices = ()
+
+    def read_answer(self, text: str, example: Example) -> str:
+        return text.strip()
+
+
+def generation(**changes: Any) -> Generation:
+    """The default settings of generated texts, with changes."""
+    return replace(_kind().keywords["generation"], **changes)
+
+
+@functools.cache
+def _kind() -> Any:
+    """The teacher of conf/teacher/causal_lm.yaml in float32, without the arguments that a job adds."""
+    return configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
+
 
 def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
-    """A teacher for `Verbs` with dense soft targets, not loaded."""
-    kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
+    """A teacher for `Verbs` with dense soft targets, not loaded; `settings` are its own or those of its texts."""
     settings = {
         "hashes": folder.parent / "hashes",
         "task": Verbs(),
@@ -87,7 +111,8 @@ def make_teacher(folder: Path, prompts: Prompts, *calibration: Example, **settin
         "calibration": Calibration(len(calibration), calibration),
         "max_new_tokens": 6,
     } | settings
-    return kind(folder=folder, prompts=prompts, **settings)
+    own = {f.name: settings.pop(f.name) for f in fields(Generation) if f.name in settings}
+    return _kind()(folder=folder, prompts=prompts, generation=generation(**own), **settings)
 
 
 def answer_requests(prompts: Prompts, questions: Sequence[Example]) -> list[Request]:

@@ -16,18 +16,20 @@ from omegaconf import DictConfig
 
 from distill.annotation.annotation_job import open_annotation_job
 from distill.annotation.fill import fill
+from distill.annotation.positions import ALL_POSITIONS
 from distill.annotation.teacher_module import TeacherModule
 from distill.cache import uniforms
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
+from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
+from tests.cases import Case
 from tests.conftest import (
-    LAYOUT,
     WHOLE_STUDENT,
     CountingTeacher,
     counted,
@@ -35,13 +37,13 @@ from tests.conftest import (
     grid,
     make_model,
 )
-from tests.teachers.conftest import Verbs, answer_requests, is_close, make_teacher
+from tests.teachers.conftest import FreeText, Verbs, answer_requests, is_close, make_teacher
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_folder: Path) -> None:
     teacher = make_teacher(teacher_folder, prompts)
     model = teacher.load()
-    module = TeacherModule(teacher, batch_size=2)
+    module = TeacherModule(teacher, ALL_POSITIONS, BatchLimit(2))
     requests = answer_requests(prompts, examples(5))
     before = module.predict_step(Group("", tuple(requests)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -125,12 +127,12 @@ def test_training_and_evaluation_never_call_the_teacher(configured: Callable[...
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_annotations_do_not_depend_on_the_batch(shots: int, prompts: Prompts, teacher_folder: Path) -> None:
-    shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
-    teacher = make_teacher(teacher_folder, shot_prompts)
+def test_annotations_do_not_depend_on_the_batch(shots: int, case: Case, teacher_folder: Path) -> None:
+    prompts = case.with_shots(shots)
+    teacher = make_teacher(teacher_folder, prompts, task=FreeText())
     teacher.load()
     for span in ("answer", "rationale"):
-        requests = [shot_prompts.request(example, span) for example in examples(7)]
+        requests = [prompts.request(example.unlabelled(), span) for example in case.examples(7)]
         batched = teacher.annotate(requests)
         alone = [teacher.annotate([request])[0] for request in requests]
         assert all(is_close(a, b, 1e-4) for a, b in zip(batched, alone, strict=True))
@@ -304,12 +306,26 @@ def test_sampling_settings_are_in_the_fingerprint(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"sampling_temperature": 0.0}, {"sampling_temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "setting",
+    [
+        {"sampling_temperature": 0.0},
+        {"sampling_temperature": float("nan")},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 7},
+        {"stops": ["x", ""]},
+        {"stops": ["x\\n"]},
+    ],
+    ids=str,
 )
 def test_impossible_sampling_settings_are_refused(
     setting: dict[str, float], prompts: Prompts, teacher_folder: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="sampling_temperature"):
+    with pytest.raises(ConfigError, match=f"generation.{next(iter(setting))}="):
         make_teacher(teacher_folder, prompts, **setting)
 
 

@@ -16,19 +16,10 @@ from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Example
 from distill.teachers.choices import calibrated_offsets
 from tests.conftest import examples, grid
-from tests.teachers.conftest import Verbs, is_close, make_teacher
+from tests.teachers.conftest import FreeText, Verbs, is_close, make_teacher
 
 TEXTS = [("has", "gets back"), ("1", "10", "100"), ("good", "good but slow", "bad", "get")]
 LETTERS = [tuple("ABCD"[:number]) for number in (2, 4, 3)]
-
-
-class Free(Verbs):
-    """A task without choices that all questions share."""
-
-    choices = ()
-
-    def read_answer(self, text: str, example: Example) -> str:
-        return text.strip()
 
 
 def questions(own: Sequence[tuple[str, ...]], number: int = 4) -> list[Example]:
@@ -37,7 +28,7 @@ def questions(own: Sequence[tuple[str, ...]], number: int = 4) -> list[Example]:
 
 
 def teacher_of(folder: Path, prompts: Prompts, *calibration: Example, **settings: Any) -> Any:
-    teacher = make_teacher(folder, prompts, *calibration, **{"task": Free()} | settings)
+    teacher = make_teacher(folder, prompts, *calibration, **{"task": FreeText()} | settings)
     teacher.load()
     return teacher
 
@@ -126,7 +117,7 @@ def test_a_choice_that_no_question_has_does_not_count() -> None:
 
 def test_texts_cannot_be_calibrated(prompts: Prompts, teacher_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.calibrate=4: .* set teacher\.calibrate=0"):
-        make_teacher(teacher_folder, prompts, *questions(TEXTS), task=Free())
+        make_teacher(teacher_folder, prompts, *questions(TEXTS), task=FreeText())
 
 
 def test_own_choices_are_part_of_what_a_record_is_found_by(prompts: Prompts) -> None:

@@ -94,13 +94,16 @@ def plain_loss(model: Any, lessons: Sequence[Lesson], vocabulary_size: int) -> T
         for (name, objective), target in itertools.product(objectives().items(), sequence.targets):
             if target.span != objective.span:
                 continue
-            soft = read([target.soft.place]) if target.soft else None
-            for row, position in enumerate(range(target.start, target.stop)):
+            place = target.soft
+            soft = read([place.place]) if place else None
+            chosen = (place.chosen or range(place.num_positions)) if place else ()
+            for offset, position in enumerate(range(target.start, target.stop)):
                 log_q_V = logits_TV[position - 1].log_softmax(-1)
                 has_source = {"labels": target.is_labelled, "teacher": not target.is_labelled}
                 if has_source.get(objective.source, False):
                     value = cross_entropy(logits_TV[position - 1], torch.tensor(sequence.ids[position]))
-                elif objective.source == "soft" and soft is not None and row < len(soft):
+                elif objective.source == "soft" and soft is not None and offset in chosen:
+                    row = chosen.index(offset)
                     ids, logprobs = list(soft.rows())[row]
                     kept_K = log_q_V[torch.tensor(ids)]
                     log_q_B = torch.cat([kept_K, (1 - kept_K.exp().sum(0, keepdim=True)).log()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +16,11 @@ from distill.exports.folder import export
 from distill.lessons.curriculum import prepare
 from distill.prompts.templates import named_template
 from distill.records import Example
-from tests.prompts.templates import TEMPLATES
+from tests.cases import with_template
 from tests.training.test_saved import SHORT, distilled
 
 Configured = Callable[..., DictConfig]
 CHAT = (*SHORT, "prompt=chat", "prompt.num_shots=2", "loss=[answer,kl,rationale]", "teacher.num_rationales=2")
-
-
-def with_template(source: Path, folder: Path, name: str) -> Path:
-    """A copy of a model with a chat template."""
-    shutil.copytree(source, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template, _, _ = TEMPLATES[name]
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("mode", ["direct", "reasoned"])

@@ -16,7 +16,7 @@ from distill.lessons.curriculum import build_curriculum, prepare
 from distill.records import Example
 from distill.training import checkpoints
 from distill.training.fit import build_training, fit, open_job_student
-from tests.training.test_chat import with_template
+from tests.cases import with_template
 from tests.training.test_resume import copy_checkpoints, weights_equal
 from tests.training.test_saved import SHORT, distilled
 

@@ -11,7 +11,8 @@ import torch
 
 from distill.lessons.collate import collate
 from distill.prompts.rendering import Prompts
-from tests.conftest import lessons, read, student_module
+from tests.cases import OWN_BATCHES, Case
+from tests.conftest import case_lessons, lessons, read, student_module
 from tests.training.conftest import (
     BATCH,
     Values,
@@ -22,30 +23,39 @@ from tests.training.conftest import (
     total_counts,
 )
 
+EVERY_KIND = pytest.mark.parametrize("case", OWN_BATCHES, indirect=True)
 
-def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(prompts: Prompts, student_folder: Path) -> None:
-    model, all_lessons = open_whole_student(student_folder), lessons(prompts, BATCH)
-    expected = plain_loss(model, all_lessons, prompts.vocabulary_size)
+
+@pytest.mark.parametrize(
+    ("case", "are_chosen"),
+    [*((kind, False) for kind in OWN_BATCHES), ("cues", True), ("long answers", True)],
+    indirect=["case"],
+)
+def test_the_loss_is_a_weighted_sum_of_means_over_each_losss_positions(
+    are_chosen: bool, case: Case, student_folder: Path
+) -> None:
+    model, all_lessons = open_whole_student(student_folder), case_lessons(case, BATCH, are_chosen=are_chosen)
+    expected = plain_loss(model, all_lessons, case.prompts.vocabulary_size)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     expected_gradients = {f"model.{name}": g for (name, _), g in zip(model.named_parameters(), gradients, strict=True)}
     actual = loss_and_gradients(
-        student_module(model, prompts), collate(all_lessons, total_counts(all_lessons), 0, read)
+        student_module(model, case.prompts), collate(all_lessons, total_counts(all_lessons), 0, read)
     )
     assert_same(actual, {"loss": expected.detach()} | expected_gradients, 1e-7)  # targets are stored in float32
 
 
+@EVERY_KIND
 @pytest.mark.parametrize("padding_id", [1, 319])
-def test_loss_and_gradient_do_not_depend_on_the_padding_id(
-    padding_id: int, prompts: Prompts, student_folder: Path
-) -> None:
-    all_lessons = lessons(prompts, BATCH)
-    module = student_module(open_whole_student(student_folder), prompts)
+def test_loss_and_gradient_do_not_depend_on_the_padding_id(padding_id: int, case: Case, student_folder: Path) -> None:
+    all_lessons = case_lessons(case, BATCH)
+    module = student_module(open_whole_student(student_folder), case.prompts)
     actual = loss_and_gradients(module, collate(all_lessons, total_counts(all_lessons), padding_id, read))
     assert_same(actual, loss_and_gradients(module, collate(all_lessons, total_counts(all_lessons), 0, read)))
 
 
-def test_loss_and_gradient_do_not_depend_on_the_padding_side(prompts: Prompts, student_folder: Path) -> None:
-    all_lessons = lessons(prompts, BATCH)
+@EVERY_KIND
+def test_loss_and_gradient_do_not_depend_on_the_padding_side(case: Case, student_folder: Path) -> None:
+    all_lessons = case_lessons(case, BATCH)
     right = collate(all_lessons, total_counts(all_lessons), 0, read)
     shift_B = right.mask_BT.shape[1] - right.mask_BT.sum(1)
     ids_BT, mask_BT = (
@@ -53,14 +63,15 @@ def test_loss_and_gradient_do_not_depend_on_the_padding_side(prompts: Prompts, s
         for x in (right.input_ids_BT, right.mask_BT)
     )
     left = replace(right, input_ids_BT=ids_BT, mask_BT=mask_BT, before_N=right.before_N + shift_B[right.sequence_N])
-    module = student_module(open_whole_student(student_folder), prompts)
+    module = student_module(open_whole_student(student_folder), case.prompts)
     # Rotary positions are relative, but their angles are computed in float32.
     assert_same(loss_and_gradients(module, left), loss_and_gradients(module, right), 1e-5)
 
 
-def test_loss_and_gradient_do_not_depend_on_the_batch(prompts: Prompts, student_folder: Path) -> None:
-    all_lessons = lessons(prompts, BATCH)
-    counts, module = total_counts(all_lessons), student_module(open_whole_student(student_folder), prompts)
+@EVERY_KIND
+def test_loss_and_gradient_do_not_depend_on_the_batch(case: Case, student_folder: Path) -> None:
+    all_lessons = case_lessons(case, BATCH)
+    counts, module = total_counts(all_lessons), student_module(open_whole_student(student_folder), case.prompts)
     whole = loss_and_gradients(module, collate(all_lessons, counts, 0, read))
     for size in (1, 3):
         sums: Values = {}

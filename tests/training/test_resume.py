@@ -24,6 +24,7 @@ from distill.students.causal_lm import open_student
 from distill.training import checkpoints as checkpoints_module
 from distill.training.checkpoints import checked, newest
 from distill.training.fit import build_training, fit
+from tests.cases import KINDS, case_overrides
 from tests.conftest import WHOLE_STUDENT, compose, make_model, tiny_overrides
 
 # Lightning warns that the loader has no state; it needs none, as its order is a function of the step.
@@ -88,12 +89,14 @@ def copy_checkpoints(run_dir: Path, target_dir: Path, steps: Sequence[int]) -> N
             shutil.copy(file, target_dir / "checkpoints" / file.name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *list(KINDS)[1:]])
 def test_a_run_interrupted_at_any_step_ends_with_the_uninterrupted_weights(
     variant: str, tmp_path: Path, teacher_folder: Path, student_with_dropout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints_module, "NUM_KEPT", STEPS + 1)
-    overrides = [*tiny_overrides(tmp_path, teacher_folder, student_with_dropout), *SHORT_RUN, *VARIANTS[variant]]
+    models = teacher_folder, student_with_dropout
+    own = VARIANTS[variant] if variant in VARIANTS else case_overrides(variant, tmp_path, *models)
+    overrides = [*tiny_overrides(tmp_path, *models), *SHORT_RUN, *own]
     uninterrupted = Run(tmp_path / "whole", *overrides)
     weights = uninterrupted.fit()
     saved = sorted(int(path.stem[-8:]) for path in (tmp_path / "whole" / "checkpoints").glob("*.ckpt"))

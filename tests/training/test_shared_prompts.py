@@ -23,7 +23,8 @@ from transformers import (
 
 from distill.lessons.collate import collate
 from distill.prompts.rendering import Prompts
-from tests.conftest import lessons, read, student_module
+from tests.cases import OWN_BATCHES, Case
+from tests.conftest import case_lessons, lessons, read, student_module
 from tests.training.conftest import BATCH, loss_and_gradients, total_counts
 
 SMALL = {"vocab_size": 352, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -63,15 +64,18 @@ def family_model(name: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNSUPPORTED))
-def test_a_shared_sequence_has_the_loss_and_gradients_of_two(name: str, dtype: torch.dtype, prompts: Prompts) -> None:
-    all_lessons = lessons(prompts, BATCH)
+CASES = [("cues", name, dtype) for name in sorted(FAMILIES.keys() - UNSUPPORTED) for dtype in (32, 64)]
+CASES += [(kind, "llama", 64) for kind in OWN_BATCHES[1:]]
+
+
+@pytest.mark.parametrize(("case", "name", "bits"), CASES, indirect=["case"])
+def test_a_shared_sequence_has_the_loss_and_gradients_of_two(name: str, bits: int, case: Case) -> None:
+    all_lessons, prompts = case_lessons(case, BATCH), case.prompts
     branched = [lesson.branched() for lesson in all_lessons]
     counts = total_counts(all_lessons)
     separate_batch, shared_batch = (collate(some_lessons, counts, 1, read) for some_lessons in (all_lessons, branched))
     assert len(shared_batch.input_ids_BT) == BATCH < len(separate_batch.input_ids_BT)
-    module = student_module(family_model(name).to(dtype), prompts)
+    module = student_module(family_model(name).to(getattr(torch, f"float{bits}")), prompts)
     module.model.train()  # some have dropout, which the comparison must disable
     assert module.sees_alike(separate_batch, shared_batch)
     assert module.model.training

@@ -18,13 +18,14 @@ from distill.evaluation.answers import Evaluation
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson, TrainingSequence
-from distill.lessons.loader import BatchLimit
 from distill.losses.head import head_loss, predicted_ids
+from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS, Annotation, Batch, Example, Splits, Target
 from distill.teachers import Calibration
 from distill.training.module import StudentModule
+from tests.cases import KINDS, Case, case_overrides
 from tests.conftest import LAYOUT, compose, examples, keep, lessons, objectives, read, student_module, tiny_overrides
 from tests.training.conftest import open_whole_student, plain_loss
 
@@ -37,18 +38,26 @@ def losses_by_position(module: StudentModule, batch: Batch) -> dict[str, list[fl
         for name, term in module.terms(replace(batch, counts={})).items():
             used_N, positions = torch.arange(len(term.is_used_N)), term.is_used_N.nonzero().ravel().tolist()
             single_terms = [replace(term, is_used_N=used_N == position) for position in positions]
-            losses[name] = [float(head_loss(hidden_NH, head, [t])[1]) for t in single_terms]
+            losses[name] = head_loss(hidden_NH, head, single_terms)[1].tolist()
     return losses
 
 
 # Without the sampling codecs: their targets equal the teacher's only on average, and they refuse reverse KL.
-@pytest.mark.parametrize(("cache", "rounding"), [("dense", 1e-5), ("topk", 3e-4)])
+@pytest.mark.parametrize(
+    ("cache", "rounding", "kind"),
+    [
+        ("dense", 1e-5, None),
+        ("topk", 3e-4, None),
+        *(pytest.param("dense", 1e-5, kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:]),
+    ],
+)
 def test_a_student_equal_to_the_teacher_has_zero_kl_at_every_position(
-    cache: str, rounding: float, teacher_folder: Path, tmp_path: Path
+    cache: str, rounding: float, kind: str | None, teacher_folder: Path, tmp_path: Path
 ) -> None:
     overrides = tiny_overrides(tmp_path, teacher_folder, teacher_folder)
     overrides = [o for o in overrides if "cache" not in o and "num_shots" not in o]
-    config = compose(*overrides, f"cache={cache}", "prompt.num_shots=0", "teacher.calibrate=0", "loss=[kl,reverse_kl]")
+    overrides += case_overrides(kind, tmp_path, teacher_folder, teacher_folder) if kind else ["prompt.num_shots=0"]
+    config = compose(*overrides, f"cache={cache}", "teacher.calibrate=0", "loss=[kl,reverse_kl]")
     job = prepare(config, tmp_path / "run")
     curriculum = build_curriculum(job)
     all_lessons = [*curriculum.train, *curriculum.validation]
@@ -86,12 +95,23 @@ class SevensTask:
     def value(self, answer: str) -> str:
         return answer
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        return answer == reference
 
-@pytest.mark.parametrize("shots", [0, 2])
+
+@pytest.mark.parametrize(
+    ("case", "shots"),
+    [
+        ("cues", 0),
+        ("conversations", 0),
+        *((kind, 2) for kind in ("cues", "reasoning", "named template", "several ends")),
+    ],
+    indirect=["case"],
+)
 def test_rationale_and_following_answer_have_targets_at_their_positions(
-    shots: int, prompts: Prompts, teacher_folder: Path, tmp_path: Path
+    shots: int, case: Case, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    few_shot_prompts = Prompts(prompts.tokenizer, LAYOUT, examples(shots), max_length=256, too_long="drop")
+    prompts, few_shot_prompts = case.prompts, case.with_shots(shots)
     kind = configuration.build(compose("teacher=causal_lm", "teacher.kind.dtype=float32").teacher.kind)
     teacher = kind(
         folder=teacher_folder,
@@ -103,7 +123,7 @@ def test_rationale_and_following_answer_have_targets_at_their_positions(
         max_new_tokens=9,
     )
     teacher.load()
-    questions = examples(7)
+    questions = case.examples(7)
     annotations = teacher.annotate([few_shot_prompts.request(example, "rationale") for example in questions])
     made_lessons = []
     for example, annotation in zip(questions, annotations, strict=True):

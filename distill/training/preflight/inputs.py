@@ -14,8 +14,8 @@ import torch
 
 from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, PlacedTarget, Read, TrainingSequence
-from distill.lessons.loader import BatchUnit
 from distill.losses import Objective
+from distill.models.batches import BatchUnit
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Batch, Example, RowCounts, SoftTargets, Span
 from distill.training.module import MakeOptimizer, StudentModule
