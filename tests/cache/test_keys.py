@@ -25,6 +25,7 @@ GROUPS = ("teacher", "prompt", "rationales", "cache", "task")
 # Values that need another one of their own kind; all other values are changed by their type.
 OTHERS: dict[str, Any] = {
     "task.read.kind": "line",
+    "cache.positions.by": "random",
     "task.answer_mode": "reasoned",
     "task.options.answer": "text",
     "prompt.without_template": "zephyr",

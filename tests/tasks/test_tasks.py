@@ -17,6 +17,7 @@ from distill.tasks.movie_reviews import read_ratings
 from tests.conftest import arithmetic, compose, conf_names
 
 QUESTION = Example("?")
+LABELLED = [name for name in conf_names("task") if name != "instruct"]  # tests/tasks/test_instructions.py has that
 SMALL = {"num_labelled": 8, "num_unlabelled": 20, "num_validation": 7, "num_test": 9}
 USER_SETTINGS = {  # of tasks that work only with settings of the user
     "jsonl": ["task.choices=[yes,no]", "task.examples.shots=[{question: Is it?, rationale: It is so., answer: yes}]"],
@@ -57,7 +58,7 @@ def row_of(task: DictConfig, number: int) -> dict[str, Any]:
     return row | ({task.rationale: [f"Because of {number}."]} if task.rationale else {})
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", LABELLED)
 def test_splits_are_disjoint_and_of_the_configured_sizes(name: str, tmp_path: Path) -> None:
     splits = build_task(name, tmp_path).splits()
     ids = [{example.id for example in part} for part in (splits.train, splits.validation, splits.test)]
@@ -67,7 +68,7 @@ def test_splits_are_disjoint_and_of_the_configured_sizes(name: str, tmp_path: Pa
     assert [splits.counts[split].kept for split in SPLITS] == [28, 7, 9]
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", LABELLED)
 def test_labelled_train_examples_come_first_and_the_others_have_no_labels(name: str, tmp_path: Path) -> None:
     task = build_task(name, tmp_path)
     splits = task.splits()
@@ -76,7 +77,7 @@ def test_labelled_train_examples_come_first_and_the_others_have_no_labels(name: 
     assert all(task.read_answer(f" {e.answer}\n", e) == e.answer for e in (*splits.train[:8], *splits.test))
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", LABELLED)
 def test_demonstrations_are_complete_and_in_no_split(name: str, tmp_path: Path) -> None:
     task = build_task(name, tmp_path)
     splits, shots = task.splits(), task.shots()
@@ -85,7 +86,7 @@ def test_demonstrations_are_complete_and_in_no_split(name: str, tmp_path: Path) 
     assert all(shot.answer and shot.rationale and shot.id not in split_ids for shot in shots)
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", LABELLED)
 def test_more_unlabelled_examples_do_not_change_the_other_examples(name: str, tmp_path: Path) -> None:
     few, many = (build_task(name, tmp_path, num_unlabelled=n) for n in (20, 25))
     assert many.splits().train[:28] == few.splits().train
@@ -93,13 +94,13 @@ def test_more_unlabelled_examples_do_not_change_the_other_examples(name: str, tm
     assert tuple(many.shots()) == tuple(few.shots())
 
 
-@pytest.mark.parametrize("name", conf_names("task"))
+@pytest.mark.parametrize("name", LABELLED)
 def test_splits_are_reproducible_and_differ_with_another_seed(name: str, tmp_path: Path) -> None:
     assert build_task(name, tmp_path).splits() == build_task(name, tmp_path).splits()
     assert build_task(name, tmp_path).splits().test != build_task(name, tmp_path, split_seed=1).splits().test
 
 
-@pytest.mark.parametrize("name", [name for name in conf_names("task") if name != "chat"])  # where any text answers
+@pytest.mark.parametrize("name", [name for name in LABELLED if name != "chat"])  # where any text answers
 @pytest.mark.parametrize("text", ["", "?", "\n7 negative"[:1]])
 def test_a_text_without_an_answer_raises_an_answer_error(name: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError):

@@ -28,7 +28,7 @@ from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
-from tests.cases import Case
+from tests.cases import LAYOUT, Case
 from tests.conftest import (
     WHOLE_STUDENT,
     CountingTeacher,
