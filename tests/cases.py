@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distill.prompts import Layout, auto, chat, cues
 from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import load_tokenizer
@@ -109,6 +111,10 @@ KINDS = {
 
 
 OWN_BATCHES = [name for name in KINDS if name not in LIKE_OTHERS_IN_A_BATCH]
+
+
+# For tests that take half a second of each kind: the others run with the slow tests.
+TWO_FAST = [name if name in ("cues", "conversations") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 
 
 def make_case(name: str, folder: Path) -> Case:

@@ -125,7 +125,8 @@ def test_what_decides_the_positions_is_in_the_fingerprint(configured: Configured
         open_annotation_job(configured("cache.positions.share=0.0"))
 
 
-@pytest.mark.parametrize("second", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [False, True])
 def test_losses_on_words_see_all_tokens_and_those_on_soft_targets_the_chosen_ones(
     second: bool, configured: Configured, teacher_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_random_positions_depend_on_the_key_alone() -> None:
     assert [len(draw) for draw in draws.values()] == [10, 10]
 
 
+@pytest.mark.slow
 def test_stored_positions_are_compared_with_the_live_teacher(caches: tuple[Filled, Filled]) -> None:
     job, learned = caches[1].job, caches[1].learned
     moved = [replace(a, targets=later(a.targets)) for a in (job.store.read(request.key) for request in learned)]

@@ -19,7 +19,7 @@ from distill.cache.codecs.topk import TopK
 from distill.cache.store import Store
 from distill.errors import CacheError
 from tests.cache.conftest import train_and_validation
-from tests.cases import Case
+from tests.cases import TWO_FAST, Case
 from tests.conftest import compose, counted, grid, tiny_overrides
 from tests.teachers.conftest import FreeText, make_teacher
 
@@ -123,6 +123,7 @@ def test_a_cache_with_another_fingerprint_is_refused(configured: Callable[..., D
         open_annotation_job(configured(cache_dir, "cache.codec.k=7"))
 
 
+@pytest.mark.parametrize("case", TWO_FAST, indirect=True)
 def test_stored_targets_equal_the_models_own(case: Case, teacher_folder: Path, tmp_path: Path) -> None:
     prompts, codec, questions = case.prompts, TopK(k=8, temperature=1.0), case.examples(4)
     teacher = make_teacher(teacher_folder, prompts, task=FreeText(), codec=codec, constrain=False)

@@ -98,6 +98,7 @@ def test_a_further_answer_that_is_too_long_is_counted_and_costs_no_other(tmp_pat
     assert answers.kept == sum(map(len, taught(job, curriculum).values()))
 
 
+@pytest.mark.slow
 def test_each_sampled_text_is_learned_with_the_soft_targets_along_its_own_words(
     tmp_path: Path, folders: Folders
 ) -> None:

@@ -28,7 +28,7 @@ from distill.records import Annotation, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
-from tests.cases import LAYOUT, Case
+from tests.cases import LAYOUT, TWO_FAST, Case
 from tests.conftest import (
     WHOLE_STUDENT,
     CountingTeacher,
@@ -126,6 +126,7 @@ def test_training_and_evaluation_never_call_the_teacher(configured: Callable[...
     assert (unused.num_loads, unused.asked) == (0, [])
 
 
+@pytest.mark.parametrize("case", TWO_FAST, indirect=True)
 @pytest.mark.parametrize("shots", [0, 2])
 def test_annotations_do_not_depend_on_the_batch(shots: int, case: Case, teacher_folder: Path) -> None:
     prompts = case.with_shots(shots)
