@@ -66,3 +66,7 @@ class Instructions:
     def value(self, answer: str) -> str:
         """The answer itself."""
         return answer
+
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Whether the texts are equal."""
+        return answer == reference

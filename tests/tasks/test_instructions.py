@@ -10,6 +10,7 @@ import pytest
 from distill.app import config as configuration
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Splits
+from distill.tasks import Task
 from tests.conftest import compose
 
 SIZES = {"num_train": 9, "num_validation": 6, "num_test": 6}
@@ -57,6 +58,7 @@ def test_too_few_texts_and_repeated_instructions_are_refused(tmp_path: Path) -> 
 
 def test_an_answer_is_the_whole_text(tmp_path: Path) -> None:
     task = instructions(tmp_path)
+    assert isinstance(task, Task)
     assert task.read_answer(" one\n\n  two ", Example("?")) == "one\n\n  two"
     assert list(task.shots()) == []
     with pytest.raises(AnswerError):
