@@ -1,7 +1,8 @@
 """Which tokens of a long answer keep soft targets, so that the cache is smaller.
 
 A student learns most where its teacher hesitates: of the positions of each target, those with the highest entropy are
-kept (selective distillation, SE-KD: arXiv 2602.01395), or random ones, as a control. Losses on words see all tokens.
+kept (selective distillation, SE-KD: arXiv 2602.01395), or random ones, as a control. The last position is always kept:
+the teacher is certain of the end token, and a student that never sees it does not stop. Losses on words see all tokens.
 Only what a student learns from is cut down: held-out examples keep all positions, so that students are measured alike.
 """
 
@@ -28,7 +29,7 @@ class Positions:
     """The share of the positions of each answer and rationale that keep soft targets, and how they are chosen."""
 
     def __init__(self, *, share: float, by: Literal["entropy", "random"]) -> None:
-        """Of T positions, `share` T are kept, rounded, and at least one."""
+        """Of T positions, the last one and `share` of the others are kept, rounded, and at least one."""
         self._arguments = arguments_of(locals())
         if not 0 < share <= 1:
             raise ConfigError(f"cache.positions.share={share}: expected a share above 0 and at most 1, which keeps all")
@@ -48,14 +49,14 @@ class Positions:
         return f"{self._share:g} of the positions of each target of train, {where}; all of validation and test"
 
     def number(self, num_tokens: int) -> int:
-        """Number of positions that are kept of a target of so many tokens, at least one."""
-        return max(1, round(self._share * num_tokens))
+        """Number of positions that are kept of a target of so many tokens."""
+        return min(num_tokens, 1 + max(1, round(self._share * (num_tokens - 1))))
 
     def most(self, request: Request, num_tokens: int) -> int:
         """Return the greatest number of positions that are kept of so many tokens in the targets of a request."""
         if self.are_all or request.is_held_out:
             return num_tokens
-        return min(num_tokens, int(self._share * num_tokens) + len(SPANS))
+        return min(num_tokens, int(self._share * num_tokens) + 2 * len(SPANS))
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides which positions are kept; empty if all are, as in caches made before there was a choice."""
@@ -91,8 +92,9 @@ class Positions:
         if target.soft is None or self.number(num_tokens) == num_tokens:
             return target
         # Sorting is stable: of equal scores the first positions are taken.
-        ranking = np.argsort(-self._scores(target.soft, f"{request.key}/{span}/positions"), kind="stable")
-        rows = np.sort(ranking[: self.number(num_tokens)])
+        scores = self._scores(target.soft, f"{request.key}/{span}/positions")
+        ranking = np.argsort(-scores[:-1], kind="stable")
+        rows = np.sort([*ranking[: self.number(num_tokens) - 1], num_tokens - 1])
         return Target(target.token_ids, target.soft[rows], tuple(rows.tolist()))
 
     def _scores(self, soft: SoftTargets, name: str) -> np.ndarray:
