@@ -36,7 +36,7 @@ def judge(config: Config) -> float:
     config.task.name = f"judge-{first.facts.get('task')}"
     job = open_annotation_job(config, name="judge")
     assert isinstance(job.task, Judging)
-    questions = [example for contest in job.task.contests for pair in contest.pairs for example in _asked(pair)]
+    questions = [example for contest in job.task.contests for pair in contest.pairs for example in _questions(pair)]
     filled = fill(job, {"answer": questions})
     reader, name = job.reader(filled.requests), _name(config, job)
     for contest in job.task.contests:
@@ -55,19 +55,19 @@ def _name(config: Config, job: AnnotationJob) -> str:
     return f"{model} ({job.store.folder.name.rpartition('-')[2][:8]})"
 
 
-def _asked(pair: Pair) -> Sequence[Example]:
+def _questions(pair: Pair) -> Sequence[Example]:
     """The questions to the judge: equal texts are a tie without one."""
     return () if pair.answer == pair.rival else pair.orders
 
 
 def _judgement(contest: Contest, pair: Pair, reader: AnnotationReader, name: str) -> Json:
     """Return a line of judgements.jsonl; its score is None if a question was too long for the judge."""
-    found = [reader.find_words(example.id, "answer") for example in _asked(pair)]
-    verdicts = [annotation.answer for annotation in found if annotation and annotation.answer]
+    annotations = [reader.find_words(example.id, "answer") for example in _questions(pair)]
+    verdicts = [annotation.answer for annotation in annotations if annotation and annotation.answer]
     wins = [of_order[verdict] for of_order, verdict in zip(_WINS, verdicts, strict=False)]
-    is_judged, is_changed = len(wins) == 2 or not found, len(set(wins)) == 2
+    is_judged, is_changed = len(wins) == 2 or not annotations, len(set(wins)) == 2
     score = None if not is_judged else wins[0] if wins and not is_changed else 0.5
-    shown: dict[str, Any] = {"verdicts": verdicts, "is_changed": is_changed, "is_identical": not found}
+    shown: dict[str, Any] = {"verdicts": verdicts, "is_changed": is_changed, "is_identical": not annotations}
     return {"judge": name, "against": _rival(contest), "id": pair.example_id, "score": score, **shown}
 
 

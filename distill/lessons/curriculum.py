@@ -194,7 +194,7 @@ def row_counts(
 def _learned_rationales(rationales: Sequence[FilteredRationale], train: Joined) -> RowCounts:
     """Count the kept rationales that are in lessons, and the others by their reason."""
     kept = Counter(rationale.example_id for rationale in rationales if rationale.reason is None)
-    targets = (target for lesson in train.lessons for sequence in lesson.sequences for target in sequence.targets)
+    targets = (target for lesson in train.lessons for target in lesson.targets)
     learned = Counter(t.example_id for t in targets if t.span == "rationale" and t.example_id in kept)
     lost = Counter[str]()
     for id_, number in (kept - learned).items():
@@ -206,7 +206,7 @@ def _answer_counts(answers: TaughtAnswers, train: Joined) -> dict[str, RowCounts
     """Count the answers of examples with several that are in lessons, and the others by their reason."""
     if not answers.counts.read:
         return {}
-    targets = (target for lesson in train.lessons for sequence in lesson.sequences for target in sequence.targets)
+    targets = (target for lesson in train.lessons for target in lesson.targets)
     learned = Counter(t.example_id for t in targets if t.span == "answer" and t.example_id in answers.num_taught)
     lost = Counter[str]({"too long": train.num_answers_too_long})
     for id_, number in answers.num_taught.items():

@@ -126,9 +126,14 @@ class Lesson:
     confidence: float | None = None
 
     @property
+    def targets(self) -> tuple[PlacedTarget, ...]:
+        """The targets of all its sequences."""
+        return tuple(target for sequence in self.sequences for target in sequence.targets)
+
+    @property
     def example_ids(self) -> tuple[str, ...]:
         """The examples that it teaches."""
-        return tuple(dict.fromkeys(target.example_id for s in self.sequences for target in s.targets))
+        return tuple(dict.fromkeys(target.example_id for target in self.targets))
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +149,7 @@ class Lesson:
             return self
         all_ids = [sequence.ids for sequence in self.sequences]
         # The token before a target belongs to the branch: the hidden state at p predicts token p + 1.
-        limit = min(target.start for sequence in self.sequences for target in sequence.targets) - 1
+        limit = min(target.start for target in self.targets) - 1
         columns = zip(*(ids[:limit] for ids in all_ids), strict=True)
         shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
         if not shared:
@@ -280,8 +285,7 @@ class Join:
 
     def _check_soft_ids(self, lessons: Sequence[Lesson]) -> None:
         """Raise CacheError unless all soft targets can be decoded and the student has all their tokens."""
-        sequences = (sequence for lesson in lessons for sequence in lesson.sequences)
-        places = [target.soft.place for sequence in sequences for target in sequence.targets if target.soft]
+        places = [target.soft.place for lesson in lessons for target in lesson.targets if target.soft]
         largest = (self._soft_teacher or self._teacher).largest_soft_id(places)
         if self._pairing.id_V is None and largest >= self._prompts.vocabulary_size:
             raise CacheError(

@@ -91,10 +91,10 @@ class Judging:
 
     def read_answer(self, text: str, example: Example) -> str:
         """Read the choice that the text begins with."""
-        found = [choice for choice in CHOICES if text.strip().casefold().startswith(choice.casefold())]
-        if not found:
+        choices = [choice for choice in CHOICES if text.strip().casefold().startswith(choice.casefold())]
+        if not choices:
             raise AnswerError(f"{text[:60]!r} does not begin with any of {', '.join(CHOICES)}")
-        return found[0]
+        return choices[0]
 
     def value(self, answer: str) -> str:
         """The answer itself."""

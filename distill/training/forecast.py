@@ -309,7 +309,7 @@ def _packed_bytes(row: SoftTargets, annotation_job: AnnotationJob) -> float:
 
 
 def _reader(lessons: Sequence[Lesson], row: SoftTargets) -> Read:
-    targets = (target for lesson in lessons for sequence in lesson.sequences for target in sequence.targets)
+    targets = (target for lesson in lessons for target in lesson.targets)
     num_positions = {target.soft.place: target.soft.num_positions for target in targets if target.soft}
     return lambda places: _copies(row, sum(num_positions[place] for place in places))
 

@@ -81,7 +81,7 @@ def _finite(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Findi
 
 def _lost(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
     """Most of what the teacher wrote can be learned."""
-    targets = (target for lesson in inputs.lessons for sequence in lesson.sequences for target in sequence.targets)
+    targets = (target for lesson in inputs.lessons for target in lesson.targets)
     num_taught = sum(target.span == "answer" and not target.is_labelled for target in targets)
     spans = {objective.span for objective in inputs.objectives.values()}
     train, rationales = inputs.rows["train"], inputs.rows["rationales"]
