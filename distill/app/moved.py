@@ -30,7 +30,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "stops": [],
     },
     "distill.tasks.files.Columns": {"options": None},
-    "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None},
+    "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None, "folds": None, "fold": 0},
 }
 
 # Arguments that are now those of a part: the argument that holds it, its class, and their names.

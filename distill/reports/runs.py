@@ -42,7 +42,7 @@ NO_SETTINGS = re.compile(r"(^|[._])(root|dir|path|files)$|^loss\.[^.]+\.label$|\
 TEACHER_SECTIONS = ("teacher", "soft_teacher", "rationales", "cache")  # irrelevant to labels alone
 IN_FACTS = ("trainer.max_steps", "task.examples.num_labelled", "task.examples.num_unlabelled")  # also in run.json
 NULL = str(None)  # a flat setting that is null
-SEED_KEYS = re.compile(r"(?<!split_)seed$")
+SEED_KEYS = re.compile(r"(?<!split_)seed$|(^|\.)fold$")  # of repetitions of one arm
 
 PARSERS: Mapping[str, Callable[[str], Iterable[object]]] = {
     ".yaml": lambda text: [current(yaml.safe_load(text))],
@@ -76,6 +76,21 @@ class Run:
     def seed(self) -> str:
         """The seed as text; runs with the same seed are paired."""
         return str(self.facts.get("seed"))
+
+    @property
+    def num_folds(self) -> int | None:
+        """The number of folds of the cross-validation that the run belongs to; None if to none."""
+        folds = number(self._examples.get("folds"))
+        return None if folds is None else int(folds)
+
+    @property
+    def fold(self) -> int:
+        """The index of its fold."""
+        return int(number(self._examples.get("fold")) or 0)
+
+    @property
+    def _examples(self) -> Json:
+        return mapping(mapping(self.config.get("task")).get("examples"))
 
     @property
     def losses(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from distill.reports.baseline import baseline_command
 from distill.reports.classes import Guess, best_guess, guesses
 from distill.reports.contrasts import Contrast, contrasts
 from distill.reports.differences import Difference, compare, percent
+from distill.reports.folds import join_folds
 from distill.reports.latency import share_latencies
 from distill.reports.measures import ACCURACY
 from distill.reports.runs import Run
@@ -123,7 +124,7 @@ def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     runs = share_latencies(runs)
     notes = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.name} is incomplete: it has no results" for run in runs if not run.is_complete]
-    arms = group([run for run in runs if run.is_complete], notes)
+    arms = group(join_folds([run for run in runs if run.is_complete], notes), notes)
     distilled = [arm for arm in arms if arm.kind == "distilled"]
     rivals = [_rivals(arm, arms) for arm in distilled]
     number = sum(rival is not None for pair in rivals if pair.baseline for rival in pair)

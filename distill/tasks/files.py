@@ -79,12 +79,15 @@ class FileTask:
         num_unlabelled: int | None,
         num_validation: int | None,
         num_test: int | None,
+        folds: int | None,
+        fold: int,
         split_seed: int,
     ) -> None:
         """Downloads from the hub are kept in `root`; local files are only read.
 
         `split_names` are those of the train, validation and test splits in a data set, None for a split to draw from
-        train. `conflicts` says what happens to a question whose rows have different answers.
+        train. `conflicts` says what happens to a question whose rows have different answers. With `folds`, test is part
+        number `fold` of so many parts, about equal in size, of what can be held out.
         """
         self.choices = read.choices
         self.is_free_text = read.is_free_text
@@ -96,9 +99,18 @@ class FileTask:
         self._shots = [_shot(shot, read, rows) for shot in shots]
         self._sizes = {"labelled": num_labelled, "unlabelled": num_unlabelled}
         self._sizes |= {"validation": num_validation, "test": num_test}
-        self._split_seed = split_seed
+        self._folds, self._fold, self._split_seed = folds, fold, split_seed
         if negative := [f"num_{name}={size}" for name, size in self._sizes.items() if size is not None and size < 0]:
             raise ConfigError(f"task.examples: {', '.join(negative)}: expected a number of at least 0, or null")
+        if folds is not None and not (folds > 1 and 0 <= fold < folds):
+            raise ConfigError(
+                f"task.examples.folds={folds} and fold={fold}: expected at least 2 folds, and one of 0 to folds - 1"
+            )
+        if folds is not None and (test_path or num_test is not None):
+            raise ConfigError(
+                f"task.examples.folds={folds} makes test splits of all rows, which task.test_path and "
+                "task.examples.num_test exclude; leave them null, or folds"
+            )
 
     def splits(self) -> Splits:
         """Hold out validation and test, then take labelled and unlabelled examples, in the order of `_rank`.
@@ -113,7 +125,10 @@ class FileTask:
             candidates = list(available.train)
         num_held_out = min(len(candidates) // _HELD_OUT, _MAX_HELD_OUT)
         own_test = available.test if "test" in tables else None
-        test, candidates = self._hold_out("test", own_test, candidates, num_held_out)
+        if self._folds is None:
+            test, candidates = self._hold_out("test", own_test, candidates, num_held_out)
+        else:
+            test, candidates = self._held_out_fold(own_test, candidates, self._folds)
         own_validation = available.validation if "validation" in tables else None
         validation, candidates = self._hold_out("validation", own_validation, candidates, num_held_out)
         remaining = [example for example in candidates if example.answer is not None]
@@ -193,6 +208,23 @@ class FileTask:
         if own is None:
             return self._take(name, candidates, default_size)
         return self._take(name, own, len(own))[0], list(candidates)
+
+    def _held_out_fold(
+        self, own: Sequence[Example] | None, candidates: Sequence[Example], folds: int
+    ) -> tuple[list[Example], list[Example]]:
+        """The part of the `candidates` whose index is `fold`, and the others; a conversation is in one part."""
+        if own is not None:
+            raise ConfigError(
+                f"task.examples.folds={folds} makes test splits of all rows, but {self._path} has a test split; "
+                "set task.splits.test=null to leave it out, or folds=null"
+            )
+        openings = list(dict.fromkeys(example.opening for example in candidates))
+        if len(openings) < folds:
+            raise ConfigError(f"task.examples.folds={folds}: {self._path} has {len(openings)} labelled examples only")
+        first, last = (place * len(openings) // folds for place in (self._fold, self._fold + 1))
+        held_out = set(openings[first:last])
+        test = [example for example in candidates if example.opening in held_out]
+        return test, [example for example in candidates if example.opening not in held_out]
 
     def _take(self, name: str, examples: Sequence[Example], default_size: int) -> tuple[list[Example], list[Example]]:
         configured_size = self._sizes[name]

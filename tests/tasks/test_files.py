@@ -34,7 +34,7 @@ def task(path: Path | str, **settings: Any) -> FileTask:
     """A yes/no task from a file with the default column names."""
     defaults = dict.fromkeys(("test_path", "validation_path", "num_labelled", "num_unlabelled"))
     defaults |= dict.fromkeys(("num_validation", "num_test"))
-    sizes = {"root": str(Path(path).parent / "root"), "split_seed": 0}
+    sizes = {"root": str(Path(path).parent / "root"), "folds": None, "fold": 0, "split_seed": 0}
     columns = {"question": "question", "answer": "answer", "rationale": None, "options": None}
     rows = Columns(**{name: settings.pop(name, column) for name, column in columns.items()})
     arguments = {
@@ -387,3 +387,37 @@ def test_the_short_keys_of_the_task_reach_its_examples(tmp_path: Path) -> None:
         row["text"] for row in rows
     }
     assert all(e.answer == str(int(e.question.split()[1]) % 2 == 0).lower() for e in splits.train)
+
+
+def test_the_folds_of_a_cross_validation_hold_out_each_example_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", [*ROWS, {**ROWS[0], "question": "Is it unlabelled?", "answer": ""}])
+    parts = [task(path, folds=3, fold=fold, num_validation=5).splits() for fold in range(3)]
+    held_out = [example.question for splits in parts for example in splits.test]
+    assert sorted(held_out) == sorted(row["question"] for row in ROWS)
+    assert [len(splits.test) for splits in parts] == [13, 13, 14]
+    for splits in parts:
+        rest = {example.question for example in (*splits.train, *splits.validation)}
+        assert rest == {row["question"] for row in ROWS} - {e.question for e in splits.test} | {"Is it unlabelled?"}
+        assert len(splits.validation) == 5
+        assert splits.counts["test"].kept == len(splits.test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"folds": 1, "fold": 0}, "folds=1 and fold=0: expected at least 2 folds"),
+        ({"folds": 3, "fold": 3}, "folds=3 and fold=3: expected at least 2 folds"),
+        ({"folds": 3, "num_test": 5}, "task.examples.num_test exclude"),
+        ({"folds": 41, "num_validation": 0}, "has 40 labelled examples only"),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(settings: dict[str, int], error: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", ROWS)
+    with pytest.raises(ConfigError, match=error):
+        task(path, **settings).splits()
+
+
+def test_folds_of_data_with_a_test_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", [{**row, "question": f"{name}: {row['question']}"} for row in ROWS])
+    assert "has a test split" in error_of(task(tmp_path, folds=2))
