@@ -74,13 +74,13 @@ def fill(
 
 @paused_collector()
 def filter_rationales(job: AnnotationJob, filled: AnnotationRequests) -> list[FilteredRationale]:
-    """Filter the teacher's rationales of train examples; a rejected rationale has the reason.
+    """Filter the teacher's rationales of train and validation examples; a rejected rationale has the reason.
 
     The annotations of the result have no targets: soft targets stay in the cache.
     """
     assert job.rationale_filter
     store, reader = job.store, job.reader(filled.requests)
-    examples = [example for example in job.splits.train if example.id in filled.samples]
+    examples = [e for e in (*job.splits.train, *job.splits.validation) if e.id in filled.samples]
     samples = {e.id: [reader.words(r) for r in filled.samples[e.id] if r.key in store] for e in examples}
     answer_requests = {e.id: filled.requests.get((e.id, "answer")) for e in examples}
     direct = {id_: reader.words(r).whole_answer for id_, r in answer_requests.items() if r and r.key in store}

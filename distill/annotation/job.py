@@ -10,7 +10,7 @@ from distill.annotation.answers import choose_answers
 from distill.annotation.codec_probe import candidate_codecs, compare_codecs, format_fidelity, sample_distributions
 from distill.annotation.fill import Part, fill, filter_rationales, loaded
 from distill.annotation.inspection import estimate, export_parquet, format_record, rescore
-from distill.annotation.requests import collect_requests, without_labels
+from distill.annotation.requests import collect_requests, examples_to_reason, without_labels
 from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app.config import Config
 from distill.app.console import is_first_process, say
@@ -50,7 +50,8 @@ def _examples_by_span(config: Config, job: AnnotationJob) -> dict[Span, Sequence
     if "answer" in config.spans:
         examples["answer"] = [*splits.train, *splits.validation, *without_labels(splits.test)]
     if "rationale" in config.spans:
-        examples["rationale"] = splits.train[: job.num_rationales]
+        is_reasoned = config.task.answer_mode == "reasoned"
+        examples["rationale"] = examples_to_reason(splits, job.num_rationales, is_answer_reasoned=is_reasoned)
     return examples
 
 

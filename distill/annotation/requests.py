@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from distill.annotation.annotation_job import AnnotationJob
 from distill.app.machine import paused_collector
 from distill.prompts.rendering import Prompts
-from distill.records import SPANS, Annotation, Example, Group, Request, Span, unique_requests
+from distill.records import SPANS, Annotation, Example, Group, Request, Span, Splits, unique_requests
 from distill.tasks import choices_of
 
 
@@ -45,6 +45,14 @@ def collect_requests(
     return AnnotationRequests(requests, _samples(job, requests), _answers(job, requests), too_long, 0, 0, 0.0)
 
 
+def examples_to_reason(splits: Splits, number: int, *, is_answer_reasoned: bool) -> list[Example]:
+    """Return the examples whose rationales the teacher writes: the first of train, at most `number`.
+
+    Where students answer after reasoning, as many of validation too: an answer is then measured behind a rationale.
+    """
+    return [*splits.train[:number], *(splits.validation[:number] if is_answer_reasoned else ())]
+
+
 def group_requests(requests: Sequence[Request], size: int) -> list[Group]:
     """Split requests into groups of similar lengths, so that batches have little padding."""
     groups = []
@@ -75,9 +83,9 @@ def _num_tokens(request: Request) -> int:
 
 
 def _samples(job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -> dict[str, list[Request]]:
-    """Return all rationale requests of each train example; only these are sampled several times."""
+    """Return all rationale requests of each example of train and validation; only these are sampled several times."""
     samples = {}
-    for example in job.splits.train:
+    for example in (*job.splits.train, *job.splits.validation):
         first = requests.get((example.id, "rationale"))
         if first and not first.given_ids:
             numbers = range(1, job.rationales_each)

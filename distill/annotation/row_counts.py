@@ -14,7 +14,7 @@ from distill.records import FilteredRationale, RowCounts
 
 
 def rationale_counts(filled: AnnotationRequests, rationales: Sequence[FilteredRationale]) -> RowCounts:
-    """Count the rationales that were requested for train examples, and those not kept by their reason."""
+    """Count the rationales that were requested to learn from, and those not kept by their reason."""
     num_requested = sum(map(len, filled.samples.values()))
     lost = Counter[str](rationale.reason for rationale in rationales if rationale.reason)
     num_kept = len(rationales) - lost.total()

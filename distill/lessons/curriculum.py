@@ -17,7 +17,7 @@ from distill.annotation.annotation_job import AnnotationJob, open_annotation_job
 from distill.annotation.answers import TaughtAnswers, choose_answers
 from distill.annotation.fill import fill, filter_rationales
 from distill.annotation.reader import AnnotationReader
-from distill.annotation.requests import AnnotationRequests, without_labels
+from distill.annotation.requests import AnnotationRequests, examples_to_reason, without_labels
 from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app import config as configuration
 from distill.app.config import Config
@@ -185,20 +185,22 @@ def build_curriculum(job: Job) -> Curriculum:
 def row_counts(
     job: Job, filled: AnnotationRequests, rationales: Sequence[FilteredRationale], train: Joined, validation: Joined
 ) -> dict[str, RowCounts]:
-    """Count what became of the rows of each split, and of the teacher's rationales of train."""
+    """Count what became of the rows of each split, and of the teacher's rationales."""
     rows = dict(job.annotation_job.splits.counts)
     rows |= {"train": rows["train"].then(train.counts), "validation": rows["validation"].then(validation.counts)}
-    return rows | {"rationales": rationale_counts(filled, rationales).then(_learned_rationales(rationales, train))}
+    return rows | {
+        "rationales": rationale_counts(filled, rationales).then(_learned_rationales(rationales, train, validation))
+    }
 
 
-def _learned_rationales(rationales: Sequence[FilteredRationale], train: Joined) -> RowCounts:
-    """Count the kept rationales that are in lessons, and the others by their reason."""
+def _learned_rationales(rationales: Sequence[FilteredRationale], *parts: Joined) -> RowCounts:
+    """Count the kept rationales that are in lessons of these splits, and the others by their reason."""
     kept = Counter(rationale.example_id for rationale in rationales if rationale.reason is None)
-    targets = (target for lesson in train.lessons for target in lesson.targets)
+    targets = (target for part in parts for lesson in part.lessons for target in lesson.targets)
     learned = Counter(t.example_id for t in targets if t.span == "rationale" and t.example_id in kept)
-    lost = Counter[str]()
+    too_long, lost = {id_ for part in parts for id_ in part.too_long}, Counter[str]()
     for id_, number in (kept - learned).items():
-        lost["too long" if id_ in train.too_long else "no soft targets"] += number
+        lost["too long" if id_ in too_long else "no soft targets"] += number
     return RowCounts(kept.total(), dict(lost.most_common()), learned.total())
 
 
@@ -325,7 +327,8 @@ def texts_to_score(
 def examples_to_annotate(job: Job) -> dict[Span, Sequence[Example]]:
     """Return the examples that the first teacher annotates: those that the losses and the evaluation read."""
     splits, objectives = job.annotation_job.splits, job.objectives.values()
-    candidates = splits.train[: job.annotation_job.num_rationales]
+    is_reasoned = job.config.task.answer_mode == "reasoned"
+    candidates = examples_to_reason(splits, job.annotation_job.num_rationales, is_answer_reasoned=is_reasoned)
     examples: dict[Span, Sequence[Example]] = {"answer": without_labels(splits.test)}
     if any(objective.span == "rationale" for objective in objectives):
         without_rationale = [example for example in candidates if example.rationale is None]

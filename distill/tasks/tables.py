@@ -51,7 +51,7 @@ def open_tables(path: str, root: Path) -> dict[str, Table]:
     elif file.is_file():
         tables = {"train": read_file(file)}
     elif _WILDCARD.search(path):
-        tables = {"train": _read_files(path, _matches(file))}
+        tables = {"train": _read_files(path, matching_files(path))}
     elif format_of(file) in _SUFFIXES or not _HUB_ID.fullmatch(path):
         raise ConfigError(f"{path} does not exist; expected a file, a folder, files such as data/*.jsonl, or a hub id")
     else:
@@ -59,6 +59,15 @@ def open_tables(path: str, root: Path) -> dict[str, Table]:
     for table in tables.values():
         raise_problems(table.name, [] if table.rows else ["it has no rows"], "at least one")
     return tables
+
+
+def matching_files(path: str) -> list[Path]:
+    """The file of this path, or else those that it matches as a pattern such as data/*.jsonl; empty if none does."""
+    file = Path(path).expanduser()
+    if file.is_file() or not _WILDCARD.search(path):
+        return [file] if file.is_file() else []
+    root = Path(file.anchor)
+    return sorted(match for match in root.glob(str(file.relative_to(root))) if match.is_file())
 
 
 def select_split(tables: Mapping[str, Table], name: str) -> Table:
@@ -92,12 +101,6 @@ def raise_problems(name: str, problems: Sequence[str], expected: str) -> None:
     if problems:
         more = f"; and {len(problems) - _MAX_SHOWN_PROBLEMS} more" if len(problems) > _MAX_SHOWN_PROBLEMS else ""
         raise ConfigError(f"{name}: {'; '.join(problems[:_MAX_SHOWN_PROBLEMS])}{more}; expected {expected}")
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """The files that a pattern such as data/*.jsonl matches."""
-    root = Path(pattern.anchor)
-    return sorted(path for path in root.glob(str(pattern.relative_to(root))) if path.is_file())
 
 
 def _is_table(file: Path) -> bool:

@@ -16,7 +16,7 @@ from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
-from distill.tasks.tables import check_columns, raise_problems, read_file
+from distill.tasks.tables import check_columns, matching_files, raise_problems, read_file
 from distill.tasks.texts import joined_text, question_layout, text_of
 from distill.teachers import Calibration
 
@@ -50,13 +50,14 @@ class RecordedTeacher:
         """`question`, `answer` and `rationale` are columns of `files`; all teachers have the other arguments."""
         self._arguments = arguments_of(locals())
         self._prompts, self._task = prompts, task
-        self._files = [Path(file) for file in files]
+        matches = {file: matching_files(file) for file in files}
         self._columns = {"question": question, "answer": answer, "rationale": rationale}
         self._rows: dict[str, list[dict[str, str]]] = {}
-        missing_files = [str(file) for file in self._files if not file.is_file()]
+        missing_files = [file for file, matching in matches.items() if not matching]
         if missing_files or not files:
             problem = f"{', '.join(missing_files)} does not exist" if missing_files else "the list is empty"
             raise ConfigError(f"teacher.kind.files: {problem}; expected files with the teacher's answers")
+        self._files = list(dict.fromkeys(file for matching in matches.values() for file in matching))
 
     def fingerprint(self) -> dict[str, Any]:
         """All settings, with the hashes of the files, and the task's choices."""

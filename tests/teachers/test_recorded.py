@@ -61,6 +61,28 @@ def test_several_rows_of_a_question_are_its_samples(recorded: Configured, tmp_pa
     assert annotations[1].rationale == "Another reason."
 
 
+def test_reasoned_answers_are_validated_along_the_teachers_rationales(recorded: Configured, tmp_path: Path) -> None:
+    rows = [{"question": f"Is it {i}?", "answer": "yes", "reply": "yes", "why": f"It is {i}."} for i in range(40)]
+    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recorded("loss=[answer,rationale]", "rationales=all")
+    config.task = compose("task=jsonl", f"task.path={tmp_path / 'recorded.jsonl'}", "task.answer_mode=reasoned").task
+    config.prompt.num_shots = 0
+    curriculum = build_curriculum(prepare(config, tmp_path))
+    spans = [{target.span for target in lesson.targets} for lesson in curriculum.validation]
+    assert spans == 4 * [{"answer", "rationale"}]
+    assert curriculum.rows["rationales"].kept == len(curriculum.train) + len(curriculum.validation) == 36
+
+
+def test_files_are_named_by_patterns_too(recorded: Configured, tmp_path: Path) -> None:
+    by_name, by_pattern = (
+        open_annotation_job(recorded(f"teacher.kind.files=[{tmp_path / name}]")).store.digest
+        for name in ("recorded.jsonl", "recor*.jsonl")
+    )
+    assert by_name == by_pattern
+    with pytest.raises(ConfigError, match=r"other\*\.jsonl does not exist"):
+        open_annotation_job(recorded(f"teacher.kind.files=[{tmp_path / 'other*.jsonl'}]"))
+
+
 def test_changed_files_change_the_cache_digest(recorded: Configured, tmp_path: Path) -> None:
     before = open_annotation_job(recorded()).store.digest
     with (tmp_path / "recorded.jsonl").open("a") as file:
