@@ -89,7 +89,8 @@ def rejected(curriculum: Curriculum) -> list[Json]:
 
 def rationales(job: Job, curriculum: Curriculum) -> list[Json]:
     """Return every rationale of the teacher, kept or rejected, with its question and gold answer."""
-    examples = {example.id: example for example in job.annotation_job.splits.train}
+    splits = job.annotation_job.splits
+    examples = {example.id: example for example in (*splits.train, *splits.validation)}
     return [
         {
             "id": c.example_id,

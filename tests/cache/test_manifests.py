@@ -170,6 +170,7 @@ def test_a_cache_of_the_earlier_layout_is_read_extended_and_repaired(tmp_path: P
     assert len(open_store(tmp_path)) == 4
     name = min(before).partition(".")[0]
     drop_shard(tmp_path, name)
+    assert not any(file.partition(".")[0] == name for file in shards(tmp_path))
     store = open_store(tmp_path)
     assert len(store) == 3
     write_records(tmp_path, *(number for number in range(4) if key(number) not in store))

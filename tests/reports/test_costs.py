@@ -50,6 +50,12 @@ def test_given_prices_override_those_of_the_run(make_run: Make) -> None:
     assert (cost["unit"], cost["total"]) == ("EUR", pytest.approx(174.5 * 0.002))
 
 
+def test_seeds_with_other_prices_are_all_charged_those_of_the_last(make_run: Make) -> None:
+    runs = [make_run(seed=seed, config={"cost": {"price_per_hour": price}}) for seed, price in enumerate((100, 7.2))]
+    (cost,) = tables(summary_of(*runs))["cost"]
+    assert cost["total"] == pytest.approx(174.5 * 0.002)
+
+
 def test_a_student_that_is_not_cheaper_never_breaks_even_and_missing_values_are_not_measured(make_run: Make) -> None:
     summary = summary_of(make_run(student=with_latency(12.0)))
     assert cost_cells(summary)[-1] == "never"

@@ -82,6 +82,13 @@ def test_with_more_spread_between_seeds_student_t_decides() -> None:
     assert (interval.num_seeds, interval.num_examples) == (3, 40)
 
 
+def test_two_seeds_have_one_degree_of_freedom() -> None:
+    left = np.repeat(rows((0.1,), (0.3,)), 40, axis=1)
+    interval = statistics.paired_interval(left, np.zeros_like(left))
+    half = 12.7062 * 0.1  # t(0.975; 1) times sd/sqrt(2)
+    assert interval[:3] == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
+
+
 def test_with_one_seed_only_examples_are_resampled() -> None:
     left = np.random.default_rng(2).integers(0, 2, (1, 2000)).astype(np.float64)
     interval = statistics.paired_interval(left, np.zeros_like(left))

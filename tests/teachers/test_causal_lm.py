@@ -24,7 +24,7 @@ from distill.lessons.curriculum import build_curriculum, prepare
 from distill.models.batches import BatchLimit
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
-from distill.records import Annotation, Group, Request, SoftTargets, Target
+from distill.records import Annotation, Example, Group, Request, SoftTargets, Target
 from distill.students.causal_lm import open_student
 from distill.training.fit import build_training, fit
 from distill.training.job import distill
@@ -51,6 +51,20 @@ def test_a_teacher_is_frozen_and_stays_in_eval_mode(prompts: Prompts, teacher_fo
     assert not model.training
     assert all(is_close(a, b) for a, b in zip(before, module.predict_step(Group("", tuple(requests))), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_request_counts_the_tokens_that_are_read_and_the_most_that_are_written(
+    prompts: Prompts, teacher_folder: Path
+) -> None:
+    question = Example("Who has it?")
+    answer, reasoned = (prompts.request(question, span) for span in ("answer", "rationale"))
+    scored = prompts.request(question, "rationale", given="It is so.")
+    choosing, writing = (make_teacher(teacher_folder, prompts, task=task) for task in (Verbs(), FreeText()))
+    longest = max(map(len, prompts.choice_ids(Verbs.choices)))
+    assert choosing.num_tokens(answer) == len(answer.question_ids) + longest
+    assert writing.num_tokens(answer) == len(answer.question_ids) + 6
+    assert choosing.num_tokens(reasoned) == len(reasoned.question_ids) + 6
+    assert choosing.num_tokens(scored) == len(scored.question_ids) + len(scored.given_ids)
 
 
 def test_a_checkpoint_contains_only_the_student(configured: Callable[..., DictConfig], tmp_path: Path) -> None:

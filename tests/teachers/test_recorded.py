@@ -15,6 +15,7 @@ from distill.annotation.fill import fill, loaded
 from distill.errors import ConfigError
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.training.job import distill
+from distill.training.run_facts import rationales
 from tests.conftest import CountingTeacher, compose
 from tests.teachers.conftest import Configured
 
@@ -67,10 +68,12 @@ def test_reasoned_answers_are_validated_along_the_teachers_rationales(recorded: 
     config = recorded("loss=[answer,rationale]", "rationales=all")
     config.task = compose("task=jsonl", f"task.path={tmp_path / 'recorded.jsonl'}", "task.answer_mode=reasoned").task
     config.prompt.num_shots = 0
-    curriculum = build_curriculum(prepare(config, tmp_path))
+    job = prepare(config, tmp_path)
+    curriculum = build_curriculum(job)
     spans = [{target.span for target in lesson.targets} for lesson in curriculum.validation]
     assert spans == 4 * [{"answer", "rationale"}]
     assert curriculum.rows["rationales"].kept == len(curriculum.train) + len(curriculum.validation) == 36
+    assert {line["rationale"] for line in rationales(job, curriculum)} < {row["why"] for row in rows}
 
 
 def test_files_are_named_by_patterns_too(recorded: Configured, tmp_path: Path) -> None:
