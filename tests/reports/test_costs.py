@@ -222,7 +222,7 @@ def test_requests_to_break_even_are_rounded_up_and_days_have_two_digits(make_run
 
 
 def test_arms_with_the_same_counts_of_rationales_share_a_yield(make_run: Make) -> None:
-    counts = {"rationales_kept": 3, "rationales_rejected": {"disagrees": 1}}
+    counts = {"rationales_kept": 3, "rationales_rejected": {"disagrees": 1, "truncated": 0}}
     others = {"rationales_kept": 0, "rationales_rejected": {"truncated": 2}}
     nothing = {"rationales_kept": 0, "rationales_rejected": {}}
     parts = ((("kl",), 0, counts), (("kl",), 1, counts), (("rationale",), 0, counts), (("answer", "kl"), 0, others))
