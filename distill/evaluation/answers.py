@@ -32,6 +32,7 @@ from distill.tasks import Task, choices_of, is_right, readable_answer
 
 _DEFAULT_LIMIT = BatchLimit(32)
 _LATENCY_EXAMPLES, _LATENCY_ROUNDS, _LATENCY_SECONDS = 6, 5, 1.0
+_LATENCY_TOKENS = 100  # written by a model: texts this long are timed on fewer examples
 
 
 @final
@@ -351,9 +352,8 @@ def _speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) 
     examples = [example for example in examples if all(evaluation.fits(example) for evaluation in evaluations.values())]
     if not examples:
         return {name: {"ms_per_example": None, "peak_bytes": None} for name in evaluations}
-    timed = examples[:_LATENCY_EXAMPLES]
     answering = {name: evaluation.answering() for name, evaluation in evaluations.items()}
-    written = {name: [answer(example) for example in timed] for name, answer in answering.items()}
+    timed, written = _answered(answering, examples[:_LATENCY_EXAMPLES])
     times = timings(answering, timed, num_rounds=_LATENCY_ROUNDS, max_seconds=_LATENCY_SECONDS)
     return {
         name: {
@@ -365,6 +365,19 @@ def _speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) 
         }
         for name, evaluation in evaluations.items()
     }
+
+
+def _answered(
+    answering: Mapping[str, Callable[[Example], int]], examples: Sequence[Example]
+) -> tuple[list[Example], dict[str, list[int]]]:
+    """Answer examples until a model has written many tokens; return them, and the numbers of tokens by model."""
+    written: dict[str, list[int]] = {name: [] for name in answering}
+    for number, example in enumerate(examples, start=1):
+        for name, answer in answering.items():
+            written[name].append(answer(example))
+        if max(map(sum, written.values())) >= _LATENCY_TOKENS:
+            return list(examples[:number]), written
+    return list(examples), written
 
 
 def _peak_bytes(evaluation: Evaluation, answer: Callable[[], object]) -> int | None:

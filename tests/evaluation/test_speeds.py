@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from distill.evaluation.answers import Evaluation, model_row, saved_type, speeds
 from distill.evaluation.architecture import architecture
 from distill.lessons.curriculum import prepare
 from distill.models import loading
+from distill.records import Example
 
 
 def key(folder: Path, work: object = (1, 2), dtype: torch.dtype = torch.float32, **changes: int) -> str:
@@ -46,6 +47,22 @@ def test_speeds_have_a_spread_and_equal_keys_for_equal_models(
         assert 0 < row["ms_fastest"] <= row["ms_per_example"] <= row["ms_slowest"]
     other = speeds({"one": evaluation}, job.annotation_job.splits.test[:1])["one"]
     assert other["architecture"] != rows["one"]["architecture"]  # other questions
+
+
+def test_long_answers_are_timed_on_fewer_examples(
+    student_folder: Path, configured: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, model = prepare(configured(), tmp_path / "run"), loading.load(student_folder, torch.float32)
+    evaluation = Evaluation(model, job.prompts, job.annotation_job.task, "direct", 5)
+    first, *_ = test = job.annotation_job.splits.test[:3]
+    assert evaluation.answering()(first) > 2
+
+    def architecture_for(num_tokens: int, examples: Sequence[Example]) -> str:
+        monkeypatch.setattr("distill.evaluation.answers._LATENCY_TOKENS", num_tokens)
+        return str(speeds({"student": evaluation}, examples)["student"]["architecture"])
+
+    assert architecture_for(2, test) == architecture_for(100, test[:1])
+    assert architecture_for(100, test) != architecture_for(100, test[:1])
 
 
 def test_models_that_write_answers_of_other_lengths_are_timed_apart(
