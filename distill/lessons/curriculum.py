@@ -150,8 +150,11 @@ def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJ
                 problems.append(f"loss.{name}: {error}")
     if not objectives:
         problems.append("loss is empty: choose at least one, for example loss=[answer,kl]")
-    if answer == "reasoned" and not any(o.span == "rationale" for o in objectives.values()):
-        problems.append("task.answer_mode=reasoned needs a loss on rationales: loss=[answer,kl,rationale]")
+    if answer == "reasoned" and not any(o.span == "rationale" and o.source == "labels" for o in objectives.values()):
+        problems.append(
+            "task.answer_mode=reasoned needs a loss on the words of rationales, which also teaches to end them and to "
+            "answer: loss=[answer,kl,rationale]"
+        )
     if problems:
         raise ConfigError(*problems)
 

@@ -170,7 +170,10 @@ class Prompts:
         return Prompt(before + target, {"answer": (len(before), len(before) + len(target))})
 
     def rationale_prompt(self, example: Example, rationale: str, answer: str | None) -> Prompt:
-        """prompt | rationale, end token; or, with an answer, prompt | rationale, cue | answer, end token."""
+        """prompt | rationale, end token; or, with an answer, prompt | rationale, cue | answer, end token.
+
+        The cue is part of the rationale's span: whoever reasons before an answer writes it, as it writes an end token.
+        """
         target = self.rationale_ids(rationale)
         if answer is None:
             before = self._before_target(example, "rationale", len(target) + 1)
@@ -180,7 +183,7 @@ class Prompts:
         before = self._before_target(example, "rationale", len(target) + len(cue) + len(answer_ids))
         start = len(before) + len(target) + len(cue)
         spans: dict[Span, tuple[int, int]] = {
-            "rationale": (len(before), len(before) + len(target)),
+            "rationale": (len(before), start),
             "answer": (start, start + len(answer_ids)),
         }
         return Prompt(before + target + cue + answer_ids, spans)

@@ -174,7 +174,13 @@ def test_incompatible_parts_are_refused_before_any_model_loads(configured: Any, 
     first, second = raised.value.problems
     assert first.startswith("loss.kl: a loss has temperature 2")
     assert "cache=dense" in first
-    assert second.startswith("task.answer_mode=reasoned needs a loss on rationales")
+    assert second.startswith("task.answer_mode=reasoned needs a loss on the words of rationales")
+
+
+def test_reasoned_answers_need_the_words_of_rationales(configured: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="words of rationales"):
+        prepare(configured("loss=[answer,kl,rationale_kl]", "task.answer_mode=reasoned"), tmp_path)
+    assert prepare(configured("loss=[answer,rationale,rationale_kl]", "task.answer_mode=reasoned"), tmp_path)
 
 
 def test_a_run_without_a_loss_is_refused(configured: Any, tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def taught(model: Any, job: Job) -> None:
         learned = [job.prompts.answer_prompt(e, str(e.answer)) for e in examples]
     longest = max(len(prompt.ids) for prompt in learned)
     ids_BT = torch.tensor([[*p.ids, *[job.prompts.end] * (longest - len(p.ids))] for p in learned])
-    start_B = torch.tensor([min(start for start, _ in p.spans.values()) for p in learned])
-    end_B = torch.tensor([len(p.ids) for p in learned])
-    place_T = torch.arange(longest)
-    is_learned_BT = (place_T >= start_B[:, None]) & (place_T < end_B[:, None])
+    is_learned_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, prompt in enumerate(learned):
+        for start, stop in prompt.spans.values():
+            is_learned_BT[row, start:stop] = True
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(60):
         logits_BTV = model(ids_BT).logits[:, :-1]

@@ -103,7 +103,10 @@ def described(prompts: Prompts, lesson: Lesson) -> list[str]:
             text = prompts.tokenizer.decode(ids, skip_special_tokens=True).strip()
             place = target.soft
             key = f" ({place.place[0][0]}{int(place.place[0][1:], 16)})" if place else ""
-            assert place is None or (place.place[1], place.num_positions) in ((span, len(ids)), (span, len(ids) - 1))
+            if place:  # what ends a text has labels alone
+                ending = tuple(ids[place.num_positions :])
+                assert place.place[1] == span
+                assert ending in ((), (prompts.end,), prompts.separator_ids())
             words.append(f"{'*' * target.is_labelled}{text}{key}")
         lines.append(" | ".join(words))
     return lines
@@ -197,7 +200,11 @@ OUTCOMES: list[tuple[AnswerMode, Needed, bool, list[tuple[str, ...]], dict[str, 
         "reasoned",
         LABELS,
         False,
-        [("explained", "*It says so. | *7"), ("taught", "*By eights. | *8"), ("taught", "*By sevens. | *7")],
+        [
+            ("explained", "*It says so.\nAnswer: | *7"),
+            ("taught", "*By eights.\nAnswer: | *8"),
+            ("taught", "*By sevens.\nAnswer: | *7"),
+        ],
         {"no rationale": "free cut silent absent alone long", "too long": "unread"},
     ),
     (
@@ -205,10 +212,10 @@ OUTCOMES: list[tuple[AnswerMode, Needed, bool, list[tuple[str, ...]], dict[str, 
         ALL,
         False,
         [
-            ("explained", "*It says so. | *7"),
-            ("taught", "*By eights. (c0) | *8 (c0)"),
-            ("taught", "*By sevens. (c1) | *7 (c1)"),
-            ("free", "*By fives. (c10) | 5 (c10)"),
+            ("explained", "*It says so.\nAnswer: | *7"),
+            ("taught", "*By eights.\nAnswer: (c0) | *8 (c0)"),
+            ("taught", "*By sevens.\nAnswer: (c1) | *7 (c1)"),
+            ("free", "*By fives.\nAnswer: (c10) | 5 (c10)"),
         ],
         {"no rationale": "cut silent absent alone long", "too long": "unread"},
     ),
@@ -217,10 +224,10 @@ OUTCOMES: list[tuple[AnswerMode, Needed, bool, list[tuple[str, ...]], dict[str, 
         ALL,
         True,
         [
-            ("explained", "*It says so. (b0) | *7 (b0)"),
-            ("taught", "*By eights. (b2) | *8 (b2)"),
-            ("taught", "*By sevens. | *7"),
-            ("free", "*By fives. | 5"),
+            ("explained", "*It says so.\nAnswer: (b0) | *7 (b0)"),
+            ("taught", "*By eights.\nAnswer: (b2) | *8 (b2)"),
+            ("taught", "*By sevens.\nAnswer: | *7"),
+            ("free", "*By fives.\nAnswer: | 5"),
         ],
         {"no rationale": "cut silent absent alone long", "too long": "unread"},
     ),

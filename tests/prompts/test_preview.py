@@ -26,7 +26,7 @@ def test_learned_tokens_are_marked_with_the_space_before_them(kind: str) -> None
     prompts = Prompts(KEPT[kind](), LAYOUT, SHOTS, max_length=256, too_long="drop")
     prompt = prompts.rationale_prompt(QUESTION, "So, no.", "no")
     shown = preview(prompts, prompt)
-    assert shown.endswith("</s>\nQ: Is it 10?\nReason:⟦ So, no.⟧\nAnswer:⟦ no</s>⟧")
+    assert shown.endswith("</s>\nQ: Is it 10?\nReason:⟦ So, no.\nAnswer:⟧⟦ no</s>⟧")
     assert unmarked(shown) == prompts.frame.pieces.decode(prompt.ids, skip_special=False)
 
 

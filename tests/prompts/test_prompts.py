@@ -48,7 +48,8 @@ def test_a_rationale_is_followed_by_the_end_token_or_by_the_answer(prompts: Prom
     assert prompts.tokenizer.decode(alone.ids) == f"{text}</s>"
     assert prompts.tokenizer.decode(with_answer.ids) == f"{text}\nAnswer: 3</s>"
     assert alone.ids[slice(*alone.spans["rationale"])] == (*prompts.rationale_ids(QUESTION.rationale), prompts.end)
-    assert with_answer.ids[slice(*with_answer.spans["rationale"])] == prompts.rationale_ids(QUESTION.rationale)
+    reasoning = (*prompts.rationale_ids(QUESTION.rationale), *prompts.separator_ids())
+    assert with_answer.ids[slice(*with_answer.spans["rationale"])] == reasoning
     assert with_answer.ids[slice(*with_answer.spans["answer"])] == prompts.answer_ids("3")
 
 

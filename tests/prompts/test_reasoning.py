@@ -43,7 +43,7 @@ def test_reasoning_and_answer_are_learned_as_the_model_writes_them(name: str, sh
     prompts, begun = prompts_of(name, shots), REASONING[name][2]
     end = prompts.token_text(prompts.end)
     reasoned = preview(prompts, prompts.rationale_prompt(QUESTION, "5 is 4 and 1.", "yes"))
-    assert reasoned.endswith(f"{begun}<think>\n⟦5 is 4 and 1.⟧\n</think>\n\n⟦yes{end}⟧")
+    assert reasoned.endswith(f"{begun}<think>\n⟦5 is 4 and 1.\n</think>\n\n⟧⟦yes{end}⟧")
     assert preview(prompts, prompts.answer_prompt(QUESTION, "yes")).endswith(
         f"{begun}<think>\n\n</think>\n\n⟦yes{end}⟧"
     )
@@ -129,8 +129,8 @@ def test_marks_can_be_named_or_left_out() -> None:
         prompts = Prompts(of, layout, (), max_length=512, too_long="drop")
         return preview(prompts, prompts.rationale_prompt(QUESTION, "So.", "yes"))
 
-    assert asked().endswith("Why?<|im_end|>\n<|im_start|>assistant\n⟦So.⟧\nAnswer:\n⟦yes<|im_end|>⟧")
-    named = "<|im_start|>assistant\n[R]\n⟦So.⟧\n[/R]\n\n⟦yes<|im_end|>⟧"
+    assert asked().endswith("Why?<|im_end|>\n<|im_start|>assistant\n⟦So.\nAnswer:\n⟧⟦yes<|im_end|>⟧")
+    named = "<|im_start|>assistant\n[R]\n⟦So.\n[/R]\n\n⟧⟦yes<|im_end|>⟧"
     assert asked("[R]", "[/R]").endswith(f"odd?<|im_end|>\n{named}")
     with pytest.raises(ConfigError, match=r"reasoning_marks=\['<think>'\]: expected two texts"):
         asked("<think>")
