@@ -17,6 +17,7 @@ from distill.lessons.loader import Arrangement, DistillData, StepSampler, microb
 from distill.models.batches import BatchLimit
 from distill.prompts.rendering import Prompts
 from tests.conftest import lessons, read
+from tests.lessons.test_orders import lesson_of
 
 
 def sampler(all_lessons: list[Lesson], **settings: Any) -> StepSampler:
@@ -225,6 +226,14 @@ def test_a_step_of_tokens_is_as_full_as_similar_lengths_allow(batch_size: int, p
     resumed = sampler(all_lessons, batch_size=batch_size, batch_unit="tokens", num_steps=60, start_step=17)
     assert [list(microbatch.indices) for microbatch in microbatches] == steps
     assert list(resumed) == microbatches[17:]
+
+
+def test_the_step_between_two_epochs_holds_no_more_tokens_either() -> None:
+    lengths = [20, 5, 10, 5, 10, 10]  # in some epochs a step of short ones is left over
+    for seed in range(20):
+        steps = sampler([lesson_of(n) for n in lengths], batch_size=60, batch_unit="tokens", seed=seed).steps()
+        taken = [len(step) * max(lengths[index] for index in step) for step in itertools.islice(steps, 60)]
+        assert max(taken) <= 60
 
 
 def test_every_microbatch_of_a_step_of_tokens_has_an_example(prompts: Prompts) -> None:

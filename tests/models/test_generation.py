@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.errors import ConfigError
 from distill.models.body import Way
 from distill.models.generation import Generation, draw
-from distill.models.reading import PrefixedReader
+from distill.models.reading import PrefixedReader, _Ending
 from tests.models.test_reading import VOCABULARY, make_model, plain, random_ids
 
 SETTINGS = Generation(
@@ -145,6 +145,14 @@ def masked_greedy(model: Any, question: list[int], ends: list[int], minimum: int
             logprobs_V[ends] = -torch.inf
         ids.append(int(logprobs_V.argmax()))
     return ids
+
+
+def test_the_first_token_of_a_vocabulary_can_be_an_end() -> None:
+    reader = PrefixedReader(make_model("grouped"), PREFIX, VOCABULARY)
+    ending = _Ending(max_new_tokens=4, stops=[0, -1, VOCABULARY], min_new_tokens=1, is_complete=None)
+    logits_BV = reader.read(QUESTIONS).first_BV
+    assert ending.allowed(logits_BV, 0)[:, 0].eq(-torch.inf).all()
+    assert ending.allowed(logits_BV, 0)[:, 1:].equal(logits_BV[:, 1:])
 
 
 @pytest.mark.parametrize("minimum", [0, 1, 4, 8])

@@ -86,6 +86,14 @@ def test_files_are_named_by_patterns_too(recorded: Configured, tmp_path: Path) -
         open_annotation_job(recorded(f"teacher.kind.files=[{tmp_path / 'other*.jsonl'}]"))
 
 
+def test_a_text_in_too_many_lists_is_refused_with_its_place(recorded: Configured, tmp_path: Path) -> None:
+    job = open_annotation_job(recorded())
+    with (tmp_path / "recorded.jsonl").open("a") as file:
+        file.write(f'{{"question": "Once more?", "reply": "1", "why": {900 * "["}{900 * "]"}}}\n')
+    with pytest.raises(ConfigError, match=r"recorded\.jsonl.*line"):
+        fill(job, {"rationale": job.splits.train})
+
+
 def test_changed_files_change_the_cache_digest(recorded: Configured, tmp_path: Path) -> None:
     before = open_annotation_job(recorded()).store.digest
     with (tmp_path / "recorded.jsonl").open("a") as file:
