@@ -10,10 +10,12 @@ from distill.app.config import Config
 
 def main(config: Config) -> None:
     """Export the student; print the folder and how to use it."""
-    from distill.exports.folder import export  # slow: only once the overrides are checked
+    from distill.app.config import local_root
+    from distill.exports.folder import Files, export  # slow: only once the overrides are checked
 
-    to = Path(config.to).resolve()
-    usage = export(Path(config.run).resolve(), to)
+    to, tools = Path(config.to).resolve(), local_root(config.root) / "tools"
+    files = Files(config.format, config.gguf, config.num_compared, config.max_loss, tools)
+    usage = export(Path(config.run).resolve(), to, files)
     print(f"{to}\nopens with AutoModelForCausalLM.from_pretrained({str(to)!r})\n{usage}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from distill.app.console import visible
+from distill.app.files import Json
 from distill.exports.recipe import PLACE, Recipe
 from distill.reports.runs import Run, mapping, number
 from distill.reports.text import to_markdown
@@ -22,13 +23,35 @@ _NOT_STATED = "not stated"
 _MAX_LABELS = 20
 
 
-def card(run: Run, recipe: Recipe | None, num_literal: int, usage: str) -> str:
-    """Write the card; without a recipe, it has no prompt."""
+def card(run: Run, recipe: Recipe | None, num_literal: int, usage: str, files: Sequence[Json] = ()) -> str:
+    """Write the card; without a recipe, it has no prompt. `files` are the rows of export.json."""
     facts = "\n".join(f"- {name}: {visible(text)}" for name, text in _facts(run, recipe))
     parts = [_front_matter(run), f"# {visible(run.name)}", facts]
     if recipe:
         parts += [_prompt(recipe, [not row.get("history") for row in run.predictions], num_literal)]
+    if files:
+        parts.append("\n".join(["## Files", "", *(f"- `{row['file']}`: {files_line(row)}" for row in files)]))
     return "\n\n".join([*parts, to_markdown(summarise([run])).strip()]) + f"\n{usage}"
+
+
+def files_line(row: Json) -> str:
+    """What a file is and what it lost, in a line."""
+    parts = [f"{row['size_bytes'] / 1e6:.1f} MB"]
+    if row.get("accuracy") is not None:
+        low, high = (f"{100 * end:+.1f}" for end in row["difference"])
+        parts.append(
+            f"accuracy as written {100 * row['accuracy']:.1f} %, the student's {100 * row['student_accuracy']:.1f} % "
+            f"({100 * (row['accuracy'] - row['student_accuracy']):+.1f} points [{low}, {high}])"
+        )
+    if row.get("agreement") is not None:
+        parts.append(f"{100 * row['agreement']:.1f} % of {row['num_examples']} answers are the student's")
+    if row.get("kl") is not None:
+        parts.append(f"KL(student || file) {row['kl']:.2g} nats per token")
+    if row.get("ms_per_example") is not None:
+        parts.append(f"{row['ms_per_example']:.1f} ms per answer on one thread")
+    if row.get("num_chats"):
+        parts.append(f"{row['num_chats_alike']} of {row['num_chats']} answers to chat messages are the same")
+    return "; ".join(parts)
 
 
 def is_taught(run: Run) -> bool:

