@@ -54,8 +54,8 @@ class Files:
         """Raise ConfigError for formats that are not known, or cannot be written here."""
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise ConfigError(f"format={unknown}: expected {' or '.join(FORMATS)}")
-        if unknown := [kind for kind in self.gguf if kind not in llama_cpp.TYPES]:
-            raise ConfigError(f"gguf={unknown}: expected some of {', '.join(llama_cpp.TYPES)}")
+        if unknown := [kind for kind in self.gguf if kind not in llama_cpp.KINDS]:
+            raise ConfigError(f"gguf={unknown}: expected some of {', '.join(llama_cpp.KINDS)}")
         if "gguf" in self.formats:
             llama_cpp.require_llama_cpp()
 
@@ -97,7 +97,7 @@ def _write_files(run: Run, to: Path, files: Files) -> tuple[list[Json], list[str
     student = loading.load(to, torch.float32).eval()
     with _without_padding(student, to, questions.prompts.vocabulary_size) as folder:
         for kind in dict.fromkeys(files.gguf):
-            llama_cpp.convert(folder, to / f"student.{kind}.gguf", kind, files.tools)
+            llama_cpp.write(folder, to / f"student.{kind}.gguf", kind, files.tools)
     for kind in dict.fromkeys(files.gguf):
         row = _measured(to / f"student.{kind}.gguf", kind, questions, student)
         if (row.get("student_accuracy") or 0) - (row.get("accuracy") or 0) > files.max_loss:
