@@ -56,18 +56,20 @@ class Files:
             raise ConfigError(f"format={unknown}: expected {' or '.join(FORMATS)}")
         if unknown := [kind for kind in self.gguf if kind not in llama_cpp.KINDS]:
             raise ConfigError(f"gguf={unknown}: expected some of {', '.join(llama_cpp.KINDS)}")
+        if self.num_compared < 1:
+            raise ConfigError(f"num_compared={self.num_compared}: expected at least 1, or files would not be measured")
         if "gguf" in self.formats:
             llama_cpp.require_llama_cpp()
 
 
-ONLY_WEIGHTS = Files(("safetensors",), (), 0, 0.0, Path())
+ONLY_WEIGHTS = Files(("safetensors",), (), 1, 0.0, Path())
 
 
 def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
     """Copy the student of a run to the new folder `to`, with a model card, an example and its test questions.
 
     Returns how to use them, or why they are missing; the student is exported in either case. Raises ConfigError, once
-    all else is written, with the files that lost too much and were removed.
+    all else is written, with the files that could not be made, or lost too much and were removed.
     """
     files.check()
     student = run_dir / "student"
@@ -78,22 +80,25 @@ def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
     if to.exists():
         raise ConfigError(f"{to} already exists; give a new folder: to=…")
     run = read_run(run_dir)
+    questions = _test_questions(run).first(files.num_compared) if "gguf" in files.formats else None
     shutil.copytree(student, to)
     _write_tokenizer(run, to)
     recipe, count, message = _write_recipe(run, to)
     usage, harness_message = _write_task(run, to)
-    rows, refused = _write_files(run, to, files)
+    rows, problems = list[Json](), list[str]()
+    try:
+        rows, problems = _write_gguf(run, to, files, questions) if questions else ([], [])
+    except ConfigError as error:  # the folder is complete without these files
+        problems = [*error.problems]
     (to / "README.md").write_text(card(run, recipe, count, usage, rows), encoding="utf-8")
-    if refused:
-        raise ConfigError(*refused)
+    if problems:
+        raise ConfigError(*problems)
     return "\n".join([message, harness_message, *(f"{row['file']}: {files_line(row)}" for row in rows)])
 
 
-def _write_files(run: Run, to: Path, files: Files) -> tuple[list[Json], list[str]]:
+def _write_gguf(run: Run, to: Path, files: Files, questions: Questions) -> tuple[list[Json], list[str]]:
     """Write and measure the GGUF files; return the row of each in export.json, and what was refused."""
-    if "gguf" not in files.formats:
-        return [], []
-    questions, rows, refused = _test_questions(run).first(files.num_compared), list[Json](), list[str]()
+    rows, refused = list[Json](), list[str]()
     student = loading.load(to, torch.float32).eval()
     with _without_padding(student, to, questions.prompts.vocabulary_size) as folder:
         for kind in dict.fromkeys(files.gguf):

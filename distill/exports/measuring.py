@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from distill.losses.forward_kl import ForwardKL
 from distill.models.reading import PrefixedReader
 from distill.prompts.rendering import Prompts
 from distill.records import Example
-from distill.reports.statistics import Interval, paired_interval
+from distill.reports.statistics import paired_interval
 from distill.tasks import Task, choices_of, is_right, readable_answer
 
 _NUM_CHATS = 20  # questions that are also asked as chat messages
@@ -88,62 +88,62 @@ class Questions:
         return readable_answer(self.task, answer, example)
 
 
+class _Trial(NamedTuple):
+    """A question, the tokens of its prompt, and the answers that the student and the file wrote."""
+
+    example: Example
+    ids: tuple[int, ...]
+    student_answer: str | None
+    answer: str | None
+    completion: Completion
+
+
 def measure(engine: Engine, questions: Questions, student: Any) -> Json:
     """Return the file's accuracy beside the student's, agreement, KL(student || file), and milliseconds per answer.
 
     The answers are written greedily by both. KL is per written token, over the file's most probable tokens and one
     bucket for all others. Questions that are too long are left out.
     """
-    asked = [(e, theirs, ids) for e, theirs in _pairs(questions) if (ids := questions.ids(e))]
-    completions = [engine.complete(ids, questions.limit(example)) for example, _, ids in asked]
-    answers = [questions.read(done.text, example) for done, (example, _, _) in zip(completions, asked, strict=True)]
-    row: Json = {"num_examples": len(asked)}
+    trials = list(_trials(engine, questions))
+    row: Json = {"num_examples": len(trials)}
+    if not trials:
+        return row
     if not questions.task.is_free_text:
-        row |= _accuracies(
-            [is_right(questions.task, answer, e) is True for answer, (e, _, _) in zip(answers, asked, strict=True)],
-            [is_right(questions.task, theirs, e) is True for e, theirs, _ in asked],
-        )
-    same = [answer == theirs for answer, (_, theirs, _) in zip(answers, asked, strict=True)]
-    return row | {
-        "agreement": statistics.fmean(same) if same else None,
-        "kl": _mean_kl(questions.prompts, student, [ids for *_, ids in asked], completions),
-        "ms_per_example": statistics.median(done.milliseconds for done in completions) if completions else None,
-        **_chats(engine, questions, [(e, done.text) for done, (e, _, _) in zip(completions, asked, strict=True)]),
-    }
+        row |= _accuracies(questions.task, trials)
+    row["agreement"] = statistics.fmean(trial.answer == trial.student_answer for trial in trials)
+    row["kl"] = _mean_kl(questions.prompts, student, trials)
+    row["ms_per_example"] = statistics.median(trial.completion.milliseconds for trial in trials)
+    return row | _chats(engine, questions, trials[:_NUM_CHATS])
 
 
-def _pairs(questions: Questions) -> list[tuple[Example, str | None]]:
-    return list(zip(questions.examples, questions.written, strict=True))
+def _trials(engine: Engine, questions: Questions) -> Iterator[_Trial]:
+    for example, student_answer in zip(questions.examples, questions.written, strict=True):
+        if ids := questions.ids(example):
+            completion = engine.complete(ids, questions.limit(example))
+            yield _Trial(example, ids, student_answer, questions.read(completion.text, example), completion)
 
 
-def _accuracies(ours: Sequence[bool], theirs: Sequence[bool]) -> Json:
-    if not ours:
-        return {"accuracy": None, "student_accuracy": None, "difference": None}
-    left, right = (np.array([side], np.float64) for side in (ours, theirs))
-    interval: Interval = paired_interval(left, right)
+def _accuracies(task: Task, trials: Sequence[_Trial]) -> Json:
+    ours = [is_right(task, trial.answer, trial.example) is True for trial in trials]
+    theirs = [is_right(task, trial.student_answer, trial.example) is True for trial in trials]
+    interval = paired_interval(*(np.array([side], np.float64) for side in (ours, theirs)))
     return {
-        "accuracy": float(left.mean()),
-        "student_accuracy": float(right.mean()),
+        "accuracy": statistics.fmean(ours),
+        "student_accuracy": statistics.fmean(theirs),
         "difference": [interval.low, interval.high],
     }
 
 
-def _mean_kl(
-    prompts: Prompts, student: Any, asked: Sequence[tuple[int, ...]], completions: Sequence[Completion]
-) -> float | None:
-    """Return the mean over written tokens of KL(student || file)."""
-    written = [(ids, done) for ids, done in zip(asked, completions, strict=True) if done.ids]
-    if not written:
-        return None
-    reader = PrefixedReader(student.eval(), (), prompts.vocabulary_size)
-    total = num_tokens = 0.0
+def _mean_kl(prompts: Prompts, student: Any, trials: Sequence[_Trial]) -> float | None:
+    """Return the mean over written tokens of KL(student || file); None if nothing was written."""
+    reader, values = PrefixedReader(student.eval(), (), prompts.vocabulary_size), list[float]()
     with torch.inference_mode():
-        for ids, done in written:
-            hidden_TH = reader.hidden_before_targets([ids], [done.ids])
-            logprobs_TV = torch.cat([*reader.logprobs_in_chunks(hidden_TH)])
-            total += sum(_kl(logprob_V, kept) for logprob_V, kept in zip(logprobs_TV, done.logprobs, strict=True))
-            num_tokens += len(done.ids)
-    return total / num_tokens
+        for _, ids, _, _, completion in trials:
+            if completion.ids:
+                hidden_TH = reader.hidden_before_targets([ids], [completion.ids])
+                logprobs_TV = torch.cat([*reader.logprobs_in_chunks(hidden_TH)])
+                values += map(_kl, logprobs_TV, completion.logprobs)
+    return statistics.fmean(values) if values else None
 
 
 def _kl(logprob_V: Tensor, kept: Mapping[int, float]) -> float:
@@ -153,12 +153,11 @@ def _kl(logprob_V: Tensor, kept: Mapping[int, float]) -> float:
     return float(value.sum())
 
 
-def _chats(engine: Engine, questions: Questions, answered: Sequence[tuple[Example, str]]) -> Json:
-    """Ask some questions as chat messages, as others will, and count the answers that are the same."""
-    chosen = answered[:_NUM_CHATS]
-    texts = [engine.answer(_messages(example), questions.limit(example)) for example, _ in chosen]
-    alike = sum(text.strip() == expected.strip() for text, (_, expected) in zip(texts, chosen, strict=True))
-    return {"num_chats": len(chosen), "num_chats_alike": alike}
+def _chats(engine: Engine, questions: Questions, trials: Sequence[_Trial]) -> Json:
+    """Ask questions as chat messages, as others will, and count the answers that are the same."""
+    texts = [engine.answer(_messages(trial.example), questions.limit(trial.example)) for trial in trials]
+    alike = sum(text.strip() == trial.completion.text.strip() for text, trial in zip(texts, trials, strict=True))
+    return {"num_chats": len(trials), "num_chats_alike": alike}
 
 
 def _messages(example: Example) -> list[dict[str, str]]:
