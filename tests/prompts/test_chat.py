@@ -14,6 +14,7 @@ from distill.prompts.chat import Layout
 from distill.prompts.rendering import Prompts, build_prompts
 from distill.prompts.serving import served_tokenizer
 from distill.records import Example, Span
+from tests.cases import LAYOUT as CUES
 from tests.conftest import compose
 from tests.prompts.kinds import KEPT
 from tests.prompts.templates import ENDS, TEMPLATES, chat_tokenizer
@@ -86,6 +87,23 @@ def test_a_space_that_a_tokenizer_puts_before_a_text_stands_nowhere_inside_a_pro
 def test_a_tokenizer_that_joins_the_parts_of_a_template_otherwise_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"encodes '<s><\|start_header_id\|>user.* otherwise than its parts"):
         prompts_of("Llama 3", kind="byte tokens, prepending")  # which puts a space after each special token
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "cues"])
+def test_everything_after_the_question_is_learned(name: str) -> None:
+    example = Example("Is 5 odd?")
+    if name == "cues":
+        prompts = Prompts(KEPT["byte-level"](), CUES, (), max_length=512, too_long="drop")
+    else:
+        prompts = prompts_of(name)
+    for prompt, span in (
+        (prompts.answer_prompt(example, "yes"), "answer"),
+        (prompts.rationale_prompt(example, "5 is 4 and 1.", None), "rationale"),
+        (prompts.rationale_prompt(example, "5 is 4 and 1.", "yes"), "rationale"),
+    ):
+        before = len(prompts.prefix(span) + prompts.question(example, span))
+        starts, stops = zip(*sorted(prompt.spans.values()), strict=True)
+        assert (*starts, len(prompt.ids)) == (before, *stops)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
