@@ -88,9 +88,9 @@ def read_prices(config: Json, overrides: Json) -> Prices:
 
 
 def cost(arm: Arm, overrides: Json) -> Cost:
-    """Return the mean costs of a trained arm over its seeds; the baseline needs no annotation."""
+    """Return the mean costs of a trained arm over its seeds; a student on labels alone needs no annotation."""
     price = read_prices(arm.runs[-1].config, overrides)
-    annotation = 0.0 if arm.kind == "baseline" else _mean(arm.runs, "cache", "annotation_seconds")
+    annotation = 0.0 if arm.losses == ("answer",) else _mean(arm.runs, "cache", "annotation_seconds")
     training, evaluation = (_mean(arm.runs, "seconds", key) for key in ("train", "evaluate"))
     seconds = [annotation, training, evaluation]
     total = None if None in seconds else price.of(math.fsum(part for part in seconds if part is not None))

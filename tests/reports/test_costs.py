@@ -50,6 +50,13 @@ def test_given_prices_override_those_of_the_run(make_run: Make) -> None:
     assert (cost["unit"], cost["total"]) == ("EUR", pytest.approx(174.5 * 0.002))
 
 
+def test_a_baseline_on_the_teachers_answers_pays_for_them(make_run: Make) -> None:
+    counts = {"train": 2100, "labelled": 0, "test": 500}
+    summary = summary_of(make_run(("teacher_answer",), counts=counts), make_run(("kl",), counts=counts))
+    assert [arm.kind for arm in summary.trained] == ["baseline", "distilled"]
+    assert [row["annotation_seconds"] for row in tables(summary)["cost"]] == [123.4, 123.4]
+
+
 def test_seeds_with_other_prices_are_all_charged_those_of_the_last(make_run: Make) -> None:
     runs = [make_run(seed=seed, config={"cost": {"price_per_hour": price}}) for seed, price in enumerate((100, 7.2))]
     (cost,) = tables(summary_of(*runs))["cost"]
