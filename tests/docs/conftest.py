@@ -120,6 +120,8 @@ def made_small(command: Command) -> list[str]:
     """What is added to a command to have it done in seconds."""
     config = composed(command)
     given = {word.partition("=")[0].lstrip("+") for word in command.overrides}
+    if "task.examples.folds" in given:
+        given.add("task.examples.num_test")  # test is a fold
     added = [f"{key}={value}" for key, value in SMALL.items() if key not in given and _has(config, key)]
     if "tracking" in config and "tracking" not in given:
         added.append("tracking=off")

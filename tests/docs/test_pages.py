@@ -46,12 +46,13 @@ NOT_RUN = {
     "kubectl": "needs a cluster; tests/system/test_manifests.py checks the manifests",
     "sky": "needs a cloud; tests/system/test_manifests.py checks the task",
     "python -m distill.annotate root=s3://": "needs a bucket; tests/cache/test_remote.py has a server",
-    "python -m distill.export run=distill-data/runs/first to=my-student 'format=": "needs an index for the converter, "
+    "python -m distill.export run=distill-data/runs/first to=my-llama 'format=": "needs an index for the converter, "
     "and a tokenizer that it knows; tests/exports/test_gguf.py has both",
     "python -m distill.train -m seed=0,1,2,3 hydra/launcher=slurm": "needs Slurm; tests/system/test_slurm.py has one",
 }
 # Sweeps, shortened: a word of the command, and what is put in its place.
 SHORTER = {"seed=0,1,2,3,4": "seed=0", "seed=0,1,2,3": "seed=0,1", "seed=0,1,2": "seed=0", "seed=0,1": "seed=0"}
+SHORTER |= {"task.examples.fold=0,1,2,3,4": "task.examples.fold=0,3"}
 MORE = {
     "experiment=search": ["hydra.sweeper.n_trials=2"],
     "experiment=compare": ["seed=0"],
