@@ -58,7 +58,7 @@ def test_a_moved_class_name_is_no_difference_to_a_saved_configuration(tmp_path: 
 
 def test_a_part_saved_before_it_gained_an_argument_has_its_default() -> None:
     part = "distill.tasks.files.FileTask"
-    added = {"conflicts": None, "split_names": None}
+    added = {"conflicts": None, "split_names": None, "folds": None, "fold": 0}
     assert current({"_target_": part, "path": "a"}) == {"_target_": part, "path": "a", **added}
     assert current({"_target_": part, "conflicts": "drop"})["conflicts"] == "drop"
 
@@ -94,6 +94,6 @@ def test_a_teacher_saved_before_its_texts_had_settings_is_the_same_teacher(tmp_p
 def test_arguments_that_are_now_those_of_a_part_stand_in_it() -> None:
     part = {"_target_": "distill.tasks.files.FileTask", "question": "q", "answer": "a", "rationale": None, "path": "p"}
     rows = {"_target_": "distill.tasks.files.Columns", "question": "q", "answer": "a", "rationale": None}
-    added = {"conflicts": None, "split_names": None}
+    added = {"conflicts": None, "split_names": None, "folds": None, "fold": 0}
     assert current(part) == {"_target_": part["_target_"], "rows": {**rows, "options": None}, "path": "p", **added}
     assert current(current(part)) == current(part)
