@@ -11,7 +11,8 @@ from distill.reports.arms import Arm
 from distill.reports.runs import Run, number
 
 METRICS = ("val/cross_entropy", "val/answer")  # the second is the same, for earlier runs with a loss on labels
-COMPARABLE = ("task", "test", "start", "batch_size")  # settings without which a step or a loss is another thing
+# Settings without which a step or a loss is another thing; an answer behind a rationale is easier to predict.
+COMPARABLE = ("task", "task.answer_mode", "test", "start", "batch_size")
 MAX_PAIRS = 28
 
 Curve = Sequence[tuple[float, float]]  # steps and loss of each validation

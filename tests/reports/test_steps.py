@@ -51,6 +51,18 @@ def test_a_loss_is_reached_on_the_line_between_two_validations(loss: float, expe
     assert first_reach([(0.0, 4.0), (20.0, 2.0), (30.0, 2.5), (40.0, 1.0)], loss) == expected
 
 
+def test_answers_after_reasoning_and_at_once_have_losses_of_their_own(make_run: Make) -> None:
+    def compared(*modes: str) -> int:
+        pairs = zip((LABELS, BOTH), modes, strict=True)
+        runs = [make_run(losses, config={"task": {"answer_mode": mode}}) for losses, mode in pairs]
+        for run in runs:
+            with_curve(run, straight(0.01))
+        return len(steps_to_equal(summary_of(*runs).arms))
+
+    assert compared("direct", "direct") == 1
+    assert compared("direct", "reasoned") == 0
+
+
 def test_nothing_is_reached_on_a_curve_without_points() -> None:
     assert first_reach([], 1.0) is None
 
