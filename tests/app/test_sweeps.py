@@ -36,6 +36,7 @@ from tests.app.conftest import MADE_RANKS, WHOLE, inspected
 from tests.conftest import compose, conf_names, environment, reviews, run, start, tiny_overrides
 
 
+@pytest.mark.slow
 def test_a_failed_job_stops_no_other_and_is_listed_at_the_end(swept: Callable[..., Any], tmp_path: Path) -> None:
     wrong = {1: ConfigError("wrong"), 2: OSError(28, "No space left", "shard"), 3: ZeroDivisionError("a bug")}
     ran = []
@@ -63,6 +64,7 @@ def test_a_failed_job_stops_no_other_and_is_listed_at_the_end(swept: Callable[..
     assert sorted(path.parent.name for path in sweep.glob("*/failed.json")) == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_failures_of_an_earlier_attempt_are_not_listed(swept: Callable[..., Any], tmp_path: Path) -> None:
     def fails(config: DictConfig) -> float:
         raise ConfigError("wrong")

@@ -69,6 +69,7 @@ def hostile_task(folder: Path) -> list[str]:
     return ["task=jsonl", f"task.path={folder / 'rows.jsonl'}", *teacher]
 
 
+@pytest.mark.slow
 def test_annotating_and_showing_hostile_texts_prints_plain_lines(
     tmp_path: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_second_teacher_scores_the_texts_of_the_first(
             assert int(gap_N.argmin()) == row
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # as in the command
 def test_two_teachers_in_one_run(recorded: Configured, tmp_path: Path, teacher_folder: Path) -> None:
     config = recorded(
