@@ -85,11 +85,7 @@ def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
     _write_tokenizer(run, to)
     recipe, count, message = _write_recipe(run, to)
     usage, harness_message = _write_task(run, to)
-    rows, problems = list[Json](), list[str]()
-    try:
-        rows, problems = _write_gguf(run, to, files, questions) if questions else ([], [])
-    except ConfigError as error:  # the folder is complete without these files
-        problems = [*error.problems]
+    rows, problems = _write_gguf(run, to, files, questions) if questions else ([], [])
     (to / "README.md").write_text(card(run, recipe, count, usage, rows), encoding="utf-8")
     if problems:
         raise ConfigError(*problems)
@@ -97,31 +93,32 @@ def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
 
 
 def _write_gguf(run: Run, to: Path, files: Files, questions: Questions) -> tuple[list[Json], list[str]]:
-    """Write and measure the GGUF files; return the row of each in export.json, and what was refused."""
-    rows, refused = list[Json](), list[str]()
+    """Write and measure the GGUF files; return the rows of export.json, and why others were removed or not made."""
+    rows, problems = list[Json](), list[str]()
     student = loading.load(to, torch.float32).eval()
     with _without_padding(student, to, questions.prompts.vocabulary_size) as folder:
         for kind in dict.fromkeys(files.gguf):
-            llama_cpp.write(folder, to / f"student.{kind}.gguf", kind, files.tools)
-    for kind in dict.fromkeys(files.gguf):
-        row = _measured(to / f"student.{kind}.gguf", kind, questions, student)
-        if (row.get("student_accuracy") or 0) - (row.get("accuracy") or 0) > files.max_loss:
-            (to / row["file"]).unlink()
-            loss = f"loses more than max_loss={files.max_loss} and was removed"
-            refused.append(f"{row['file']} {loss}: {files_line(row)}")
-        else:
-            rows.append(row)
+            file = to / f"student.{kind}.gguf"
+            try:
+                llama_cpp.write(folder, file, kind, files.tools)
+                rows.append(_measured(file, kind, questions, student, files.max_loss))
+            except ConfigError as error:  # no file stays that was not measured
+                file.unlink(missing_ok=True)
+                problems += error.problems
     write_json(to / "export.json", {"version": __version__, "run": run.name, "files": rows})
-    return rows, refused
+    return rows, problems
 
 
-def _measured(file: Path, kind: str, questions: Questions, student: Any) -> Json:
-    """Return the file's row in export.json."""
+def _measured(file: Path, kind: str, questions: Questions, student: Any, max_loss: float) -> Json:
+    """Return the file's row in export.json; ConfigError if it lost too much."""
     say(f"answering {len(questions.examples)} test questions with {file.name} ...")
     row: Json = {"file": file.name, "format": "gguf", "weights": kind, "size_bytes": file.stat().st_size}
     row |= {"sha256": sha256(file), "converter": llama_cpp.CONVERTER}
     with llama_cpp.opened(file, questions.context) as engine:
-        return row | {"engine": engine.version} | measure(engine, questions, student)
+        row |= {"engine": engine.version} | measure(engine, questions, student)
+    if (row.get("student_accuracy") or 0) - (row.get("accuracy") or 0) > max_loss:
+        raise ConfigError(f"{file.name} loses more than max_loss={max_loss} and was removed: {files_line(row)}")
+    return row
 
 
 @contextmanager

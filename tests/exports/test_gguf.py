@@ -138,6 +138,20 @@ def test_a_file_that_loses_too_much_is_removed_and_the_rest_is_kept(
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
+@pytest.mark.slow
+def test_no_file_stays_that_was_not_measured(
+    make_run: MakeRun, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path, context: int) -> None:  # an engine refuses no good file on demand
+        raise ConfigError(f"llama.cpp cannot open {file.name}")
+
+    monkeypatch.setattr("distill.exports.llama_cpp.opened", refuse)
+    with pytest.raises(ConfigError, match=r"cannot open student\.f32\.gguf"):
+        export(make_run(prepare_model=with_llamas_tokenizer), tmp_path / "out", files(tools, gguf=("f32",)))
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert not list((tmp_path / "out").glob("*.gguf"))
+
+
 def forget(folder: Path) -> None:
     """Exchange the student's weights for others, as a bad conversion would."""
     model = loading.load(folder, torch.float32, from_scratch=True)
