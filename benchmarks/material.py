@@ -29,7 +29,7 @@ from distill.models.reading import PrefixedReader
 from distill.prompts.cues import Layout
 from distill.prompts.rendering import Prompts
 from distill.records import Example, Request, Span, Splits
-from distill.students.causal_lm import open_student
+from distill.students.causal_lm import TokenSeam, open_student
 from distill.teachers import Calibration, Teacher
 from distill.teachers.causal_lm import CausalLMTeacher
 from distill.training.module import StudentModule
@@ -138,7 +138,7 @@ def student(
     module = StudentModule(
         model,
         objectives={name: configuration.build(node) for name, node in config.loss.items()},
-        vocabulary_size=vocabulary_size,
+        seam=TokenSeam(vocabulary_size),
         retemper=cache_codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),

@@ -55,7 +55,7 @@ from distill.models import loading, naming, placement
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Batch, Prompt, SoftTargets, SoftTargetsKey, Span, Target, content_id
 from distill.reports.statistics import calibration_error
-from distill.students.causal_lm import open_student
+from distill.students.causal_lm import TokenSeam, open_student
 from distill.training.module import StudentModule
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -297,7 +297,7 @@ def _module(model: Any, objectives: Sequence[Objective], settings: Settings, see
     return StudentModule(
         model,
         objectives={objective.source: objective for objective in objectives},
-        vocabulary_size=model.config.vocab_size,
+        seam=TokenSeam(model.config.vocab_size),
         retemper=lambda logprobs_MK, _: logprobs_MK,
         make_optimizer=lambda parameters: torch.optim.AdamW(parameters, **optimizer_settings),
         make_schedule=partial(

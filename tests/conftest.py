@@ -50,6 +50,7 @@ from distill.losses import Objective  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
+from distill.students.causal_lm import TokenSeam  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
 from tests.cases import KINDS, Case, make_case  # noqa: E402
@@ -384,7 +385,7 @@ def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -
     return StudentModule(
         model,
         objectives=objectives(*names),
-        vocabulary_size=prompts.vocabulary_size,
+        seam=TokenSeam(prompts.vocabulary_size),
         retemper=Dense().at_temperature,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -69,7 +69,7 @@ class Evaluation:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         dropped = [index for index in range(len(examples)) if index not in questions]
-        results = {i: _prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
+        results = {i: prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
         order = list(questions)
         lengths = [len(questions[index]) + self._room(examples[index]) for index in order]
@@ -193,7 +193,7 @@ class Evaluation:
             measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
             return [
                 replace(
-                    _prediction(self._task, e, answers[k], answers[k], teacher[k]),
+                    prediction(self._task, e, answers[k], answers[k], teacher[k]),
                     text=measures[k],
                     rationale=rationales[k],
                 )
@@ -203,7 +203,7 @@ class Evaluation:
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
-                _prediction(self._task, example, best[k], answers[k], annotation),
+                prediction(self._task, example, best[k], answers[k], annotation),
                 confidence=confidence[k],
                 kl=kls[k],
                 rationale=rationales[k],
@@ -282,7 +282,7 @@ class Evaluation:
             hidden_NH = torch.cat([hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, read, strict=True)])
             later = reading.reader.logprobs(hidden_NH).split([len(ids) for ids in read])
         return [
-            _divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
+            divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
             for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
         ]
 
@@ -295,7 +295,7 @@ def _is_same(task: Task, answer: str | None, reference: str | None) -> bool:
     return answer is not None and reference is not None and task.is_same(answer, reference)
 
 
-def _prediction(
+def prediction(
     task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
 ) -> Prediction:
     """Compare an answer with the gold answer and, if annotated, with the teacher's; free texts are not compared."""
@@ -331,13 +331,40 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     }
 
 
-def _divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
+def divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
     """Return the mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     soft = compared(target)
     return None if soft is None else bucket_kl(logprobs_NV, soft) / len(soft)
 
 
-def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
+@runtime_checkable
+class Answering(Protocol):
+    """What answers single questions, as it is timed."""
+
+    @property
+    def model(self) -> Any:
+        """The model that answers."""
+        ...
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory that the model's weights take."""
+        ...
+
+    def fits(self, example: Example) -> bool:
+        """Whether the question is not too long."""
+        ...
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Return the numbers of tokens that decide how long it takes to read the questions."""
+        ...
+
+    def answering(self) -> Callable[[Example], int]:
+        """Return a function that answers a question and counts the tokens that it writes."""
+        ...
+
+
+def speeds(evaluations: Mapping[str, Answering], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """Measure time and peak memory of answering a single question, taking the models in turn.
 
     `architecture` is a key of the model's architecture and of its work; models that share it are equally fast.
@@ -348,7 +375,7 @@ def speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -
         return _speeds(evaluations, examples)
 
 
-def _speeds(evaluations: Mapping[str, Evaluation], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
+def _speeds(evaluations: Mapping[str, Answering], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
     examples = [example for example in examples if all(evaluation.fits(example) for evaluation in evaluations.values())]
     if not examples:
         return {name: {"ms_per_example": None, "peak_bytes": None} for name in evaluations}
@@ -380,7 +407,7 @@ def _answered(
     return list(examples), written
 
 
-def _peak_bytes(evaluation: Evaluation, answer: Callable[[], object]) -> int | None:
+def _peak_bytes(evaluation: Answering, answer: Callable[[], object]) -> int | None:
     extra = extra_bytes(answer)
     return None if extra is None else extra + evaluation.weights_bytes
 
@@ -412,7 +439,7 @@ def teacher_row(
     """Return the teacher's row, from its cached answers and its cost; `folder` is None if it is not local."""
     predictions = [
         replace(
-            _prediction(task, example, annotation.answer, None),
+            prediction(task, example, annotation.answer, None),
             is_written_correct=None,
             confidence=annotation.confidence,
             text=_teacher_measures(prompts, example, annotation) if task.is_free_text else None,

@@ -22,14 +22,18 @@ from distill.annotation.row_counts import rationale_counts, say_answers, table
 from distill.app import config as configuration
 from distill.app.config import Config
 from distill.app.console import say
+from distill.cache import Codec
 from distill.cache.codecs.dense import Dense
 from distill.errors import ConfigError
-from distill.lessons.join import Join, Joined, Lesson, Read
+from distill.lessons.choices import ChoiceReader, ReadChoices
+from distill.lessons.join import Join, Joined, Lesson, Read, Records, first_span
 from distill.losses import Objective
 from distill.models import loading, naming
-from distill.prompts.rendering import Prompts, student_prompts
+from distill.prompts.classes import ClassPrompts
+from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing, pair_vocabularies
-from distill.records import Annotation, Example, FilteredRationale, RowCounts, Span
+from distill.records import Annotation, Example, FilteredRationale, Request, RowCounts, Span
+from distill.students import StudentKind
 from distill.tasks.splitting import require_examples
 
 
@@ -43,13 +47,35 @@ class Job:
     soft_annotation_job: AnnotationJob | None  # a second teacher, whose soft targets replace those of the first
     objectives: Mapping[str, Objective]
     student_folder: Path
-    prompts: Prompts
+    kind: StudentKind
     pairing: Pairing | None  # of the vocabularies of the teacher that gives soft targets and the student, if shared
+
+    @property
+    def prompts(self) -> Prompts | ClassPrompts:
+        """What the student reads and learns."""
+        return self.kind.prompts
 
     @property
     def is_vocabulary_shared(self) -> bool:
         """Whether the student can learn the teacher's distributions."""
         return self.pairing is not None
+
+    def reader(self, annotation_job: AnnotationJob, requests: Mapping[tuple[str, Span], Request]) -> Records:
+        """Return a reader of these requests' records, with targets that the student can learn."""
+        return readable(annotation_job.reader(requests), self.prompts)
+
+    @property
+    def read(self) -> Read:
+        """Reads the soft targets of a batch."""
+        store = (self.soft_annotation_job or self.annotation_job).store
+        if isinstance(self.prompts, ClassPrompts):
+            return ReadChoices(store)
+        return partial(self.pairing.read, store.soft_targets) if self.pairing else store.soft_targets
+
+    @property
+    def codec(self) -> Codec:
+        """The form of the soft targets that the student learns; distributions over classes are complete."""
+        return Dense() if isinstance(self.prompts, ClassPrompts) else self.annotation_job.codec
 
 
 @dataclass(frozen=True)
@@ -77,16 +103,32 @@ def prepare(config: Config, run_dir: Path) -> Job:
     annotation_job = open_annotation_job(config)
     require_examples(annotation_job.splits, ("validation", "test"))
     soft_annotation_job = open_annotation_job(config, name="soft_teacher") if config.get("soft_teacher") else None
-    check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode)
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
-    _check_models(config, folder, soft_annotation_job)
-    prompts = student_prompts(annotation_job.prompts, folder)
-    pairing = _pairing(objectives, soft_annotation_job or annotation_job, prompts)
-    return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, prompts, pairing)
+    kind = student_kind(config, folder, annotation_job)
+    _check_models(config, folder, kind, soft_annotation_job)
+    check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode, kind)
+    pairing = _pairing(objectives, soft_annotation_job or annotation_job, kind.prompts)
+    return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, kind, pairing)
 
 
-def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, student: Prompts) -> Pairing | None:
-    """Pair the vocabularies; None if they are too different and no loss needs it."""
+def student_kind(config: Config, folder: Path, annotation_job: AnnotationJob) -> StudentKind:
+    """Build the student's kind for a model folder; it is asked like its teacher, without shots."""
+    kind: StudentKind = configuration.build(config.student.kind)(
+        folder=folder,
+        teacher=annotation_job.prompts,
+        task=annotation_job.task,
+        first_span=first_span(config.task.answer_mode),
+        max_new_tokens=config.max_new_tokens,
+    )
+    return kind
+
+
+def _pairing(
+    objectives: Mapping[str, Objective], annotation_job: AnnotationJob, student: Prompts | ClassPrompts
+) -> Pairing | None:
+    """Pair the vocabularies; None if they are too different and no loss needs it. Classes need no pairing."""
+    if isinstance(student, ClassPrompts):
+        return Pairing()
     soft = {name: objective for name, objective in objectives.items() if objective.source == "soft"}
     try:
         teacher = annotation_job.prompts
@@ -116,7 +158,9 @@ def _pairing(objectives: Mapping[str, Objective], annotation_job: AnnotationJob,
     return pairing
 
 
-def _check_models(config: Config, student_folder: Path, soft_annotation_job: AnnotationJob | None) -> None:
+def _check_models(
+    config: Config, student_folder: Path, kind: StudentKind, soft_annotation_job: AnnotationJob | None
+) -> None:
     """Raise ConfigError if a model that is opened only after the first teacher has annotated cannot be opened."""
     if method := loading.quantization(student_folder):
         raise ConfigError(
@@ -124,14 +168,17 @@ def _check_models(config: Config, student_folder: Path, soft_annotation_job: Ann
             "use the model that is not quantized"
         )
     if not config.student.from_scratch:
-        loading.check_weights(student_folder)
+        kind.check_weights()
     if soft_annotation_job and soft_annotation_job.teacher.gives_soft_targets:
         loading.check_weights(soft_annotation_job.folder)
 
 
-def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str) -> None:
-    """Raise ConfigError with every reason why this teacher and cache do not support these losses."""
-    problems = []
+def check_parts(
+    objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str, kind: StudentKind
+) -> None:
+    """Raise ConfigError with every reason why this teacher, cache and student do not support these losses."""
+    problems = kind.problems(objectives)
+    codec = Dense() if isinstance(kind.prompts, ClassPrompts) else annotation_job.codec
     for name, objective in objectives.items():
         if objective.source == "soft":
             if not annotation_job.teacher.gives_soft_targets:
@@ -139,13 +186,13 @@ def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJ
                     f"loss.{name} needs soft targets, which this teacher does not provide; remove the loss, or add a "
                     "second teacher of the student's vocabulary to score these texts: teacher@soft_teacher=smollm2_135m"
                 )
-            if objective.divergence.needs_rest and annotation_job.codec.seed is not None:
+            if objective.divergence.needs_rest and codec.seed is not None:
                 problems.append(
                     f"loss.{name} needs the rest of each distribution as one bucket, but this cache samples it; set "
                     "cache=topk (annotates again), or choose a loss that supports sampled targets, such as loss.kl"
                 )
             try:
-                annotation_job.codec.check_temperature(objective.temperature)
+                codec.check_temperature(objective.temperature)
             except ConfigError as error:
                 problems.append(f"loss.{name}: {error}")
     if not objectives:
@@ -168,21 +215,24 @@ def build_curriculum(job: Job) -> Curriculum:
     rationales = filter_rationales(annotation_job, filled)
     kept = kept_rationales(rationales)
     answers = choose_answers(annotation_job, filled)
-    annotations = annotation_job.reader(answers.requests)
+    annotations = job.reader(annotation_job, answers.requests)
     soft_filled, soft_annotations = None, None
     if job.soft_annotation_job:
         soft_filled = fill(job.soft_annotation_job, texts_to_score(job, annotations, kept), use_given_rationales=True)
-        soft_annotations = job.soft_annotation_job.reader(soft_filled.requests)
+        soft_annotations = job.reader(job.soft_annotation_job, soft_filled.requests)
     too_long = {**filled.too_long, **(soft_filled.too_long if soft_filled else {})}
     join = join_for(job, annotations, soft_annotations, kept, answers.further, too_long)
     train, validation = join.join(splits.train), join.join(splits.validation)
     rows = row_counts(job, filled, rationales, train, validation) | _answer_counts(answers, train)
     say(table(rows))
     require_lessons(job, rows)
-    store = (job.soft_annotation_job or annotation_job).store
-    read = partial(job.pairing.read, store.soft_targets) if job.pairing else store.soft_targets
     too_long = {**too_long, **train.too_long, **validation.too_long}
-    return Curriculum(filled, soft_filled, train.lessons, validation.lessons, read, rationales, too_long, rows)
+    return Curriculum(filled, soft_filled, train.lessons, validation.lessons, job.read, rationales, too_long, rows)
+
+
+def readable(annotations: AnnotationReader, prompts: Prompts | ClassPrompts) -> Records:
+    """Return annotations with targets that a student of these prompts can learn: of tokens, or of classes."""
+    return ChoiceReader(annotations, prompts) if isinstance(prompts, ClassPrompts) else annotations
 
 
 def row_counts(
@@ -240,7 +290,7 @@ def check_lessons(job: Job) -> None:
     """
     splits, rows = job.annotation_job.splits, dict[str, RowCounts]()
     rationale_ids = {example.id for example in examples_to_annotate(job).get("rationale", ())}
-    unannotated = job.annotation_job.reader({})
+    unannotated = job.reader(job.annotation_job, {})
     without_teacher = join_for(job, unannotated, None, {}, {}, {})
     for name in ("train", "validation"):
         examples = getattr(splits, name)
@@ -269,7 +319,7 @@ def _can_be_read(job: Job, example: Example, span: Span) -> bool:
     return _fits(job.prompts, example, span) and any(_fits(prompts, example, span) for prompts in teachers)
 
 
-def _fits(prompts: Prompts, example: Example, span: Span) -> bool:
+def _fits(prompts: Prompts | ClassPrompts, example: Example, span: Span) -> bool:
     try:
         return bool(prompts.question(example, span))
     except ValueError:
@@ -287,8 +337,8 @@ def kept_rationales(rationales: Sequence[FilteredRationale]) -> dict[str, list[F
 
 def join_for(
     job: Job,
-    annotations: AnnotationReader,
-    soft_annotations: AnnotationReader | None,
+    annotations: Records,
+    soft_annotations: Records | None,
     kept: Mapping[str, Sequence[FilteredRationale]],
     further_answers: Mapping[str, Sequence[Annotation]],
     too_long: Mapping[str, str],
@@ -312,7 +362,7 @@ def _needed(job: Job) -> frozenset[tuple[Span, str]]:
 
 
 def texts_to_score(
-    job: Job, annotations: AnnotationReader, kept: Mapping[str, Sequence[FilteredRationale]]
+    job: Job, annotations: Records, kept: Mapping[str, Sequence[FilteredRationale]]
 ) -> dict[Span, list[Example]]:
     """Return the texts that the second teacher scores: gold ones, else those of the first teacher."""
     splits, texts = job.annotation_job.splits, dict[Span, list[Example]]()

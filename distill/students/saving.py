@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +55,31 @@ def save_student(
     max_new_tokens: int,
     ends: Sequence[int] = (),
 ) -> SavedStudent:
-    """Write weights (safetensors), configuration and tokenizer, and return the student as reopened, in float32.
+    """Write a causal model with its tokenizer and the settings to generate as it is evaluated; see `save_model`.
 
-    Rounds the model's own weights to `dtype`. The folder appears once the reopened student computes the same logits
-    as the rounded one; otherwise SavedStudentError is raised. A text that it generates ends at any of `ends`, by
-    default at the tokenizer's end.
+    A text that it generates ends at any of `ends`, by default at the tokenizer's end.
+    """
+    return save_model(
+        model,
+        folder,
+        dtype,
+        complete=lambda written: write_greedy_settings(written, tokenizer, max_new_tokens, ends),
+        reopen=lambda written: loading.load(written, torch.float32),
+    )
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    complete: Callable[[Path], None],
+    reopen: Callable[[Path], PreTrainedModel],
+) -> SavedStudent:
+    """Write weights (safetensors) and configuration, `complete` the folder, and return the student as reopened.
+
+    Rounds the model's own weights to `dtype`; the reopened student is in float32. The folder appears once the reopened
+    student computes the same logits as the rounded one; otherwise SavedStudentError is raised.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.cpu().zero_grad(set_to_none=True)  # makes room for the reopened one
@@ -69,15 +89,15 @@ def save_student(
         rounded = probe(model)
         rounding = _rounding(before, rounded, dtype)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            complete = Path(temporary) / "model"
-            _write(model, complete, dtype)
-            write_greedy_settings(complete, tokenizer, max_new_tokens, ends)
-            reopened = loading.load(complete, torch.float32)
+            written = Path(temporary) / "model"
+            _write(model, written, dtype)
+            complete(written)
+            reopened = reopen(written)
             if gap := largest_difference(probe(reopened), rounded):
                 raise ValueError(f"its logits differ by up to {gap:.3g} from those of the student in memory")
             if folder.exists():
                 shutil.rmtree(folder)
-            complete.rename(folder)
+            written.rename(folder)
     except (*BROKEN_MODEL, ConfigError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SavedStudentError(f"{type(model).__name__} cannot be saved and reopened: {reason}") from None

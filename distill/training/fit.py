@@ -27,9 +27,11 @@ from distill.lessons.collate import collate
 from distill.lessons.curriculum import Curriculum, Job, identity_of
 from distill.lessons.join import Lesson
 from distill.lessons.loader import Arrangement, DistillData
+from distill.prompts.classes import ClassPrompts
 from distill.prompts.vocabularies import Pairing
 from distill.records import Span
-from distill.students.causal_lm import open_student, weights_hash
+from distill.students import Changes
+from distill.students.causal_lm import weights_hash
 from distill.training.best import BestValidation, measure_of
 from distill.training.checkpoints import (
     Checkpoints,
@@ -74,14 +76,14 @@ class Trained:
 def open_job_student(job: Job) -> Any:
     """Open the student as configured, before training."""
     settings = job.config.student
-    return open_student(
-        job.student_folder,
+    changes = Changes(
         keep_layers=settings.keep_layers,
         freeze=list(settings.freeze),
         from_scratch=settings.from_scratch,
         lora=configuration.build(settings.lora),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    return job.kind.open(changes)
 
 
 def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers: Sequence[Logger]) -> Training:
@@ -93,8 +95,8 @@ def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers
     module = StudentModule(
         student,
         objectives=job.objectives,
-        vocabulary_size=job.prompts.vocabulary_size,
-        retemper=job.annotation_job.codec.at_temperature,
+        seam=job.kind.seam,
+        retemper=job.codec.at_temperature,
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
         seed=config.seed,
@@ -185,6 +187,7 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
         has_second_teacher=job.soft_annotation_job is not None,
         example=lambda id_: next(e for e in job.annotation_job.splits.train if e.id == id_),
         prompts=job.prompts,
+        seam=job.kind.seam,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=config.student.from_scratch,
         open_uncut=_uncut(job),
@@ -204,13 +207,11 @@ def preflight_input(job: Job, training: Training) -> PreflightInput:
 
 
 def _uncut(job: Job) -> Callable[[], Any] | None:
-    """Return how to open the model that the student was cut from, if it has trained weights and more layers."""
+    """Return how to open the model that the student was cut from, if its weights, all trained, had more layers."""
     settings = job.config.student
-    if settings.keep_layers is None or settings.from_scratch:
+    if settings.keep_layers is None or settings.from_scratch or isinstance(job.prompts, ClassPrompts):
         return None
-    return lambda: open_student(
-        job.student_folder, keep_layers=None, freeze=[], from_scratch=False, lora=None, gradient_checkpointing=False
-    )
+    return lambda: job.kind.open(Changes())
 
 
 def fit(job: Job, training: Training) -> Trained:

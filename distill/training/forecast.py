@@ -8,6 +8,7 @@ the speed; nothing is stored.
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from distill.annotation.reader import AnnotationReader
 from distill.annotation.requests import AnnotationRequests, collect_requests, group_requests
 from distill.app.machine import free_memory
 from distill.cache.shard import pack_annotation
+from distill.lessons.choices import choice_targets
 from distill.lessons.curriculum import (
     Curriculum,
     Job,
@@ -32,12 +34,14 @@ from distill.lessons.curriculum import (
     examples_to_annotate,
     join_for,
     kept_rationales,
+    readable,
     require_lessons,
     row_counts,
     texts_to_score,
 )
 from distill.lessons.join import Lesson, Read
 from distill.models import hub, placement
+from distill.prompts.classes import ClassPrompts
 from distill.prompts.rendering import Prompts
 from distill.prompts.tokenizers import tokenizer_fingerprint
 from distill.records import (
@@ -161,13 +165,16 @@ def _work(job: Job) -> tuple[list[TeacherWork], Curriculum]:
         return work, build_curriculum(job)
     too_long = {id_: why for teacher in work for id_, why in teacher.filled.too_long.items()}
     further = {id_: _further_longest(annotations, id_, len(samples) - 1) for id_, samples in first.answers.items()}
-    join = join_for(job, annotations, soft_annotations, kept, further, too_long)
+    own = readable(annotations, job.prompts)
+    soft_own = readable(soft_annotations, job.prompts) if soft_annotations else None
+    join = join_for(job, own, soft_own, kept, further, too_long)
     train, validation = join.join(job.annotation_job.splits.train), join.join(job.annotation_job.splits.validation)
     rationales = [rationale for of_example in kept.values() for rationale in of_example]
     counts = row_counts(job, first, rationales, train, validation)
     require_lessons(job, counts)
     lessons = train.lessons, validation.lessons
-    read = _reader([*lessons[0], *lessons[1]], largest)
+    learned = _any_class(job.prompts) if isinstance(job.prompts, ClassPrompts) else largest
+    read = _reader([*lessons[0], *lessons[1]], learned)
     too_long = {**too_long, **train.too_long, **validation.too_long}
     return work, Curriculum(first, None, *lessons, read, rationales, too_long, counts)
 
@@ -188,7 +195,9 @@ class LongestAnnotations(AnnotationReader):
             return None
         ids = self.prompts.answer_ids(text) if span == "answer" else self.prompts.rationale_ids(text)
         parts = {"answer": text} if span == "answer" else {"answer": None, "rationale": text}
-        whole = Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, **parts)
+        number = len(self.task.choices)
+        scores = (-math.log(number),) * number if number else ()
+        whole = Annotation(request.key, {span: Target(ids, self.rows(len(ids)))}, choice_logprobs=scores, **parts)
         return self.positions.reduced([request], [whole])[0]
 
     find_words = find
@@ -207,17 +216,21 @@ def _longest(
 
 def _longest_texts(job: Job, first: AnnotationRequests, max_tokens: int) -> Texts:
     """Return the longest possible text of each answer and rationale that still makes a lesson."""
-    filler, texts = _filler(job.prompts), dict[tuple[str, Span], str]()
+    prompts, texts = job.prompts, dict[tuple[str, Span], str]()
+    if isinstance(prompts, ClassPrompts):
+        choices = job.annotation_job.task.choices
+        return {place: request.example.answer or choices[0] for place, request in first.requests.items()}
+    filler = _filler(prompts)
     for (id_, span), request in sorted(first.requests.items()):  # answers sort first
-        example, room = request.example, _room(job.prompts, request.example, span) - 1
+        example, room = request.example, _room(prompts, request.example, span) - 1
         if span == "answer":
             own = choices_of(job.annotation_job.task, example)
-            choices = sorted(own, key=lambda choice: len(job.prompts.answer_ids(choice)))
+            choices = sorted(own, key=lambda choice: len(prompts.answer_ids(choice)))
             texts[id_, span] = example.answer or (choices[-1] if choices else filler(min(max_tokens, room)))
         else:
             if job.config.task.answer_mode == "reasoned":
                 answer = example.answer or texts.get((id_, "answer"), "")
-                room -= len(job.prompts.separator_ids()) + len(job.prompts.answer_ids(answer))
+                room -= len(prompts.separator_ids()) + len(prompts.answer_ids(answer))
             texts[id_, span] = filler(min(max_tokens, room))
     return texts
 
@@ -259,9 +272,8 @@ def _max_tokens(job: Job) -> int:
     """
     annotation_job, prompts = job.annotation_job, job.prompts
     max_new_tokens = annotation_job.store.fingerprint["teacher"].get("max_new_tokens")
-    if max_new_tokens is None or tokenizer_fingerprint(annotation_job.prompts.tokenizer) != tokenizer_fingerprint(
-        prompts.tokenizer
-    ):
+    ours, theirs = (tokenizer_fingerprint(part.tokenizer) for part in (prompts, annotation_job.prompts))
+    if max_new_tokens is None or isinstance(prompts, ClassPrompts) or ours != theirs:
         return prompts.max_length
     return 1 + int(max_new_tokens) * len(prompts.encode("\N{REPLACEMENT CHARACTER}"))
 
@@ -295,6 +307,12 @@ def _largest_target(annotation_job: AnnotationJob) -> SoftTargets:
         logprobs_1V[:, -num_likely:] = 0.0  # ids above 16 bits take more bytes
         targets.append(cut.cut(logprobs_1V.log_softmax(-1), torch.zeros(1, dtype=torch.float64)))
     return max(targets, key=lambda row: _packed_bytes(row, annotation_job))
+
+
+def _any_class(prompts: ClassPrompts) -> SoftTargets:
+    """Return the soft target of a teacher that knows nothing."""
+    size = prompts.vocabulary_size
+    return choice_targets([Annotation("", {}, None, choice_logprobs=(0.0,) * size)])
 
 
 def _copies(row: SoftTargets, number: int) -> SoftTargets:

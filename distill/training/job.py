@@ -26,12 +26,10 @@ from distill.app.provenance import provenance
 from distill.app.tracking import Tracking
 from distill.errors import ConfigError
 from distill.evaluation.answers import Evaluation, model_row, speeds, teacher_row
+from distill.evaluation.kinds import AnyEvaluation, evaluation_of
 from distill.evaluation.texts import require_text_measures
 from distill.lessons.curriculum import Curriculum, Job, build_curriculum, prepare
-from distill.lessons.join import first_span
 from distill.models.batches import BatchLimit
-from distill.models.reading import check_student_reading
-from distill.prompts.serving import served_tokenizer
 from distill.records import Annotation, Example, Span
 from distill.reports.measures import ACCURACY, measure_of
 from distill.reports.page import write_report
@@ -39,7 +37,7 @@ from distill.reports.tables import tables
 from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters
-from distill.students.saving import SavedStudent, SavedStudentError, save_student, saved_dtype, size_bytes
+from distill.students.saving import SavedStudent, SavedStudentError, saved_dtype, size_bytes
 from distill.training.fit import (
     Training,
     build_training,
@@ -183,7 +181,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         return {}
     limit = BatchLimit(job.config.microbatch_size, job.config.batch_unit)
     mode = job.config.task.answer_mode, job.config.max_new_tokens
-    evaluation = Evaluation(student, job.prompts, job.annotation_job.task, *mode, limit)
+    evaluation = evaluation_of(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
@@ -203,7 +201,7 @@ def check_student(job: Job) -> None:
     with tempfile.TemporaryDirectory(prefix=".student-", dir=job.run_dir) as folder:
         try:
             saved = _save(job, open_job_student(job), Path(folder) / "student")
-            check_student_reading(saved.model.eval(), job.prompts.vocabulary_size)
+            job.kind.check_reading(saved.model.eval())
         except SavedStudentError as error:
             raise ConfigError(str(error)) from None
 
@@ -212,16 +210,14 @@ def _save(job: Job, student: Any, folder: Path) -> SavedStudent:
     """Save the student as it is shipped, its adapters merged."""
     dtype = saved_dtype(job.config.student.get("save_dtype"), job.student_folder)
     merge_adapters(student)
-    tokenizer = served_tokenizer(job.prompts, first_span(job.config.task.answer_mode))
-    max_new_tokens, ends = job.config.max_new_tokens, job.prompts.ends
-    return save_student(student, tokenizer, folder, dtype=dtype, max_new_tokens=max_new_tokens, ends=ends)
+    return job.kind.save(student, folder, dtype)
 
 
 def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     """Return the teacher's annotations of the test examples, with the soft targets that the student is compared to."""
     teacher = _annotations(job, curriculum, job.annotation_job.splits.test, "answer")
     if job.soft_annotation_job and curriculum.soft_filled:
-        soft = job.soft_annotation_job.reader(curriculum.soft_filled.requests)
+        soft = job.reader(job.soft_annotation_job, curriculum.soft_filled.requests)
         scored = {id_: soft.find(id_, "answer") for id_ in teacher}
         teacher = {id_: replace(a, targets=s.targets if (s := scored[id_]) else {}) for id_, a in teacher.items()}
     if job.pairing is None:
@@ -229,7 +225,7 @@ def _teacher_on_test(job: Job, curriculum: Curriculum) -> dict[str, Annotation]:
     return {key: job.pairing.annotation(annotation) for key, annotation in teacher.items()}
 
 
-def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: Mapping[str, Annotation]) -> Json:
+def _rows_before(job: Job, training: Training, evaluation: AnyEvaluation, teacher: Mapping[str, Annotation]) -> Json:
     """The rows that are known before the student learns: the teacher's, and that of the student before training."""
     test = job.annotation_job.splits.test
     folder = job.annotation_job.folder if job.annotation_job.teacher.gives_soft_targets else None
@@ -246,7 +242,7 @@ def _rows_before(job: Job, training: Training, evaluation: Evaluation, teacher: 
 def _results(
     job: Job,
     curriculum: Curriculum,
-    evaluation: Evaluation,
+    evaluation: AnyEvaluation,
     teacher: Mapping[str, Annotation],
     rows: Json,
     run: Json,
@@ -280,7 +276,7 @@ def _results(
     return {"rows": rows, "predictions": predicted_rows}
 
 
-def _speeds(job: Job, student: Evaluation) -> dict[str, Json]:
+def _speeds(job: Job, student: AnyEvaluation) -> dict[str, Json]:
     """Measure time and memory per answer of the student and, with time_teacher=true, of the teacher in turn."""
     test, annotation_job = job.annotation_job.splits.test, job.annotation_job
     if not job.config.time_teacher or not annotation_job.teacher.gives_soft_targets:
@@ -294,11 +290,11 @@ def _speeds(job: Job, student: Evaluation) -> dict[str, Json]:
 
 
 def _annotations(job: Job, curriculum: Curriculum, examples: Sequence[Example], span: Span) -> dict[str, Annotation]:
-    reader = job.annotation_job.reader(curriculum.filled.requests)
+    reader = job.reader(job.annotation_job, curriculum.filled.requests)
     return {example.id: a for example in examples if (a := reader.find(example.id, span))}
 
 
-def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: Evaluation) -> list[Json]:
+def _with_reasoning(rows: list[Json], job: Job, curriculum: Curriculum, evaluation: AnyEvaluation) -> list[Json]:
     """Add the teacher's and the student's reasoning to the first rows."""
     samples = job.annotation_job.splits.test[: job.config.num_samples]
     teacher = _annotations(job, curriculum, samples, "rationale")

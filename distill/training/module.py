@@ -18,6 +18,7 @@ from distill.losses import Objective
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.head import Head, Term, head_loss, predicted_ids
 from distill.records import SPANS, Batch, Entries, Span
+from distill.students import Seam
 from distill.training.sharding import shard
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -62,21 +63,21 @@ class StudentModule(lightning.LightningModule):
         model: nn.Module,
         *,
         objectives: Mapping[str, Objective],
-        vocabulary_size: int,
+        seam: Seam,
         retemper: Retemper,
         make_optimizer: MakeOptimizer,
         make_schedule: MakeSchedule,
         seed: int,
         measures_accuracy: bool = True,
     ) -> None:
-        """Head rows from `vocabulary_size` on are padding; `retemper` returns kept log-probabilities at T.
+        """`seam` says how losses see the model; `retemper` returns kept log-probabilities at T.
 
         `measures_accuracy`: validation counts the answers of which every token is the most probable one.
         """
         super().__init__()
         self.model: Any = model
         self._objectives = dict(objectives)
-        self._vocabulary_size = vocabulary_size
+        self._seam = seam
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
         self._measures_accuracy = measures_accuracy
@@ -97,14 +98,7 @@ class StudentModule(lightning.LightningModule):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "N H"]:
         """Return the hidden state that predicts each supervised position."""
-        if batch.branch_BT is None:
-            inputs = {"attention_mask": batch.mask_BT}
-        else:
-            mask_B1TT = branch_mask(batch.branch_BT, self.model.dtype)
-            inputs = {"attention_mask": mask_B1TT, "position_ids": batch.position_BT}
-        out = self.model.base_model(batch.input_ids_BT, **inputs, use_cache=False)
-        hidden_NH: Tensor = out.last_hidden_state[batch.sequence_N, batch.before_N]
-        return hidden_NH
+        return self._seam.hidden(self.model, batch)
 
     @torch.no_grad()
     def sees_alike(self, left: Batch, right: Batch) -> bool:
@@ -120,8 +114,8 @@ class StudentModule(lightning.LightningModule):
         return bool((left_NH - right_NH).abs().max() <= _ROUNDING * left_NH.abs().max())
 
     def head(self) -> Head:
-        """Return the language-model head without padding rows."""
-        return Head.of(self.model, self._vocabulary_size)
+        """Return the head without the rows of no outcome."""
+        return self._seam.head(self.model)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """Return the losses that have positions in this batch, each scaled by weight / count."""
@@ -269,18 +263,6 @@ class StudentModule(lightning.LightningModule):
     def _tally(self, name: str, value: Tensor, count: int) -> None:
         total, total_count = self._tallies.get(name, [torch.zeros(()), torch.zeros(())])
         self._tallies[name] = [total + value.detach().cpu(), total_count + count]
-
-
-def branch_mask(branch_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
-    """Return the additive attention mask: 0 where a token attends to another, else the dtype's minimum.
-
-    A token attends to itself and to earlier tokens of branch 0 and of its own branch. Padding is on the right, so no
-    token attends to it.
-    """
-    is_related_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    is_masked_BTT = ~is_related_BTT.tril()
-    mask_BTT = torch.zeros(is_masked_BTT.shape, dtype=dtype, device=branch_BT.device)
-    return mask_BTT.masked_fill_(is_masked_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _labels(batch: Batch) -> Entries:

@@ -12,13 +12,14 @@ import torch
 from distill.app import config as configuration
 from distill.app.console import say
 from distill.app.files import Json, write_json
-from distill.evaluation.answers import Evaluation, model_row
+from distill.evaluation.answers import model_row
+from distill.evaluation.kinds import AnyEvaluation
 from distill.lessons.curriculum import Job
 from distill.models import placement
 from distill.records import Annotation
 
 
-def untrained_row(job: Job, evaluation: Evaluation, teacher: Mapping[str, Annotation], weights: str) -> Json:
+def untrained_row(job: Job, evaluation: AnyEvaluation, teacher: Mapping[str, Annotation], weights: str) -> Json:
     """The row of the student as it is now; `weights` is the hash of its weights.
 
     The row is kept below the root under the hash of all that decides it, so the arms and the seeds of a sweep, and a

@@ -28,7 +28,7 @@ from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.prompts.rendering import Prompts
 from distill.records import SPANS
-from distill.training import module as modules
+from distill.students import causal_lm as modules
 from distill.training.fit import build_training, fit
 from distill.training.module import StudentModule
 from tests.conftest import compose, conf_names, environment, lessons, read, tiny_overrides

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill.lessons.join import TrainingSequence
 from distill.models.placement import on_device
-from distill.prompts.preview import marked
+from distill.prompts.classes import ClassPrompts
+from distill.prompts.preview import CLOSE, OPEN, marked
+from distill.prompts.rendering import Prompts
 from distill.training.preflight import data_checks, model_checks
 from distill.training.preflight.inputs import Finding, PreflightInput, plain, samples_of
 from distill.training.preflight.resources import resources
@@ -31,11 +34,13 @@ def preflight(inputs: PreflightInput) -> list[Finding]:
     """Run all checks, data checks first; after a failure that stops the run, skip the later stages."""
     with _state_restored(inputs.module, inputs.device):
         samples = samples_of(inputs)
-        findings = [finding for check in data_checks.CHECKS for finding in check(inputs, samples)]
+        are_classes = isinstance(inputs.prompts, ClassPrompts)
+        checks = data_checks.OF_CLASSES if are_classes else data_checks.OF_TOKENS
+        findings = [finding for check in checks for finding in check(inputs, samples)]
         sample = replace(samples[0], batch=samples[0].batch.to(inputs.device))
-        for checks in ((*model_checks.IDENTITIES, resources), (model_checks.gradients,)):
+        for stage in ((*model_checks.IDENTITIES, resources), (model_checks.gradients,)):
             if not any(finding.stops for finding in findings):
-                findings += [finding for check in checks for finding in check(inputs, sample)]
+                findings += [finding for check in stage for finding in check(inputs, sample)]
     return findings
 
 
@@ -46,12 +51,17 @@ def resource_findings(inputs: PreflightInput) -> list[Finding]:
 
 
 def example(inputs: PreflightInput) -> str:
-    """Return the first lesson as the student sees it, with the tokens that it learns in ⟦ ⟧."""
-    texts = []
-    for sequence in (part for whole in inputs.lessons[0].sequences for part in plain(whole)):
-        ranges = [(target.start, target.stop) for target in sequence.targets]
-        texts.append(textwrap.indent(marked(inputs.prompts, sequence.ids, ranges), "  "))
-    return "the first lesson as the student sees it, with the tokens to learn in ⟦ ⟧:\n" + "\n  --\n".join(texts)
+    """Return the first lesson as the student sees it, with what it learns in ⟦ ⟧."""
+    sequences = [part for whole in inputs.lessons[0].sequences for part in plain(whole)]
+    texts = [textwrap.indent(_shown(inputs.prompts, sequence), "  ") for sequence in sequences]
+    learned = "class" if isinstance(inputs.prompts, ClassPrompts) else "tokens"
+    return f"the first lesson as the student sees it, with the {learned} to learn in ⟦ ⟧:\n" + "\n  --\n".join(texts)
+
+
+def _shown(prompts: Prompts | ClassPrompts, sequence: TrainingSequence) -> str:
+    if isinstance(prompts, ClassPrompts):
+        return f"{prompts.text(sequence.ids[:-1])} {OPEN}{prompts.label(sequence.ids[-1:])}{CLOSE}"
+    return marked(prompts, sequence.ids, [(target.start, target.stop) for target in sequence.targets])
 
 
 def table(findings: Sequence[Finding]) -> str:

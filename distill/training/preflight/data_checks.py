@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ _MIN_PAIRS, _MIN_GAP = 4, 0.05  # needed to distinguish a shift from chance
 _MIN_MASS = 0.5
 _DEFECTS: tuple[AnswerDefect, ...] = ("unmatched", "empty", "truncated", "unreadable")
 _MIN_LOST = 20  # texts
+_MAX_UNKNOWN = 0.02  # of the tokens of a text
 _REMEDIES = {
     "truncated": "The teacher's texts end at the token limit: increase teacher.kind.max_new_tokens, and with it "
     "prompt.max_length (annotates again)",
@@ -28,7 +30,7 @@ _REMEDIES = {
 
 
 def _vocabulary(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
-    size = inputs.prompts.vocabulary_size
+    size = inputs.token_prompts.vocabulary_size
     num_embedded, num_predicted = (
         len(layer.weight)
         for layer in (inputs.module.model.get_input_embeddings(), inputs.module.model.get_output_embeddings())
@@ -179,7 +181,7 @@ def _template(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Fin
 
 def _difference(inputs: PreflightInput, sequence: TrainingSequence, target: PlacedTarget) -> str | None:
     """Return how a target differs from the student's rendering of the teacher's text, or None."""
-    prompts, span, ids = inputs.prompts, target.span, sequence.ids[target.start : target.stop]
+    prompts, span, ids = inputs.token_prompts, target.span, sequence.ids[target.start : target.stop]
     if not prompts.is_before_target(sequence.ids[: target.start], span):
         return f"the {span} {prompts.text(ids)!r} does not follow {prompts.around_question(span)[1]!r}"
     if target.soft is None:
@@ -216,7 +218,7 @@ def _text(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
 
 def _lost_text(inputs: PreflightInput, lesson: Lesson) -> str | None:
     """Return a text of a lesson as it is decoded, or its prompt up to a target, if that differs from the text."""
-    prompts, examples = inputs.prompts, {id_: inputs.example(id_) for id_ in lesson.example_ids}
+    prompts, examples = inputs.token_prompts, {id_: inputs.example(id_) for id_ in lesson.example_ids}
     for text in dict.fromkeys(text for example in examples.values() for text in _texts(example)):
         if not same_text(decoded := prompts.text(prompts.encode(text)), text.strip()):
             return f"{text[:40]!r} is read back as {decoded[:40]!r}"
@@ -284,4 +286,35 @@ def _mass(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding
     )
 
 
-CHECKS = (_lost, _vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)
+def _classes(inputs: PreflightInput, _: Sequence[Sample]) -> Iterator[Finding]:
+    """Every class has examples."""
+    answers = Counter(lesson.answer for lesson in inputs.lessons)
+    labels = inputs.class_prompts.labels
+    empty = [label for label in labels if not answers[label]]
+    yield Finding(
+        "classes",
+        not empty,
+        f"{len(labels)} classes; without an example: {', '.join(empty)[:60] or 'none'}",
+        "examples of each",
+        "The student cannot learn these classes: add examples of them, or take them out of task.choices",
+        False,
+    )
+
+
+def _unknown(inputs: PreflightInput, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """The tokenizer knows the texts."""
+    ids = {id_ for sample in samples for lesson in sample.lessons for id_ in lesson.example_ids}
+    counts = [inputs.class_prompts.num_unknown(inputs.example(id_)) for id_ in ids]
+    num_unknown, num_tokens = (sum(numbers) for numbers in zip(*counts, strict=True))
+    yield Finding(
+        "unknown tokens",
+        num_unknown <= _MAX_UNKNOWN * num_tokens,
+        f"{num_unknown} of {num_tokens} tokens of {len(ids)} texts",
+        f"<= {_MAX_UNKNOWN:.0%}",
+        "The student's tokenizer has no tokens for parts of these texts: choose a model of their language",
+        False,
+    )
+
+
+OF_TOKENS = (_lost, _vocabulary, _length, _finite, _labels, _shift, _template, _text, _end, _mass)
+OF_CLASSES = (_lost, _classes, _finite, _labels, _unknown)

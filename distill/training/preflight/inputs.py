@@ -16,8 +16,10 @@ from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, PlacedTarget, Read, TrainingSequence
 from distill.losses import Objective
 from distill.models.batches import BatchUnit
+from distill.prompts.classes import ClassPrompts
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Batch, Example, RowCounts, SoftTargets, Span
+from distill.students import Seam
 from distill.training.module import MakeOptimizer, StudentModule
 
 _NUM_LESSONS, SAMPLE_SIZE = 32, 4  # lessons sampled in all, and in one batch
@@ -62,7 +64,8 @@ class PreflightInput:
     annotation: Callable[[str], Annotation]
     has_second_teacher: bool
     example: Callable[[str], Example]
-    prompts: Prompts
+    prompts: Prompts | ClassPrompts
+    seam: Seam
     is_vocabulary_shared: bool
     is_from_scratch: bool
     open_uncut: Callable[[], Any] | None  # the model with all its layers, if the student lacks some
@@ -78,6 +81,18 @@ class PreflightInput:
     run_dir: Path
     device: torch.device
     precision: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def token_prompts(self) -> Prompts:
+        """The prompts of a student that learns tokens."""
+        assert isinstance(self.prompts, Prompts)
+        return self.prompts
+
+    @property
+    def class_prompts(self) -> ClassPrompts:
+        """The prompts of a student that learns classes."""
+        assert isinstance(self.prompts, ClassPrompts)
+        return self.prompts
 
 
 @dataclass(frozen=True)

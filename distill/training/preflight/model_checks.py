@@ -19,7 +19,8 @@ from distill.lessons.collate import entries
 from distill.lessons.join import Lesson
 from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.forward_kl import ForwardKL
-from distill.losses.head import Shape, Term, head_loss
+from distill.losses.head import Term, head_loss
+from distill.prompts.classes import ClassPrompts
 from distill.records import Batch, Entries, SoftTargets
 from distill.training.module import StudentModule
 from distill.training.preflight.inputs import Finding, PreflightInput, Sample, collated, targets_of
@@ -57,15 +58,10 @@ def _self_kl(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
 
 def _own_targets(inputs: PreflightInput, lessons: Sequence[Lesson], temperature: float) -> SoftTargets:
     """Return the student's distribution at each position, one sequence at a time: no padding, branches or chunks."""
-    model, targets = inputs.module.model, []
-    size, codec, shape = inputs.prompts.vocabulary_size, TopK(k=_KEPT, temperature=temperature), Shape.of(model)
+    codec, targets = TopK(k=_KEPT, temperature=temperature), []
     for sequence, target in targets_of(lessons):
-        ids_BT = torch.tensor([sequence.ids], device=inputs.device)
-        hidden_TH = model.base_model(ids_BT, use_cache=False).last_hidden_state[0]
-        hidden_NH = hidden_TH[target.start - 1 : target.stop - 1]
-        for part_NH in hidden_NH.split(64):
-            logits_NV = shape(model.get_output_embeddings()(part_NH).float())[:, :size]
-            targets.append(codec.cut(logits_NV.log_softmax(-1), torch.zeros(len(logits_NV), dtype=torch.float64)))
+        logits_NV = inputs.seam.plain_logits(inputs.module.model, sequence.ids, target.start, target.stop)
+        targets.append(codec.cut(logits_NV.log_softmax(-1), torch.zeros(len(logits_NV), dtype=torch.float64)))
     return SoftTargets.join(targets)
 
 
@@ -124,7 +120,9 @@ def _start(inputs: PreflightInput, sample: Sample) -> Iterator[Finding]:
         with _replaced(inputs.module, inputs.open_uncut().to(inputs.device)):
             whole = _nats_per_token(inputs, sample)
     uniform = math.log(inputs.prompts.vocabulary_size)
-    tolerance, maximum = _NEAR_UNIFORM * uniform, _WORSE_THAN_UNIFORM * uniform
+    # A new class head knows nothing either, but is not uniform.
+    worst = 1 + _NEAR_UNIFORM if isinstance(inputs.prompts, ClassPrompts) else _WORSE_THAN_UNIFORM
+    tolerance, maximum = _NEAR_UNIFORM * uniform, worst * uniform
     expected = f"<= {maximum:.2f}" + ("" if whole is None else " with all layers")
     if inputs.is_from_scratch:
         expected = f"{uniform - tolerance:.2f} to {uniform + tolerance:.2f}, untrained"
@@ -146,6 +144,8 @@ def _nats_per_token(inputs: PreflightInput, sample: Sample) -> float:
     """Return the mean cross-entropy of the text, without its ends: a model need not know yet where an answer ends."""
     batch, num_positions = sample.batch, len(sample.batch.label_N)
     is_text_N = batch.label_N != inputs.prompts.end
+    if isinstance(inputs.prompts, ClassPrompts):  # of which none is an end
+        is_text_N = torch.ones_like(is_text_N)
     labels = Entries(
         np.arange(1, num_positions + 1),
         torch.arange(num_positions, device=inputs.device),

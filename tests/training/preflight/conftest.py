@@ -37,6 +37,7 @@ def shared_input(
         has_second_teacher=False,
         example={example.id: example for example in job.annotation_job.splits.train}.__getitem__,
         prompts=job.prompts,
+        seam=job.kind.seam,
         is_vocabulary_shared=job.is_vocabulary_shared,
         is_from_scratch=False,
         open_uncut=None,
@@ -77,7 +78,7 @@ def with_losses(preflight_input: PreflightInput, losses: dict[str, Objective]) -
     module = StudentModule(
         preflight_input.module.model,
         objectives=losses,
-        vocabulary_size=preflight_input.prompts.vocabulary_size,
+        seam=preflight_input.seam,
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),

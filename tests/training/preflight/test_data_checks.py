@@ -16,7 +16,8 @@ from distill.lessons.collate import collate
 from distill.lessons.curriculum import build_curriculum, prepare
 from distill.lessons.join import Lesson
 from distill.records import Annotation, Batch, Example, RowCounts, SoftTargets, SoftTargetsKey
-from distill.training import module as modules
+from distill.students import causal_lm as modules
+from distill.students.causal_lm import TokenSeam
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.module import StudentModule
 from distill.training.preflight import PreflightInput, data_checks, preflight
@@ -58,7 +59,7 @@ def test_self_kl_detects_padding_rows_in_the_head(valid_input: PreflightInput) -
     module = StudentModule(
         model,
         objectives=valid_input.objectives,
-        vocabulary_size=rows,
+        seam=TokenSeam(rows),
         retemper=lambda entries, temperature: entries,
         make_optimizer=torch.optim.AdamW,
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
@@ -201,7 +202,7 @@ def test_the_words_of_another_teacher_need_not_be_those_of_the_teacher_that_scor
     assert texts == {True, False}
     for has_second_teacher in (True, False):
         changed = replace(inputs, has_second_teacher=has_second_teacher)
-        findings = [finding for check in data_checks.CHECKS for finding in check(changed, samples_of(changed))]
+        findings = [finding for check in data_checks.OF_TOKENS for finding in check(changed, samples_of(changed))]
         assert [finding.check for finding in findings if finding.stops] == ([] if has_second_teacher else ["template"])
 
 

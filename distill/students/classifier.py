@@ -1,0 +1,126 @@
+"""Students with a class head: encoders, or decoders, that answer with one of a task's choices in a single pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.errors import ConfigError
+from distill.losses import Objective
+from distill.losses.head import Head
+from distill.models.classifiers import (
+    check_classifier,
+    class_head,
+    class_logits,
+    features,
+    load_classifier,
+    new_parameters,
+    text_limit,
+)
+from distill.prompts.classes import ClassPrompts
+from distill.prompts.rendering import Prompts
+from distill.prompts.tokenizers import load_tokenizer
+from distill.records import Batch, Span
+from distill.students import Changes
+from distill.students.causal_lm import checkpoint_activations, freeze_parameters, inject_adapters
+from distill.students.layers import cut_layers
+from distill.students.saving import SavedStudent, save_model
+from distill.tasks import Task
+
+
+@dataclass(frozen=True)
+class ClassSeam:
+    """Before the head that makes the logits of the classes. `padding_id` is that of the model."""
+
+    padding_id: int
+
+    def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
+        """Return what the head reads of each text; the class behind a text is hidden from the model."""
+        is_text_BT = batch.mask_BT.bool()
+        is_text_BT[batch.sequence_N, batch.before_N + 1] = False
+        # Some models count positions by comparing with their own padding id.
+        ids_BT = batch.input_ids_BT.where(is_text_BT, self.padding_id)
+        last_B = is_text_BT.sum(1) - 1
+        features_BH = features(model, ids_BT[:, :-1], is_text_BT[:, :-1].long(), last_B)
+        return features_BH[batch.sequence_N]
+
+    def head(self, model: Any) -> Head:
+        """Return the class head."""
+        head = class_head(model)
+        return Head(head.weight, head.bias)
+
+    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
+        """Return the logits of a text that is read alone."""
+        return class_logits(model, [ids[:start]], self.padding_id).float()
+
+
+@final
+class Classifier:
+    """A model with a class head, which learns the choices of its task."""
+
+    prompts: ClassPrompts
+
+    def __init__(self, *, folder: Path, teacher: Prompts, task: Task, first_span: Span, max_new_tokens: int) -> None:
+        """Texts may be as long as those of the `teacher`, and as the model can read."""
+        if not task.choices:
+            raise ConfigError(
+                "student.kind: a class head needs a task whose questions all have the same choices; set task.choices, "
+                "or choose a student that writes: student=causal_lm"
+            )
+        if first_span == "rationale":
+            raise ConfigError("student.kind: a class head writes no reasoning; set task.answer_mode=direct")
+        limit = min(teacher.max_length, text_limit(folder) or teacher.max_length)
+        tokenizer = load_tokenizer(folder, has_end=False)
+        self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
+        self.seam = ClassSeam(self.prompts.end)
+        self._folder = folder
+
+    def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
+        """Return the losses of what a classifier does not write."""
+        return [
+            f"loss.{name} is computed on rationales, and a student with a class head writes none; remove it"
+            for name, objective in objectives.items()
+            if objective.span == "rationale"
+        ]
+
+    def check_weights(self) -> None:
+        """Raise ConfigError unless the files hold the weights of the body, and of the head if they have this one."""
+        check_classifier(self._folder, self.prompts.labels, self.prompts.end)
+
+    def open(self, changes: Changes) -> PreTrainedModel:
+        """Load the model for training, in float32; the head is new unless the model has one for the same labels."""
+        model = self._load(self._folder, changes.from_scratch)
+        if changes.keep_layers is not None:
+            model = cut_layers(model, changes.keep_layers)
+        freeze_parameters(model, changes.freeze)
+        if changes.lora is not None:
+            learned = [parameter for parameter in new_parameters(model) if parameter.requires_grad]
+            inject_adapters(model, changes.lora)
+            for parameter in learned:  # a new head is trained whole
+                parameter.requires_grad_(True)
+        if changes.gradient_checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
+        """Save the student with its labels and its tokenizer, which cuts texts that are too long."""
+        return save_model(model, folder, dtype, complete=self._write_tokenizer, reopen=self._load)
+
+    def check_reading(self, model: PreTrainedModel) -> None:
+        """Return: that a batch is read as its texts alone was checked when the model was opened."""
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        tokenizer = copy.deepcopy(self.prompts.tokenizer)
+        tokenizer.model_max_length = self.prompts.max_length
+        tokenizer.save_pretrained(folder)
+
+    def _load(self, folder: Path, from_scratch: bool = False) -> PreTrainedModel:
+        return load_classifier(folder, torch.float32, self.prompts.labels, self.prompts.end, from_scratch=from_scratch)
