@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.losses import Objective
@@ -81,6 +81,10 @@ class StudentKind(Protocol):
 
     def open(self, changes: Changes) -> PreTrainedModel:
         """Load the model for training, in float32."""
+        ...
+
+    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """The parameters, and the factor of their learning rate."""
         ...
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Gt
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import ConfigError
@@ -68,8 +69,20 @@ class Classifier:
 
     prompts: ClassPrompts
 
-    def __init__(self, *, folder: Path, teacher: Prompts, task: Task, first_span: Span, max_new_tokens: int) -> None:
-        """Texts may be as long as those of the `teacher`, and as the model can read."""
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        teacher: Prompts,
+        task: Task,
+        first_span: Span,
+        max_new_tokens: int,
+        head_rate: Annotated[float, Gt(0)],
+    ) -> None:
+        """Texts may be as long as those of the `teacher`, and as the model can read.
+
+        `head_rate` is the factor of the learning rate for the weights between the body and the classes.
+        """
         if not task.choices:
             raise ConfigError(
                 "student.kind: a class head needs a task whose questions all have the same choices; set task.choices, "
@@ -81,7 +94,7 @@ class Classifier:
         tokenizer = load_tokenizer(folder, has_end=False)
         self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
         self.seam = ClassSeam(self.prompts.end)
-        self._folder = folder
+        self._folder, self._head_rate = folder, head_rate
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
         """Return the losses of what a classifier does not write."""
@@ -109,6 +122,12 @@ class Classifier:
         if changes.gradient_checkpointing:
             checkpoint_activations(model)
         return model
+
+    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the rate of the body, and that of the weights after it, which are new."""
+        new = new_parameters(model)
+        ids = {id(parameter) for parameter in new}
+        return [([p for p in model.parameters() if id(p) not in ids], 1.0), (new, self._head_rate)]
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
         """Save the student with its labels and its tokenizer, which cuts texts that are too long."""

@@ -30,6 +30,7 @@ SMALLER_STEPS = (
     "Lower optim.optimizer.lr, raise optim.schedule.num_warmup_steps, or clip more: trainer.gradient_clip_val=0.5"
 )
 
+Rates = Callable[[Any], Sequence[tuple[list[nn.Parameter], float]]]
 Counts = Mapping[tuple[Span, str], int]
 Retemper = Callable[[Entries, float], Entries]
 
@@ -69,9 +70,11 @@ class StudentModule(lightning.LightningModule):
         make_schedule: MakeSchedule,
         seed: int,
         measures_accuracy: bool = True,
+        rates: Rates | None = None,
     ) -> None:
         """`seam` says how losses see the model; `retemper` returns kept log-probabilities at T.
 
+        `rates` returns parameters with the factors of their learning rate, by default the same for all.
         `measures_accuracy`: validation counts the answers of which every token is the most probable one.
         """
         super().__init__()
@@ -80,7 +83,7 @@ class StudentModule(lightning.LightningModule):
         self._seam = seam
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
-        self._measures_accuracy = measures_accuracy
+        self._measures_accuracy, self._rates = measures_accuracy, rates
         self._step_sums: dict[str, Tensor] = {}
         self._counts: Counts = {}
         self.logged: dict[str, float] = {}  # the values that were logged last
@@ -255,8 +258,12 @@ class StudentModule(lightning.LightningModule):
         self._tallies = {}
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = self._make_optimizer(trained)
+        groups = self._rates(self.model) if self._rates else [(list(self.model.parameters()), 1.0)]
+        trained = [([p for p in parameters if p.requires_grad], factor) for parameters, factor in groups]
+        present = [(parameters, factor) for parameters, factor in trained if parameters]
+        optimizer = self._make_optimizer([{"params": parameters} for parameters, _ in present])
+        for group, (_, factor) in zip(optimizer.param_groups, present, strict=True):
+            group["lr"] *= factor
         schedule = self._make_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
