@@ -50,6 +50,7 @@ from distill.losses import Objective  # noqa: E402
 from distill.prompts.rendering import Prompts  # noqa: E402
 from distill.prompts.tokenizers import load_tokenizer  # noqa: E402
 from distill.records import Annotation, Example, Request, SoftTargets, SoftTargetsKey  # noqa: E402
+from distill.students import Seam  # noqa: E402
 from distill.students.causal_lm import TokenSeam  # noqa: E402
 from distill.tasks.arithmetic import Arithmetic  # noqa: E402
 from distill.training.module import StudentModule  # noqa: E402
@@ -380,12 +381,12 @@ def objectives(*names: str) -> dict[str, Objective]:
     return {name: configuration.build(node) for name, node in nodes.items()}
 
 
-def student_module(model: Any, prompts: Prompts, *names: str, lr: float = 0.1) -> StudentModule:
+def student_module(model: Any, prompts: Any, *names: str, lr: float = 0.1, seam: Seam | None = None) -> StudentModule:
     """The training module of a student, with plain gradient descent."""
     return StudentModule(
         model,
         objectives=objectives(*names),
-        seam=TokenSeam(prompts.vocabulary_size),
+        seam=seam or TokenSeam(prompts.vocabulary_size),
         retemper=Dense().at_temperature,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         make_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),

@@ -21,6 +21,7 @@ from distill.models.loading import MODEL_ERRORS, listed, without_report
 
 _CLASSES = "ForSequenceClassification"
 _MAX_GAP = 1e-3  # relative
+_INIT_STD = 0.02
 
 
 def is_classifier(folder: Path) -> bool:
@@ -142,7 +143,8 @@ def _config(folder: Path, labels: Sequence[str], padding_id: int) -> Any:
 
 
 def _from_files(folder: Path, config: Any, **options: Any) -> Any:
-    is_complete = is_classifier(folder) and labels_of(folder) == tuple(config.id2label.values())
+    labels = [label.casefold() for label in config.id2label.values()]
+    is_complete = is_classifier(folder) and [label.casefold() for label in labels_of(folder)] == labels
     with without_report():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -161,7 +163,17 @@ def _from_files(folder: Path, config: Any, **options: Any) -> Any:
     if any(problems.values()):
         counted = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names)
         raise ConfigError(f"{folder} does not hold the weights of {type(model).__name__}: {counted}")
+    if not is_complete:
+        _renew(class_head(model), config.initializer_range if hasattr(config, "initializer_range") else _INIT_STD)
     return model
+
+
+@torch.no_grad()
+def _renew(head: nn.Linear, std: float) -> None:
+    """Forget the head of other classes, which has been loaded if there were as many of them."""
+    head.weight.normal_(0.0, std)
+    if head.bias is not None:
+        head.bias.zero_()
 
 
 def _is_of_body(model: Any, name: str) -> bool:
