@@ -23,10 +23,26 @@ _NOT_STATED = "not stated"
 _MAX_LABELS = 20
 
 
-def card(run: Run, recipe: Recipe | None, num_literal: int, usage: str, files: Sequence[Json] = ()) -> str:
-    """Write the card; without a recipe, it has no prompt. `files` are the rows of export.json."""
-    facts = "\n".join(f"- {name}: {visible(text)}" for name, text in _facts(run, recipe))
-    parts = [_front_matter(run), f"# {visible(run.name)}", facts]
+def card(
+    run: Run,
+    recipe: Recipe | None,
+    num_literal: int,
+    usage: str,
+    files: Sequence[Json] = (),
+    *,
+    classes: Sequence[str] = (),
+) -> str:
+    """Write the card; without a recipe, it has no prompt. `files` are the rows of export.json.
+
+    `classes` are the labels of a student with a class head.
+    """
+    choices = ", ".join(classes) or (_choices(recipe) if recipe else _NOT_STATED)
+    facts = "\n".join(f"- {name}: {visible(text)}" for name, text in _facts(run, choices))
+    parts = [
+        _front_matter(run, "text-classification" if classes else "text-generation"),
+        f"# {visible(run.name)}",
+        facts,
+    ]
     if recipe:
         parts += [_prompt(recipe, [not row.get("history") for row in run.predictions], num_literal)]
     if files:
@@ -39,16 +55,21 @@ def files_line(row: Json) -> str:
     parts = [f"{row['size_bytes'] / 1e6:.1f} MB"]
     if row.get("accuracy") is not None:
         low, high = (f"{100 * end:+.1f}" for end in row["difference"])
+        as_written = "" if row["format"] == "onnx" else " as written"
         parts.append(
-            f"accuracy as written {100 * row['accuracy']:.1f} %, the student's {100 * row['student_accuracy']:.1f} % "
+            f"accuracy{as_written} {100 * row['accuracy']:.1f} %, the student's {100 * row['student_accuracy']:.1f} % "
             f"({100 * (row['accuracy'] - row['student_accuracy']):+.1f} points [{low}, {high}])"
         )
     if row.get("agreement") is not None:
         parts.append(f"{100 * row['agreement']:.1f} % of {row['num_examples']} answers are the student's")
     if row.get("kl") is not None:
-        parts.append(f"KL(student || file) {row['kl']:.2g} nats per token")
+        parts.append(f"KL(student || file) {row['kl']:.2g} nats per {'text' if row['format'] == 'onnx' else 'token'}")
+    if row.get("ece") is not None:
+        parts.append(f"calibration error {row['ece']:.3f}")
     if row.get("ms_per_example") is not None:
-        parts.append(f"{row['ms_per_example']:.1f} ms per answer on one thread")
+        theirs = row.get("student_ms_per_example")
+        beside = f", the student in torch {theirs:.1f}" if theirs is not None else ""
+        parts.append(f"{row['ms_per_example']:.1f} ms per answer on one thread{beside}")
     if row.get("num_chats"):
         parts.append(f"{row['num_chats_alike']} of {row['num_chats']} answers to chat messages are the same")
     return "; ".join(parts)
@@ -63,8 +84,8 @@ def is_taught(run: Run) -> bool:
     )
 
 
-def _front_matter(run: Run) -> str:
-    settings: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+def _front_matter(run: Run, pipeline_tag: str) -> str:
+    settings: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": pipeline_tag}
     settings |= {"tags": ["distillation"]}
     base, licence, language = _name(run, "student"), _license(run, "student"), _task(run, "language")
     if base and _HUB_ID.fullmatch(base):
@@ -77,7 +98,7 @@ def _front_matter(run: Run) -> str:
     return f"---\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}---"
 
 
-def _facts(run: Run, recipe: Recipe | None) -> Iterator[tuple[str, str]]:
+def _facts(run: Run, choices: str) -> Iterator[tuple[str, str]]:
     yield "Base model", f"{_name(run, 'student') or _NOT_STATED} (license: {_license(run, 'student') or _NOT_STATED})"
     if is_taught(run):
         yield "Teacher", f"{_name(run, 'teacher') or _NOT_STATED} (license: {_license(run, 'teacher') or _NOT_STATED})"
@@ -86,7 +107,7 @@ def _facts(run: Run, recipe: Recipe | None) -> Iterator[tuple[str, str]]:
     yield "Data", f"{run.facts.get('task')}: {sizes} (license: {_task(run, 'license') or _NOT_STATED})"
     yield "Trained on", f"{', '.join(run.loss_labels) or _NOT_STATED}; {counts.get('lessons', '?')} lessons"
     yield "Language", _task(run, "language") or _NOT_STATED
-    yield "Choices", _choices(recipe) if recipe else _NOT_STATED
+    yield "Choices", choices
     for split, labels in _labels(run).items():
         yield f"Labels in {split}", ", ".join(f"{label} {count}" for label, count in labels.items())
     yield "Weights", str(mapping(run.facts.get("saved")).get("dtype") or "float32")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -22,22 +22,25 @@ from distill.app.config import Config
 from distill.app.console import say
 from distill.app.files import Json, sha256, write_json
 from distill.errors import ConfigError
-from distill.exports import llama_cpp
+from distill.exports import class_example, llama_cpp, onnx
 from distill.exports.card import card, files_line
+from distill.exports.class_files import Texts, usage, write_onnx
 from distill.exports.harness import HarnessTask, harness_task
 from distill.exports.measuring import Questions, measure
 from distill.exports.recipe import Recipe, make_recipe, num_literal
 from distill.lessons.join import first_span
 from distill.models import loading
-from distill.prompts.rendering import Prompts, build_prompts
+from distill.models.classifiers import is_classifier
+from distill.prompts.rendering import Prompts, TooLong, build_prompts
 from distill.prompts.serving import served_tokenizer
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Example, Message
-from distill.reports.runs import Run, number, read_run
+from distill.reports.runs import Run, mapping, number, read_run
+from distill.students.classifier import saved_classifier
 from distill.students.saving import write_greedy_settings
 from distill.tasks import Task
 
-FORMATS = ("safetensors", "gguf")
+FORMATS = ("safetensors", "gguf", "onnx")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Files:
     num_compared: int
     max_loss: float
     tools: Path
+    onnx: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise ConfigError for formats that are not known, or cannot be written here."""
@@ -56,10 +60,22 @@ class Files:
             raise ConfigError(f"format={unknown}: expected {' or '.join(FORMATS)}")
         if unknown := [kind for kind in self.gguf if kind not in llama_cpp.KINDS]:
             raise ConfigError(f"gguf={unknown}: expected some of {', '.join(llama_cpp.KINDS)}")
+        if unknown := [kind for kind in self.onnx if kind not in onnx.KINDS]:
+            raise ConfigError(f"onnx={unknown}: expected some of {', '.join(onnx.KINDS)}")
         if self.num_compared < 1:
             raise ConfigError(f"num_compared={self.num_compared}: expected at least 1, or files would not be measured")
         if "gguf" in self.formats:
             llama_cpp.require_llama_cpp()
+        if "onnx" in self.formats:
+            onnx.require_onnx()
+
+    def check_for(self, student: Path) -> None:
+        """Raise ConfigError for formats that this student cannot have."""
+        unsupported = "gguf" if is_classifier(student) else "onnx"
+        if unsupported in self.formats:
+            kind = "has a class head" if unsupported == "gguf" else "writes text"
+            instead = "format=onnx" if unsupported == "gguf" else "format=gguf"
+            raise ConfigError(f"format={unsupported} is not supported for a student that {kind}; use {instead}")
 
 
 ONLY_WEIGHTS = Files(("safetensors",), (), 1, 0.0, Path())
@@ -79,17 +95,51 @@ def export(run_dir: Path, to: Path, files: Files = ONLY_WEIGHTS) -> str:
         raise ConfigError(f"{links[0]} is a link, and links are not exported; replace it with the file itself")
     if to.exists():
         raise ConfigError(f"{to} already exists; give a new folder: to=…")
+    files.check_for(student)
     run = read_run(run_dir)
+    if is_classifier(student):
+        return _export_classifier(run, to, files)
     questions = _test_questions(run).first(files.num_compared) if "gguf" in files.formats else None
     shutil.copytree(student, to)
     _write_tokenizer(run, to)
     recipe, count, message = _write_recipe(run, to)
-    usage, harness_message = _write_task(run, to)
+    to_evaluate, harness_message = _write_task(run, to)
     rows, problems = _write_gguf(run, to, files, questions) if questions else ([], [])
-    (to / "README.md").write_text(card(run, recipe, count, usage, rows), encoding="utf-8")
+    (to / "README.md").write_text(card(run, recipe, count, to_evaluate, rows), encoding="utf-8")
     if problems:
         raise ConfigError(*problems)
     return "\n".join([message, harness_message, *(f"{row['file']}: {files_line(row)}" for row in rows)])
+
+
+def opened_with(folder: Path) -> str:
+    """Name of the class of transformers that opens an exported student."""
+    return "AutoModelForSequenceClassification" if is_classifier(folder) else "AutoModelForCausalLM"
+
+
+def _export_classifier(run: Run, to: Path, files: Files) -> str:
+    """The same for a student with a class head, which needs no prompt."""
+    student = run.folder / "student"
+    prompts, model = saved_classifier(student, *_limits(run))
+    examples = [*map(_example, run.predictions)][: files.num_compared] if "onnx" in files.formats else []
+    texts = Texts.of(prompts, configuration.build(_config(run).task.examples), examples) if examples else None
+    shutil.copytree(student, to)
+    shutil.copyfile(class_example.__file__, to / "example.py")
+    rows, problems = write_onnx(model, texts, to, files.onnx, files.max_loss) if texts else ([], [])
+    if texts:
+        write_json(to / "export.json", {"version": __version__, "run": run.name, "files": rows})
+    text = card(run, None, 0, usage(prompts.labels, rows), rows, classes=prompts.labels)
+    (to / "README.md").write_text(text, encoding="utf-8")
+    if problems:
+        raise ConfigError(*problems)
+    example = f'answers with transformers alone: python {shlex.quote(str(to / "example.py"))} "a text"'
+    return "\n".join([example, *(f"{row['file']}: {files_line(row)}" for row in rows)])
+
+
+def _limits(run: Run) -> tuple[int | None, TooLong]:
+    """How long a text could be in training, and what became of a longer one."""
+    prompt = mapping(run.config.get("prompt"))
+    limit, ways = number(prompt.get("max_length")), (way for way in get_args(TooLong) if way == prompt.get("too_long"))
+    return (None if limit is None else int(limit)), next(ways, "drop")
 
 
 def _write_gguf(run: Run, to: Path, files: Files, questions: Questions) -> tuple[list[Json], list[str]]:
@@ -181,11 +231,17 @@ def _write_task(run: Run, to: Path) -> tuple[str, str]:
 
 def _prompts(run: Run) -> tuple[Prompts, Config]:
     """The student's prompts and its configuration; the task's data is not needed."""
+    config = _config(run)
+    return build_prompts(config, run.folder / "student"), config
+
+
+def _config(run: Run) -> Config:
+    """The part of a run's configuration that says what the student was asked."""
     config = configuration.of(
         {key: run.config[key] for key in ("task", "prompt", "max_new_tokens") if key in run.config}
     )
     configuration.check(config)
-    return build_prompts(config, run.folder / "student"), config
+    return config
 
 
 def _parts(run: Run) -> tuple[Prompts, Config, Sequence[Example]]:

@@ -22,12 +22,13 @@ from distill.models.classifiers import (
     class_head,
     class_logits,
     features,
+    labels_of,
     load_classifier,
     new_parameters,
     text_limit,
 )
 from distill.prompts.classes import ClassPrompts
-from distill.prompts.rendering import Prompts
+from distill.prompts.rendering import Prompts, TooLong
 from distill.prompts.tokenizers import load_tokenizer
 from distill.records import Batch, Span
 from distill.students import Changes
@@ -61,6 +62,14 @@ class ClassSeam:
     def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
         """Return the logits of a text that is read alone."""
         return class_logits(model, [ids[:start]], self.padding_id).float()
+
+
+def saved_classifier(folder: Path, max_length: int | None, too_long: TooLong) -> tuple[ClassPrompts, PreTrainedModel]:
+    """Open a student that was saved, in float32, and what it reads; a text may have `max_length` tokens at most."""
+    tokenizer, limits = load_tokenizer(folder, has_end=False), (max_length, text_limit(folder))
+    limit = min((limit for limit in limits if limit is not None), default=tokenizer.model_max_length)
+    prompts = ClassPrompts(tokenizer, labels_of(folder), max_length=limit, too_long=too_long)
+    return prompts, load_classifier(folder, torch.float32, prompts.labels, prompts.end).eval()
 
 
 @final
