@@ -7,8 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, final
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.evaluation.answers import divergence, prediction
@@ -54,6 +55,15 @@ class ClassEvaluation:
             logits_BC = class_logits(self.model, [texts[index] for index in indices], self._prompts.end)
             results |= zip(indices, logits_BC.float().log_softmax(-1).cpu(), strict=True)
         return results
+
+    def labelled(self, examples: Sequence[Example]) -> tuple[Float[np.ndarray, "N C"], Int[np.ndarray, "N"]]:
+        """Return the log-probabilities of the classes of texts whose right class is known, and these classes."""
+        with on_device(self.model):
+            logprobs = self.logprobs(examples)
+        known = {index: examples[index].answer for index in sorted(logprobs)}
+        labels = {index: self._prompts.labels.index(answer) for index, answer in known.items() if answer is not None}
+        logprobs_NC = np.array([logprobs[index].numpy() for index in labels], np.float64)
+        return logprobs_NC.reshape(-1, len(self._prompts.labels)), np.array([*labels.values()], np.int64)
 
     def rationales(self, examples: Sequence[Example]) -> list[str]:
         """Return no reasoning: a class head writes none."""

@@ -63,13 +63,17 @@ class Seam(Protocol):
 
 @runtime_checkable
 class StudentKind(Protocol):
-    """A kind of student for one model folder and one task. No weights are loaded before `open`.
+    """A kind of student for one model folder and one task. No weights are loaded before `open`."""
 
-    `prompts` renders what the student reads and learns; `seam` is that of its models.
-    """
+    @property
+    def prompts(self) -> Prompts | ClassPrompts:
+        """What the student reads and learns."""
+        ...
 
-    prompts: Prompts | ClassPrompts
-    seam: Seam
+    @property
+    def seam(self) -> Seam:
+        """How losses see the student."""
+        ...
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
         """Why this student cannot learn from these losses."""

@@ -72,6 +72,15 @@ def saved_classifier(folder: Path, max_length: int | None, too_long: TooLong) ->
     return prompts, load_classifier(folder, torch.float32, prompts.labels, prompts.end).eval()
 
 
+@torch.no_grad()
+def divide_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Divide the logits of the classes by a temperature, in the weights of the head."""
+    head = class_head(model)
+    for weight in (head.weight, head.bias):
+        if weight is not None:
+            weight.div_(temperature)
+
+
 @final
 class Classifier:
     """A model with a class head, which learns the choices of its task."""
@@ -87,10 +96,12 @@ class Classifier:
         first_span: Span,
         max_new_tokens: int,
         head_rate: Annotated[float, Gt(0)],
+        calibrate: bool,
     ) -> None:
         """Texts may be as long as those of the `teacher`, and as the model can read.
 
-        `head_rate` is the factor of the learning rate for the weights between the body and the classes.
+        `head_rate` is the factor of the learning rate for the weights between the body and the classes. `calibrate`:
+        before the student is saved, its logits are divided by the temperature that fits the labels of validation.
         """
         if not task.choices:
             raise ConfigError(
@@ -104,6 +115,7 @@ class Classifier:
         self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
         self.seam = ClassSeam(self.prompts.end)
         self._folder, self._head_rate = folder, head_rate
+        self.calibrate = calibrate
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
         """Return the losses of what a classifier does not write."""

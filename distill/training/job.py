@@ -60,6 +60,7 @@ from distill.training.run_facts import (
     settings,
 )
 from distill.training.settings import check_settings
+from distill.training.temperature import calibrated, calibration_facts
 from distill.training.untrained import untrained_row
 
 _OBJECTIVES = {"test": "", "validation": "validation_"}  # the beginning of the objective's key in results.json
@@ -188,9 +189,13 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
         trained = fit(job, training)
     run["training"], results = trained.facts, Json()
     if is_first:
+        temperature = calibrated(job, evaluation.with_model(trained.student))
         saved = _save(job, trained.student, job.run_dir / "student")
         run["saved"] = {"dtype": saved.dtype, "rounding": saved.rounding}
-        results = _results(job, curriculum, evaluation.with_model(saved.model), teacher, rows, run, trained.seconds)
+        evaluation = evaluation.with_model(saved.model)
+        results = _results(job, curriculum, evaluation, teacher, rows, run, trained.seconds)
+        if temperature is not None:
+            run["calibration"] = calibration_facts(job, evaluation, temperature)
     shared: Json = training.trainer.strategy.broadcast(results)
     return shared
 
