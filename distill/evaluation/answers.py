@@ -69,7 +69,7 @@ class Evaluation:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         dropped = [index for index in range(len(examples)) if index not in questions]
-        results = {i: prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
+        results = {i: prediction_of(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
         order = list(questions)
         lengths = [len(questions[index]) + self._room(examples[index]) for index in order]
@@ -193,7 +193,7 @@ class Evaluation:
             measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
             return [
                 replace(
-                    prediction(self._task, e, answers[k], answers[k], teacher[k]),
+                    prediction_of(self._task, e, answers[k], answers[k], teacher[k]),
                     text=measures[k],
                     rationale=rationales[k],
                 )
@@ -203,7 +203,7 @@ class Evaluation:
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
-                prediction(self._task, example, best[k], answers[k], annotation),
+                prediction_of(self._task, example, best[k], answers[k], annotation),
                 confidence=confidence[k],
                 kl=kls[k],
                 rationale=rationales[k],
@@ -282,7 +282,7 @@ class Evaluation:
             hidden_NH = torch.cat([hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, read, strict=True)])
             later = reading.reader.logprobs(hidden_NH).split([len(ids) for ids in read])
         return [
-            divergence(torch.cat([first_V.unsqueeze(0), later_NV]), target)
+            divergence_of(torch.cat([first_V.unsqueeze(0), later_NV]), target)
             for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
         ]
 
@@ -295,7 +295,7 @@ def _is_same(task: Task, answer: str | None, reference: str | None) -> bool:
     return answer is not None and reference is not None and task.is_same(answer, reference)
 
 
-def prediction(
+def prediction_of(
     task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
 ) -> Prediction:
     """Compare an answer with the gold answer and, if annotated, with the teacher's; free texts are not compared."""
@@ -331,7 +331,7 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
     }
 
 
-def divergence(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
+def divergence_of(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
     """Return the mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
     soft = compared(target)
     return None if soft is None else bucket_kl(logprobs_NV, soft) / len(soft)
@@ -439,7 +439,7 @@ def teacher_row(
     """Return the teacher's row, from its cached answers and its cost; `folder` is None if it is not local."""
     predictions = [
         replace(
-            prediction(task, example, annotation.answer, None),
+            prediction_of(task, example, annotation.answer, None),
             is_written_correct=None,
             confidence=annotation.confidence,
             text=_teacher_measures(prompts, example, annotation) if task.is_free_text else None,

@@ -75,7 +75,7 @@ class Job:
     @property
     def codec(self) -> Codec:
         """The form of the soft targets that the student learns; distributions over classes are complete."""
-        return Dense() if isinstance(self.prompts, ClassPrompts) else self.annotation_job.codec
+        return learned_codec(self.annotation_job, self.prompts)
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ def prepare(config: Config, run_dir: Path) -> Job:
     folder = naming.resolve(config.student.model, configuration.local_root(config.root))
     kind = student_kind(config, folder, annotation_job)
     _check_models(config, folder, kind, soft_annotation_job)
-    check_parts(objectives, soft_annotation_job or annotation_job, config.task.answer_mode, kind)
-    pairing = _pairing(objectives, soft_annotation_job or annotation_job, kind.prompts)
+    soft_job = soft_annotation_job or annotation_job
+    check_parts(objectives, soft_job, learned_codec(soft_job, kind.prompts), config.task.answer_mode)
+    if problems := kind.problems(objectives):
+        raise ConfigError(*problems)
+    pairing = _pairing(objectives, soft_job, kind.prompts)
     return Job(config, run_dir, annotation_job, soft_annotation_job, objectives, folder, kind, pairing)
 
 
@@ -173,12 +176,14 @@ def _check_models(
         loading.check_weights(soft_annotation_job.folder)
 
 
-def check_parts(
-    objectives: Mapping[str, Objective], annotation_job: AnnotationJob, answer: str, kind: StudentKind
-) -> None:
-    """Raise ConfigError with every reason why this teacher, cache and student do not support these losses."""
-    problems = kind.problems(objectives)
-    codec = Dense() if isinstance(kind.prompts, ClassPrompts) else annotation_job.codec
+def learned_codec(annotation_job: AnnotationJob, prompts: Prompts | ClassPrompts) -> Codec:
+    """The form of the soft targets that a student of these prompts learns."""
+    return Dense() if isinstance(prompts, ClassPrompts) else annotation_job.codec
+
+
+def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, codec: Codec, answer: str) -> None:
+    """Raise ConfigError with all reasons why this teacher, or soft targets of this form, do not support these losses."""
+    problems = []
     for name, objective in objectives.items():
         if objective.source == "soft":
             if not annotation_job.teacher.gives_soft_targets:

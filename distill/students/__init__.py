@@ -48,6 +48,10 @@ class Changes:
 class Seam(Protocol):
     """How losses see a model: as hidden states of supervised positions, and a head that makes logits of them."""
 
+    def rates(self, model: PreTrainedModel) -> list[tuple[list[nn.Parameter], float]]:
+        """The parameters, and the factor of their learning rate."""
+        ...
+
     def hidden(self, model: PreTrainedModel, batch: Batch) -> Float[Tensor, "N H"]:
         """The hidden state that predicts each supervised position."""
         ...
@@ -85,10 +89,6 @@ class StudentKind(Protocol):
 
     def open(self, changes: Changes) -> PreTrainedModel:
         """Load the model for training, in float32."""
-        ...
-
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """The parameters, and the factor of their learning rate."""
         ...
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:

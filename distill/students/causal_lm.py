@@ -55,10 +55,6 @@ class CausalLM:
         """Load the model for training, in float32."""
         return open_student(self._folder, **vars(changes))
 
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """Return one rate for all parameters."""
-        return [(list(model.parameters()), 1.0)]
-
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
         """Save the student with its prompt as a chat template."""
         tokenizer = served_tokenizer(self.prompts, self._first_span)
@@ -76,6 +72,10 @@ class TokenSeam:
     """Between body and language-model head of a causal model; head rows from `vocabulary_size` on are padding."""
 
     vocabulary_size: int
+
+    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """Return one rate for all parameters."""
+        return [(list(model.parameters()), 1.0)]
 
     def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
         """Return the hidden state that predicts each supervised position."""

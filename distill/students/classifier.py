@@ -40,9 +40,19 @@ from distill.tasks import Task
 
 @dataclass(frozen=True)
 class ClassSeam:
-    """Before the head that makes the logits of the classes. `padding_id` is that of the model."""
+    """Before the head that makes the logits of the classes.
+
+    `padding_id` is that of the model; `head_rate` the factor of the learning rate of the weights after the body.
+    """
 
     padding_id: int
+    head_rate: float = 1.0
+
+    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the rate of the body, and that of the weights after it, which are new."""
+        new = new_parameters(model)
+        ids = {id(parameter) for parameter in new}
+        return [([p for p in model.parameters() if id(p) not in ids], 1.0), (new, self.head_rate)]
 
     def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
         """Return what the head reads of each text; the class behind a text is hidden from the model."""
@@ -113,9 +123,8 @@ class Classifier:
         limit = min(teacher.max_length, text_limit(folder) or teacher.max_length)
         tokenizer = load_tokenizer(folder, has_end=False)
         self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
-        self.seam = ClassSeam(self.prompts.end)
-        self._folder, self._head_rate = folder, head_rate
-        self.calibrate = calibrate
+        self.seam = ClassSeam(self.prompts.end, head_rate)
+        self.calibrate, self._folder = calibrate, folder
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
         """Return the losses of what a classifier does not write."""
@@ -143,12 +152,6 @@ class Classifier:
         if changes.gradient_checkpointing:
             checkpoint_activations(model)
         return model
-
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the rate of the body, and that of the weights after it, which are new."""
-        new = new_parameters(model)
-        ids = {id(parameter) for parameter in new}
-        return [([p for p in model.parameters() if id(p) not in ids], 1.0), (new, self._head_rate)]
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
         """Save the student with its labels and its tokenizer, which cuts texts that are too long."""

@@ -100,7 +100,6 @@ def build_training(job: Job, curriculum: Curriculum, student: nn.Module, loggers
         make_optimizer=configuration.build(config.optim.optimizer),
         make_schedule=configuration.build(config.optim.schedule),
         seed=config.seed,
-        rates=job.kind.rates,
         measures_accuracy=not job.annotation_job.task.is_free_text,
     )
     if config.share_prompt:

@@ -30,7 +30,6 @@ SMALLER_STEPS = (
     "Lower optim.optimizer.lr, raise optim.schedule.num_warmup_steps, or clip more: trainer.gradient_clip_val=0.5"
 )
 
-Rates = Callable[[Any], Sequence[tuple[list[nn.Parameter], float]]]
 Counts = Mapping[tuple[Span, str], int]
 Retemper = Callable[[Entries, float], Entries]
 
@@ -70,11 +69,9 @@ class StudentModule(lightning.LightningModule):
         make_schedule: MakeSchedule,
         seed: int,
         measures_accuracy: bool = True,
-        rates: Rates | None = None,
     ) -> None:
         """`seam` says how losses see the model; `retemper` returns kept log-probabilities at T.
 
-        `rates` returns parameters with the factors of their learning rate, by default the same for all.
         `measures_accuracy`: validation counts the answers of which every token is the most probable one.
         """
         super().__init__()
@@ -83,7 +80,7 @@ class StudentModule(lightning.LightningModule):
         self._seam = seam
         self._retemper = retemper
         self._make_optimizer, self._make_schedule, self._seed = make_optimizer, make_schedule, seed
-        self._measures_accuracy, self._rates = measures_accuracy, rates
+        self._measures_accuracy = measures_accuracy
         self._step_sums: dict[str, Tensor] = {}
         self._counts: Counts = {}
         self.logged: dict[str, float] = {}  # the values that were logged last
@@ -258,7 +255,7 @@ class StudentModule(lightning.LightningModule):
         self._tallies = {}
 
     def configure_optimizers(self) -> Any:
-        groups = self._rates(self.model) if self._rates else [(list(self.model.parameters()), 1.0)]
+        groups = self._seam.rates(self.model)
         trained = [([p for p in parameters if p.requires_grad], factor) for parameters, factor in groups]
         present = [(parameters, factor) for parameters, factor in trained if parameters]
         optimizer = self._make_optimizer([{"params": parameters} for parameters, _ in present])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.app.config import build
-from distill.evaluation.answers import _comparison, _divergence, _prediction
+from distill.evaluation.answers import _comparison, divergence_of, prediction_of
 from distill.evaluation.metrics import Prediction, score
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.reports.proportions import wilson_interval
@@ -62,9 +62,9 @@ def test_agreement_is_with_the_teacher_whether_it_is_right_or_not(
 
 def test_a_written_answer_is_judged_beside_the_chosen_one() -> None:
     task = build(compose("task=arithmetic").task.examples)
-    prediction = _prediction(task, Example("How many?", "8"), "8", "7")
+    prediction = prediction_of(task, Example("How many?", "8"), "8", "7")
     assert (prediction.is_correct, prediction.is_written_correct) == (True, False)
-    prediction = _prediction(task, Example("How many?", "8"), "7", "8")
+    prediction = prediction_of(task, Example("How many?", "8"), "7", "8")
     assert (prediction.is_correct, prediction.is_written_correct) == (False, True)
 
 
@@ -74,7 +74,7 @@ def test_the_divergence_from_the_teacher_is_a_mean_over_positions() -> None:
     ids, tail, numbers = np.array([0, 1] * 2), np.array([0.25] * 2, np.float32), np.array([2, 2])
     target = Target((5, 6), SoftTargets(ids, kept, tail, numbers))
     logprobs_NV = torch.tensor([[0.25, 0.5, 0.125, 0.125]] * 2).log()
-    assert _divergence(logprobs_NV, target) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)
+    assert divergence_of(logprobs_NV, target) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)
 
 
 def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.annotation.annotation_job import open_annotation_job
 from distill.cache.codecs.dense import Dense
 from distill.errors import CacheError, ConfigError
-from distill.evaluation.answers import _divergence
+from distill.evaluation.answers import divergence_of
 from distill.lessons.collate import collate, entries
 from distill.lessons.curriculum import check_parts
 from distill.losses.forward_kl import ForwardKL
@@ -167,7 +167,7 @@ def test_a_batch_holds_the_reading_for_training(name: str, prompts: Prompts) -> 
 def test_agreement_is_measured_on_exact_entries_and_one_rest_bucket(name: str) -> None:
     log_q_NV, log_p_NV = random_logprobs(5, 300), random_logprobs(5, 300, 4.0)
     soft = codec(name).cut(log_p_NV, uniform_draws(5))
-    divergence = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
+    divergence = divergence_of(log_q_NV, Target((1, 2, 3, 4, 5), soft))
     if name == "rs_kd":  # a single bucket of probability 1 for every model
         assert divergence is None
         return
@@ -185,12 +185,12 @@ def test_agreement_is_measured_on_exact_entries_and_one_rest_bucket(name: str) -
 @ALL_CODECS
 def test_a_loss_that_needs_a_rest_bucket_refuses_sampled_tails(name: str, configured: Any) -> None:
     job = replace(open_annotation_job(configured()), codec=codec(name))
-    check_parts(objectives("answer", "kl", "rationale_kl"), job, "direct")
+    check_parts(objectives("answer", "kl", "rationale_kl"), job, job.codec, "direct")
     if codec(name).seed is None:
-        check_parts(objectives(), job, "direct")
+        check_parts(objectives(), job, job.codec, "direct")
         return
     with pytest.raises(ConfigError, match=r"loss\.reverse_kl needs .* set cache=topk"):
-        check_parts(objectives(), job, "direct")
+        check_parts(objectives(), job, job.codec, "direct")
 
 
 def test_more_samples_than_n_per_position_are_refused() -> None:
@@ -210,6 +210,6 @@ def test_agreement_of_a_row_does_not_depend_on_longer_rows() -> None:
     log_p_NV[:, 0] = -30
     soft = codec("sampled").cut(log_p_NV.log_softmax(-1), uniform_draws(5))
     assert len(set(soft.num_exact_N.tolist())) > 1
-    together = _divergence(log_q_NV, Target((1, 2, 3, 4, 5), soft))
-    alone = [_divergence(log_q_NV[n : n + 1], Target((1,), soft[n : n + 1])) for n in range(5)]
+    together = divergence_of(log_q_NV, Target((1, 2, 3, 4, 5), soft))
+    alone = [divergence_of(log_q_NV[n : n + 1], Target((1,), soft[n : n + 1])) for n in range(5)]
     assert math.isclose(together, sum(alone) / 5, abs_tol=1e-4)
