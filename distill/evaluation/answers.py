@@ -69,7 +69,7 @@ class Evaluation:
         reader = self._reader(self._span)
         questions = self._questions(examples, self._span)
         dropped = [index for index in range(len(examples)) if index not in questions]
-        results = {i: prediction_of(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
+        results = {i: as_prediction(self._task, examples[i], None, None, teacher.get(examples[i].id)) for i in dropped}
         # Batches of similar lengths need little padding.
         order = list(questions)
         lengths = [len(questions[index]) + self._room(examples[index]) for index in order]
@@ -193,7 +193,7 @@ class Evaluation:
             measures = self._text_measures(reader, questions, examples, teacher, answers, has_ended)
             return [
                 replace(
-                    prediction_of(self._task, e, answers[k], answers[k], teacher[k]),
+                    as_prediction(self._task, e, answers[k], answers[k], teacher[k]),
                     text=measures[k],
                     rationale=rationales[k],
                 )
@@ -203,7 +203,7 @@ class Evaluation:
         kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
-                prediction_of(self._task, example, best[k], answers[k], annotation),
+                as_prediction(self._task, example, best[k], answers[k], annotation),
                 confidence=confidence[k],
                 kl=kls[k],
                 rationale=rationales[k],
@@ -295,7 +295,7 @@ def _is_same(task: Task, answer: str | None, reference: str | None) -> bool:
     return answer is not None and reference is not None and task.is_same(answer, reference)
 
 
-def prediction_of(
+def as_prediction(
     task: Task, example: Example, answer: str | None, written: str | None, annotation: Annotation | None = None
 ) -> Prediction:
     """Compare an answer with the gold answer and, if annotated, with the teacher's; free texts are not compared."""
@@ -439,7 +439,7 @@ def teacher_row(
     """Return the teacher's row, from its cached answers and its cost; `folder` is None if it is not local."""
     predictions = [
         replace(
-            prediction_of(task, example, annotation.answer, None),
+            as_prediction(task, example, annotation.answer, None),
             is_written_correct=None,
             confidence=annotation.confidence,
             text=_teacher_measures(prompts, example, annotation) if task.is_free_text else None,

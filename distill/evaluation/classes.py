@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.evaluation.answers import divergence_of, prediction_of
+from distill.evaluation.answers import as_prediction, divergence_of
 from distill.evaluation.metrics import Prediction
 from distill.models.batches import BatchLimit
 from distill.models.classifiers import class_logits
@@ -109,11 +109,11 @@ class ClassEvaluation:
         self, example: Example, annotation: Annotation | None, logprob_C: Float[Tensor, "C"] | None
     ) -> Prediction:
         if logprob_C is None:
-            return replace(prediction_of(self._task, example, None, None, annotation), is_written_correct=None)
+            return replace(as_prediction(self._task, example, None, None, annotation), is_written_correct=None)
         answer = self._prompts.labels[int(logprob_C.argmax())]
         target = annotation.targets.get("answer") if annotation else None
         return replace(
-            prediction_of(self._task, example, answer, None, annotation),
+            as_prediction(self._task, example, answer, None, annotation),
             is_written_correct=None,
             confidence=float(logprob_C.max().exp()),
             kl=divergence_of(logprob_C.unsqueeze(0), target),

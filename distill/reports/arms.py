@@ -16,7 +16,7 @@ from distill.app.console import visible
 from distill.app.files import Json
 from distill.reports.measures import ACCURACY, CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, Measure, measure_of
 from distill.reports.proportions import wilson_interval
-from distill.reports.runs import NULL, SEED_KEYS, Run, number
+from distill.reports.runs import BAG_OF_WORDS, NULL, SEED_KEYS, Run, mapping, number
 from distill.reports.statistics import Matrix, linearized_ratio, paired_interval, student_t
 
 BUDGET = ("start", "steps", "batch_size", "labelled", "test")
@@ -28,7 +28,9 @@ BYTES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1.0, " B"))
 BASELINES = {True: "labels alone", False: "the teacher's answers alone"}
 BASELINE_LOSSES = {True: ("answer",), False: ("teacher_answer",)}
 
-Kind = Literal["teacher", "before", "baseline", "distilled"]
+Kind = Literal["teacher", "before", "words", "baseline", "distilled"]
+# What a bag of words was fitted on: the names of its sources in results.json, in plain words.
+SOURCES = {"labels": "labels", "teacher": "teacher's answers", "soft": "teacher's soft targets"}
 
 
 class Stat(NamedTuple):
@@ -257,7 +259,7 @@ def _beside(arm: Arm, column: Column) -> str:
 
 
 def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
-    """Group finished runs into arms: teachers, students before training, baselines, distilled students.
+    """Group finished runs into arms: teachers, students before training, bags of words, baselines, distilled students.
 
     If a seed was run twice, the later run counts, and a note says so.
     """
@@ -268,7 +270,8 @@ def group(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
     not_run = [] if baselines else [Arm("baseline", f"student on {missing}", {}, (), ())]
     teachers = _references("teacher", "teacher", ("task", "teacher", "test"), runs)
     before = _references("before", "student before training", ("task", "start", "test"), runs)
-    return [*teachers, *before, *baselines, *not_run, *(arm for arm in trained if arm.kind == "distilled")]
+    distilled = [arm for arm in trained if arm.kind == "distilled"]
+    return [*teachers, *before, *_bags_of_words(runs), *baselines, *not_run, *distilled]
 
 
 def _trained(runs: Sequence[Run], notes: list[str]) -> list[Arm]:
@@ -305,6 +308,20 @@ def _references(kind: Kind, label: str, keys: Sequence[str], runs: Sequence[Run]
         if number(row.get(ACCURACY.key)) is not None or measure_of(row) is not ACCURACY:
             settings = {key: run.settings[key] for key in keys}
             arms[str(settings)] = Arm(kind, label, settings, (), (run.rows[kind],))
+    return _with_distinct_labels(list(arms.values()))
+
+
+def _bags_of_words(runs: Sequence[Run]) -> list[Arm]:
+    """Return one arm per distinct bag of words: runs that learn the same targets of the same examples share one."""
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        row = run.rows.get(BAG_OF_WORDS, {})
+        if number(row.get(ACCURACY.key)) is not None:
+            keys = ("task", "test", "labelled", "unlabelled", "teacher")
+            settings = {key: run.settings.get(key, NULL) for key in keys} | {"targets": str(row.get("digest"))}
+            sources = " + ".join(name for key, name in SOURCES.items() if mapping(row.get("targets")).get(key))
+            key = tuple(settings[name] for name in ("task", "test", "targets"))
+            arms[str(key)] = Arm("words", f"bag of words ({sources})", settings, (), (row,))
     return _with_distinct_labels(list(arms.values()))
 
 

@@ -12,6 +12,7 @@ from distill.reports.classes import confusion
 from distill.reports.differences import percent
 from distill.reports.measures import ACCURACY
 from distill.reports.verdicts import Status, Summary, Verdict
+from distill.reports.words import sentence
 
 _NOTHING = "No distilled student was evaluated, so there is nothing to judge."
 ONE_SEED = "Only one seed was trained, and another seed may turn the result round; train more (-m seed=0,1,2)."
@@ -47,7 +48,8 @@ def conclude(summary: Summary) -> Conclusion:
         headline = "Distillation may have helped, but only one seed was trained."
     if best.status == "not learned" and any(_has_learned(verdict) for verdict in summary.verdicts):
         headline = HEADLINES["not shown"]
-    candidates = (_accuracy(best), _teacher(best.arm, summary), _guess(summary), _weak_class(best.arm))
+    words = sentence(best.over_words) if best.over_words else ""
+    candidates = (_accuracy(best), _teacher(best.arm, summary), words, _guess(summary), _weak_class(best.arm))
     sentences = [*candidates, ONE_SEED if best.is_preliminary else "", _others(best, summary.verdicts)]
     return Conclusion(tone(best), headline, tuple(filter(None, sentences)))
 

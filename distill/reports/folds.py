@@ -66,6 +66,7 @@ def _joined(folds: dict[int, Run], notes: list[str]) -> Run:
         metrics=_curves(members),
         predictions=tuple(line for run in members for line in run.predictions),
         judgements=tuple(line for run in members for line in run.judgements),
+        bag_of_words=tuple(line for run in members for line in run.bag_of_words),
     )
 
 

@@ -21,7 +21,7 @@ from distill.reports.judgements import JUDGEMENT_TITLES, judged, verdicts_on_jud
 from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
-from distill.reports.sentences import contamination_lines, cost_note, notes, of_free_texts, yield_lines
+from distill.reports.sentences import contamination_lines, cost_note, notes, of_results, yield_lines
 from distill.reports.steps import pairs_note, steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
@@ -101,7 +101,7 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "rows_table": rows_table(summary.runs),
         "conclusion": conclude(summary),
         "notes": notes(summary),
-        "of_free_texts": of_free_texts(summary),
+        "of_results": of_results(summary),
         "to_run": TO_RUN,
         "seed_columns": seed_columns(summary),
         "cost_titles": COST_TITLES,

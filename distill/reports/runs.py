@@ -24,11 +24,13 @@ from distill.errors import ConfigError
 from distill.reports.measures import measure_of
 
 FILES = ("config.yaml", "run.json", "metrics.csv", "results.json", "predictions.jsonl", "rejected.jsonl")
-OPTIONAL_FILES = ("rationales.jsonl", "judgements.jsonl")
+OPTIONAL_FILES = ("rationales.jsonl", "judgements.jsonl", "bag_of_words.jsonl")
+BAG_OF_WORDS = "bag_of_words"  # its row in results.json
 # Sections and single settings that decide where and how a run is made, not what the student learns.
 RUN_ONLY = (
     *("root", "resume", "preflight", "plan", "tracking", "cost", "objective", "time_teacher", "evaluate_before"),
-    *("num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size", "share_prompt"),
+    *("bag_of_words", "num_samples", "num_workers", "checkpoint_every", "validate_every", "microbatch_size"),
+    *("share_prompt",),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps"),
     *(
         "trainer.num_sanity_val_steps",
@@ -66,6 +68,7 @@ class Run:
     rejected: tuple[Json, ...]
     rationales: tuple[Json, ...]
     judgements: tuple[Json, ...]
+    bag_of_words: tuple[Json, ...]
 
     @property
     def name(self) -> str:

@@ -18,6 +18,11 @@ FREE_TEXTS = (
     "that it writes are good. chrF compares the wording of these with the {texts}, 0 to 100, and cannot see that "
     "another wording is as good. Neither says whether a text is true."
 )
+BAGS_OF_WORDS = (
+    "Bag of words: TF-IDF of words and pairs of words, and logistic regression, on the same examples and the targets "
+    "that the losses on answers read. It knows no language: a student that is not better has learned which words go "
+    "with which answer."
+)
 WITHOUT_GOLD = " There are no gold texts, so they say how close a student comes to its teacher, not how good that is."
 
 
@@ -36,14 +41,15 @@ def facts(summary: Summary, prices: Json) -> list[str]:
     """Return sentences on effects of settings, costs, yield of rationales and contamination."""
     costs = [cost_note([cost(arm, prices) for arm in summary.trained])] if summary.trained else []
     settings = effect_lines(effects(summary.trained))
-    texts = [*of_free_texts(summary), *pairs_note(summary.trained)]
+    texts = [*of_results(summary), *pairs_note(summary.trained)]
     return [*texts, *settings, *costs, *yield_lines(yields(summary.trained)), *contamination_lines(summary.runs)]
 
 
-def of_free_texts(summary: Summary) -> list[str]:
-    """State what the figures of free texts can show, by what they are compared with."""
+def of_results(summary: Summary) -> list[str]:
+    """State what a bag of words is, and what the figures of free texts can show, by what they are compared with."""
+    words = [BAGS_OF_WORDS] if any(arm.kind == "words" for arm in summary.arms) else []
     measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
-    return [
+    return words + [
         FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
         for measure in measures
     ]

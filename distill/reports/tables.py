@@ -178,6 +178,7 @@ def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[st
     return {
         "differences": [_difference_values(verdict) for verdict in summary.verdicts if verdict.difference],
         "contrasts": [_contrast_values(contrast) for contrast in summary.contrasts],
+        "bag_of_words": list(map(_words_values, summary.words)),
         "comparison": [
             {"model": arm.label, "low": arm.interval[0], "high": arm.interval[1]} | {k: arm.stat(k).mean for k in keys}
             for arm in summary.arms
@@ -222,6 +223,13 @@ def _difference_values(verdict: Verdict) -> dict[str, Any]:
         "over_hard_labels": verdict.over_hard_labels.points if verdict.over_hard_labels else None,
         "verdict": verdict.wording,
     }
+
+
+def _words_values(difference: Difference) -> dict[str, Any]:
+    low, high = difference.ends or (None, None)
+    values = {"arm": difference.arm.label, "accuracy": difference.rival.accuracy, "points": difference.points}
+    values |= {"low": low, "high": high, "level": difference.level}
+    return values | {"detectable": difference.detectable, "verdict": difference.wording}
 
 
 def _contrast_values(contrast: Contrast) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     """Format the verdicts and tables as GitHub Markdown."""
     conclusion = conclude(summary)
     lines = ["# Distillation report", "", f"**{_plain(conclusion.headline)}**"]
-    lines += ["", _plain(" ".join(conclusion.sentences)), "", *(f"- {_plain(text)}" for text in remarks(summary))]
+    lines += ["", _uncut(" ".join(conclusion.sentences)), "", *(f"- {_uncut(text)}" for text in remarks(summary))]
     rows = [[_plain(text) for text in difference_row(verdict)] for verdict in summary.verdicts if verdict.difference]
     lines += ["", "## Differences", "", *_grid(difference_titles(summary), rows)] if rows else []
     rows = [[_plain(text) for text in contrast_row(contrast)] for contrast in summary.contrasts]
@@ -154,7 +154,7 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     lines += ["", "## Rows", "", *_grid(*_plain_grid(titles, rows))] if rows else []
     rows = [[_plain(text) for text in cost_row(cost(arm, prices))] for arm in summary.trained]
     lines += ["", "## Cost and data", "", *_grid(COST_TITLES, rows), ""]
-    return "\n".join([*lines, *(f"- {_plain(text)}" for text in facts(summary, prices)), ""])
+    return "\n".join([*lines, *(f"- {_uncut(text)}" for text in facts(summary, prices)), ""])
 
 
 def _grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -166,4 +166,13 @@ def _plain_grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[l
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", visible(text).replace("\n", " "))
+    return _escaped(visible(text))
+
+
+def _uncut(text: str) -> str:
+    """A sentence of the report, which is longer than any text from a file may be."""
+    return _escaped(visible(text, MAX_SENTENCE))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text.replace("\n", " "))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from distill.reports.arms import BUDGET, MAIN_COLUMNS, Arm, cell, group
@@ -23,6 +23,7 @@ from distill.reports.folds import join_folds
 from distill.reports.latency import share_latencies
 from distill.reports.measures import ACCURACY
 from distill.reports.runs import Run
+from distill.reports.words import against_words, sentence
 
 NOT_SHOWN = " This does not show that the student is better."
 NO_ADVANTAGE = "The teacher is no better than labels alone."
@@ -43,7 +44,8 @@ class Rivals(NamedTuple):
 class Verdict:
     """Whether one distilled arm beat the baseline, which is labels alone or, without any, the teacher's answers.
 
-    `over_hard_labels` compares it with hard labels from the same teacher, if an arm with the same budget had them.
+    `over_hard_labels` compares it with hard labels from the same teacher, if an arm with the same budget had them, and
+    `over_words` with a bag of words on the same targets.
     An arm that is worse than either is worse. "Not learned": neither it nor the baseline beat guessing; "all right":
     both answer everything right.
     """
@@ -54,6 +56,7 @@ class Verdict:
     caveats: tuple[str, ...] = ()
     difference: Difference | None = None
     over_hard_labels: Difference | None = None
+    over_words: Difference | None = None
 
     @property
     def points(self) -> float | None:
@@ -89,13 +92,15 @@ class Verdict:
 class Summary:
     """Content of the report: arms in the order of the table, a verdict for each distilled arm.
 
-    `contrasts` has each pair of arms that differ in one section, or none if there are too many.
+    `contrasts` has each pair of arms that differ in one section, or none if there are too many, and `words` the
+    comparison of each trained arm with its bag of words.
     """
 
     runs: tuple[Run, ...]
     arms: tuple[Arm, ...]
     verdicts: tuple[Verdict, ...]
     contrasts: tuple[Contrast, ...]
+    words: tuple[Difference, ...]
     notes: tuple[str, ...]
 
     @property
@@ -128,8 +133,21 @@ def summarise(runs: Sequence[Run], level: float = 0.95) -> Summary:
     distilled = [arm for arm in arms if arm.kind == "distilled"]
     rivals = [_rivals(arm, arms) for arm in distilled]
     number = sum(rival is not None for pair in rivals if pair.baseline for rival in pair)
-    verdicts = [_judge(arm, pair, arms, level, number) for arm, pair in zip(distilled, rivals, strict=True)]
-    return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts(arms, level, notes), tuple(notes))
+    words = against_words(arms, level)
+    verdicts = [
+        _with_words(_judge(arm, pair, arms, level, number), words) for arm, pair in zip(distilled, rivals, strict=True)
+    ]
+    return Summary(tuple(runs), tuple(arms), tuple(verdicts), contrasts(arms, level, notes), words, tuple(notes))
+
+
+def _with_words(verdict: Verdict, words: Sequence[Difference]) -> Verdict:
+    """Add the comparison with the bag of words: to the sentence or, if the arm is not better, to the caveats."""
+    over_words = next((difference for difference in words if difference.arm is verdict.arm), None)
+    if over_words is None:
+        return verdict
+    if over_words.status == "better":
+        return replace(verdict, over_words=over_words, sentence=f"{verdict.sentence} {sentence(over_words)}")
+    return replace(verdict, over_words=over_words, caveats=(sentence(over_words), *verdict.caveats))
 
 
 def _peers(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:

@@ -38,6 +38,7 @@ from distill.reports.text import to_text
 from distill.reports.verdicts import Summary
 from distill.students.causal_lm import compiled, merge_adapters
 from distill.students.saving import SavedStudent, SavedStudentError, saved_dtype, size_bytes
+from distill.training.bag_of_words import bag_of_words_rows, check_bag_of_words
 from distill.training.fit import (
     Training,
     build_training,
@@ -67,7 +68,10 @@ _OBJECTIVES = {"test": "", "validation": "validation_"}  # the beginning of the 
 # What the student before training shares with the trained one.
 _OF_ARCHITECTURE = ("size_bytes", "dtype", "ms_per_example", "ms_fastest", "ms_slowest", "architecture", "peak_bytes")
 # Settings that may differ between a complete run and its repetition.
-_MAY_DIFFER = ("root", "resume", "preflight", "plan", "tracking", "checkpoint_every", "license", "language")
+_MAY_DIFFER = (
+    *("root", "resume", "preflight", "plan", "tracking", "checkpoint_every"),
+    *("license", "language", "bag_of_words"),
+)
 
 
 def train(config: Config) -> float:
@@ -83,6 +87,7 @@ def train(config: Config) -> float:
         return score
     job = prepare(config, run_dir)
     require_text_measures(job.annotation_job.task)
+    check_bag_of_words(job)
     if not is_first_process():
         return _score(config, distill(job, [], {}))
     check_student(job)
@@ -185,6 +190,7 @@ def distill(job: Job, loggers: Sequence[Logger], run: Json) -> Json:
     evaluation = evaluation_of(student, job.prompts, job.annotation_job.task, *mode, limit)
     teacher = _teacher_on_test(job, curriculum)
     rows = _rows_before(job, training, evaluation, teacher) if is_first else {}
+    rows |= bag_of_words_rows(job, curriculum, teacher) if is_first else {}
     with compiled(student) if job.config.student.compile else nullcontext():
         trained = fit(job, training)
     run["training"], results = trained.facts, Json()

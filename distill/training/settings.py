@@ -99,6 +99,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "order": get_args(Order),
     "balance": get_args(Balance),
     "preflight": ("auto", True, False),
+    "bag_of_words": ("auto", True, False),
     "keep": (None, "last", "best"),
     "trainer.deterministic": (None, True, False, "warn"),
     "trainer.benchmark": (None, True, False),

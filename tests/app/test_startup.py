@@ -14,7 +14,19 @@ from distill.app.config import CONF
 from distill.app.help import help_text
 from tests.conftest import environment
 
-HEAVY = {"torch", "lightning", "wandb", "transformers", "pydantic", "datasets", "pyarrow", "numpy", "scipy", "jinja2"}
+HEAVY = {
+    "torch",
+    "lightning",
+    "wandb",
+    "transformers",
+    "pydantic",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "jinja2",
+}
 COMMANDS = ("annotate", "evaluate", "export", "judge", "report", "train")
 
 

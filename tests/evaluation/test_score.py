@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.app.config import build
-from distill.evaluation.answers import _comparison, divergence_of, prediction_of
+from distill.evaluation.answers import _comparison, as_prediction, divergence_of
 from distill.evaluation.metrics import Prediction, score
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.reports.proportions import wilson_interval
@@ -62,9 +62,9 @@ def test_agreement_is_with_the_teacher_whether_it_is_right_or_not(
 
 def test_a_written_answer_is_judged_beside_the_chosen_one() -> None:
     task = build(compose("task=arithmetic").task.examples)
-    prediction = prediction_of(task, Example("How many?", "8"), "8", "7")
+    prediction = as_prediction(task, Example("How many?", "8"), "8", "7")
     assert (prediction.is_correct, prediction.is_written_correct) == (True, False)
-    prediction = prediction_of(task, Example("How many?", "8"), "7", "8")
+    prediction = as_prediction(task, Example("How many?", "8"), "7", "8")
     assert (prediction.is_correct, prediction.is_written_correct) == (False, True)
 
 

@@ -175,6 +175,24 @@ def write_run(
     return folder
 
 
+SOFT_AND_LABELS = {"labels": 100, "teacher": 0, "soft": 1700}
+
+
+def with_words(
+    folder: Path, accuracy: float, *, name: str = "words", number: int = 500, targets: dict[str, int] | None = None
+) -> Path:
+    """The run with a bag of words of this accuracy; its answers stand in another order than the student's."""
+    results = json.loads((folder / "results.json").read_text())
+    own = {"digest": f"bow-{name}", "targets": targets or SOFT_AND_LABELS, "strength": 1.0}
+    results["rows"]["bag_of_words"] = row(accuracy, number, kl=None, generated_accuracy=None) | own
+    (folder / "results.json").write_text(json.dumps(results))
+    right = shuffled(accuracy, number, name)
+    lines = [{"id": f"{k:032x}", "answer": "positive", "is_correct": is_right} for k, is_right in enumerate(right)]
+    random.Random(0).shuffle(lines)
+    (folder / "bag_of_words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Make:
     """Write a new run folder below `tmp_path`."""

@@ -15,7 +15,7 @@ from distill.reports.page import to_html
 from distill.reports.tables import tables
 from distill.reports.text import to_markdown, to_text
 from distill.reports.verdicts import Summary
-from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, two_classes, with_latency
+from tests.reports.conftest import HOSTILE, Make, Page, answers, summary_of, two_classes, with_latency, with_words
 
 
 def test_costs_and_break_even_follow_from_the_prices(make_run: Make) -> None:
@@ -110,11 +110,13 @@ def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
         for k, line in enumerate(two_classes(answers(("kl",), 0.8, 0)))
     ]
     others = [make_run(("answer",), 0.6, config={"order": order}) for order in ("shuffled", "short_first")]
-    summary = summary_of(*others, make_run(("kl",), 0.8, predictions=predictions, config={"order": "shuffled"}))
+    run = make_run(("kl",), 0.8, predictions=predictions, config={"order": "shuffled"})
+    summary = summary_of(*others, with_words(run, 0.7))
     rows_by_table = tables(summary)
     names = {
         "differences",
         "contrasts",
+        "bag_of_words",
         "comparison",
         "guesses",
         "steps_to_equal",

@@ -107,6 +107,7 @@ def test_a_student_of_another_vocabulary_uses_no_soft_targets(
     rows = json.loads((only_run(tmp_path) / "results.json").read_text())["rows"]
     assert rows["student"]["agreement"] is not None
     assert rows["before"]["kl"] is rows["student"]["kl"] is None
+    assert rows["bag_of_words"]["targets"] == {"labels": 6}
 
 
 def test_a_reasoned_run_writes_its_reasoning(tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
