@@ -182,7 +182,7 @@ def learned_codec(annotation_job: AnnotationJob, prompts: Prompts | ClassPrompts
 
 
 def check_parts(objectives: Mapping[str, Objective], annotation_job: AnnotationJob, codec: Codec, answer: str) -> None:
-    """Raise ConfigError with all reasons why this teacher, or soft targets of this form, do not support these losses."""
+    """Raise ConfigError with every reason why this teacher, or soft targets of this form, do not fit these losses."""
     problems = []
     for name, objective in objectives.items():
         if objective.source == "soft":
