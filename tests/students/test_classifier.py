@@ -19,6 +19,7 @@ from distill.evaluation.classes import ClassEvaluation
 from distill.lessons.choices import choice_targets
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Job, build_curriculum, prepare
+from distill.losses.head import head_loss
 from distill.models.batches import BatchLimit
 from distill.models.classifiers import class_logits
 from distill.prompts.classes import ClassPrompts
@@ -223,3 +224,23 @@ def test_adapters_and_the_new_head_are_trained_and_merged_into_a_plain_model(
 def test_a_teacher_without_scores_of_the_choices_is_refused_for_soft_targets() -> None:
     with pytest.raises(CacheError, match="no scores of the task's choices"):
         choice_targets([Annotation("", {}, "positive")])
+
+
+def test_a_step_has_the_same_gradient_however_it_is_cut_into_microbatches(prepared: Callable[..., Job]) -> None:
+    job = prepared()
+    curriculum, model = build_curriculum(job), open_job_student(job).eval()
+    module = build_training(job, curriculum, model, []).module
+    counts = sum((lesson.counts() for lesson in curriculum.train), Counter[Any]())
+
+    def gradient(size: int) -> torch.Tensor:
+        model.zero_grad()
+        for start in range(0, len(curriculum.train), size):
+            part = curriculum.train[start : start + size]
+            batch = collate(part, counts, job.prompts.end, curriculum.read)
+            head_loss(module.hidden(batch), module.head(), [*module.terms(batch).values()])[0].backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    whole = gradient(len(curriculum.train))
+    assert whole.norm() > 0
+    for size in (1, 5):
+        assert (gradient(size) - whole).norm() < 1e-5 * whole.norm()
