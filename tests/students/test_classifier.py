@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from distill.errors import CacheError, ConfigError
+from distill.evaluation.calibration import Calibration, best_temperature
 from distill.evaluation.classes import ClassEvaluation
 from distill.lessons.choices import choice_targets
 from distill.lessons.collate import collate
@@ -26,6 +27,8 @@ from distill.prompts.classes import ClassPrompts
 from distill.records import Annotation, Example
 from distill.students import Changes, classifier
 from distill.students.causal_lm import merge_adapters
+from distill.students.classifier import divide_logits
+from distill.training import temperature
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.job import train
 from distill.training.preflight import preflight
@@ -244,3 +247,37 @@ def test_a_step_has_the_same_gradient_however_it_is_cut_into_microbatches(prepar
     assert whole.norm() > 0
     for size in (1, 5):
         assert (gradient(size) - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_a_calibrated_classifier_needs_no_further_temperature_and_gives_the_same_answers(
+    prepared: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temperature, "_MIN_LABELS", 4)
+    job = prepared()
+    model, splits = open_job_student(job), job.annotation_job.splits
+    divide_logits(model, 0.02)  # overconfident
+    evaluation = ClassEvaluation(model, job.prompts, job.annotation_job.task, BatchLimit(3))
+    before = [prediction.answer for prediction in evaluation.predict(splits.train, {})]
+    factor = temperature.calibrated(job, evaluation)
+    assert factor is not None
+    assert factor > 1
+    logprobs_NC, label_N = evaluation.labelled(splits.validation)
+    assert best_temperature(logprobs_NC, label_N) == pytest.approx(1.0, abs=1e-3) or factor == pytest.approx(
+        20, rel=1e-3
+    )
+    assert [prediction.answer for prediction in evaluation.predict(splits.train, {})] == before
+    facts = temperature.calibration_facts(job, evaluation, factor)
+    undone = evaluation.labelled(splits.test)[0] * factor
+    undone -= np.logaddexp.reduce(undone, axis=1, keepdims=True)
+    assert facts["ece_before"] == Calibration.of(undone, evaluation.labelled(splits.test)[1]).ece
+    assert facts["temperature"] == factor
+
+
+def test_too_few_labels_leave_the_probabilities_as_they_are(prepared: Callable[..., Job], capsys: Any) -> None:
+    job = prepared()
+    model = open_job_student(job)
+    weights = model.classifier.weight.clone()
+    evaluation = ClassEvaluation(model, job.prompts, job.annotation_job.task, BatchLimit(3))
+    assert temperature.calibrated(job, evaluation) is None
+    assert torch.equal(model.classifier.weight, weights)
+    assert "not calibrated: validation has 4 labels, at least 30 are needed" in capsys.readouterr().err
