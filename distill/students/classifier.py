@@ -11,7 +11,7 @@ from typing import Annotated, Any, final
 import torch
 from annotated_types import Gt
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.errors import ConfigError
@@ -34,6 +34,7 @@ from distill.records import Batch, Span
 from distill.students import Changes
 from distill.students.causal_lm import checkpoint_activations, freeze_parameters, inject_adapters
 from distill.students.layers import cut_layers
+from distill.students.rates import Rates, rates
 from distill.students.saving import SavedStudent, save_model
 from distill.tasks import Task
 
@@ -42,17 +43,17 @@ from distill.tasks import Task
 class ClassSeam:
     """Before the head that makes the logits of the classes.
 
-    `padding_id` is that of the model; `head_rate` the factor of the learning rate of the weights after the body.
+    `padding_id` is that of the model; `head_rate` the factor of the learning rate of the weights after the body, and
+    `layer_decay` that from each layer of the body to the one below.
     """
 
     padding_id: int
     head_rate: float = 1.0
+    layer_decay: float = 1.0
 
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the rate of the body, and that of the weights after it, which are new."""
-        new = new_parameters(model)
-        ids = {id(parameter) for parameter in new}
-        return [([p for p in model.parameters() if id(p) not in ids], 1.0), (new, self.head_rate)]
+    def rates(self, model: Any) -> Rates:
+        """Return the parameters of the body by layer, and those after it, which are new."""
+        return rates(model, layer_decay=self.layer_decay, new=new_parameters(model), new_factor=self.head_rate)
 
     def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
         """Return what the head reads of each text; the class behind a text is hidden from the model."""
@@ -107,11 +108,13 @@ class Classifier:
         max_new_tokens: int,
         head_rate: Annotated[float, Gt(0)],
         calibrate: bool,
+        layer_decay: Annotated[float, Gt(0)],
     ) -> None:
         """Texts may be as long as those of the `teacher`, and as the model can read.
 
-        `head_rate` is the factor of the learning rate for the weights between the body and the classes. `calibrate`:
-        before the student is saved, its logits are divided by the temperature that fits the labels of validation.
+        `head_rate` is the factor of the learning rate for the weights between the body and the classes, `layer_decay`
+        that from each layer to the one below. `calibrate`: before the student is saved, its logits are divided by the
+        temperature that fits the labels of validation.
         """
         if not task.choices:
             raise ConfigError(
@@ -123,7 +126,7 @@ class Classifier:
         limit = min(teacher.max_length, text_limit(folder) or teacher.max_length)
         tokenizer = load_tokenizer(folder, has_end=False)
         self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
-        self.seam = ClassSeam(self.prompts.end, head_rate)
+        self.seam = ClassSeam(self.prompts.end, head_rate, layer_decay)
         self.calibrate, self._folder = calibrate, folder
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
