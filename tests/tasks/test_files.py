@@ -389,6 +389,14 @@ def test_the_short_keys_of_the_task_reach_its_examples(tmp_path: Path) -> None:
     assert all(e.answer == str(int(e.question.split()[1]) % 2 == 0).lower() for e in splits.train)
 
 
+def test_paths_into_objects_and_a_separator_reach_the_examples_of_the_task(tmp_path: Path) -> None:
+    rows = [{"record": {"text": f"Text {i}?"}, "own": "a | b", "label": "b"} for i in range(20)]
+    keys = ["task.question=record.text", "task.choices=own", "task.answer=label", "task.options.separator=' | '"]
+    config = compose("task=jsonl", f"task.path={jsonl(tmp_path, *rows)}", *keys)
+    configuration.check(config)
+    assert configuration.build(config.task.examples).splits().test[0].question.endswith("?\nA. a\nB. b")
+
+
 def test_the_folds_of_a_cross_validation_hold_out_each_example_once(tmp_path: Path) -> None:
     path = write(tmp_path / "all.jsonl", [*ROWS, {**ROWS[0], "question": "Is it unlabelled?", "answer": ""}])
     parts = [task(path, folds=3, fold=fold, num_validation=5).splits() for fold in range(3)]
