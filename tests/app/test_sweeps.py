@@ -307,13 +307,18 @@ def test_a_search_optimizes_the_saved_students_validation_accuracy(
     ("settings", "told"),
     [
         (["trainer.devices=2"], "trainer.devices=2 on 1 node with trainer.strategy=auto"),
-        (
+        pytest.param(
             ["trainer.devices=choice([0,1])", "trainer.strategy=ddp"],
             r"devices=\[0, 1\] on 1 node with trainer.strategy=ddp",
+            marks=pytest.mark.slow,
         ),
-        (["trainer.devices=choice('0,1')"], "trainer.devices=0,1 on 1 node"),
+        pytest.param(["trainer.devices=choice('0,1')"], "trainer.devices=0,1 on 1 node", marks=pytest.mark.slow),
         (["trainer.num_nodes=2"], "trainer.devices=1 on 2 nodes"),
-        (["trainer.devices=2", "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"], "DDPStrategy"),
+        pytest.param(
+            ["trainer.devices=2", "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"],
+            "DDPStrategy",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_sweep_job_that_would_start_its_own_ranks_is_refused(
@@ -331,20 +336,23 @@ def test_a_sweep_job_that_would_start_its_own_ranks_is_refused(
     "settings",
     [
         ["trainer.devices=1"],
-        ["trainer.devices=choice(auto,-1)", "trainer.accelerator=cpu"],
-        ["trainer.devices=choice([1],'1')"],
+        pytest.param(["trainer.devices=choice(auto,-1)", "trainer.accelerator=cpu"], marks=pytest.mark.slow),
+        pytest.param(["trainer.devices=choice([1],'1')"], marks=pytest.mark.slow),
         ["trainer.devices=2", "trainer.strategy=ddp_spawn"],
-        [
-            "trainer.devices=2",
-            "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, start_method: spawn}",
-        ],
+        pytest.param(
+            [
+                "trainer.devices=2",
+                "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, start_method: spawn}",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_sweep_job_with_one_rank_or_spawned_ranks_runs(settings: list[str], swept: Callable[..., Any]) -> None:
     assert swept(lambda config: 0.5, *settings)[0] == 0
 
 
-@pytest.mark.parametrize("name", MADE_RANKS)
+@pytest.mark.parametrize("name", [MADE_RANKS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in MADE_RANKS[1:])])
 def test_ranks_started_by_a_scheduler_or_torchrun_run_a_sweep(
     name: str, swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
