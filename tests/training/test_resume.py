@@ -24,7 +24,7 @@ from distill.students.causal_lm import open_student
 from distill.training import checkpoints as checkpoints_module
 from distill.training.checkpoints import checked, newest
 from distill.training.fit import build_training, fit
-from tests.cases import KINDS, case_overrides
+from tests.cases import KINDS, WAYS, case_overrides
 from tests.conftest import WHOLE_STUDENT, compose, make_model, tiny_overrides
 
 # Lightning warns that the loader has no state; it needs none, as its order is a function of the step.
@@ -89,7 +89,7 @@ def copy_checkpoints(run_dir: Path, target_dir: Path, steps: Sequence[int]) -> N
             shutil.copy(file, target_dir / "checkpoints" / file.name)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *list(KINDS)[1:]])
+@pytest.mark.parametrize("variant", [*VARIANTS, *list(KINDS)[1:], *WAYS])
 def test_a_run_interrupted_at_any_step_ends_with_the_uninterrupted_weights(
     variant: str, tmp_path: Path, teacher_folder: Path, student_with_dropout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
