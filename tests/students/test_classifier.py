@@ -20,6 +20,7 @@ from distill.evaluation.classes import ClassEvaluation
 from distill.lessons.choices import choice_targets
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Job, build_curriculum, prepare
+from distill.lessons.join import Lesson, PlacedTarget, TrainingSequence
 from distill.losses.head import head_loss
 from distill.models.batches import BatchLimit
 from distill.models.classifiers import class_logits
@@ -281,3 +282,39 @@ def test_too_few_labels_leave_the_probabilities_as_they_are(prepared: Callable[.
     assert temperature.calibrated(job, evaluation) is None
     assert torch.equal(model.classifier.weight, weights)
     assert "not calibrated: validation has 4 labels, at least 30 are needed" in capsys.readouterr().err
+
+
+def test_adapters_of_the_head_are_refused(prepared: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match="adapts the head of the classes"):
+        prepared().kind.open(Changes(lora=peft.LoraConfig(r=4, target_modules=["query", "classifier"])))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, teacher_folder: Path) -> None:
+    folder = make_encoder(tmp_path / "small", vocab_size=300)
+    (tmp_path / "run").mkdir()
+    job = prepare(compose(*overrides(tmp_path, teacher_folder, folder)), tmp_path / "run")
+    with pytest.raises(ConfigError, match="has 320 tokens, and the model embeds 300"):
+        open_job_student(job)
+
+
+def test_positions_are_counted_by_the_padding_id_of_the_model(tmp_path: Path, teacher_folder: Path) -> None:
+    folder = make_encoder(tmp_path / "roberta", "RoBERTa", pad_token_id=5)  # its tokenizer has no padding token
+    (tmp_path / "run").mkdir()
+    job = prepare(compose(*overrides(tmp_path, teacher_folder, folder)), tmp_path / "run")
+    ids = torch.tensor([[9, 8, 7]])
+    own = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert torch.equal(open_job_student(job).eval()(ids).logits, own(ids).logits)
+
+
+def test_an_end_token_that_is_the_padding_token_is_read_as_the_model_reads_it(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path, "Qwen3")
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    prompts, seam = class_prompts(folder), classifier.ClassSeam(1)
+    sequences = [
+        TrainingSequence((9, 8, *end, 0), (PlacedTarget("answer", 2 + len(end), 3 + len(end), "a", True),))
+        for end in ((1,), (7, 6, 1))
+    ]
+    batch = collate([Lesson((sequence,)) for sequence in sequences], Counter(), prompts.end, lambda _: None)
+    alone = torch.cat([model(torch.tensor([sequence.ids[:-1]])).logits for sequence in sequences])
+    with torch.no_grad():
+        assert torch.allclose(seam.hidden(model, batch) @ model.score.weight.T, alone, atol=1e-5)
