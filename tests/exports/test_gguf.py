@@ -40,7 +40,7 @@ def test_the_kl_is_that_of_the_kept_tokens_and_the_rest() -> None:
 
 def test_files_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     for changes, error in (
-        ({"formats": ("gguf", "onnx")}, r"format=\['onnx'\]: expected safetensors or gguf"),
+        ({"formats": ("gguf", "mlx")}, r"format=\['mlx'\]: expected safetensors or gguf or onnx"),
         ({"gguf": ("q4_k_m",)}, r"gguf=\['q4_k_m'\]: expected some of f32, f16, bf16, q8_0, q5_0, q4_0"),
     ):
         with pytest.raises(ConfigError, match=error):
