@@ -66,6 +66,7 @@ WHOLE_STUDENT = {
     "freeze": [],
     "from_scratch": False,
     "lora": None,
+    "dropout": None,
     "gradient_checkpointing": False,
 }
 
