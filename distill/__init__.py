@@ -9,7 +9,7 @@
  annotation/   what the cache lacks, each request once; which rationales are worth learning from
  cache/        == shards + manifest            the only meeting place of teacher and student
  lessons/      cache + examples -> Lesson -> Batch
- students/     opened, cut, adapted, saved     hidden_NH
+ students/     opened, cut, adapted, saved     hidden_NH of tokens or of a class
  losses/       one formula each, and the head  logits_NV, a chunk at a time: value and slope per bucket
  training/     preflight, one exact step, checkpoints; the job from annotation to report
  evaluation/   accuracy, agreement with the teacher, KL, calibration, speed

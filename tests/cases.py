@@ -110,6 +110,17 @@ KINDS = {
 }
 
 
+STOPS = "teacher.kind.generation.stops=[a,e,i,o,u]"  # a random teacher writes one of them soon
+TEXTS = ("task.read.kind=text", "task.examples.num_labelled=6", "teacher.kind.max_new_tokens=24", STOPS)
+# Ways to learn from one of these kinds, with the overrides of a run.
+WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "turns in one sequence": ("conversations", ("task.learn=all", "loss=[answer,kl]")),
+    "several answers": ("long answers", (*TEXTS, "teacher.answers_each=2", "loss=[answer,teacher_answer,kl]")),
+    "chosen positions": ("long answers", ("cache.positions.share=0.4", "loss=[answer,kl]")),
+    "random positions": ("long answers", ("cache.positions={share:0.4,by:random}", "loss=[answer,kl]")),
+    "reasoned": ("reasoning", ("task.answer_mode=reasoned", "loss=[answer,rationale,rationale_kl]")),
+}
+
 OWN_BATCHES = [name for name in KINDS if name not in LIKE_OTHERS_IN_A_BATCH]
 
 
@@ -126,8 +137,9 @@ def make_case(name: str, folder: Path) -> Case:
 
 
 def case_overrides(name: str, root: Path, teacher: Path, student: Path) -> list[str]:
-    """The overrides of a run on 24 rows of this kind, after those of the tiny models."""
-    kind, rows = KINDS[name], root / "rows.jsonl"
+    """The overrides of a run on 24 rows of this kind, or in this way, after those of the tiny models."""
+    of_kind, settings = WAYS.get(name, (name, ()))
+    kind, rows = KINDS[of_kind], root / "rows.jsonl"
     made = [kind.adapt(example, index) for index, example in enumerate(examples(24))]
     rows.write_text("".join(f"{json.dumps(_row(example))}\n" for example in made))
     if kind.template:
@@ -138,7 +150,7 @@ def case_overrides(name: str, root: Path, teacher: Path, student: Path) -> list[
         )
     sizes = [f"task.examples.num_{split}={number}" for split, number in (("labelled", 16), ("unlabelled", "null"))]
     models = [f"teacher.model={teacher}", f"student.model={student}", "prompt.num_shots=0", "teacher.calibrate=0"]
-    return [*kind.overrides, f"task.path={rows}", *models, *sizes]
+    return [*kind.overrides, f"task.path={rows}", *models, *sizes, *settings]
 
 
 def _row(example: Example) -> dict[str, Any]:

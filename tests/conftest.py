@@ -24,7 +24,10 @@ import pytest
 import torch
 import yaml
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -59,7 +62,7 @@ from tests.cases import LAYOUT as LAYOUT  # noqa: E402
 from tests.cases import examples as examples  # noqa: E402
 
 PADDED_ROWS = 32
-_PLACE = re.compile(r"(root|[a-z_]+(\.[a-z_]+)+)=/[\w./-]*$")  # the override of a path
+_SETTING = re.compile(r"\w+(\.\w+)*")  # the key of an override that neither adds nor removes one
 _BEFORE = {present: before for before, present in MOVED.items()}
 WHOLE_STUDENT = {
     "keep_layers": None,
@@ -78,14 +81,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
-    """Compose the configuration of a command line with these overrides."""
+    """Compose the configuration of a command line with these overrides.
+
+    Overrides that only set a value are applied to a copy of what the others compose, as Hydra does itself after
+    composing: many tests differ in nothing else, and composing takes a tenth of a second.
+    """
     configuration.register()
-    last = {override.partition("=")[0]: override for override in overrides}
-    places = {key: override for key, override in last.items() if _PLACE.match(override)}
-    config = deepcopy(_composed(name, *(override for override in overrides if override not in places.values())))
-    for key, override in places.items():  # which differ in each test, and choose nothing
-        OmegaConf.update(config, key, override.partition("=")[2])
+    settings = () if any(override[0] in "+~" for override in overrides) else tuple(filter(_is_setting, overrides))
+    config = deepcopy(_composed(name, *(override for override in overrides if override not in settings)))
+    try:
+        for setting in map(OverridesParser.create().parse_override, settings):
+            OmegaConf.update(config, setting.key_or_group, setting.value())
+    except (HydraException, OmegaConfBaseException):  # one that Hydra refuses too, with a message of its own
+        return deepcopy(_composed(name, *overrides))
     return config
+
+
+def _is_setting(override: str) -> bool:
+    """Whether an override chooses no option of a group."""
+    key = override.partition("=")[0]
+    return _SETTING.fullmatch(key) is not None and not (CONF / key).is_dir()
 
 
 @functools.cache

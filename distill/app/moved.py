@@ -30,6 +30,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "stops": [],
     },
     "distill.tasks.files.Columns": {"options": None},
+    "distill.tasks.options.Options": {"separator": None},
     "distill.tasks.files.FileTask": {"conflicts": None, "split_names": None, "folds": None, "fold": 0},
 }
 
@@ -47,7 +48,7 @@ GROUPED: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 _FILE_TASK, _COLUMNS, _OPTIONS = (
     f"distill.tasks.{name}" for name in ("files.FileTask", "files.Columns", "options.Options")
 )
-_OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
+_OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None, "separator": None}
 _TEACHER_SETTINGS = {"answers_each": 1, "batch_unit": "examples"}
 _ALL_POSITIONS = {"_target_": "distill.annotation.positions.Positions", "share": 1.0, "by": "entropy"}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}

@@ -60,12 +60,22 @@ class OnnxClassifier:
         """Raise ConfigError if onnxruntime cannot open the file."""
         import onnxruntime
 
+        # It raises classes without a common base, and has no public names for them.
+        from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+        errors = (
+            raised.Fail,
+            raised.InvalidArgument,
+            raised.InvalidGraph,
+            raised.InvalidProtobuf,
+            raised.NotImplemented,
+        )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.version = f"onnxruntime {version('onnxruntime')}"
         try:
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except RuntimeError as error:  # the base of all that it raises
+        except errors as error:
             raise ConfigError(f"onnxruntime cannot open {file.name}: {' '.join(str(error).split())[:200]}") from None
 
     def logits(self, ids: Sequence[int]) -> Float[np.ndarray, "C"]:

@@ -77,6 +77,12 @@ def check_classifier(folder: Path, labels: Sequence[str], padding_id: int) -> No
         raise ConfigError(f"{folder} does not open as a model with a class head: {in_one_line(error)}") from None
 
 
+def padding_of(folder: Path) -> int | None:
+    """The padding id that a model's configuration names; some count positions by it."""
+    index = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "pad_token_id", None)
+    return index if isinstance(index, int) and index >= 0 else None
+
+
 def text_limit(folder: Path) -> int | None:
     """Number of tokens that the model in a folder can read, None without a limit; no weight is read.
 
@@ -147,7 +153,7 @@ def _config(folder: Path, labels: Sequence[str], padding_id: int) -> Any:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    config.pad_token_id = padding_id
+    config.pad_token_id = padding_id  # decoders that have none find the end of a text by it
     return config
 
 

@@ -22,17 +22,27 @@ class ClassPrompts:
     """Renders examples for one tokenizer and the labels of one task, in their order."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int, too_long: TooLong
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        *,
+        max_length: int,
+        too_long: TooLong,
+        padding_id: int | None = None,
     ) -> None:
-        """`max_length` limits the tokens of a text with the special tokens around it."""
+        """`max_length` limits the tokens of a text with the special tokens around it.
+
+        `padding_id` is that of the model; without it, that of the tokenizer, or its end token.
+        """
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
         self.too_long = too_long
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        known = (index for index in (padding_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if index is not None)
+        padding = next(known, None)
         if padding is None:
             raise ConfigError(f"the tokenizer of {tokenizer.name_or_path} has no padding token; set pad_token in it")
-        self.end = padding
+        self.end: int = padding
         self._class_of = {label: index for index, label in enumerate(self.labels)}
 
     @property

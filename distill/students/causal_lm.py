@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import torch
+from annotated_types import Gt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -25,6 +26,7 @@ from distill.prompts.serving import served_tokenizer
 from distill.records import Batch, Span
 from distill.students import Changes
 from distill.students.layers import cut_layers
+from distill.students.rates import Rates, rates
 from distill.students.saving import SavedStudent, save_student
 from distill.tasks import Task
 
@@ -38,10 +40,22 @@ _NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication"
 class CausalLM:
     """A causal language model, which learns the tokens of answers and rationales."""
 
-    def __init__(self, *, folder: Path, teacher: Prompts, task: Task, first_span: Span, max_new_tokens: int) -> None:
-        """It is asked like its `teacher`, without shots. It writes the `first_span` first after a question."""
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        teacher: Prompts,
+        task: Task,
+        first_span: Span,
+        max_new_tokens: int,
+        layer_decay: Annotated[float, Gt(0)],
+    ) -> None:
+        """It is asked like its `teacher`, without shots. It writes the `first_span` first after a question.
+
+        `layer_decay` is the factor of the learning rate from each layer to the one below.
+        """
         self.prompts = student_prompts(teacher, folder)
-        self.seam = TokenSeam(self.prompts.vocabulary_size)
+        self.seam = TokenSeam(self.prompts.vocabulary_size, layer_decay)
         self._folder, self._first_span, self._max_new_tokens = folder, first_span, max_new_tokens
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
@@ -74,10 +88,11 @@ class TokenSeam:
     """Between body and language-model head of a causal model; head rows from `vocabulary_size` on are padding."""
 
     vocabulary_size: int
+    layer_decay: float = 1.0
 
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """Return one rate for all parameters."""
-        return [(list(model.parameters()), 1.0)]
+    def rates(self, model: Any) -> Rates:
+        """Return the parameters by layer."""
+        return rates(model, layer_decay=self.layer_decay)
 
     def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
         """Return the hidden state that predicts each supervised position."""

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import torch
 from annotated_types import Gt
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from distill.errors import ConfigError
@@ -25,6 +25,7 @@ from distill.models.classifiers import (
     labels_of,
     load_classifier,
     new_parameters,
+    padding_of,
     text_limit,
 )
 from distill.models.dropout import copy_dropout
@@ -35,25 +36,29 @@ from distill.records import Batch, Span
 from distill.students import Changes
 from distill.students.causal_lm import checkpoint_activations, freeze_parameters, inject_adapters
 from distill.students.layers import cut_layers
+from distill.students.rates import Rates, rates
 from distill.students.saving import SavedStudent, save_model
 from distill.tasks import Task
+
+if TYPE_CHECKING:
+    import peft
 
 
 @dataclass(frozen=True)
 class ClassSeam:
     """Before the head that makes the logits of the classes.
 
-    `padding_id` is that of the model; `head_rate` the factor of the learning rate of the weights after the body.
+    `padding_id` is that of the model; `head_rate` the factor of the learning rate of the weights after the body, and
+    `layer_decay` that from each layer of the body to the one below.
     """
 
     padding_id: int
     head_rate: float = 1.0
+    layer_decay: float = 1.0
 
-    def rates(self, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the rate of the body, and that of the weights after it, which are new."""
-        new = new_parameters(model)
-        ids = {id(parameter) for parameter in new}
-        return [([p for p in model.parameters() if id(p) not in ids], 1.0), (new, self.head_rate)]
+    def rates(self, model: Any) -> Rates:
+        """Return the parameters of the body by layer, and those after it, which are new."""
+        return rates(model, layer_decay=self.layer_decay, new=new_parameters(model), new_factor=self.head_rate)
 
     def hidden(self, model: Any, batch: Batch) -> Float[Tensor, "N H"]:
         """Return what the head reads of each text; the class behind a text is hidden from the model."""
@@ -61,7 +66,9 @@ class ClassSeam:
         is_text_BT[batch.sequence_N, batch.before_N + 1] = False
         # Some models count positions by comparing with their own padding id.
         ids_BT = batch.input_ids_BT.where(is_text_BT, self.padding_id)
-        last_B = is_text_BT.sum(1) - 1
+        # As decoders do: an end token that is the padding token does not count.
+        place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        last_B = (place_T * (ids_BT != self.padding_id)).amax(1)
         features_BH = features(model, ids_BT[:, :-1], is_text_BT[:, :-1].long(), last_B)
         return features_BH[batch.sequence_N]
 
@@ -79,7 +86,8 @@ def saved_classifier(folder: Path, max_length: int | None, too_long: TooLong) ->
     """Open a student that was saved, in float32, and what it reads; a text may have `max_length` tokens at most."""
     tokenizer, limits = load_tokenizer(folder, has_end=False), (max_length, text_limit(folder))
     limit = min((limit for limit in limits if limit is not None), default=tokenizer.model_max_length)
-    prompts = ClassPrompts(tokenizer, labels_of(folder), max_length=limit, too_long=too_long)
+    sizes: Any = {"max_length": limit, "too_long": too_long, "padding_id": padding_of(folder)}
+    prompts = ClassPrompts(tokenizer, labels_of(folder), **sizes)
     return prompts, load_classifier(folder, torch.float32, prompts.labels, prompts.end).eval()
 
 
@@ -90,6 +98,20 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> None:
     for weight in (head.weight, head.bias):
         if weight is not None:
             weight.div_(temperature)
+
+
+def _adapt(model: PreTrainedModel, lora: peft.LoraConfig) -> None:
+    """Add adapters to the body in place; the weights after it are new, and trained whole."""
+    new = {name for name, weight in model.named_parameters() if any(weight is other for other in new_parameters(model))}
+    learned = [weight for name, weight in model.named_parameters() if name in new and weight.requires_grad]
+    inject_adapters(model, lora)
+    if not new <= {name for name, _ in model.named_parameters()}:
+        raise ConfigError(
+            "student.lora adapts the head of the classes, or what stands before it, which are new and trained whole; "
+            "remove them from student.lora.target_modules, or list them in student.lora.exclude_modules"
+        )
+    for weight in learned:
+        weight.requires_grad_(True)
 
 
 @final
@@ -108,11 +130,13 @@ class Classifier:
         max_new_tokens: int,
         head_rate: Annotated[float, Gt(0)],
         calibrate: bool,
+        layer_decay: Annotated[float, Gt(0)],
     ) -> None:
         """Texts may be as long as those of the `teacher`, and as the model can read.
 
-        `head_rate` is the factor of the learning rate for the weights between the body and the classes. `calibrate`:
-        before the student is saved, its logits are divided by the temperature that fits the labels of validation.
+        `head_rate` is the factor of the learning rate for the weights between the body and the classes, `layer_decay`
+        that from each layer to the one below. `calibrate`: before the student is saved, its logits are divided by the
+        temperature that fits the labels of validation.
         """
         if not task.choices:
             raise ConfigError(
@@ -122,9 +146,9 @@ class Classifier:
         if first_span == "rationale":
             raise ConfigError("student.kind: a class head writes no reasoning; set task.answer_mode=direct")
         limit = min(teacher.max_length, text_limit(folder) or teacher.max_length)
-        tokenizer = load_tokenizer(folder, has_end=False)
-        self.prompts = ClassPrompts(tokenizer, task.choices, max_length=limit, too_long=teacher.too_long)
-        self.seam = ClassSeam(self.prompts.end, head_rate)
+        sizes: Any = {"max_length": limit, "too_long": teacher.too_long, "padding_id": padding_of(folder)}
+        self.prompts = ClassPrompts(load_tokenizer(folder, has_end=False), task.choices, **sizes)
+        self.seam = ClassSeam(self.prompts.end, head_rate, layer_decay)
         self.calibrate, self._folder = calibrate, folder
 
     def problems(self, objectives: Mapping[str, Objective]) -> list[str]:
@@ -146,10 +170,7 @@ class Classifier:
             model = cut_layers(model, changes.keep_layers)
         freeze_parameters(model, changes.freeze)
         if changes.lora is not None:
-            learned = [parameter for parameter in new_parameters(model) if parameter.requires_grad]
-            inject_adapters(model, changes.lora)
-            for parameter in learned:  # a new head is trained whole
-                parameter.requires_grad_(True)
+            _adapt(model, changes.lora)
         if changes.gradient_checkpointing:
             checkpoint_activations(model)
         return model
@@ -171,5 +192,15 @@ class Classifier:
         tokenizer.save_pretrained(folder)
 
     def _load(self, folder: Path, from_scratch: bool = False, dropout: float | None = None) -> PreTrainedModel:
-        labels, padding_id = self.prompts.labels, self.prompts.end
-        return load_classifier(folder, torch.float32, labels, padding_id, from_scratch=from_scratch, dropout=dropout)
+        prompts = self.prompts
+        model = load_classifier(
+            folder, torch.float32, prompts.labels, prompts.end, from_scratch=from_scratch, dropout=dropout
+        )
+        embedding: Any = model.get_input_embeddings()
+        num_tokens = max(prompts.tokenizer.get_vocab().values()) + 1
+        if num_tokens > len(embedding.weight):
+            raise ConfigError(
+                f"the tokenizer of {folder} has {num_tokens} tokens, and the model embeds {len(embedding.weight)}; use "
+                "the tokenizer that belongs to these weights"
+            )
+        return model

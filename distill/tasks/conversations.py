@@ -11,7 +11,8 @@ from typing import Any, Literal
 from distill.errors import AnswerError, ConfigError
 from distill.records import Example, Message, Role
 from distill.tasks.answers import AnswerFormat
-from distill.tasks.tables import Table, check_columns, columns_of, raise_problems
+from distill.tasks.columns import columns_of, with_columns
+from distill.tasks.tables import Table, raise_problems
 from distill.tasks.texts import text_of
 
 Learn = Literal["all", "last"]
@@ -46,7 +47,7 @@ class Conversations:
     def examples(self, table: Table, answers: AnswerFormat, *, rationales: bool) -> dict[str, Example]:
         """The examples of a table by their places, in its order; ConfigError names the first invalid rows."""
         columns = self._columns(table)
-        check_columns(table, columns)
+        table = with_columns(table, columns)
         examples: dict[str, Example] = {}
         problems: list[str] = []
         for place, row in table.rows.items():

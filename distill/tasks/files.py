@@ -15,9 +15,10 @@ from typing import Any, Protocol, final, runtime_checkable
 from distill.errors import AnswerError, ConfigError
 from distill.records import SPLITS, Example, RowCounts, Splits, content_id, folded_id
 from distill.tasks.answers import AnswerFormat
+from distill.tasks.columns import with_columns
 from distill.tasks.options import Options
 from distill.tasks.splitting import Conflicts, cut, distinct_questions
-from distill.tasks.tables import Table, check_columns, open_tables, raise_problems, select_split
+from distill.tasks.tables import Table, open_tables, raise_problems, select_split
 from distill.tasks.texts import joined_text, question_layout, text_of, texts_of
 
 _HELD_OUT, _MAX_HELD_OUT = 10, 2000  # by default one labelled row in 10, at most 2,000, for each of validation and test
@@ -270,13 +271,14 @@ def read_examples(table: Table, columns: Columns, answers: AnswerFormat) -> dict
 
     Rows with invalid choices of their own are left out if they are to be dropped.
     """
-    lay_out, options = question_layout(table, columns.question), columns.own
-    check_columns(table, [name for name in (columns.answer, columns.rationale, options and options.column) if name])
+    layout, options = question_layout(table, columns.question), columns.own
+    others = (columns.answer, columns.rationale, options and options.column)
+    table = with_columns(table, [*layout.columns, *(name for name in others if name)])
     examples: dict[str, Example] = {}
     problems: list[str] = []
     for place, row in table.rows.items():
         try:
-            examples[place] = _example(lay_out(row), row, columns, answers)
+            examples[place] = _example(layout.lay_out(row), row, columns, answers)
         except (ValueError, AnswerError, RecursionError) as error:
             if not (options and options.drops_invalid and isinstance(error, AnswerError)):
                 problems.append(f"{place}: {error}")

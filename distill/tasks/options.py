@@ -7,6 +7,8 @@ The column of CommonsenseQA, ARC, MMLU, AQuA and the like holds one of
     {"label": ["A", "B"], "text": ["a hat", "a shoe"]}       labels and texts
     [{"label": "A", "text": "a hat"}, ...]                   the same, one by one
     {"A": "a hat", "B": "a shoe"}                            the same, by label; a null is no choice
+    '["a hat", "a shoe"]'                                    one of these as a text of JSON, as a CSV file has it
+    'a hat|a shoe'                                           texts with a separator between them
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal, final
 from distill.app.quoting import escape_problem
 from distill.errors import AnswerError, ConfigError
 from distill.tasks.answers import AnswerFormat
+from distill.tasks.tables import parse_json
 from distill.tasks.texts import text_of
 
 LETTERS = string.ascii_uppercase
@@ -48,20 +51,27 @@ class Options:
         show: str,
         gold: Literal["label", "text"] | None,
         invalid: Literal["refuse", "drop"] | None,
+        separator: str | None,
     ) -> None:
         """`column` is the name of their column; a list is that of the task's choices, with which nothing else is used.
 
         The `answer` is a letter by the place of a choice, or its text. `show` is what stands behind the question for
         every choice, with {letter} and {text}. `gold` says what the column of answers holds: a label, or an index from
         0, or a text; None is the one that fits. Rows with invalid choices or answers are refused or dropped.
+        The `separator` stands between the choices of a column that is one text and not JSON.
         """
         self.column = column if isinstance(column, str) else None
         self._answer, self._show, self._gold, self.drops_invalid = answer, show, gold, invalid == "drop"
+        self._separator = separator
         _check_show(show, is_needed=answer == "letter")
+        _check_separator(separator)
 
     def read(self, value: Any, answers: AnswerFormat) -> OwnChoices:
         """Read the choices of a row from the value of its column; AnswerError if they are invalid."""
-        pairs = [(_plain(label), _plain(text)) for label, text in _pairs(value)]
+        try:
+            pairs = [(_plain(label), _plain(text)) for label, text in _pairs(self._parsed(value))]
+        except ValueError as error:  # of a list, say, where a text is expected
+            raise AnswerError(f"its choices: {error}") from None
         if len(pairs) < 2:
             raise AnswerError(f"{value!r:.60} has {len(pairs)} choices; at least 2 are needed")
         labels, texts = zip(*pairs, strict=True)
@@ -73,6 +83,24 @@ class Options:
         if len(texts) > len(LETTERS):
             raise AnswerError(f"{len(texts)} choices have no letters; set task.options.answer=text")
         return OwnChoices(labels, texts, answers.checked_choices(LETTERS[: len(texts)]))
+
+    def _parsed(self, value: Any) -> Any:
+        """The value of the column; one that is a text is parsed as JSON or cut at the separator."""
+        if not isinstance(value, str) or not value.strip():
+            return value
+        try:
+            parsed = parse_json(value)
+            if isinstance(parsed, list | dict):
+                return parsed
+            problem = "a single value"
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        if self._separator is not None:
+            return value.split(self._separator)
+        raise AnswerError(
+            f"{value[:60]!r} is not a JSON list of choices ({problem}); write one, or set task.options.separator to "
+            "what stands between the choices"
+        )
 
     def shown(self, choices: OwnChoices) -> str:
         """What stands behind the question."""
@@ -110,6 +138,15 @@ def _check_show(show: str, *, is_needed: bool) -> None:
             f"task.options.show={show!r}: expected text with {{letter}} and {{text}} in braces"
             + (", without which a letter means nothing; or set task.options.answer=text" if is_needed else "")
         )
+
+
+def _check_separator(separator: str | None) -> None:
+    if separator is None:
+        return
+    if problem := escape_problem("task.options.separator", separator):
+        raise ConfigError(problem)
+    if not separator:
+        raise ConfigError("task.options.separator='': expected at least one character, such as '|', or null")
 
 
 def _letters(number: int) -> Sequence[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import json
 import math
 import re
@@ -78,24 +77,6 @@ def select_split(tables: Mapping[str, Table], name: str) -> Table:
     return tables[name] if name in tables else next(iter(tables.values()))
 
 
-def columns_of(table: Table) -> list[str]:
-    """Names of the columns that any row has."""
-    return list(dict.fromkeys(name for row in table.rows.values() for name in row))
-
-
-def check_columns(table: Table, required: Iterable[str]) -> None:
-    """Raise ConfigError listing every missing column."""
-    names = columns_of(table)
-    problems = []
-    for name in dict.fromkeys(required):
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            problems.append(f"{table.name} has no column {name!r}{hint}; it has {', '.join(map(repr, names))}")
-    if problems:
-        raise ConfigError(*problems)
-
-
 def raise_problems(name: str, problems: Sequence[str], expected: str) -> None:
     """Raise ConfigError with the first problems of a file; do nothing if there are none."""
     if problems:
@@ -164,7 +145,7 @@ def _read_json_lines(file: Path) -> Rows:
     for number, line in enumerate(_lines(file), start=1):
         try:
             if line.strip():
-                rows[f"line {number}"] = _object(_parse_json(line))
+                rows[f"line {number}"] = _object(parse_json(line))
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {error}")
     raise_problems(str(file), problems, "one JSON object per line")
@@ -177,12 +158,12 @@ def _read_json(file: Path) -> Rows:
     if not text.lstrip().startswith("["):
         return _read_json_lines(file)
     try:
-        return {f"row {number}": _object(row) for number, row in enumerate(_parse_json(text), start=1)}
+        return {f"row {number}": _object(row) for number, row in enumerate(parse_json(text), start=1)}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: {error}; expected an array of JSON objects") from None
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parse JSON without losing anything: a repeated key is an error, and every number keeps its exact value."""
     return json.loads(text, parse_float=_exact_number, object_pairs_hook=_distinct_keys)
 
@@ -254,15 +235,26 @@ def _read_parquet(file: Path) -> Rows:
 
 def _rows_of(batch: Any) -> list[dict[str, Any]]:
     """Rows of a pyarrow table; floats of 16 or 32 bits as their shortest decimal, 0.1 and not 0.10000000149."""
-    import pyarrow
-
     rows: list[dict[str, Any]] = batch.to_pylist()
     for field in batch.schema:
-        if field.type in (pyarrow.float16(), pyarrow.float32()):
-            for row in rows:
-                value = row[field.name]
-                row[field.name] = value if value is None else float(str(field.type.to_pandas_dtype()(value)))
+        for row in rows:
+            row[field.name] = _with_short_decimals(row[field.name], field.type)
     return rows
+
+
+def _with_short_decimals(value: Any, kind: Any) -> Any:
+    """The value of a pyarrow type, as a column has it or within a list or an object."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if kind in (pyarrow.float16(), pyarrow.float32()):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if isinstance(kind, pyarrow.StructType):
+        return {field.name: _with_short_decimals(value[field.name], field.type) for field in kind}
+    if isinstance(kind, pyarrow.ListType | pyarrow.LargeListType | pyarrow.FixedSizeListType):
+        return [_with_short_decimals(item, kind.value_type) for item in value]
+    return value
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
@@ -300,12 +292,24 @@ def _tables(name: str, loaded: Any) -> dict[str, Table]:
 
 def _rows(dataset: Any) -> Rows:
     """Rows of a `datasets.Dataset`, with class labels as names; the label -1 means no label."""
-    import datasets
-
     batches = dataset.with_format("arrow").iter(_BATCH_ROWS)
     rows = {f"row {number}": row for number, row in enumerate(chain.from_iterable(map(_rows_of, batches)), start=1)}
     for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            for row in rows.values():
-                row[name] = None if row[name] in (None, -1) else feature.int2str(row[name])
+        for row in rows.values():
+            row[name] = _with_label_names(row[name], feature)
     return rows
+
+
+def _with_label_names(value: Any, feature: Any) -> Any:
+    """The value of a feature of `datasets`, as a column has it or within a list or an object."""
+    import datasets
+
+    if value is None:
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return None if value == -1 else feature.int2str(value)
+    if isinstance(feature, Mapping):
+        return {name: _with_label_names(value[name], inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [_with_label_names(item, feature.feature) for item in value]
+    return value

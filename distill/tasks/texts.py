@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 from distill.app.quoting import escape_problem
 from distill.errors import ConfigError
+from distill.tasks.columns import columns_of
 from distill.tasks.numerals import plain_decimal
-from distill.tasks.tables import Table, check_columns, columns_of
+from distill.tasks.tables import Table
 
 _MAX_CHARACTERS = 1_000_000  # of a value
 _SPACE = " \t\r\n"
@@ -65,20 +66,33 @@ def _check_length(text: str) -> str:
     return text
 
 
-def question_layout(table: Table, question: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return the function that lays out the question of a row of this table.
+@dataclass(frozen=True)
+class QuestionLayout:
+    """How the question of a row is laid out: literal texts, and the columns behind them."""
 
-    `question` is a column or a template with {columns} in braces. The function raises ValueError if all of them are
-    empty. Tasks and recorded answers use it, so equal rows have the same question, and the same example id, in both.
+    template: Template
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that it shows."""
+        return [name for _, name in self.template if name is not None]
+
+    def lay_out(self, row: Mapping[str, Any]) -> str:
+        """The question of a row; ValueError if all of the columns are empty."""
+        values = {name: text_of(row.get(name)).strip(_SPACE) for name in self.columns}
+        if not any(values.values()):
+            raise ValueError(f"{', '.join(values)} is empty")
+        return "".join(literal + (values[name] if name is not None else "") for literal, name in self.template)
+
+
+def question_layout(table: Table, question: str) -> QuestionLayout:
+    """The layout of the questions of this table: `question` is a column or a template with {columns} in braces.
+
+    Tasks and recorded answers use it, so equal rows have the same question, and the same example id, in both.
     """
-    return partial(_fill, _parse(table, question))
-
-
-def _parse(table: Table, question: str) -> Template:
     names = columns_of(table)
     if question in names or "{" not in question:
-        check_columns(table, (question,))
-        return [("", question)]
+        return QuestionLayout([("", question)])
     try:
         parsed = list(string.Formatter().parse(question))
     except ValueError as error:
@@ -87,12 +101,4 @@ def _parse(table: Table, question: str) -> Template:
         raise ConfigError(f"task.question={question!r}: expected only columns in braces, as in {{{names[0]}}}")
     if problem := escape_problem("task.question", question):
         raise ConfigError(problem)
-    check_columns(table, [name for _, name, _, _ in parsed if name is not None])
-    return [(literal, name) for literal, name, _, _ in parsed]
-
-
-def _fill(template: Template, row: Mapping[str, Any]) -> str:
-    values = {name: text_of(row.get(name)).strip(_SPACE) for _, name in template if name is not None}
-    if not any(values.values()):
-        raise ValueError(f"{', '.join(values)} is empty")
-    return "".join(literal + (values[name] if name is not None else "") for literal, name in template)
+    return QuestionLayout([(literal, name) for literal, name, _, _ in parsed])

@@ -16,7 +16,8 @@ from distill.errors import ConfigError
 from distill.prompts.rendering import Prompts
 from distill.records import Annotation, Request, content_id
 from distill.tasks import Task, readable_answer
-from distill.tasks.tables import check_columns, matching_files, raise_problems, read_file
+from distill.tasks.columns import with_columns
+from distill.tasks.tables import matching_files, raise_problems, read_file
 from distill.tasks.texts import joined_text, question_layout, text_of
 from distill.teachers import Calibration
 
@@ -72,16 +73,16 @@ class RecordedTeacher:
         """Read the files; there is no model."""
         question, answer, rationale = self._columns.values()
         for table in map(read_file, self._files):
-            check_columns(table, [name for name in (answer, rationale) if name])
-            lay_out = question_layout(table, str(question))
+            layout = question_layout(table, str(question))
             problems = []
-            for place, row in table.rows.items():
+            columns = [*layout.columns, *(name for name in (answer, rationale) if name)]
+            for place, row in with_columns(table, columns).rows.items():
                 try:
                     texts = {
                         "answer": text_of(row.get(str(answer))),
                         "rationale": joined_text(row.get(rationale)) if rationale else "",
                     }
-                    self._rows.setdefault(content_id(lay_out(row)), []).append(texts)
+                    self._rows.setdefault(content_id(layout.lay_out(row)), []).append(texts)
                 except (ValueError, RecursionError) as error:
                     problems.append(f"{place}: {error}")
             raise_problems(table.name, problems, "a question and texts in every row")

@@ -54,7 +54,10 @@ def test_a_command_returns_the_accuracy_on_validation() -> None:
     assert all(compose(f"experiment={name}").objective == "validation" for name in conf_names("experiment"))
 
 
-@pytest.mark.parametrize("search", [["experiment=search"], ["hydra/sweeper=optuna", "seed=choice(0,1)"]])
+@pytest.mark.parametrize(
+    "search",
+    [["experiment=search"], pytest.param(["hydra/sweeper=optuna", "seed=choice(0,1)"], marks=pytest.mark.slow)],
+)
 def test_a_search_by_the_accuracy_on_test_is_refused(swept: Callable[..., Any], search: list[str]) -> None:
     pytest.importorskip("optuna")  # here, where its warnings at import do not fail the test
     ran: list[DictConfig] = []
@@ -82,7 +85,7 @@ def test_a_single_run_of_such_an_agent_does_not_either(
     assert "objective=test under an agent of a W&B sweep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("objective", ["validation", "test"])
+@pytest.mark.parametrize("objective", [pytest.param("validation", marks=pytest.mark.slow), "test"])
 def test_a_sweep_over_all_combinations_compares_nothing(objective: str, swept: Callable[..., Any]) -> None:
     assert swept(lambda config: 0.5, f"objective={objective}", "seed=0,1")[0] == 0
 

@@ -61,6 +61,8 @@ def test_a_part_saved_before_it_gained_an_argument_has_its_default() -> None:
     added = {"conflicts": None, "split_names": None, "folds": None, "fold": 0}
     assert current({"_target_": part, "path": "a"}) == {"_target_": part, "path": "a", **added}
     assert current({"_target_": part, "conflicts": "drop"})["conflicts"] == "drop"
+    options = "distill.tasks.options.Options"
+    assert current({"_target_": options, "show": ""}) == {"_target_": options, "separator": None, "show": ""}
 
 
 def test_a_task_of_files_saved_before_its_rows_had_choices_is_the_same_task(tmp_path: Path) -> None:
@@ -74,6 +76,7 @@ def test_a_task_of_files_saved_before_its_rows_had_choices_is_the_same_task(tmp_
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(before))
     assert configuration.differences(config, saved, ignored=()) == []
+    configuration.build(OmegaConf.create(current(before)["task"]["examples"]))
     config.task.options.answer = "text"
     assert configuration.differences(config, saved, ignored=()) != []
 

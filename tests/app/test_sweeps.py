@@ -230,11 +230,12 @@ def test_a_search_counts_a_failed_job_as_a_failed_trial(
 
 
 @pytest.mark.usefixtures("study")
-def test_a_search_in_which_every_trial_fails_lists_them(swept: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("num_searches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_search_in_which_every_trial_fails_lists_them(num_searches: int, swept: Callable[..., Any]) -> None:
     def work(config: DictConfig) -> float:
         raise ConfigError(f"wrong on {config.task.name}")
 
-    for _ in range(2):  # the second goes on with the study
+    for _ in range(num_searches):  # the second goes on with the study
         code, err = swept(work, *SEARCH, "hydra.sweeper.n_trials=2")
         assert code == 2
         assert "Record does not exist" not in err  # Optuna's traceback
@@ -256,7 +257,8 @@ def test_a_search_of_a_loss_that_is_not_chosen_is_refused(swept: Callable[..., A
     assert "hydra.sweeper.params varies loss.rationale.weight, which this configuration does not have" in err
     assert not (tmp_path / "sweeps").exists()
     instead = "optim.optimizer.lr=tag(log,interval(1e-5,1e-3))"
-    assert swept(lambda config: 0.5, *SEARCH, "loss=[answer,kl]", "hydra.sweeper.params=null", instead)[0] == 0
+    again = (*SEARCH, "loss=[answer,kl]", "hydra.sweeper.params=null", "hydra.sweeper.n_trials=1", instead)
+    assert swept(lambda config: 0.5, *again)[0] == 0
 
 
 @pytest.mark.slow
@@ -305,13 +307,18 @@ def test_a_search_optimizes_the_saved_students_validation_accuracy(
     ("settings", "told"),
     [
         (["trainer.devices=2"], "trainer.devices=2 on 1 node with trainer.strategy=auto"),
-        (
+        pytest.param(
             ["trainer.devices=choice([0,1])", "trainer.strategy=ddp"],
             r"devices=\[0, 1\] on 1 node with trainer.strategy=ddp",
+            marks=pytest.mark.slow,
         ),
-        (["trainer.devices=choice('0,1')"], "trainer.devices=0,1 on 1 node"),
+        pytest.param(["trainer.devices=choice('0,1')"], "trainer.devices=0,1 on 1 node", marks=pytest.mark.slow),
         (["trainer.num_nodes=2"], "trainer.devices=1 on 2 nodes"),
-        (["trainer.devices=2", "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"], "DDPStrategy"),
+        pytest.param(
+            ["trainer.devices=2", "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"],
+            "DDPStrategy",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_sweep_job_that_would_start_its_own_ranks_is_refused(
@@ -329,20 +336,23 @@ def test_a_sweep_job_that_would_start_its_own_ranks_is_refused(
     "settings",
     [
         ["trainer.devices=1"],
-        ["trainer.devices=choice(auto,-1)", "trainer.accelerator=cpu"],
-        ["trainer.devices=choice([1],'1')"],
+        pytest.param(["trainer.devices=choice(auto,-1)", "trainer.accelerator=cpu"], marks=pytest.mark.slow),
+        pytest.param(["trainer.devices=choice([1],'1')"], marks=pytest.mark.slow),
         ["trainer.devices=2", "trainer.strategy=ddp_spawn"],
-        [
-            "trainer.devices=2",
-            "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, start_method: spawn}",
-        ],
+        pytest.param(
+            [
+                "trainer.devices=2",
+                "trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy, start_method: spawn}",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_sweep_job_with_one_rank_or_spawned_ranks_runs(settings: list[str], swept: Callable[..., Any]) -> None:
     assert swept(lambda config: 0.5, *settings)[0] == 0
 
 
-@pytest.mark.parametrize("name", MADE_RANKS)
+@pytest.mark.parametrize("name", [MADE_RANKS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in MADE_RANKS[1:])])
 def test_ranks_started_by_a_scheduler_or_torchrun_run_a_sweep(
     name: str, swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

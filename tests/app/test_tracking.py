@@ -86,7 +86,7 @@ def test_two_runs_in_one_process_are_two_runs(runs: tuple[Path, list[dict[str, s
     assert len({Path(end["where"]).name.rpartition("-")[2] for end in ended}) == 2  # their ids
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_can_be_read_back_with_its_config_history_and_summary(
     seed: int, runs: tuple[Path, list[dict[str, str]]]
 ) -> None:

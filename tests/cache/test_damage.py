@@ -95,9 +95,20 @@ damages = st.builds(
 )
 
 
-@fuzzed(400)
+@fuzzed(60)
 @given(damage=damages)
 def test_a_damaged_file_never_yields_another_value(intact: Files, tmp_path: Path, damage: Damage) -> None:
+    read_damaged(intact, tmp_path, damage)
+
+
+@pytest.mark.slow
+@fuzzed(400)
+@given(damage=damages)
+def test_much_damage_never_yields_another_value(intact: Files, tmp_path: Path, damage: Damage) -> None:
+    read_damaged(intact, tmp_path, damage)
+
+
+def read_damaged(intact: Files, tmp_path: Path, damage: Damage) -> None:
     files = damage.apply(intact)
     write_files(tmp_path / "cache", files)
     try:

@@ -72,11 +72,25 @@ def header_changes(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any]
     return apply
 
 
-@fuzzed(200)
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@fuzzed(40)
 @given(change=header_changes())
-def test_a_changed_header_gives_a_record_or_a_cache_error(
-    single_shard: Files, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+def test_a_changed_header_gives_a_record_or_a_cache_error(single_shard: Files, tmp_path: Path, change: Change) -> None:
+    read_with_header(single_shard, tmp_path, change)
+
+
+@pytest.mark.slow
+@fuzzed(400)
+@given(change=header_changes())
+def test_many_changed_headers_give_a_record_or_a_cache_error(
+    single_shard: Files, tmp_path: Path, change: Change
 ) -> None:
+    read_with_header(single_shard, tmp_path, change)
+
+
+def read_with_header(single_shard: Files, tmp_path: Path, change: Change) -> None:
     write_files(tmp_path / "cache", single_shard)
     (arrays,) = (content for file, content in single_shard.items() if file.endswith(".safetensors"))
     entries, data = split_header(arrays)
@@ -144,21 +158,35 @@ def apply_changes(arrays: dict[str, np.ndarray], changes: Changes) -> dict[str, 
     return arrays
 
 
-@fuzzed(300)
-@given(
-    name=st.sampled_from(conf_names("cache")),
-    changes=st.lists(
-        st.tuples(
-            st.sampled_from(["value", "every value", "row", "rows", "type", "shape", "name"]),
-            *(st.integers(0, 99) for _ in range(3)),
-        ),
-        min_size=1,
-        max_size=3,
+codecs = st.sampled_from(conf_names("cache"))
+array_changes = st.lists(
+    st.tuples(
+        st.sampled_from(["value", "every value", "row", "rows", "type", "shape", "name"]),
+        *(st.integers(0, 99) for _ in range(3)),
     ),
+    min_size=1,
+    max_size=3,
 )
+
+
+@fuzzed(60)
+@given(name=codecs, changes=array_changes)
 def test_arrays_of_any_form_give_a_record_or_a_cache_error(
     by_codec: Path, tmp_path: Path, name: str, changes: Changes
 ) -> None:
+    read_with_arrays(by_codec, tmp_path, name, changes)
+
+
+@pytest.mark.slow
+@fuzzed(600)
+@given(name=codecs, changes=array_changes)
+def test_many_forms_of_arrays_give_a_record_or_a_cache_error(
+    by_codec: Path, tmp_path: Path, name: str, changes: Changes
+) -> None:
+    read_with_arrays(by_codec, tmp_path, name, changes)
+
+
+def read_with_arrays(by_codec: Path, tmp_path: Path, name: str, changes: Changes) -> None:
     write_files(tmp_path / "cache", files_of(by_codec / name))
     (shard,) = tmp_path.glob("cache/*.safetensors")
     with np.errstate(all="ignore"):

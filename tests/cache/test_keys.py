@@ -118,7 +118,7 @@ def with_value(config: DictConfig, key: str, value: Any) -> DictConfig:
 
 
 UNLIKE_ONLY_IN_NAME = ("smollm2_135m", "few_shot")
-SLOW = ("rationales", "teacher", "task", "auto")
+SLOW = ("rationales", "teacher", "task", "auto", "chat", "dense", "rs_kd", "sampled")
 
 
 def options() -> list[Any]:

@@ -195,6 +195,8 @@ def write_files(folder: Path) -> None:
     own = [{"label": list("ABCDE"), "text": [f"{i + k}" for k in range(5)]} for i in range(40)]
     choices = [{"question": f"What is {i}?", "choices": o, "answerKey": "ABCDE"[i % 5]} for i, o in enumerate(own)]
     _write(my / "commonsense_qa.jsonl", choices)
+    quiz = [f'What is {i}?,"{"|".join(o["text"])}",{"ABCDE"[i % 5]}' for i, o in enumerate(own)]
+    (my / "quiz.csv").write_text("\n".join(["question,options,key", *quiz]))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

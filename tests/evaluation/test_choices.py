@@ -42,7 +42,13 @@ def trained(folder: Path, prompts: Prompts, examples: Sequence[Example]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "choices", [("good", "good but slow"), ("1", "10", "100"), ("no, thanks", "no"), ("late", "later", "la")]
+    "choices",
+    [
+        pytest.param(("good", "good but slow"), marks=pytest.mark.slow),
+        ("1", "10", "100"),
+        pytest.param(("no, thanks", "no"), marks=pytest.mark.slow),
+        ("late", "later", "la"),
+    ],
 )
 def test_the_chosen_answer_is_the_written_one(choices: tuple[str, ...], prompts: Prompts, student_folder: Path) -> None:
     examples = [Example(f"Case {index}?", choices[index % len(choices)]) for index in range(2 * len(choices))]

@@ -115,10 +115,12 @@ def assert_same_answers(replies: list[Any], run_dir: Path, *, num_answers: int =
 
 
 ANSWERING = [mode for mode in MODES if mode not in ("conversation", "own systems")]
+# Every setting, but not each alone.
+FAST = ("choices", "reasoned choices", "free text", "chat with instruction", "conversation", "cut")
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=pytest.mark.slow if "between" in mode else ()) for mode in ANSWERING]
+    "mode", [mode if mode in FAST else pytest.param(mode, marks=pytest.mark.slow) for mode in ANSWERING]
 )
 def test_the_example_gives_the_answers_of_the_run(mode: str, exported: Exported) -> None:
     run_dir, folder, message = exported(mode)
@@ -152,7 +154,12 @@ def test_the_example_needs_no_more_than_torch_and_transformers(mode: str, export
 
 
 @pytest.mark.parametrize(
-    "mode", ["choices", "reasoned text", "instruction", "chat", "chat with instruction", "conversation", "own systems"]
+    "mode",
+    [
+        mode if mode in FAST else pytest.param(mode, marks=pytest.mark.slow)
+        for mode in MODES
+        if mode not in ("cut", "free text", "reasoned choices", "reasoned chat", "reasoning between marks")
+    ],
 )
 def test_a_pipeline_answers_plain_messages_as_the_student_did_in_its_run(mode: str, exported: Exported) -> None:
     run_dir, folder, _ = exported(mode)

@@ -172,8 +172,8 @@ def overrides(data: Data, root: Path, *models: Path) -> list[str]:
     [
         (("answer", "teacher_answer", "rationale"), 1),
         (("answer", "teacher_answer", "rationale"), 3),
-        (("answer", "rationale"), 3),
-        (("answer",), 1),
+        pytest.param(("answer", "rationale"), 3, marks=pytest.mark.slow),
+        pytest.param(("answer",), 1, marks=pytest.mark.slow),
     ],
 )
 def test_every_row_and_every_rationale_is_counted_under_its_reason(

@@ -223,9 +223,12 @@ def test_a_loss_may_have_weight_zero_and_soft_targets_any_positive_temperature(
     assert Objective(CrossEntropy(), "answer", source, weight, temperature).weight == weight
 
 
-@pytest.mark.parametrize(
-    "names", [c for n in (1, 2) for c in itertools.combinations(conf_names("loss"), n)], ids="+".join
-)
+LOSSES = conf_names("loss")
+PAIRS = [pytest.param(pair, marks=pytest.mark.slow, id="+".join(pair)) for pair in itertools.combinations(LOSSES, 2)]
+ALONE = [pytest.param((name,), id=name) for name in LOSSES]
+
+
+@pytest.mark.parametrize("names", [*ALONE, pytest.param(tuple(LOSSES), id="all"), *PAIRS])
 def test_every_combination_of_losses_composes_and_builds(names: tuple[str, ...]) -> None:
     config = compose(f"loss=[{','.join(names)}]", "task=arithmetic", "teacher.model=x", "student.model=x")
     configuration.check(config)

@@ -251,8 +251,7 @@ def test_a_resumed_run_continues_with_its_adapters(configured: Callable[..., Dic
         return student.state_dict()
 
     whole = trained("whole", "trainer.max_steps=4")
-    trained("half", "trainer.max_steps=2")
-    checkpoint = tmp_path / "half" / "checkpoints" / "step-00000002.ckpt"
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000002.ckpt"
     resumed = trained("resumed", "trainer.max_steps=4", f"resume='{checkpoint}'")
     assert_close(resumed, whole, 0)
     with (tmp_path / "resumed" / "metrics.csv").open() as file:

@@ -15,16 +15,21 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from distill.errors import CacheError, ConfigError
+from distill.evaluation.calibration import Calibration, best_temperature
 from distill.evaluation.classes import ClassEvaluation
 from distill.lessons.choices import choice_targets
 from distill.lessons.collate import collate
 from distill.lessons.curriculum import Job, build_curriculum, prepare
+from distill.lessons.join import Lesson, PlacedTarget, TrainingSequence
+from distill.losses.head import head_loss
 from distill.models.batches import BatchLimit
 from distill.models.classifiers import class_logits
 from distill.prompts.classes import ClassPrompts
 from distill.records import Annotation, Example
 from distill.students import Changes, classifier
 from distill.students.causal_lm import merge_adapters
+from distill.students.classifier import divide_logits
+from distill.training import temperature
 from distill.training.fit import build_training, open_job_student, preflight_input
 from distill.training.job import train
 from distill.training.preflight import preflight
@@ -238,3 +243,93 @@ def test_dropout_acts_in_training_and_the_saved_student_has_that_of_its_source(
 def test_a_teacher_without_scores_of_the_choices_is_refused_for_soft_targets() -> None:
     with pytest.raises(CacheError, match="no scores of the task's choices"):
         choice_targets([Annotation("", {}, "positive")])
+
+
+def test_a_step_has_the_same_gradient_however_it_is_cut_into_microbatches(prepared: Callable[..., Job]) -> None:
+    job = prepared()
+    curriculum, model = build_curriculum(job), open_job_student(job).eval()
+    module = build_training(job, curriculum, model, []).module
+    counts = sum((lesson.counts() for lesson in curriculum.train), Counter[Any]())
+
+    def gradient(size: int) -> torch.Tensor:
+        model.zero_grad()
+        for start in range(0, len(curriculum.train), size):
+            part = curriculum.train[start : start + size]
+            batch = collate(part, counts, job.prompts.end, curriculum.read)
+            head_loss(module.hidden(batch), module.head(), [*module.terms(batch).values()])[0].backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    whole = gradient(len(curriculum.train))
+    assert whole.norm() > 0
+    for size in (1, 5):
+        assert (gradient(size) - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_a_calibrated_classifier_needs_no_further_temperature_and_gives_the_same_answers(
+    prepared: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temperature, "_MIN_LABELS", 4)
+    job = prepared()
+    model, splits = open_job_student(job), job.annotation_job.splits
+    divide_logits(model, 0.02)  # overconfident
+    evaluation = ClassEvaluation(model, job.prompts, job.annotation_job.task, BatchLimit(3))
+    before = [prediction.answer for prediction in evaluation.predict(splits.train, {})]
+    factor = temperature.calibrated(job, evaluation)
+    assert factor is not None
+    assert factor > 1
+    logprobs_NC, label_N = evaluation.labelled(splits.validation)
+    assert best_temperature(logprobs_NC, label_N) == pytest.approx(1.0, abs=1e-3) or factor == pytest.approx(
+        20, rel=1e-3
+    )
+    assert [prediction.answer for prediction in evaluation.predict(splits.train, {})] == before
+    facts = temperature.calibration_facts(job, evaluation, factor)
+    undone = evaluation.labelled(splits.test)[0] * factor
+    undone -= np.logaddexp.reduce(undone, axis=1, keepdims=True)
+    assert facts["ece_before"] == Calibration.of(undone, evaluation.labelled(splits.test)[1]).ece
+    assert facts["temperature"] == factor
+
+
+def test_too_few_labels_leave_the_probabilities_as_they_are(prepared: Callable[..., Job], capsys: Any) -> None:
+    job = prepared()
+    model = open_job_student(job)
+    weights = model.classifier.weight.clone()
+    evaluation = ClassEvaluation(model, job.prompts, job.annotation_job.task, BatchLimit(3))
+    assert temperature.calibrated(job, evaluation) is None
+    assert torch.equal(model.classifier.weight, weights)
+    assert "not calibrated: validation has 4 labels, at least 30 are needed" in capsys.readouterr().err
+
+
+def test_adapters_of_the_head_are_refused(prepared: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match="adapts the head of the classes"):
+        prepared().kind.open(Changes(lora=peft.LoraConfig(r=4, target_modules=["query", "classifier"])))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, teacher_folder: Path) -> None:
+    folder = make_encoder(tmp_path / "small", vocab_size=300)
+    (tmp_path / "run").mkdir()
+    job = prepare(compose(*overrides(tmp_path, teacher_folder, folder)), tmp_path / "run")
+    with pytest.raises(ConfigError, match="has 320 tokens, and the model embeds 300"):
+        open_job_student(job)
+
+
+def test_positions_are_counted_by_the_padding_id_of_the_model(tmp_path: Path, teacher_folder: Path) -> None:
+    folder = make_encoder(tmp_path / "roberta", "RoBERTa", pad_token_id=5)  # its tokenizer has no padding token
+    (tmp_path / "run").mkdir()
+    job = prepare(compose(*overrides(tmp_path, teacher_folder, folder)), tmp_path / "run")
+    ids = torch.tensor([[9, 8, 7]])
+    own = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert torch.equal(open_job_student(job).eval()(ids).logits, own(ids).logits)
+
+
+def test_an_end_token_that_is_the_padding_token_is_read_as_the_model_reads_it(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path, "Qwen3")
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    prompts, seam = class_prompts(folder), classifier.ClassSeam(1)
+    sequences = [
+        TrainingSequence((9, 8, *end, 0), (PlacedTarget("answer", 2 + len(end), 3 + len(end), "a", True),))
+        for end in ((1,), (7, 6, 1))
+    ]
+    batch = collate([Lesson((sequence,)) for sequence in sequences], Counter(), prompts.end, lambda _: None)
+    alone = torch.cat([model(torch.tensor([sequence.ids[:-1]])).logits for sequence in sequences])
+    with torch.no_grad():
+        assert torch.allclose(seam.hidden(model, batch) @ model.score.weight.T, alone, atol=1e-5)

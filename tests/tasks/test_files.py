@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pyarrow import parquet
 from distill.app import config as configuration
 from distill.errors import ConfigError
 from distill.records import RowCounts
+from distill.tasks import tables
 from distill.tasks.files import Columns, FileTask
 from tests.conftest import compose
 from tests.tasks.conftest import answer_format
@@ -326,18 +326,10 @@ def test_a_missing_file_or_wrong_folder_is_refused(tmp_path: Path) -> None:
     assert "was not saved by datasets.save_to_disk" in error_of(task(tmp_path / "empty"))
 
 
-def test_an_unavailable_hub_dataset_is_one_clear_error() -> None:
-    """In a separate process, since datasets reads its offline setting only once."""
-    code = (
-        "from pathlib import Path; from distill.errors import ConfigError; from distill.tasks import tables\n"
-        "try: tables.open_tables('nobody/nothing', Path('root'))\n"
-        "except ConfigError as error: print(error)"
-    )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    process = subprocess.run([sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True)
-    assert process.stdout.startswith(
-        "nobody/nothing is not a local file or folder, and could not be loaded from the hub"
-    ), process
+def test_an_unavailable_hub_dataset_is_one_clear_error(tmp_path: Path) -> None:
+    assert datasets.config.HF_HUB_OFFLINE  # as tests/conftest.py sets it
+    with pytest.raises(ConfigError, match=r"^nobody/nothing is not a local file or folder, and could not be loaded"):
+        tables.open_tables("nobody/nothing", tmp_path)
 
 
 def test_importing_the_module_loads_neither_datasets_nor_pandas() -> None:
@@ -387,6 +379,14 @@ def test_the_short_keys_of_the_task_reach_its_examples(tmp_path: Path) -> None:
         row["text"] for row in rows
     }
     assert all(e.answer == str(int(e.question.split()[1]) % 2 == 0).lower() for e in splits.train)
+
+
+def test_paths_into_objects_and_a_separator_reach_the_examples_of_the_task(tmp_path: Path) -> None:
+    rows = [{"record": {"text": f"Text {i}?"}, "own": "a | b", "label": "b"} for i in range(20)]
+    keys = ["task.question=record.text", "task.choices=own", "task.answer=label", "task.options.separator=' | '"]
+    config = compose("task=jsonl", f"task.path={jsonl(tmp_path, *rows)}", *keys)
+    configuration.check(config)
+    assert configuration.build(config.task.examples).splits().test[0].question.endswith("?\nA. a\nB. b")
 
 
 def test_the_folds_of_a_cross_validation_hold_out_each_example_once(tmp_path: Path) -> None:

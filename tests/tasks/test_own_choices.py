@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ LAYOUTS: dict[str, Any] = {
 
 def choosing(path: Path, *, pattern: str | None = None, **settings: Any) -> FileTask:
     """A task of rows with choices in the column `choices`."""
-    defaults = {"column": "choices", "answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None}
+    defaults = {
+        "column": "choices",
+        "answer": "letter",
+        "show": "\n{letter}. {text}",
+        "gold": None,
+        "invalid": None,
+        "separator": None,
+    }
     names = {"train": "train", "validation": "validation", "test": "test"} | settings.pop("split_names", {})
     options = Options(**defaults | settings)
     read = AnswerFormat(kind=None, pattern=pattern, choices="choices")
@@ -54,6 +62,36 @@ def test_every_layout_gives_the_same_example(layout: str, suffix: str, tmp_path:
     by_text = {"answer": "text", "show": ""}
     (example,) = examples_of(path, [{"question": "What?", "choices": LAYOUTS[layout], "answer": label}], **by_text)
     assert example == Example("What?", "a shoe", choices=tuple(TEXTS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_choices_that_are_one_text_of_json_are_those_of_the_list(layout: str, suffix: str, tmp_path: Path) -> None:
+    label = "2" if layout == "numbered" else "B"
+    row = {"question": "What?", "choices": LAYOUTS[layout], "answer": label}
+    written = row | {"choices": json.dumps(LAYOUTS[layout])}
+    for separator in (None, ", "):
+        texts = examples_of(tmp_path / f"a.{suffix}", [written], separator=separator)
+        assert texts == examples_of(tmp_path / "b.jsonl", [row])
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "texts"),
+    [
+        ("a hat|a shoe|the rain", "|", TEXTS),
+        (" a hat || a shoe || the rain ", "||", TEXTS),
+        ("a hat\na shoe\nthe rain", "\n", TEXTS),
+        ("A) a hat; B) a shoe; C) the rain", ";", TEXTS),
+        ("[1]|[2]", "|", ["[1]", "[2]"]),
+        ("0.10|0.1", "|", ["0.10", "0.1"]),
+    ],
+)
+def test_choices_that_are_one_text_are_cut_at_the_separator(
+    text: str, separator: str, texts: list[str], tmp_path: Path
+) -> None:
+    rows = [{"question": "What?", "choices": text, "answer": "A"}]
+    (example,) = examples_of(tmp_path / "a.csv", rows, separator=separator, answer="text", show="")
+    assert example.choices == tuple(texts)
 
 
 @pytest.mark.parametrize("gold", ["B", "b", 1, "1", "a shoe", "A Shoe ", ["B"]])
@@ -89,7 +127,15 @@ def test_one_question_with_other_choices_is_another_example(tmp_path: Path) -> N
         ({"choices": ["a"], "answer": "A"}, "has 1 choices; at least 2"),
         ({"choices": [], "answer": "A"}, "has 0 choices"),
         ({"choices": None, "answer": "A"}, "has no choices"),
-        ({"choices": "a, b", "answer": "A"}, "has no choices"),
+        ({"choices": "a, b", "answer": "A"}, "'a, b' is not a JSON list of choices (Expecting value: "),
+        ({"choices": " ", "answer": "A"}, "has no choices"),
+        ({"choices": '["a", "b"', "answer": "A"}, "is not a JSON list of choices (Expecting ',' delimiter"),
+        ({"choices": "['a', 'b']", "answer": "A"}, "write one, or set task.options.separator"),
+        ({"choices": '{"a": 1, "a": 2}', "answer": "A"}, "the key 'a' appears twice"),
+        ({"choices": "[" * 100_000, "answer": "A"}, "is not a JSON list of choices"),
+        ({"choices": '"a"', "answer": "A"}, "is not a JSON list of choices (a single value)"),
+        ({"choices": '["a"]', "answer": "A"}, "has 1 choices; at least 2"),
+        ({"choices": '[["a", "b"], "c"]', "answer": "A"}, "is a list of 2 values"),
         ({"choices": ["a", " a"], "answer": "A"}, "must not be empty or repeated"),
         ({"choices": ["a", ""], "answer": "A"}, "must not be empty or repeated"),
         ({"choices": {"label": ["A", "A"], "text": ["a", "b"]}, "answer": "A"}, "the labels of its choices"),
@@ -141,6 +187,8 @@ def test_texts_that_cannot_be_told_apart_as_answers_are_refused(tmp_path: Path) 
         ({"show": "{letter} {txt}"}, "expected text with {letter} and {text}"),
         ({"show": "{letter", "answer": "text"}, "expected text with {letter} and {text}"),
         ({"show": "\\n{letter} {text}"}, "a backslash and a letter"),
+        ({"separator": ""}, "task.options.separator='': expected at least one character"),
+        ({"separator": r"\n"}, "a backslash and a letter"),
     ],
 )
 def test_an_invalid_setting_is_refused(settings: dict[str, Any], problem: str) -> None:

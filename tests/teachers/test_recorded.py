@@ -36,11 +36,12 @@ def test_annotations_are_read_from_the_file(recorded: Configured) -> None:
 
 def test_a_question_is_laid_out_alike_for_the_task_and_its_recording(tmp_path: Path, recorded: Configured) -> None:
     rows = [
-        {"title": f"T{i}", "text": i / 4, "answer": "yes", "reply": "yes", "why": ["So.", "Yes."]} for i in range(20)
+        {"title": f"T{i}", "body": {"text": i / 4}, "answer": "yes", "reply": "yes", "why": ["So.", "Yes."]}
+        for i in range(20)
     ]
     (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = recorded()
-    overrides = ["task=jsonl", f"task.path={tmp_path / 'recorded.jsonl'}", 'task.question="{title}: {text}"']
+    overrides = ["task=jsonl", f"task.path={tmp_path / 'recorded.jsonl'}", 'task.question="{title}: {body.text}"']
     config.task = compose(*overrides, f"root={tmp_path}").task
     config.prompt.num_shots = 0
     job = open_annotation_job(config)

@@ -137,7 +137,7 @@ CASES = {
     "two": [LOSSES, "soft"],
     "cut": [LOSSES, "prompt.max_length=60", "prompt.too_long=cut"],
 }
-FAST_CASES = ("one", "reasoned")
+FAST_CASES = ("one",)
 
 
 @pytest.mark.parametrize(

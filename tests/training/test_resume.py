@@ -23,9 +23,10 @@ from distill.records import Batch
 from distill.students.causal_lm import open_student
 from distill.training import checkpoints as checkpoints_module
 from distill.training.checkpoints import checked, newest
-from distill.training.fit import build_training, fit
-from tests.cases import KINDS, case_overrides
-from tests.conftest import WHOLE_STUDENT, compose, make_model, tiny_overrides
+from distill.training.fit import build_training, fit, open_job_student
+from tests.cases import KINDS, WAYS, case_overrides
+from tests.conftest import WHOLE_STUDENT, compose, make_model, reviews, tiny_overrides
+from tests.students.encoders import make_encoder
 
 # Lightning warns that the loader has no state; it needs none, as its order is a function of the step.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")]
@@ -54,7 +55,7 @@ class Run:
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.job = prepare(compose(*overrides), folder)
         torch.manual_seed(int(folder.stat().st_ino) if folder.exists() else 1)  # earlier random draws must not matter
-        self.student = open_student(self.job.student_folder, **WHOLE_STUDENT)
+        self.student = open_job_student(self.job)
         self.training = build_training(self.job, build_curriculum(self.job), self.student, [])
         self.steps_seen: list[tuple[int, tuple[str, ...]]] = []
         module, training_step = self.training.module, self.training.module.training_step
@@ -89,13 +90,22 @@ def copy_checkpoints(run_dir: Path, target_dir: Path, steps: Sequence[int]) -> N
             shutil.copy(file, target_dir / "checkpoints" / file.name)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *list(KINDS)[1:]])
+def classes(root: Path) -> list[str]:
+    """Overrides for an encoder with dropout, whose head learns faster than its body."""
+    encoder = make_encoder(root / "encoder", hidden_dropout_prob=0.3)
+    sizes = [f"task.examples.num_{part}=6" for part in ("labelled", "unlabelled", "validation")]
+    student = ["student=classifier", f"student.model={encoder}", "loss=[answer,kl]", "teacher.calibrate=5"]
+    return [*reviews(root), *sizes, *student]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "classes", *list(KINDS)[1:], *WAYS])
 def test_a_run_interrupted_at_any_step_ends_with_the_uninterrupted_weights(
     variant: str, tmp_path: Path, teacher_folder: Path, student_with_dropout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints_module, "NUM_KEPT", STEPS + 1)
     models = teacher_folder, student_with_dropout
-    own = VARIANTS[variant] if variant in VARIANTS else case_overrides(variant, tmp_path, *models)
+    own = classes(tmp_path) if variant == "classes" else VARIANTS.get(variant)
+    own = case_overrides(variant, tmp_path, *models) if own is None else own
     overrides = [*tiny_overrides(tmp_path, *models), *SHORT_RUN, *own]
     uninterrupted = Run(tmp_path / "whole", *overrides)
     weights = uninterrupted.fit()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +38,36 @@ def row(job: Job, student: Any, teacher: dict[str, Annotation]) -> Any:
     return untrained_row(job, evaluation, teacher, weights_hash(student))
 
 
-@pytest.mark.parametrize("override", ["seed=1", "loss=[answer,teacher_answer]", "batch_size=4", "order=short_first"])
-def test_runs_that_begin_with_the_same_student_share_its_row(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path, capsys: pytest.CaptureFixture[str], override: str
+@pytest.fixture(scope="module")
+def evaluated(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
+) -> tuple[Callable[..., Any], Any]:
+    """A function that returns the row of a run in a folder where one has evaluated the student, and the row of that."""
+    root = tmp_path_factory.mktemp("evaluated")
+
+    def row_of(*overrides: str) -> Any:
+        return row(*parts(root, teacher_folder, student_folder, *overrides))
+
+    return row_of, row_of()
+
+
+def test_the_row_is_the_evaluation_of_the_student_before_training(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, student, teacher = parts(tmp_path, teacher_folder, student_folder)
     first = row(job, student, teacher)
     assert EVALUATES in capsys.readouterr().err
     evaluation = Evaluation(student, job.prompts, job.annotation_job.task, "direct", job.config.max_new_tokens)
     assert first == model_row(evaluation.predict(job.annotation_job.splits.test, teacher), student)
-    assert row(*parts(tmp_path, teacher_folder, student_folder, override)) == first
+
+
+@pytest.mark.parametrize("override", ["seed=1", "loss=[answer,teacher_answer]", "batch_size=4", "order=short_first"])
+def test_runs_that_begin_with_the_same_student_share_its_row(
+    evaluated: tuple[Callable[..., Any], Any], capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    row_of, first = evaluated
+    capsys.readouterr()
+    assert row_of(override) == first
     said = capsys.readouterr().err
     assert REUSES in said
     assert EVALUATES not in said
@@ -53,11 +75,11 @@ def test_runs_that_begin_with_the_same_student_share_its_row(
 
 @pytest.mark.parametrize("override", ["task.examples.num_test=3", "max_new_tokens=3", "prompt.max_length=200"])
 def test_runs_with_another_evaluation_do_not_share_the_row(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path, capsys: pytest.CaptureFixture[str], override: str
+    evaluated: tuple[Callable[..., Any], Any], capsys: pytest.CaptureFixture[str], override: str
 ) -> None:
-    row(*parts(tmp_path, teacher_folder, student_folder))
+    row_of, _ = evaluated
     capsys.readouterr()
-    row(*parts(tmp_path, teacher_folder, student_folder, override))
+    row_of(override)
     assert EVALUATES in capsys.readouterr().err
 
 
@@ -83,13 +105,24 @@ def other_soft_targets(student: Any, teacher: dict[str, Annotation]) -> None:
     teacher[key] = replace(teacher[key], targets={"answer": replace(target, soft=soft)})
 
 
+@pytest.fixture(scope="module")
+def chosen(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
+) -> tuple[Job, Any, dict[str, Annotation]]:
+    """The parts of a run on a task with choices, whose student before training is evaluated."""
+    root = tmp_path_factory.mktemp("chosen")
+    job, student, teacher = parts(root, teacher_folder, student_folder, *reviews(root), "teacher.calibrate=0")
+    row(job, student, teacher)
+    return job, student, teacher
+
+
 @pytest.mark.parametrize("change", [other_weights, other_settings, other_answer, other_soft_targets])
 def test_another_student_or_teacher_does_not_share_the_row(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path, capsys: pytest.CaptureFixture[str], change: Any
+    chosen: tuple[Job, Any, dict[str, Annotation]], capsys: pytest.CaptureFixture[str], change: Any
 ) -> None:
-    job, student, teacher = parts(tmp_path, teacher_folder, student_folder, *reviews(tmp_path), "teacher.calibrate=0")
+    job, student, teacher = chosen[0], deepcopy(chosen[1]), dict(chosen[2])
     row(job, student, teacher)
-    capsys.readouterr()
+    assert REUSES in capsys.readouterr().err
     change(student, teacher)
     row(job, student, teacher)
     assert EVALUATES in capsys.readouterr().err
