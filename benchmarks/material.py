@@ -133,6 +133,7 @@ def student(
         freeze=list(settings.freeze),
         from_scratch=False,
         lora=configuration.build(settings.lora),
+        dropout=settings.dropout,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     module = StudentModule(

@@ -312,7 +312,7 @@ def _module(model: Any, objectives: Sequence[Objective], settings: Settings, see
 def trained(folder: Path, arm: Arm, train: Sequence[Text], seed: int, settings: Settings) -> StudentModule:
     """Train a student for one pass over the texts, in the order of the seed."""
     cut = {name: _conf("student/smollm2_6_layers.yaml")[name] for name in ("keep_layers", "freeze")}
-    model = open_student(folder, **cut, from_scratch=False, lora=None, gradient_checkpointing=False)
+    model = open_student(folder, **cut, from_scratch=False, lora=None, dropout=None, gradient_checkpointing=False)
     module = _module(model, arm.objectives, settings, seed)
     torch.manual_seed(seed)
     module.train()

@@ -69,6 +69,7 @@ WHOLE_STUDENT = {
     "freeze": [],
     "from_scratch": False,
     "lora": None,
+    "dropout": None,
     "gradient_checkpointing": False,
 }
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.app.machine import extra_bytes, timings
 from distill.cache.store import Store
 from distill.evaluation.architecture import architecture
-from distill.evaluation.likelihoods import bucket_kl, compared, likelihoods
+from distill.evaluation.likelihoods import Closeness, closeness_of, likelihoods
 from distill.evaluation.metrics import Prediction, score
 from distill.evaluation.texts import TextMeasures, require_text_measures, wording
 from distill.lessons.join import AnswerMode, first_span
@@ -200,15 +199,16 @@ class Evaluation:
                 for k, e in enumerate(examples)
             ]
         best, confidence = self._choose(reading, examples, answers)
-        kls = self._divergences(reading, teacher) if self._mode == "direct" else [None] * len(examples)
+        closeness = self._closeness(reading, teacher) if self._mode == "direct" else [None] * len(examples)
         return [
             replace(
                 as_prediction(self._task, example, best[k], answers[k], annotation),
                 confidence=confidence[k],
-                kl=kls[k],
+                kl=along.kl if along else None,
+                acceptance=(along.accepted_low, along.accepted_high) if along else None,
                 rationale=rationales[k],
             )
-            for k, (example, annotation) in enumerate(zip(examples, teacher, strict=True))
+            for k, (example, annotation, along) in enumerate(zip(examples, teacher, closeness, strict=True))
         ]
 
     def _reasoning(self, reply: Reply) -> tuple[int, ...]:
@@ -270,8 +270,8 @@ class Evaluation:
         target = annotation.targets.get("answer")
         return target if target and target.soft else Target(self._prompts.answer_ids(answer), None)
 
-    def _divergences(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[float | None]:
-        """Return the KL to the teacher over the tokens of its direct answer; both share a vocabulary."""
+    def _closeness(self, reading: Reading, teacher: Sequence[Annotation | None]) -> list[Closeness | None]:
+        """Compare with the teacher over the tokens of its direct answer; both share a vocabulary."""
         targets = [annotation.targets.get("answer") if annotation else None for annotation in teacher]
         read = [target.token_ids[:-1] if target and target.soft else () for target in targets]
         longest = max(map(len, read))
@@ -282,7 +282,7 @@ class Evaluation:
             hidden_NH = torch.cat([hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, read, strict=True)])
             later = reading.reader.logprobs(hidden_NH).split([len(ids) for ids in read])
         return [
-            divergence_of(torch.cat([first_V.unsqueeze(0), later_NV]), target)
+            closeness_of(torch.cat([first_V.unsqueeze(0), later_NV]), target)
             for first_V, later_NV, target in zip(reading.first_BV, later, targets, strict=True)
         ]
 
@@ -329,12 +329,6 @@ def _comparison(task: Task, example: Example, answer: str | None, annotation: An
         "is_teacher_correct": is_right(task, annotation.answer, example),
         "agrees": None if annotation.answer is None else _is_same(task, answer, annotation.answer),
     }
-
-
-def divergence_of(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> float | None:
-    """Return the mean KL(teacher || model) over the positions of a target, in the teacher's buckets."""
-    soft = compared(target)
-    return None if soft is None else bucket_kl(logprobs_NV, soft) / len(soft)
 
 
 @runtime_checkable

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.evaluation.answers import as_prediction, divergence_of
+from distill.evaluation.answers import as_prediction
+from distill.evaluation.likelihoods import closeness_of
 from distill.evaluation.metrics import Prediction
 from distill.models.batches import BatchLimit
 from distill.models.classifiers import class_logits
@@ -111,10 +112,10 @@ class ClassEvaluation:
         if logprob_C is None:
             return replace(as_prediction(self._task, example, None, None, annotation), is_written_correct=None)
         answer = self._prompts.labels[int(logprob_C.argmax())]
-        target = annotation.targets.get("answer") if annotation else None
+        closeness = closeness_of(logprob_C.unsqueeze(0), annotation.targets.get("answer") if annotation else None)
         return replace(
             as_prediction(self._task, example, answer, None, annotation),
             is_written_correct=None,
             confidence=float(logprob_C.max().exp()),
-            kl=divergence_of(logprob_C.unsqueeze(0), target),
+            kl=closeness.kl if closeness else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,19 @@ from distill.models.reading import PrefixedReader
 from distill.records import SoftTargets, Target, ragged_indices
 
 Ids = tuple[int, ...]
+
+
+class Closeness(NamedTuple):
+    """How close a model is to its teacher along a text: KL(teacher || model) in nats, and bounds of the acceptance.
+
+    The acceptance is the probability with which speculative decoding keeps a token that the model has drafted for the
+    teacher, if both sample at temperature 1: 1 minus the total variation (Leviathan et al. 2023, arXiv 2211.17192,
+    theorem 3.5).
+    """
+
+    kl: float
+    accepted_low: float
+    accepted_high: float
 
 
 def likelihoods(
@@ -46,14 +60,14 @@ def _has_room(reader: PrefixedReader, prompt: Ids, target: Target) -> bool:
 
 
 def _likelihood(reader: PrefixedReader, hidden_TH: Float[Tensor, "T H"], target: Target) -> Likelihood:
-    soft, start, nats, kl = compared(target), 0, 0.0, 0.0
+    soft, start, nats, parts = compared(target), 0, 0.0, list[Closeness]()
     for logprobs_MV in reader.logprobs_in_chunks(hidden_TH):
         stop = start + len(logprobs_MV)
         ids_M1 = torch.tensor(target.token_ids[start:stop], device=logprobs_MV.device).unsqueeze(1)
         nats -= float(logprobs_MV.gather(1, ids_M1).double().sum())
-        kl += bucket_kl(logprobs_MV, soft[start:stop]) if soft else 0.0
+        parts += [_closeness(logprobs_MV, soft[start:stop])] if soft else []
         start = stop
-    return Likelihood(nats, start, kl if soft else None)
+    return Likelihood(nats, start, *map(sum, zip(*parts, strict=True)))
 
 
 def compared(target: Target | None) -> SoftTargets | None:
@@ -65,11 +79,22 @@ def compared(target: Target | None) -> SoftTargets | None:
     return soft if soft.num_exact_N.all() else None
 
 
-def bucket_kl(logprobs_NV: Float[Tensor, "N V"], soft: SoftTargets) -> float:
-    """Return the sum over positions of KL(teacher || model) in the teacher's buckets."""
+def closeness_of(logprobs_NV: Float[Tensor, "N V"], target: Target | None) -> Closeness | None:
+    """Return means over the positions of a target; None without soft targets that a model can be compared by."""
+    soft = compared(target)
+    return None if soft is None else Closeness(*(total / len(soft) for total in _closeness(logprobs_NV, soft)))
+
+
+def _closeness(logprobs_NV: Float[Tensor, "N V"], soft: SoftTargets) -> Closeness:
+    """Return sums over positions in the teacher's buckets.
+
+    What the two share of the tail is at least 0, and at most the smaller one of their tails.
+    """
     row_E, _ = ragged_indices(soft.num_exact_N)
     log_q_E = logprobs_NV.cpu()[torch.from_numpy(row_E), torch.from_numpy(soft.ids_E)]
+    log_p_E, tail_N = torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N)
     rest_N = 1 - torch.zeros(len(soft)).index_add(0, torch.from_numpy(row_E), log_q_E.exp())
     log_q = torch.cat([log_q_E, rest_N.clamp(min=1e-9).log()])
-    log_t = torch.cat([torch.from_numpy(soft.logprobs_E), torch.from_numpy(soft.tail_N).log()])
-    return float(ForwardKL()(log_q, log_t)[0].sum())
+    kl = float(ForwardKL()(log_q, torch.cat([log_p_E, tail_N.log()]))[0].sum())
+    shared = float(torch.minimum(log_p_E, log_q_E).double().exp().sum())
+    return Closeness(kl, shared, shared + float(torch.minimum(tail_N, rest_N.clamp(min=0)).double().sum()))

@@ -22,9 +22,10 @@ class Prediction:
     `answer` is judged: the most likely choice if the question has choices, else `written_answer`; None for a text
     without a readable answer. `confidence` is its probability among the choices, None without choices. An answer is
     right if its value is one of `right_values`, those of `gold` and of all further `accepted` answers. `kl` is
-    KL(teacher || model) in nats per answer token. `choices` are the question's own, not those of the task. Fields about
-    the teacher are None if it did not annotate the question. Free texts are neither right nor wrong: `is_correct` is
-    None, and `text` has what was measured instead.
+    KL(teacher || model) in nats per answer token; `acceptance` has the bounds of the share of these tokens that the
+    teacher accepts from the model in speculative decoding. `choices` are the question's own, not those of the task.
+    Fields about the teacher are None if it did not annotate the question. Free texts are neither right nor wrong:
+    `is_correct` is None, and `text` has what was measured instead.
     """
 
     example_id: str
@@ -38,6 +39,7 @@ class Prediction:
     is_written_correct: bool | None
     confidence: float | None
     kl: float | None
+    acceptance: tuple[float, float] | None = None
     teacher_answer: str | None = None
     teacher_confidence: float | None = None
     is_teacher_correct: bool | None = None
@@ -83,6 +85,7 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     written = [p for p in predictions if p.is_written_correct is not None]
     agreements = [p.agrees for p in predictions if p.agrees is not None]
     kls = [p.kl for p in predictions if p.kl is not None]
+    bounds = [p.acceptance for p in predictions if p.acceptance is not None]
     confidence = [p.confidence for p in predictions if p.confidence is not None]
     is_correct = [bool(p.is_correct) for p in predictions if p.confidence is not None]
     return {
@@ -93,6 +96,8 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "num_unreadable": sum(p.written_answer is None for p in written),
         "agreement": _ratio(sum(agreements), len(agreements)),
         "kl": _ratio(math.fsum(kls), len(kls)),
+        "acceptance_low": _ratio(math.fsum(low for low, _ in bounds), len(bounds)),
+        "acceptance_high": _ratio(math.fsum(high for _, high in bounds), len(bounds)),
         "ece": calibration_error(confidence, is_correct) if confidence else None,
         "reliability": _reliability(confidence, is_correct),
     }

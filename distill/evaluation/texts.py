@@ -16,11 +16,16 @@ _WORD = re.compile(r"\w+")
 
 
 class Likelihood(NamedTuple):
-    """Cross-entropy along a text and KL(teacher || model), in nats, summed over its tokens with the end token."""
+    """Cross-entropy along a text and KL(teacher || model), in nats, summed over its tokens with the end token.
+
+    `accepted_low` and `accepted_high` are bounds of the number of tokens that the teacher would accept from the model.
+    """
 
     nats: float
     num_tokens: int
     kl: float | None = None
+    accepted_low: float | None = None
+    accepted_high: float | None = None
 
 
 class Wording(NamedTuple):
@@ -106,7 +111,7 @@ def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
     """Return a model's figures: cross-entropies and KL per token or byte of all texts, others as means over texts."""
     gold = [(m.gold, m) for m in measures if m.gold]
     teacher = [(m.teacher, m) for m in measures if m.teacher]
-    scored = [(read.kl, read.num_tokens) for read, _ in teacher if read.kl is not None]
+    closeness = {key: _per_token([read for read, _ in teacher], key) for key in ("kl", "accepted_low", "accepted_high")}
     written = [(m.length, m.reference_length) for m in measures if m.length is not None and m.reference_length]
     return {
         "num_examples": len(measures),
@@ -115,7 +120,9 @@ def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
         "cross_entropy_per_byte": _ratio((read.nats, m.gold_bytes) for read, m in gold),
         "teacher_cross_entropy": _ratio((read.nats, read.num_tokens) for read, _ in teacher),
         "teacher_cross_entropy_per_byte": _ratio((read.nats, m.teacher_bytes) for read, m in teacher),
-        "kl": _ratio(scored),
+        "kl": closeness["kl"],
+        "acceptance_low": closeness["accepted_low"],
+        "acceptance_high": closeness["accepted_high"],
         "chrf": _mean(m.wording and m.wording.chrf for m in measures),
         "teacher_chrf": _mean(m.teacher_wording and m.teacher_wording.chrf for m in measures),
         "rouge_l": _mean(m.wording and m.wording.rouge_l for m in measures),
@@ -123,6 +130,12 @@ def score_texts(measures: Sequence[TextMeasures]) -> dict[str, Any]:
         "length_ratio": _ratio(written),
         "ended": _mean(m.has_ended for m in measures),
     }
+
+
+def _per_token(texts: Sequence[Likelihood], key: str) -> float | None:
+    """Return a sum over texts per token, of those that have it."""
+    pairs = ((getattr(text, key), text.num_tokens) for text in texts)
+    return _ratio((total, number) for total, number in pairs if total is not None)
 
 
 def _mean(values: Iterable[int | float | None]) -> float | None:

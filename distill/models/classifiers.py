@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from distill.errors import ConfigError, in_one_line
 from distill.models.body import max_positions
+from distill.models.dropout import set_dropout
 from distill.models.loading import MODEL_ERRORS, listed, without_report
 
 _CLASSES = "ForSequenceClassification"
@@ -40,15 +41,23 @@ def labels_of(folder: Path) -> tuple[str, ...]:
 
 
 def load_classifier(
-    folder: Path, dtype: torch.dtype, labels: Sequence[str], padding_id: int, *, from_scratch: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    labels: Sequence[str],
+    padding_id: int,
+    *,
+    from_scratch: bool = False,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load a model folder with a head for these labels: its own, if saved for them in this order, else a new one.
 
     Only safetensors are read, and no code from the folder is run. Raises ConfigError unless the files hold exactly the
-    weights of the body.
+    weights of the body. `dropout` replaces the probabilities in its configuration, None for none.
     """
     try:
         config = _config(folder, labels, padding_id)
+        if dropout is not None:
+            set_dropout(config, dropout)
         if from_scratch:
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         else:

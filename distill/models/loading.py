@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar, get_logger
 from distill.errors import ConfigError, in_one_line
 from distill.losses.head import Shape
 from distill.models import hub
+from distill.models.dropout import set_dropout
 
 disable_progress_bar()
 
@@ -47,18 +48,24 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def load(folder: Path, dtype: torch.dtype, *, from_scratch: bool = False) -> PreTrainedModel:
+def load(
+    folder: Path, dtype: torch.dtype, *, from_scratch: bool = False, dropout: float | None = None
+) -> PreTrainedModel:
     """Load a model folder; with `from_scratch`, initialize new weights from its configuration.
+
+    `dropout` replaces the probabilities in this configuration, None for none.
 
     Only safetensors are read, and no code from the folder is run. Raises ConfigError unless the files hold exactly
     the weights of the model.
     """
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if dropout is not None:
+            set_dropout(config, dropout)
         if from_scratch:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            model = from_files(folder, dtype=dtype)
+            model = from_files(folder, dtype=dtype, **({} if dropout is None else {"config": config}))
         assert isinstance(model, PreTrainedModel)
         _name_body(model)
         _check_seam(model)

@@ -49,8 +49,8 @@ def _joined(folds: dict[int, Run], notes: list[str]) -> Run:
     if not others:
         return first
     kinds = [kind for kind in first.rows if all(kind in run.rows for run in members)]
-    counts, seconds, cache = (
-        [mapping(run.facts.get(name)) for run in members] for name in ("counts", "seconds", "cache")
+    counts, seconds, cache, calibration = (
+        [mapping(run.facts.get(name)) for run in members] for name in ("counts", "seconds", "cache", "calibration")
     )
     tested = {"test": sum(int(number(part.get("test")) or 0) for part in counts)}
     annotated = _combined([{"annotation_seconds": part.get("annotation_seconds")} for part in cache], math.fsum)
@@ -61,6 +61,7 @@ def _joined(folds: dict[int, Run], notes: list[str]) -> Run:
             "counts": counts[0] | tested,
             "cache": cache[0] | annotated,
             "seconds": _combined(seconds, statistics.fmean),
+            "calibration": _combined(calibration, statistics.fmean),
         },
         rows={kind: _row([run.rows[kind] for run in members]) for kind in kinds},
         metrics=_curves(members),

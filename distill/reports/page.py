@@ -21,11 +21,13 @@ from distill.reports.judgements import JUDGEMENT_TITLES, judged, verdicts_on_jud
 from distill.reports.rows import rows_table
 from distill.reports.runs import flatten, mapping, mappings, number, read_runs
 from distill.reports.samples import outcomes, reasoning
+from distill.reports.selective import selective
 from distill.reports.sentences import contamination_lines, cost_note, notes, of_results, yield_lines
 from distill.reports.steps import pairs_note, steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    SELECTIVE_TITLES,
     STEPS_TITLES,
     class_rows,
     class_titles,
@@ -40,6 +42,7 @@ from distill.reports.tables import (
     recall_row,
     recall_titles,
     seed_columns,
+    selective_row,
     short,
     steps_row,
     unit,
@@ -98,6 +101,8 @@ def _tables(summary: Summary, prices: Json) -> dict[str, Any]:
         "confusions": found,
         "recall_titles": recall_titles(found),
         "recall_rows": [recall_row(table, recall_titles(found)[1:]) for table in found],
+        "selective_titles": SELECTIVE_TITLES,
+        "selective_rows": list(map(selective_row, selective(summary.arms))),
         "rows_table": rows_table(summary.runs),
         "conclusion": conclude(summary),
         "notes": notes(summary),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 
 from distill.app.files import Json
+from distill.reports.arms import Arm
 from distill.reports.charts import Effect, effects
 from distill.reports.costs import TIME, Cost, Yield, cost, yields
 from distill.reports.measures import ACCURACY, TEACHER_CROSS_ENTROPY
 from distill.reports.rows import losses_of_rows
-from distill.reports.runs import Run, mappings
+from distill.reports.runs import Run, mapping, mappings, number
 from distill.reports.steps import pairs_note
 from distill.reports.verdicts import Summary
 
@@ -22,6 +25,17 @@ BAGS_OF_WORDS = (
     "Bag of words: TF-IDF of words and pairs of words, and logistic regression, on the same examples and the targets "
     "that the losses on answers read. It knows no language: a student that is not better has learned which words go "
     "with which answer."
+)
+_CALIBRATION = ("temperature", "ece_before", "ece", "brier_before", "brier")  # in run.json
+_CALIBRATED = (
+    "Logits of {} were divided by a temperature of {:.2f}, fitted on the labels of validation: calibration error "
+    "{:.3f} -> {:.3f}, Brier score {:.3f} -> {:.3f} on test"
+)
+DRAFTED = 4  # tokens of a student that its teacher checks in a pass
+_DRAFT = (
+    "As a draft of its teacher in speculative decoding at temperature 1, {student} would have {rate} of its tokens "
+    "accepted along the teacher's answers: the teacher writes {tokens} tokens in a pass instead of one, with {number} "
+    "drafted in each."
 )
 WITHOUT_GOLD = " There are no gold texts, so they say how close a student comes to its teacher, not how good that is."
 
@@ -46,13 +60,51 @@ def facts(summary: Summary, prices: Json) -> list[str]:
 
 
 def of_results(summary: Summary) -> list[str]:
-    """State what a bag of words is, and what the figures of free texts can show, by what they are compared with."""
+    """State what a bag of words is, what the figures of free texts can show, and how probabilities were calibrated."""
     words = [BAGS_OF_WORDS] if any(arm.kind == "words" for arm in summary.arms) else []
     measures = dict.fromkeys(arm.measure for arm in summary.trained if arm.measure is not ACCURACY)
-    return words + [
+    texts = [
         FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
         for measure in measures
     ]
+    return [*words, *texts, *calibration_lines(summary.trained), *draft_lines(summary.trained)]
+
+
+def calibration_lines(arms: Sequence[Arm]) -> list[str]:
+    """State for each calibrated arm the temperature and what it changed on test, as means over seeds."""
+    lines = []
+    for arm in arms:
+        figures = [mapping(run.facts.get("calibration")) for run in arm.runs]
+        rows = [[value for key in _CALIBRATION if (value := number(row.get(key))) is not None] for row in figures]
+        if complete := [row for row in rows if len(row) == len(_CALIBRATION)]:
+            seeds = f" (means of {len(complete)} seeds)" if len(complete) > 1 else ""
+            means = map(statistics.fmean, zip(*complete, strict=True))
+            lines.append(f"{_CALIBRATED.format(arm.label, *means)}{seeds}.")
+    return lines
+
+
+def draft_lines(arms: Sequence[Arm]) -> list[str]:
+    """State how good a draft the best student is for its teacher; nothing where no vocabulary is shared."""
+    bounds = {arm.label: (arm.stat("acceptance_low").mean, arm.stat("acceptance_high").mean) for arm in arms}
+    measured = {label: ends for label, ends in bounds.items() if not math.isnan(sum(ends))}
+    if not measured:
+        return []
+    best = max(measured, key=lambda label: measured[label])
+    rate = _range(*(f"{100 * end:.1f}" for end in measured[best]))
+    tokens = _range(*(f"{tokens_per_pass(end, DRAFTED):.2f}" for end in measured[best]))
+    return [_DRAFT.format(student=best, rate=f"{rate} %", tokens=tokens, number=DRAFTED)]
+
+
+def tokens_per_pass(acceptance: float, number: int) -> float:
+    """Return the expected tokens that a pass gives with `number` drafted ones (Leviathan et al. 2023, eq. 1).
+
+    Acceptances of successive tokens are taken to be independent and equally likely.
+    """
+    return math.fsum(acceptance**accepted for accepted in range(number + 1))
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def effect_lines(swept: Sequence[Effect]) -> list[str]:

@@ -13,6 +13,7 @@ from distill.reports.classes import Confusion, confusion
 from distill.reports.contrasts import Contrast
 from distill.reports.costs import TIME, Cost, break_even_text, cost, yields
 from distill.reports.differences import Difference, interval_title
+from distill.reports.selective import SHARES, Selective, selective
 from distill.reports.steps import StepsToEqual, steps_to_equal
 from distill.reports.verdicts import Summary, Verdict, share_text
 
@@ -151,6 +152,18 @@ def recall_row(table: Confusion, names: Sequence[str]) -> list[str]:
     return [table.arm.label, *(recalls.get(name, "-") for name in names)]
 
 
+SELECTIVE_TITLES = ("questions answered, most confident first", *(f"{share} %" for share in SHARES))
+
+
+def selective_row(model: Selective) -> list[str]:
+    """Return a model's accuracy for each share of the questions."""
+    deviations = [""] * len(SHARES)
+    if model.deviations is not None:
+        deviations = [f" ± {100 * deviation:.1f}" for deviation in model.deviations]
+    parts = zip(model.accuracies, deviations, strict=True)
+    return [model.arm.label, *(f"{100 * accuracy:.1f}{deviation} %" for accuracy, deviation in parts)]
+
+
 STEPS_TITLES = ("arm", "as good as", "steps to equal")
 
 
@@ -198,6 +211,11 @@ def tables(summary: Summary, prices: Json = NO_PRICES) -> dict[str, list[dict[st
         "cost": [cost(arm, prices)._asdict() | {"arm": arm.label} for arm in summary.trained],
         "by_confidence": [
             {"arm": arm.label, **part._asdict()} for arm, bins in confidence(summary.trained) for part in bins
+        ],
+        "selective": [
+            {"arm": model.arm.label, "share": share, "accuracy": accuracy}
+            for model in selective(summary.arms)
+            for share, accuracy in zip(SHARES, model.accuracies, strict=True)
         ],
         "yield": [
             {"arms": ", ".join(part.labels), "fate": fate, "num": num}

@@ -14,11 +14,13 @@ from distill.reports.conclusion import conclude
 from distill.reports.costs import cost
 from distill.reports.judgements import JUDGEMENT_TITLES, Judged, judged, verdicts_on_judges
 from distill.reports.rows import rows_table
+from distill.reports.selective import selective
 from distill.reports.sentences import facts, remarks
 from distill.reports.steps import steps_to_equal
 from distill.reports.tables import (
     COST_TITLES,
     NO_PRICES,
+    SELECTIVE_TITLES,
     STEPS_TITLES,
     class_rows,
     class_titles,
@@ -33,6 +35,7 @@ from distill.reports.tables import (
     recall_row,
     recall_titles,
     seed_columns,
+    selective_row,
     steps_row,
 )
 from distill.reports.verdicts import TO_RUN, Summary
@@ -66,6 +69,7 @@ def to_text(summary: Summary, prices: Json = NO_PRICES, *, width: int = TEXT_WID
         _aligned(JUDGEMENT_TITLES, [line.cells for line in judgements], width),
         [_filled(text, width) for text in verdicts_on_judges(judgements)],
         _aligned(recalls, [recall_row(table, recalls[1:]) for table in confusion_tables], width),
+        _aligned(SELECTIVE_TITLES, list(map(selective_row, selective(summary.arms))), width),
         [_filled(text, width) for text in remarks(summary)],
         _aligned(COST_TITLES, costs, width),
         [_filled(text, width) for text in facts(summary, prices)],
@@ -150,6 +154,8 @@ def to_markdown(summary: Summary, prices: Json = NO_PRICES) -> str:
     for table in confusions(summary):
         lines += ["", f"## Answers by class: {_plain(table.arm.label)}", ""]
         lines += _grid(*_plain_grid(class_titles(table), class_rows(table)))
+    rows = [list(map(_plain, selective_row(model))) for model in selective(summary.arms)]
+    lines += ["", "## Accuracy by share answered", "", *_grid(SELECTIVE_TITLES, rows)] if rows else []
     titles, rows = rows_table(summary.runs)
     lines += ["", "## Rows", "", *_grid(*_plain_grid(titles, rows))] if rows else []
     rows = [[_plain(text) for text in cost_row(cost(arm, prices))] for arm in summary.trained]

@@ -33,14 +33,16 @@ class Changes:
 
     `keep_layers` has the indices of the layers to keep, None for all; parameters whose name contains an item of
     `freeze` are not trained; `from_scratch` initializes new weights from the folder's configuration. With `lora`,
-    only adapters are trained, until they are merged. `gradient_checkpointing` recomputes activations in the backward
-    pass instead of keeping them.
+    only adapters are trained, until they are merged. `dropout` is the probability of all of the model's dropout in
+    training, None for those in its configuration, which the saved student has in any case. `gradient_checkpointing`
+    recomputes activations in the backward pass instead of keeping them.
     """
 
     keep_layers: Sequence[int] | None = None
     freeze: Sequence[str] = ()
     from_scratch: bool = False
     lora: peft.LoraConfig | None = None
+    dropout: float | None = None
     gradient_checkpointing: bool = False
 
 

@@ -13,12 +13,13 @@ import torch
 from annotated_types import Gt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from distill.errors import ConfigError
 from distill.losses import Objective
 from distill.losses.head import Head, Shape
 from distill.models import loading
+from distill.models.dropout import copy_dropout
 from distill.models.reading import check_student_reading
 from distill.prompts.rendering import Prompts, student_prompts
 from distill.prompts.serving import served_tokenizer
@@ -70,7 +71,8 @@ class CausalLM:
         return open_student(self._folder, **vars(changes))
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
-        """Save the student with its prompt as a chat template."""
+        """Save the student with its prompt as a chat template, and the dropout of the model that it was made from."""
+        copy_dropout(model.config, AutoConfig.from_pretrained(self._folder, trust_remote_code=False))
         tokenizer = served_tokenizer(self.prompts, self._first_span)
         return save_student(
             model, tokenizer, folder, dtype=dtype, max_new_tokens=self._max_new_tokens, ends=self.prompts.ends
@@ -134,10 +136,11 @@ def open_student(
     freeze: Sequence[str],
     from_scratch: bool,
     lora: peft.LoraConfig | None,
+    dropout: float | None,
     gradient_checkpointing: bool,
 ) -> PreTrainedModel:
     """Load a causal model for training in float32, changed as `Changes` says."""
-    model = loading.load(folder, torch.float32, from_scratch=from_scratch)
+    model = loading.load(folder, torch.float32, from_scratch=from_scratch, dropout=dropout)
     _correct_tie(model)
     if keep_layers is not None:
         model = cut_layers(model, keep_layers)

@@ -12,7 +12,7 @@ import torch
 from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from distill.errors import ConfigError
 from distill.losses import Objective
@@ -28,6 +28,7 @@ from distill.models.classifiers import (
     padding_of,
     text_limit,
 )
+from distill.models.dropout import copy_dropout
 from distill.prompts.classes import ClassPrompts
 from distill.prompts.rendering import Prompts, TooLong
 from distill.prompts.tokenizers import load_tokenizer
@@ -164,7 +165,7 @@ class Classifier:
 
     def open(self, changes: Changes) -> PreTrainedModel:
         """Load the model for training, in float32; the head is new unless the model has one for the same labels."""
-        model = self._load(self._folder, changes.from_scratch)
+        model = self._load(self._folder, changes.from_scratch, changes.dropout)
         if changes.keep_layers is not None:
             model = cut_layers(model, changes.keep_layers)
         freeze_parameters(model, changes.freeze)
@@ -175,7 +176,11 @@ class Classifier:
         return model
 
     def save(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> SavedStudent:
-        """Save the student with its labels and its tokenizer, which cuts texts that are too long."""
+        """Save the student with its labels and its tokenizer, which cuts texts that are too long.
+
+        Its configuration has the dropout of the model that it was made from.
+        """
+        copy_dropout(model.config, AutoConfig.from_pretrained(self._folder, trust_remote_code=False))
         return save_model(model, folder, dtype, complete=self._write_tokenizer, reopen=self._load)
 
     def check_reading(self, model: PreTrainedModel) -> None:
@@ -186,9 +191,11 @@ class Classifier:
         tokenizer.model_max_length = self.prompts.max_length
         tokenizer.save_pretrained(folder)
 
-    def _load(self, folder: Path, from_scratch: bool = False) -> PreTrainedModel:
+    def _load(self, folder: Path, from_scratch: bool = False, dropout: float | None = None) -> PreTrainedModel:
         prompts = self.prompts
-        model = load_classifier(folder, torch.float32, prompts.labels, prompts.end, from_scratch=from_scratch)
+        model = load_classifier(
+            folder, torch.float32, prompts.labels, prompts.end, from_scratch=from_scratch, dropout=dropout
+        )
         embedding: Any = model.get_input_embeddings()
         num_tokens = max(prompts.tokenizer.get_vocab().values()) + 1
         if num_tokens > len(embedding.weight):

@@ -81,6 +81,7 @@ def open_job_student(job: Job) -> Any:
         freeze=list(settings.freeze),
         from_scratch=settings.from_scratch,
         lora=configuration.build(settings.lora),
+        dropout=settings.get("dropout"),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     return job.kind.open(changes)

@@ -151,6 +151,9 @@ def _out_of_range(config: Config) -> Iterator[str]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and minimum <= value < math.inf):
             yield f"{key}={value}: expected a number of at least {minimum}"
+    dropout = config.student.get("dropout")
+    if dropout is not None and not (type(dropout) in (int, float) and 0 <= dropout < 1):
+        yield f"student.dropout={dropout}: expected null or a probability of at least 0 and below 1"
     for name, node in config.get("loss", {}).items():
         if not math.isfinite(node.weight):
             yield f"loss.{name}.weight={node.weight}: expected a finite number"

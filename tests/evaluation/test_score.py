@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from distill.app.config import build
-from distill.evaluation.answers import _comparison, as_prediction, divergence_of
+from distill.evaluation.answers import _comparison, as_prediction
+from distill.evaluation.likelihoods import closeness_of
 from distill.evaluation.metrics import Prediction, score
 from distill.records import Annotation, Example, SoftTargets, Target
 from distill.reports.proportions import wilson_interval
@@ -32,8 +33,16 @@ ONE = Prediction(
 # Of five answers three are right; of four written ones one is, and two are unreadable; of three that the teacher
 # answered two agree; two have a KL, three have probabilities.
 FIVE = [
-    replace(ONE, confidence=0.9, kl=0.5, agrees=True),
-    replace(ONE, confidence=0.7, kl=0.25, agrees=True, is_written_correct=False, written_answer=None),
+    replace(ONE, confidence=0.9, kl=0.5, acceptance=(0.5, 0.75), agrees=True),
+    replace(
+        ONE,
+        confidence=0.7,
+        kl=0.25,
+        acceptance=(0.75, 0.75),
+        agrees=True,
+        is_written_correct=False,
+        written_answer=None,
+    ),
     replace(
         ONE,
         answer="no",
@@ -74,7 +83,9 @@ def test_the_divergence_from_the_teacher_is_a_mean_over_positions() -> None:
     ids, tail, numbers = np.array([0, 1] * 2), np.array([0.25] * 2, np.float32), np.array([2, 2])
     target = Target((5, 6), SoftTargets(ids, kept, tail, numbers))
     logprobs_NV = torch.tensor([[0.25, 0.5, 0.125, 0.125]] * 2).log()
-    assert divergence_of(logprobs_NV, target) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)
+    closeness = closeness_of(logprobs_NV, target)
+    assert closeness is not None
+    assert closeness.kl == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2), abs=1e-6)
 
 
 def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:
@@ -86,6 +97,7 @@ def test_every_figure_of_a_row_is_the_one_that_is_counted() -> None:
     assert row["num_unreadable"] == 2
     assert row["agreement"] == pytest.approx(2 / 3)
     assert row["kl"] == pytest.approx(0.75 / 2)
+    assert (row["acceptance_low"], row["acceptance_high"]) == (0.625, 0.75)
     # Bins of one prediction each: (|1 - 0.9| + |1 - 0.7| + |0 - 0.6|) / 3
     assert row["ece"] == pytest.approx((0.1 + 0.3 + 0.6) / 3)
 
@@ -98,7 +110,7 @@ def test_the_reliability_has_a_point_for_each_bin_with_its_number() -> None:
     ]
 
 
-@pytest.mark.parametrize("key", ["generated_accuracy", "agreement", "kl", "ece"])
+@pytest.mark.parametrize("key", ["generated_accuracy", "agreement", "kl", "acceptance_low", "acceptance_high", "ece"])
 def test_a_figure_without_a_prediction_is_none_and_not_zero(key: str) -> None:
     bare = replace(ONE, is_written_correct=None)
     assert score([bare, bare])[key] is None

@@ -134,6 +134,8 @@ def test_likelihood_and_divergence_equal_plain_forward_passes(
             p, q = (plain_logprobs(model, prompts, example, ids) for model in (teacher, student))
             assert measured.teacher.nats == pytest.approx(-float(q[range(len(ids)), ids].sum()), rel=1e-5)
             assert measured.teacher.kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+            accepted = pytest.approx(float(torch.minimum(p, q).exp().sum()), rel=1e-5)
+            assert (measured.teacher.accepted_low, measured.teacher.accepted_high) == (accepted, accepted)
 
 
 def test_a_model_does_not_diverge_from_itself_and_its_likelihood_is_that_of_the_words(
@@ -160,11 +162,9 @@ def test_without_soft_targets_the_teachers_words_have_a_likelihood_and_no_diverg
         if with_soft.text.teacher is None:
             assert alone.text.teacher is None
         else:
-            assert alone.text.teacher == (
-                pytest.approx(with_soft.text.teacher.nats),
-                alone.text.teacher.num_tokens,
-                None,
-            )
+            nats, num_tokens, *closeness = alone.text.teacher
+            assert (nats, num_tokens) == (pytest.approx(with_soft.text.teacher.nats), with_soft.text.teacher.num_tokens)
+            assert closeness == [None, None, None]
 
 
 def test_texts_are_compared_by_sacrebleu_and_are_not_right_or_wrong(
@@ -224,7 +224,15 @@ def test_a_text_that_ran_into_the_limit_did_not_end_by_itself(student: Any, prom
 
 def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None:
     first = TextMeasures(
-        Likelihood(6.0, 3), 10, Likelihood(8.0, 4, 2.0), 25, 6, 2, True, Wording(80.0, 60.0), Wording(40.0, 30.0)
+        Likelihood(6.0, 3),
+        10,
+        Likelihood(8.0, 4, 2.0, 1.0, 3.0),
+        25,
+        6,
+        2,
+        True,
+        Wording(80.0, 60.0),
+        Wording(40.0, 30.0),
     )
     second = TextMeasures(Likelihood(3.0, 6), 20, Likelihood(2.0, 1), 15, 2, 6, False, Wording(20.0, 0.0), None)
     row = score_texts([first, second, TextMeasures()])
@@ -236,6 +244,8 @@ def test_every_figure_of_texts_is_a_ratio_of_sums_or_a_mean_over_texts() -> None
         "teacher_cross_entropy": 10 / 5,
         "teacher_cross_entropy_per_byte": 10 / 40,
         "kl": 2 / 4,
+        "acceptance_low": 1 / 4,
+        "acceptance_high": 3 / 4,
         "chrf": 50.0,
         "teacher_chrf": 40.0,
         "rouge_l": 30.0,

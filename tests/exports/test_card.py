@@ -47,7 +47,7 @@ LOSSES = {
 def run_with(**changes: Any) -> Run:
     config = {"loss": LOSSES, "task": {"license": "mit", "language": "de"}}
     predictions = tuple({"question": f"q{i}", "gold": "good" if i else "bad"} for i in range(4))
-    return Run(Path("run"), (), FACTS | changes, config, {}, (), predictions, (), (), ())
+    return Run(Path("run"), (), FACTS | changes, config, {}, (), predictions, (), (), (), ())
 
 
 def front_matter(text: str) -> Any:

@@ -19,7 +19,7 @@ from distill.lessons.choices import choice_targets
 from distill.lessons.collate import collate
 from distill.lessons.join import Lesson, TrainingSequence
 from distill.losses.head import head_loss
-from distill.models.classifiers import check_classifier, load_classifier, new_parameters, text_limit
+from distill.models.classifiers import check_classifier, class_head, load_classifier, new_parameters, text_limit
 from distill.prompts.classes import ClassPrompts
 from distill.records import Annotation, Batch, Example
 from distill.students.classifier import ClassSeam
@@ -182,3 +182,9 @@ def test_a_model_without_a_class_head_is_refused_in_a_sentence(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="does not open as a model with a class head"):
         text_limit(tmp_path)
+
+
+def test_the_head_is_the_last_module_where_another_has_as_many_outputs(tmp_path: Path) -> None:
+    labels = tuple(f"label {index}" for index in range(32))  # as many as the hidden size
+    model = opened(make_encoder(tmp_path, "RoBERTa", labels=labels), labels)
+    assert class_head(model) is model.classifier.out_proj

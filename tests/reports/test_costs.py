@@ -123,6 +123,7 @@ def test_tables_are_plain_rows_with_equal_keys(make_run: Make) -> None:
         "classes",
         "cost",
         "by_confidence",
+        "selective",
         "yield",
     }
     assert set(rows_by_table) == names

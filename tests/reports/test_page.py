@@ -247,7 +247,7 @@ def test_every_section_is_visible(shown: Browser, page: Path) -> None:
     titles = shown.value("[...document.querySelectorAll('h2')].filter(e => e.offsetHeight > 0).map(e => e.textContent)")
     assert titles == [
         "Distillation helped.", "Verdicts", "Differences", "One setting changed", "Steps to equal", "Results",
-        "Comparison", "Answers by class", "Effect of each setting", "Cost and break-even",
+        "Comparison", "Answers by class", "Accuracy by share answered", "Effect of each setting", "Cost and break-even",
         "Learning curves", "Reliability", "Accuracy by the teacher's confidence",
         "Accuracy against size, latency and cost",
         "Accuracy against data and size", "Each seed", "Sample predictions", "Rationales", "Cache and data",

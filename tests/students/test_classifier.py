@@ -225,6 +225,21 @@ def test_adapters_and_the_new_head_are_trained_and_merged_into_a_plain_model(
     assert torch.allclose(saved.model.eval()(ids).logits, before, atol=1e-5)
 
 
+def test_dropout_acts_in_training_and_the_saved_student_has_that_of_its_source(
+    prepared: Callable[..., Job], body: Path, tmp_path: Path
+) -> None:
+    job, ids = prepared("student.dropout=0.25"), torch.tensor([[5, 6, 7]])
+    model = open_job_student(job)
+    assert model.config.hidden_dropout_prob == 0.25
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    saved = job.kind.save(model.eval(), tmp_path / "student", torch.float32)
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    source = json.loads((body / "config.json").read_text())
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        assert config[key] == source[key] == getattr(saved.model.config, key)
+    assert not any(module.p == 0.25 for module in saved.model.modules() if isinstance(module, torch.nn.Dropout))
+
+
 def test_a_teacher_without_scores_of_the_choices_is_refused_for_soft_targets() -> None:
     with pytest.raises(CacheError, match="no scores of the task's choices"):
         choice_targets([Annotation("", {}, "positive")])

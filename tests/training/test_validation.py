@@ -153,7 +153,9 @@ def test_evaluation_measures_zero_kl_for_the_teacher_itself(
     evaluation = Evaluation(
         open_whole_student(teacher_folder, torch.float32).eval(), prompts, SevensTask(), "direct", 6
     )
-    assert max(abs(prediction.kl) for prediction in evaluation.predict(questions, annotation_by_id)) < 1e-5
+    predictions = evaluation.predict(questions, annotation_by_id)
+    assert max(abs(prediction.kl) for prediction in predictions) < 1e-5
+    assert [*zip(*(prediction.acceptance for prediction in predictions), strict=True)] == [pytest.approx([1] * 18)] * 2
 
 
 def test_an_unreadable_teacher_answer_is_wrong_and_agrees_with_nothing(prompts: Prompts, student_folder: Path) -> None:
