@@ -131,9 +131,10 @@ class Run:
 
     @property
     def _start(self) -> object:
-        """Hash of the weights before training; the student's settings if each seed draws its own weights."""
+        """Hash of the weights before training; the student's settings if each seed draws some of them."""
         student = mapping(self.config.get("student"))
-        if student.get("from_scratch") or student.get("lora"):
+        has_new_head = "head_rate" in mapping(student.get("kind"))
+        if student.get("from_scratch") or student.get("lora") or has_new_head:
             return f"drawn by seed: {shlex.join(flatten(student).values())}"
         return self.facts.get("start")
 

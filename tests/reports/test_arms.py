@@ -63,7 +63,7 @@ def test_every_run_that_another_one_replaces_is_noted(make_run: Make) -> None:
     assert [note.split()[0] for note in summary_of(*folders).notes] == [str(folder) for folder in folders[:2]]
 
 
-@pytest.mark.parametrize("student", [{"lora": {"r": 4}}, {"from_scratch": True}])
+@pytest.mark.parametrize("student", [{"lora": {"r": 4}}, {"from_scratch": True}, {"kind": {"head_rate": 10.0}}])
 def test_students_that_draw_weights_by_seed_are_one_arm(make_run: Make, student: dict[str, Any]) -> None:
     folders = [make_run(seed=seed, start=f"weights{seed}", config={"student": student}) for seed in (0, 1)]
     assert [len(arm.runs) for arm in summary_of(*folders).trained] == [2]
