@@ -51,6 +51,10 @@ _FILE_TASK, _COLUMNS, _OPTIONS = (
 _OPTION_SETTINGS = {"answer": "letter", "show": "\n{letter}. {text}", "gold": None, "invalid": None, "separator": None}
 _TEACHER_SETTINGS = {"answers_each": 1, "batch_unit": "examples"}
 _ALL_POSITIONS = {"_target_": "distill.annotation.positions.Positions", "share": 1.0, "by": "entropy"}
+_STUDENT_SETTINGS = {
+    "dropout": None,
+    "kind": {"_target_": "distill.students.causal_lm.CausalLM", "_partial_": True, "layer_decay": 1.0},
+}
 _SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
 
 
@@ -58,7 +62,8 @@ def current(value: Any) -> Any:
     """A configuration, or a part of one, whose parts have their present names and all of their arguments."""
     if isinstance(value, dict):
         present = {key: _moved(item) if key == "_target_" else current(item) for key, item in value.items()}
-        return _teacher(_cache(_task(_grouped({**ADDED.get(str(present.get("_target_")), {}), **present}))))
+        part = _grouped({**ADDED.get(str(present.get("_target_")), {}), **present})
+        return _student(_teacher(_cache(_task(part))))
     return [current(item) for item in value] if isinstance(value, list) else value
 
 
@@ -86,6 +91,11 @@ def _task(section: dict[str, Any]) -> dict[str, Any]:
 def _teacher(section: dict[str, Any]) -> dict[str, Any]:
     """The section of a teacher with all its settings; any other part as it is."""
     return {**_TEACHER_SETTINGS, **section} if {"kind", "group_size"} <= section.keys() else section
+
+
+def _student(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of a student with all its settings; any other part as it is."""
+    return {**_STUDENT_SETTINGS, **section} if {"keep_layers", "from_scratch"} <= section.keys() else section
 
 
 def _cache(section: dict[str, Any]) -> dict[str, Any]:

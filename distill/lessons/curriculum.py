@@ -414,6 +414,7 @@ def identity_of(job: Job, curriculum: Curriculum, student: str) -> dict[str, Any
         **{key: config[key] for key in ("seed", "batch_size", "batch_unit", "order", "balance", "loss")},
         "optimizer": config["optim"]["optimizer"],
         "dropout": config["student"].get("dropout"),
+        "kind": config["student"]["kind"],
     }
 
 

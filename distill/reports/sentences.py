@@ -67,7 +67,8 @@ def of_results(summary: Summary) -> list[str]:
         FREE_TEXTS.format(texts=measure.texts) + (WITHOUT_GOLD if measure is TEACHER_CROSS_ENTROPY else "")
         for measure in measures
     ]
-    return [*words, *texts, *calibration_lines(summary.trained), *draft_lines(summary.trained)]
+    writing = [arm for arm in summary.trained if arm.measure is not ACCURACY]  # an answer of a word needs no draft
+    return [*words, *texts, *calibration_lines(summary.trained), *draft_lines(writing)]
 
 
 def calibration_lines(arms: Sequence[Arm]) -> list[str]:

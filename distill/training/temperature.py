@@ -36,9 +36,11 @@ def calibrated(job: Job, evaluation: AnyEvaluation) -> float | None:
 
 
 def calibration_facts(job: Job, evaluation: AnyEvaluation, temperature: float) -> Json:
-    """Return the temperature, and how well the probabilities of test fit with it and without; for run.json."""
+    """Return the temperature and, where test has labels, how well its probabilities fit with and without it."""
     assert isinstance(evaluation, ClassEvaluation)
     logprobs_NC, label_N = evaluation.labelled(job.annotation_job.splits.test)
+    if not len(label_N):
+        return {"temperature": temperature}
     before_NC = logprobs_NC * temperature
     before_NC -= np.logaddexp.reduce(before_NC, axis=1, keepdims=True)
     after, before = (asdict(Calibration.of(part_NC, label_N)) for part_NC in (logprobs_NC, before_NC))

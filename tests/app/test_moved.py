@@ -100,3 +100,15 @@ def test_arguments_that_are_now_those_of_a_part_stand_in_it() -> None:
     added = {"conflicts": None, "split_names": None, "folds": None, "fold": 0}
     assert current(part) == {"_target_": part["_target_"], "rows": {**rows, "options": None}, "path": "p", **added}
     assert current(current(part)) == current(part)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "smollm2_6_layers", "smollm2_lora"])
+def test_a_student_saved_before_there_were_kinds_is_the_same_student(name: str, tmp_path: Path) -> None:
+    config = compose("task=arithmetic", "teacher.model=none", f"student={name}", "student.model=none")
+    values = configuration.plain(config)
+    saved = tmp_path / "config.yaml"
+    older = {key: value for key, value in values["student"].items() if key not in ("kind", "dropout")}
+    saved.write_text(yaml.safe_dump(values | {"student": older}))
+    assert configuration.differences(config, saved, ignored=()) == []
+    config.student.kind.layer_decay = 0.9
+    assert len(configuration.differences(config, saved, ignored=())) == 1

@@ -65,6 +65,7 @@ CHANGES: dict[str, Change] = {
     "loss": setting("loss.kl.weight", 7.0),
     "optimizer": setting("optim.optimizer.lr", 7.0),
     "dropout": setting("student.dropout", 0.1),
+    "kind": setting("student.kind.layer_decay", 0.9),
     "cache": other_cache,
     "soft_cache": lambda job, c: (replace(job, soft_annotation_job=job.annotation_job), c),
     "train": without_labels,

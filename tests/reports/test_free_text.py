@@ -247,3 +247,13 @@ def test_damaged_predictions_of_texts_are_left_out(make_texts: Make) -> None:
     (verdict,) = summary_of(make_texts(LABELS, 0.6), folder).verdicts
     assert verdict.difference.interval.num_examples == NUM_TEXTS - 3
     assert any(f"Paired on {NUM_TEXTS - 3} of {NUM_TEXTS}" in caveat for caveat in verdict.caveats)
+
+
+def test_a_report_says_how_good_a_draft_a_student_that_writes_is(make_texts: Make) -> None:
+    folder = make_texts(("kl",), 0.5)
+    results = json.loads((folder / "results.json").read_text())
+    results["rows"]["student"] |= {"acceptance_low": 0.5, "acceptance_high": 0.6}
+    (folder / "results.json").write_text(json.dumps(results))
+    summary = summary_of(folder)
+    for text in (to_text(summary), Page(to_html(summary)).text, to_markdown(summary)):
+        assert "kl would have 50.0 to 60.0 % of its tokens accepted" in " ".join(text.split())

