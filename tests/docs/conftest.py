@@ -49,6 +49,7 @@ SMALL = {
     "max_new_tokens": 6,
     "num_samples": 2,
     "validate_every": 1,
+    "max_loss": 1,
 }
 
 
