@@ -5,7 +5,7 @@ A new kind is a file in this package and one in conf/student/.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -62,8 +62,13 @@ class Seam(Protocol):
         """The head, without the rows of no outcome."""
         ...
 
-    def plain_logits(self, model: PreTrainedModel, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
-        """The logits that predict the tokens in [start, stop) of one sequence, as the model itself computes them."""
+    def plain_logits(
+        self, model: PreTrainedModel, ids: Sequence[int], start: int, stop: int
+    ) -> Iterator[Float[Tensor, "M V"]]:
+        """The logits that predict the tokens in [start, stop) of one sequence, as the model itself computes them.
+
+        They come in parts of a few rows, since those of a long text would need much memory.
+        """
         ...
 
 

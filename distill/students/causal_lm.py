@@ -33,6 +33,7 @@ from distill.tasks import Task
 if TYPE_CHECKING:
     import peft
 
+_PLAIN_ROWS = 64  # of logits that are in memory together
 _NOT_MERGED = ("modules_to_save", "trainable_token_indices", "layer_replication")  # in LoraConfig
 
 
@@ -109,12 +110,12 @@ class TokenSeam:
         """Return the language-model head without padding rows."""
         return Head.of(model, self.vocabulary_size)
 
-    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
-        """Return the logits of a sequence that is read alone: no padding, branches or chunks."""
+    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Iterator[Float[Tensor, "M V"]]:
+        """Yield the logits of a sequence that is read alone: no padding, branches or chunks."""
         ids_1T = torch.tensor([list(ids)], device=model.device)
         hidden_NH = model.base_model(ids_1T, use_cache=False).last_hidden_state[0, start - 1 : stop - 1]
-        logits_NV: Tensor = Shape.of(model)(model.get_output_embeddings()(hidden_NH).float())
-        return logits_NV[:, : self.vocabulary_size]
+        for hidden_MH in hidden_NH.split(_PLAIN_ROWS):
+            yield Shape.of(model)(model.get_output_embeddings()(hidden_MH).float())[:, : self.vocabulary_size]
 
 
 def branch_mask(branch_BT: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:

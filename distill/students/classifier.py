@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
@@ -77,9 +77,9 @@ class ClassSeam:
         head = class_head(model)
         return Head(head.weight, head.bias)
 
-    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Float[Tensor, "N V"]:
-        """Return the logits of a text that is read alone."""
-        return class_logits(model, [ids[:start]], self.padding_id).float()
+    def plain_logits(self, model: Any, ids: Sequence[int], start: int, stop: int) -> Iterator[Float[Tensor, "M V"]]:
+        """Yield the logits of a text that is read alone."""
+        yield class_logits(model, [ids[:start]], self.padding_id).float()
 
 
 def saved_classifier(folder: Path, max_length: int | None, too_long: TooLong) -> tuple[ClassPrompts, PreTrainedModel]:

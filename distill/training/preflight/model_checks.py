@@ -60,8 +60,8 @@ def _own_targets(inputs: PreflightInput, lessons: Sequence[Lesson], temperature:
     """Return the student's distribution at each position, one sequence at a time: no padding, branches or chunks."""
     codec, targets = TopK(k=_KEPT, temperature=temperature), []
     for sequence, target in targets_of(lessons):
-        logits_NV = inputs.seam.plain_logits(inputs.module.model, sequence.ids, target.start, target.stop)
-        targets.append(codec.cut(logits_NV.log_softmax(-1), torch.zeros(len(logits_NV), dtype=torch.float64)))
+        for logits_MV in inputs.seam.plain_logits(inputs.module.model, sequence.ids, target.start, target.stop):
+            targets.append(codec.cut(logits_MV.log_softmax(-1), torch.zeros(len(logits_MV), dtype=torch.float64)))
     return SoftTargets.join(targets)
 
 
